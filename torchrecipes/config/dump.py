@@ -1,0 +1,84 @@
+"""Writes a config back as YAML that `load` reads again, every value with its origin beside it."""
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from torchrecipes.config.check import to_tree
+from torchrecipes.config.layers import DEFAULT, Origin, Place
+from torchrecipes.config.numbers import AmbiguousScalar, read_scalar
+
+_PLAIN_TEXT = re.compile(r"[A-Za-z0-9_./~][\w./ +-]*(?<! )")
+
+
+def to_yaml(config: Any) -> str:
+    """Return the resolved config as YAML, each value with a trailing comment on where it is from.
+
+    The comment is `default`, `file:line`, `override`, or `set in code` where the value is not the one that was loaded.
+    Numbers are written in full, text is quoted where it could be read as something else.
+    """
+    tree = to_tree(config)
+    loaded, origins = getattr(config, "_loaded", ({}, {}))
+    lines: list[tuple[str, str]] = []
+    _write(tree, loaded, origins, (), "", lines)
+    width = min(max((len(text) for text, comment in lines if comment), default=0), 60)
+    return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
+
+
+def _write(
+    tree: dict | list, loaded: Any, origins: dict[Place, Origin], place: Place, indent: str, lines: list[tuple[str, str]]
+) -> None:
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in pairs:
+        here = (*place, key)
+        before = _item(loaded, key)
+        head = f"{indent}{_word(key)}:" if isinstance(tree, dict) else f"{indent}-"
+        if isinstance(value, dict | list) and not _fits_a_line(value):
+            if isinstance(tree, list) and isinstance(value, dict):
+                # `- key: value`: the first key stands beside the dash.
+                start = len(lines)
+                _write(value, before, origins, here, f"{indent}  ", lines)
+                text, comment = lines[start]
+                lines[start] = (f"{indent}- {text.removeprefix(indent + '  ')}", comment)
+            else:
+                lines.append((head, ""))
+                _write(value, before, origins, here, f"{indent}  ", lines)
+            continue
+        known = before == value and type(before) is type(value)
+        lines.append((f"{head} {_inline(value)}", origins.get(here, DEFAULT).short if known else "set in code"))
+
+
+def _item(tree: Any, key: str | int) -> Any:
+    if isinstance(tree, dict):
+        return tree.get(key, _item)  # a value that equals nothing in a config
+    return tree[key] if isinstance(tree, list) and isinstance(key, int) and key < len(tree) else _item
+
+
+def _fits_a_line(value: dict | list) -> bool:
+    if isinstance(value, dict):
+        return not value
+    return not any(isinstance(item, dict | list) and item for item in value)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_inline(item) for item in value) + "]"
+    if isinstance(value, str):
+        return _word(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+def _word(text: str) -> str:
+    # Text in YAML: plain where it reads back as the same text, quoted otherwise.
+    text = text.replace("${", "\\${")
+    try:
+        plain = bool(_PLAIN_TEXT.fullmatch(text)) and read_scalar(text) == text
+    except AmbiguousScalar:
+        plain = False
+    return text if plain else yaml.safe_dump(text, default_style='"', allow_unicode=True, width=2**31).strip()

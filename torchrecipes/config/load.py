@@ -1,0 +1,99 @@
+"""From a YAML file and overrides to a checked instance of a recipe's `Config`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from torchrecipes.config.check import check_config, default_tree, to_tree
+from torchrecipes.config.files import find_config, read_header
+from torchrecipes.config.layers import BROKEN, Layers, Origin, Problems, interpolate, show_path
+from torchrecipes.config.reader import add_file, add_overrides
+from torchrecipes.errors import UserError, explain
+
+C = TypeVar("C")
+
+
+def load(
+    schema: type[C], config: str | Path | None, overrides: Sequence[str] = (), recipe: str | Path | None = None
+) -> C:
+    """Return an instance of the dataclass `schema`: its defaults, under a YAML file, under overrides.
+
+    Args:
+        schema: a recipe's `Config`.
+        config: path of a YAML file, or the name of a shipped one (`neobert/quickstart`); None: defaults and overrides only.
+        overrides: `key=value`, `nested.key=value`, `list.0=value`; the last one wins.
+        recipe: the recipe's file or name, for the messages.
+
+    Returns:
+        The config. It remembers where each of its values is from, for `to_yaml`.
+
+    Raises:
+        UserError: with everything that is wrong, one line each, sorted by line: unknown, missing and duplicate keys,
+            wrong types, components that do not exist, arguments that they do not take, and YAML's surprises.
+    """
+    problems = Problems()
+    layers = Layers(default_tree(schema))
+    layers.origins[()] = Origin("no config", (0, 0))
+    title = "the settings"
+    if config is not None:
+        path = find_config(str(config))
+        title = show_path(path) + _wrong_recipe(path, recipe)
+        add_file(layers, path, problems)
+    add_overrides(layers, list(overrides), problems)
+    if () not in layers.origins:  # no file, or one without keys: each of them would only be reported as missing
+        problems.raise_all(title)
+    interpolate(layers, problems)
+    instance = check_config(layers, schema, problems)
+    problems.raise_all(title)
+    assert instance is not BROKEN, "a value is broken and no problem says why"
+    # For `to_yaml`: the origins, and the values that they speak of (a recipe may change a value later).
+    object.__setattr__(instance, "_loaded", (to_tree(instance), layers.origins))
+    return instance
+
+
+def parse(schema: type[C], argv: Sequence[str] | None = None) -> C:
+    """Return the config that a command line asks for: `python my_recipe.py --config my.yaml lr=1e-3`.
+
+    It is for the last line of a recipe, `main(parse(Config))`. What a user got wrong, here or later in `main`, is then one
+    message and exit code 2, as with `tune-style run`; `--debug` shows the traceback.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, epilog="example: %(prog)s --config my.yaml optimizer.lr=1e-3")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped config")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that go before the config's")
+    args = parser.parse_intermixed_args(argv)
+
+    def report(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        message = explain(error)
+        if args.debug or message is None and not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+        elif message:
+            print(message, file=sys.stderr)
+        if message or issubclass(kind, KeyboardInterrupt):
+            raise SystemExit(2 if message else 130)
+
+    sys.excepthook = report
+    with one_message():
+        return load(schema, args.config, args.overrides, recipe=sys.argv[0])
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Let only the first of a job's processes report a UserError that they all meet; the others exit with code 2."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+def _wrong_recipe(path: Path, recipe: str | Path | None) -> str:
+    meant, _ = read_header(path)
+    if not meant or recipe is None or Path(recipe).stem == meant:
+        return ""
+    return f" (written for the recipe '{meant}', used with '{Path(recipe).stem}')"
