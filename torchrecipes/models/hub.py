@@ -1,0 +1,275 @@
+"""Models to and from Hugging Face folders: `config.json` and safetensors, nothing pickled, no code from the folder.
+
+`transformers` is not used. A foreign `config.json` is read by lists of keys: those that describe the network are
+taken, those known to say nothing about it are skipped, and every other key is refused by name, because a setting that
+is ignored in silence makes another model of the same weights.
+"""
+
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from torchrecipes.errors import UserError
+from torchrecipes.models.bert import HF_MAP as BERT
+from torchrecipes.models.hf_map import HFMap
+from torchrecipes.models.neobert import HF_MAP as NEOBERT
+from torchrecipes.modules import initial_value
+
+_FAMILIES = {"bert": BERT, "eurobert": NEOBERT}
+
+# Keys with the only values that we can follow, in any family's config.json.
+_FIXED = {
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (None,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "torchscript": (False,),
+}
+
+# Keys that say nothing about the network: where it came from, what `transformers` returns, labels, special tokens.
+_IGNORED = frozenset(
+    (
+        "model_type architectures transformers_version dtype torch_dtype _name_or_path name_or_path "
+        "_commit_hash _attn_implementation attn_implementation use_cache gradient_checkpointing use_bfloat16 "
+        "tokenizer_class output_attentions output_hidden_states return_dict use_return_dict id2label label2id "
+        "num_labels problem_type finetuning_task task_specific_params classifier_dropout pad_token_id "
+        "bos_token_id eos_token_id sep_token_id cls_token_id unk_token_id mask_token_id prefix"
+    ).split()
+)
+
+
+def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = print) -> nn.Module:
+    """A model from a Hugging Face folder: `model_type` `eurobert` (a `NeoBert`) or `bert` (a `Bert`), in fp32.
+
+    Folders saved without their masked-LM head load too: the head is then initialized, and reported. Pooler and
+    next-sentence head of a BERT are dropped, and reported.
+
+    Args:
+        path: a folder with `config.json` and `model.safetensors`, or shards with `model.safetensors.index.json`.
+        seed: for a head that is not in the folder.
+        report: called with each line about something dropped or initialized.
+
+    Raises:
+        UserError: no such folder or file; weights only in pickle form; a config.json that asks for what the family's
+            network here does not do; tensors missing, unexpected, or of another shape.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    family = _FAMILIES[config.model_type]
+    try:
+        with torch.device("meta"):
+            model = family.model_class(config)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    layout = family.layout(config)
+    theirs = _read_tensors(folder, family, config, report)
+
+    problems, state = [], {}
+    headless = {ours for ours in layout if ours.startswith("head.")}
+    if headless and not any(name in theirs for ours in headless for name, _ in layout[ours]):
+        report(f"{folder} has no masked-LM head: {', '.join(sorted(headless))} start from seed {seed}")
+    else:
+        headless = set()
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if name in headless:
+            state[name] = initial_value(name, shape, seed=seed, std=config.initializer_range)
+            continue
+        parts = []
+        for their_name, rows in layout[name]:
+            expected = (rows, *shape[1:])
+            if their_name not in theirs:
+                problems.append(f"{their_name} is missing")
+            elif tuple(theirs[their_name].shape) != expected:
+                found = tuple(theirs[their_name].shape)
+                problems.append(f"{their_name} has the shape {found}; config.json makes it {expected}")
+            else:
+                parts.append(theirs[their_name].float())
+        state[name] = torch.cat(parts) if parts else None
+    known = {their_name for parts in layout.values() for their_name, _ in parts}
+    problems += [f"{their_name} is not expected" for their_name in theirs if their_name not in known]
+    if problems:
+        raise UserError(
+            f"{folder}: the weights do not fit a {family.architecture} of this config.json:\n"
+            + "\n".join(f"  {problem}" for problem in sorted(problems))
+            + "\nSave the folder again with transformers' save_pretrained(), or correct config.json."
+        )
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
+    """Writes a folder that `transformers`' from_pretrained() loads: `config.json`, `model.safetensors`, the tokenizer.
+
+    Tied weights are stored once. Each file is complete or not there.
+
+    Args:
+        model: a `NeoBert` or `Bert`, not sharded.
+        path: the folder; made where it does not exist.
+        tokenizer: has `save(folder)` and the ids of its special tokens (a `torchrecipes.data` Tokenizer), or None.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    config = json.dumps(hf_config(model, tokenizer), indent=2) + "\n"
+    (folder / "config.json.tmp").write_text(config, encoding="utf-8")
+    os.replace(folder / "config.json.tmp", folder / "config.json")
+    state = {name: tensor.contiguous() for name, tensor in hf_state_dict(model).items()}
+    save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+
+
+def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's tensors under their Hugging Face names: views, detached, no tied weight twice.
+
+    Args:
+        model: a `NeoBert` or `Bert`.
+        state: its tensors by our names where they are not the model's own (gathered from shards, averaged, ...).
+    """
+    layout = _FAMILIES[model.config.model_type].layout(model.config)
+    state = model.state_dict() if state is None else state
+    tensors = {}
+    for name, parts in layout.items():
+        pieces = state[name].detach().split([rows for _, rows in parts])
+        tensors |= {their_name: piece for (their_name, _), piece in zip(parts, pieces, strict=True)}
+    return tensors
+
+
+def hf_config(model: nn.Module, tokenizer=None) -> dict:
+    """The model's `config.json`; special token ids come from the tokenizer, and are null or absent without one."""
+    family = _FAMILIES[model.config.model_type]
+    config = {"architectures": [family.architecture], "model_type": model.config.model_type}
+    config |= family.write_keys(model.config)
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    ids = {"pad": None, "bos": None, "eos": None}  # null: transformers' own defaults may be beyond this vocabulary
+    if tokenizer is not None:
+        ids = {
+            "pad": tokenizer.pad_id,
+            "bos": tokenizer.cls_id if tokenizer.bos_id is None else tokenizer.bos_id,
+            "eos": tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id,
+        }
+        if tokenizer.mask_id is not None and model.config.model_type == "eurobert":
+            ids["mask"] = tokenizer.mask_id
+    return config | {f"{kind}_token_id": value for kind, value in ids.items()}
+
+
+def _read_config(folder: Path) -> Any:
+    """The family's config from config.json; every key that cannot be followed is named in one error."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist. Name a folder that save_hf() or save_pretrained() wrote.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}. Save the folder again.") from None
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type not in _FAMILIES:
+        raise UserError(f"{file}: model_type is {model_type!r}; supported are {', '.join(sorted(_FAMILIES))}.")
+    family = _FAMILIES[model_type]
+
+    keys = family.read_keys(raw)
+    known = {field.name: field for field in fields(family.config_class)}
+    fixed = _FIXED | family.fixed
+    values, problems = {}, []
+    for key, value in keys.items():
+        if key in known:
+            wanted = known[key].type
+            if isinstance(value, int) and wanted is float:
+                value = float(value)
+            if _is_a(value, wanted):
+                values[key] = value
+            else:
+                problems.append(f"{key}: {value!r} is not {getattr(wanted, '__name__', wanted)}")
+        elif key in fixed:
+            if not any(value == allowed and (value is None) == (allowed is None) for allowed in fixed[key]):
+                problems.append(f"{key}: {value!r} is not supported; only {fixed[key][0]!r} is")
+        elif key not in _IGNORED and key not in family.ignored:
+            problems.append(f"{key}: {value!r} is a key that is not known here")
+    for name, field in known.items():
+        if field.default is MISSING and name not in keys:
+            problems.append(f"{name} is missing")
+    if problems:
+        raise UserError(
+            f"{file}: this {model_type} cannot be loaded:\n"
+            + "\n".join(f"  {problem}" for problem in sorted(problems))
+            + "\nDelete a key only if you know that it does not change what the model computes."
+        )
+    return family.config_class(**values)
+
+
+def _is_a(value: object, wanted: type) -> bool:
+    """Whether a JSON value has a config field's type; a bool is no int."""
+    if isinstance(wanted, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(wanted))
+    return type(value) is wanted
+
+
+def _read_tensors(folder: Path, family: HFMap, config: Any, report: Callable[[str], None]) -> dict[str, Tensor]:
+    """The folder's tensors under the names of `family.layout`, without what the network has no use for."""
+    theirs, dropped = {}, []
+    for original, tensor in _stored_tensors(folder):
+        name = family.normalize_name(original)
+        if name is None:
+            dropped.append(original)
+        elif name in theirs and not torch.equal(theirs[name], tensor):
+            raise UserError(f"{folder}: {original} differs from another tensor that stands for {name}. Delete one.")
+        else:
+            theirs[name] = tensor
+    tied_name, source = family.tied
+    if config.tie_word_embeddings and tied_name in theirs:
+        if source in theirs and not torch.equal(theirs[tied_name], theirs[source]):
+            raise UserError(
+                f"{folder}: {tied_name} differs from {source}, but config.json says that they are one. "
+                "Set tie_word_embeddings to false there to keep both."
+            )
+        del theirs[tied_name]
+    if dropped:
+        report(f"{folder}: not used, dropped: {', '.join(sorted(dropped))}")
+    return theirs
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in model.safetensors, or in the shards that its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of shards: {error!r}. Save the folder again.") from None
+    else:
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        if pickles:
+            raise UserError(
+                f"{folder} holds its weights in {pickles[0]} only, which is a pickle: reading one can run code. "
+                "Convert it where you trust it: AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)."
+            )
+        raise UserError(f"{folder} has no model.safetensors. Name a folder that save_hf() or save_pretrained() wrote.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = tensors.keys()
+                for name in names:
+                    yield name, tensors.get_tensor(name)
+        except FileNotFoundError:
+            raise UserError(f"{file} does not exist, but {index.name} names it. Download the folder again.") from None
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise UserError(f"{file} is damaged: {error}. Download the folder again.") from None

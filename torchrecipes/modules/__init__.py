@@ -1,0 +1,40 @@
+"""Building blocks of the models: plain `nn.Module`s and functions that know nothing of data or training.
+
+Tensors are named by the letters of their dimensions where that helps (`x_BSD`, `mask_B1SS`):
+
+    B  rows of a batch                    D  hidden size
+    S  tokens per row                     N  query heads
+    T  tokens of a batch, B * S           K  key and value heads (K divides N; K < N is grouped-query attention)
+    R  rows after regrouping documents    H  size of one head
+    L  tokens per regrouped row           I  size inside the feed-forward layer
+    M  selected tokens                    V  vocabulary
+"""
+
+from torchrecipes.modules.attention import AttentionPlan, SelfAttention, attention, attention_plan
+from torchrecipes.modules.embedding import BertEmbedding
+from torchrecipes.modules.feed_forward import GeluMLP, SwiGLU
+from torchrecipes.modules.head import LMHead, MLMTransform
+from torchrecipes.modules.init import initial_value, initialize
+from torchrecipes.modules.norm import RMSNorm
+from torchrecipes.modules.rotary import apply_rotary, rotary_tables
+from torchrecipes.modules.transformer import PostNormBlock, PreNormBlock, activation_dtype
+
+__all__ = [
+    "AttentionPlan",
+    "BertEmbedding",
+    "GeluMLP",
+    "LMHead",
+    "MLMTransform",
+    "PostNormBlock",
+    "PreNormBlock",
+    "RMSNorm",
+    "SelfAttention",
+    "SwiGLU",
+    "activation_dtype",
+    "apply_rotary",
+    "attention",
+    "attention_plan",
+    "initial_value",
+    "initialize",
+    "rotary_tables",
+]

@@ -1,0 +1,58 @@
+"""Heads that turn hidden states into scores over the vocabulary."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LMHead(nn.Module):
+    """Linear head over the vocabulary, with its own weight or the token embedding's.
+
+    A loss that never holds all logits takes the parts: `transform(hidden)`, `weight` and `bias`.
+
+    A tied head has no weight of its own and reads the embedding's at every use. So there is one Parameter, under one
+    name, in `state_dict()` as in the optimizer, and the tie outlives `to_empty()` and sharding, which replace it.
+
+    Args:
+        hidden_size, vocab_size: D and V.
+        tie_to: the token embedding to share the weight of, or None.
+        bias: whether to add a bias per token.
+        transform: a module applied to hidden states first, or None.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        tie_to: nn.Embedding | None = None,
+        bias: bool = False,
+        transform: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.transform = nn.Identity() if transform is None else transform
+        self.decoder = nn.Linear(hidden_size, vocab_size, bias=False) if tie_to is None else None
+        self._tied_to = (tie_to,)  # in a tuple: as an attribute it would become a submodule with a second name
+        self.register_parameter("bias", nn.Parameter(torch.zeros(vocab_size)) if bias else None)
+
+    @property
+    def weight(self) -> Tensor:
+        """`[V, D]`, the Parameter that scores come from."""
+        return self._tied_to[0].weight if self.decoder is None else self.decoder.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Args: hidden `[..., D]`, the final hidden states. Returns: logits `[..., V]`."""
+        return F.linear(self.transform(hidden), self.weight, self.bias)
+
+
+class MLMTransform(nn.Module):
+    """What BERT applies before its vocabulary: dense, exact GELU, LayerNorm."""
+
+    def __init__(self, hidden_size: int, *, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Args: hidden `[..., D]`."""
+        return self.norm(F.gelu(self.dense(hidden)))

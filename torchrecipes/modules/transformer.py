@@ -1,0 +1,59 @@
+"""Transformer blocks, made of parts that are built elsewhere and passed in."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrecipes.modules.attention import AttentionPlan
+
+
+def activation_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of what a linear layer makes of `hidden`: autocast's where it is on, else that of `hidden`."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+class PreNormBlock(nn.Module):
+    """`x + self_attn(norm(x))`, then `x + mlp(norm(x))`; the names are those of LLaMA in `transformers`."""
+
+    def __init__(self, *, self_attn: nn.Module, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module):
+        super().__init__()
+        self.input_layernorm = attention_norm
+        self.self_attn = self_attn
+        self.post_attention_layernorm = mlp_norm
+        self.mlp = mlp
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
+        """Args: x_BSD; `rotary` and `plan` as in `SelfAttention.forward`."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, plan)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+class PostNormBlock(nn.Module):
+    """`norm(x + self_attn(x))`, then `norm(x + mlp(x))`, as BERT does it.
+
+    Args:
+        dropout_p: probability of dropping an element of what attention and feed-forward add, in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        self_attn: nn.Module,
+        mlp: nn.Module,
+        attention_norm: nn.Module,
+        mlp_norm: nn.Module,
+        dropout_p: float = 0.0,
+    ):
+        super().__init__()
+        self.self_attn = self_attn
+        self.attention_norm = attention_norm
+        self.mlp = mlp
+        self.mlp_norm = mlp_norm
+        self.dropout_p = dropout_p
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
+        """Args: x_BSD; `rotary` and `plan` as in `SelfAttention.forward`."""
+        attended = F.dropout(self.self_attn(x_BSD, rotary, plan), self.dropout_p, self.training)
+        x_BSD = self.attention_norm(x_BSD + attended)
+        return self.mlp_norm(x_BSD + F.dropout(self.mlp(x_BSD), self.dropout_p, self.training))
