@@ -23,7 +23,11 @@ def explain(error: BaseException) -> str | None:
         return f"The disk is full{where}. Make room, or set output_dir to another disk, and run the same command again."
     # torch is not imported here, so its class is known by name; its CPU allocator raises a plain RuntimeError.
     gpu = type(error).__name__ == "OutOfMemoryError"
-    if gpu or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+    if (
+        gpu
+        or isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    ):
         detail = str(error).split("\n", 1)[0]
         what = f"Out of memory{' on the GPU' if gpu else ''}{f' ({detail})' if detail else ''}."
         return f"{what} Lower rows_per_micro_batch first (the result stays the same), then seq_len or the model's size."

@@ -21,7 +21,7 @@ from torchrecipes.errors import UserError
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where a component may stand: the argument names that the recipe passes, and the default component's path."""
+    """A place where a component may stand: the names of the recipe's arguments, and the default component's path."""
 
     runtime: tuple[str, ...] = ()
     default: str | None = None
@@ -129,8 +129,8 @@ def _to_value(checker: Checker, value: Any, annotation: Any, place: Place, slot:
     if value is BROKEN:
         return BROKEN
     if _is_missing(value):
-        kind = values.describe(annotation)
-        return checker.complain(place, f"missing key ({kind}): add it to the config, or {show(place)}=... to the command")
+        remedy = f"add it to the config, or {show(place)}=... to the command"
+        return checker.complain(place, f"missing key ({values.describe(annotation)}): {remedy}")
     if slot and isinstance(value, dict) and PATH_KEY in value:
         return _to_component(checker, value, place, slot)
     kind, arguments = values.split(annotation)
@@ -191,7 +191,8 @@ def _to_component(checker: Checker, tree: dict[str, Any], place: Place, slot: Sl
     if path is BROKEN:
         return BROKEN
     if _is_missing(path):
-        return checker.complain(place, f"missing key: add `{PATH_KEY}: dotted.path`, or {show(path_place)}=... to the command")
+        remedy = f"add `{PATH_KEY}: dotted.path` to the config, or {show(path_place)}=... to the command"
+        return checker.complain(place, f"missing key (a component): {remedy}")
     if not isinstance(path, str):
         return checker.complain(path_place, f"expected a dotted path, got {values.got(path)}")
     try:

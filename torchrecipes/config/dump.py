@@ -12,6 +12,8 @@ from torchrecipes.config.numbers import AmbiguousScalar, read_scalar
 
 _PLAIN_TEXT = re.compile(r"[A-Za-z0-9_./~][\w./ +-]*(?<! )")
 
+_ABSENT = object()
+
 
 def to_yaml(config: Any) -> str:
     """Return the resolved config as YAML, each value with a trailing comment on where it is from.
@@ -27,9 +29,8 @@ def to_yaml(config: Any) -> str:
     return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
 
 
-def _write(
-    tree: dict | list, loaded: Any, origins: dict[Place, Origin], place: Place, indent: str, lines: list[tuple[str, str]]
-) -> None:
+def _write(tree: Any, loaded: Any, origins: dict[Place, Origin], place: Place, indent: str, lines: list) -> None:
+    # Appends (text, comment) pairs to `lines`; `loaded` is what `tree` was when `origins` were noted.
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in pairs:
         here = (*place, key)
@@ -52,8 +53,8 @@ def _write(
 
 def _item(tree: Any, key: str | int) -> Any:
     if isinstance(tree, dict):
-        return tree.get(key, _item)  # a value that equals nothing in a config
-    return tree[key] if isinstance(tree, list) and isinstance(key, int) and key < len(tree) else _item
+        return tree.get(key, _ABSENT)
+    return tree[key] if isinstance(tree, list) and isinstance(key, int) and key < len(tree) else _ABSENT
 
 
 def _fits_a_line(value: dict | list) -> bool:
@@ -69,9 +70,13 @@ def _inline(value: Any) -> str:
         return "[" + ", ".join(_inline(item) for item in value) + "]"
     if isinstance(value, str):
         return _word(value)
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    return repr(value)
 
 
 def _word(text: str) -> str:

@@ -111,6 +111,22 @@ def find_config(name: str) -> Path:
     raise UserError(f"{what}. {_shipped_names(stem, shipped, 'config')}")
 
 
+def find_shipped(name: str) -> ShippedRecipe | ShippedConfig:
+    """Return the shipped recipe or config called `name`; a suffix (.py, .yaml) may be written.
+
+    Raises:
+        UserError: there is none; the message names the closest one.
+    """
+    known = {f"{recipe.name}.py": recipe for recipe in shipped_recipes()}
+    known |= {f"{config.name}.yaml": config for config in shipped_configs()}
+    for file in (name, f"{name}.py", f"{name}.yaml"):
+        if file in known:
+            return known[file]
+    stem = name.removesuffix(".py").removesuffix(".yaml")
+    names = {item.name: item.path for item in known.values()}
+    raise UserError(f"There is no recipe or config '{name}'. {_shipped_names(stem, names, 'recipe and config')}")
+
+
 def _shipped_names(name: str, shipped: dict[str, Path], kind: str) -> str:
     if not shipped:
         return f"No {kind} is shipped with this installation."

@@ -1,7 +1,7 @@
 """The layers of a config (defaults, a YAML file, overrides), merged into one tree that knows where each value is from.
 
-A tree is made of dicts, lists and scalars; a place in it is a path of keys, such as ("optimizer", "lr"). OmegaConf keeps no
-line numbers, so the merge is done here, with an origin for every value; `interpolate` leaves `${...}` to OmegaConf.
+A tree is made of dicts, lists and scalars; a place in it is a path of keys, such as ("optimizer", "lr"). OmegaConf
+keeps no line numbers, so the merge is done here, with an origin for every value; `interpolate` leaves `${...}` to OmegaConf.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from torchrecipes.errors import UserError
 Place = tuple[str | int, ...]
 PATH_KEY = "_component_"
 # Stands in the tree for a value that could not be read; it has been reported, and is not reported again.
-BROKEN: Any = type("Broken", (), {"__repr__": lambda self: "(unreadable)"})()
+BROKEN: Any = object()
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Layers:
     def put(self, value: Any, origins: dict[Place, Origin], place: Place = ()) -> None:
         """Lay `value` over what is at `place`: mappings merge, anything else replaces. `origins` has those of `value`.
 
-        A `_component_` that differs from the one below it drops the arguments from below: they belonged to the other one.
+        A `_component_` that differs from the one below drops the arguments from below: they belonged to the other one.
         """
         below = self.get(place)
         if isinstance(value, dict) and isinstance(below, dict):
@@ -113,7 +113,8 @@ def interpolate(layers: Layers, problems: Problems) -> None:
     places = [place for place, value in leaves(layers.tree) if isinstance(value, str) and "${" in value]
     if not places:
         return
-    from omegaconf import OmegaConf  # here: most configs have no interpolation, and its import is most of the time of a check
+    # Here, because most configs have no interpolation and this import is most of the time of a check.
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     for place in list(places):

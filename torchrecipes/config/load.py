@@ -24,7 +24,8 @@ def load(
 
     Args:
         schema: a recipe's `Config`.
-        config: path of a YAML file, or the name of a shipped one (`neobert/quickstart`); None: defaults and overrides only.
+        config: path of a YAML file, or the name of a shipped one (`neobert/quickstart`), or None for defaults
+            and overrides only.
         overrides: `key=value`, `nested.key=value`, `list.0=value`; the last one wins.
         recipe: the recipe's file or name, for the messages.
 
@@ -37,9 +38,10 @@ def load(
     """
     problems = Problems()
     layers = Layers(default_tree(schema))
-    layers.origins[()] = Origin("no config", (0, 0))
     title = "the settings"
-    if config is not None:
+    if config is None:
+        layers.origins[()] = Origin("no config", (0, 0))
+    else:
         path = find_config(str(config))
         title = show_path(path) + _wrong_recipe(path, recipe)
         add_file(layers, path, problems)
@@ -58,23 +60,25 @@ def load(
 def parse(schema: type[C], argv: Sequence[str] | None = None) -> C:
     """Return the config that a command line asks for: `python my_recipe.py --config my.yaml lr=1e-3`.
 
-    It is for the last line of a recipe, `main(parse(Config))`. What a user got wrong, here or later in `main`, is then one
-    message and exit code 2, as with `tune-style run`; `--debug` shows the traceback.
+    It is for the last line of a recipe, `main(parse(Config))`. From then on what a user got wrong, here or in `main`,
+    is one message and exit code 2, as with `tune-style run` (it sets `sys.excepthook`); `--debug` shows the traceback.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, epilog="example: %(prog)s --config my.yaml optimizer.lr=1e-3")
     parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped config")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that go before the config's")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the config's")
     args = parser.parse_intermixed_args(argv)
 
     def report(kind: type[BaseException], error: BaseException, trace: object) -> None:
         message = explain(error)
-        if args.debug or message is None and not issubclass(kind, KeyboardInterrupt):
+        if issubclass(kind, KeyboardInterrupt):
+            raise SystemExit(130)
+        if args.debug or message is None:
             sys.__excepthook__(kind, error, trace)
-        elif message:
+        else:
             print(message, file=sys.stderr)
-        if message or issubclass(kind, KeyboardInterrupt):
-            raise SystemExit(2 if message else 130)
+        if message is not None:
+            raise SystemExit(2)
 
     sys.excepthook = report
     with one_message():

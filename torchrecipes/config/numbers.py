@@ -24,7 +24,7 @@ class AmbiguousScalar(Exception):
     """An unquoted word that YAML 1.1 reads as something else than it looks like; the message holds the remedy."""
 
 
-def read_scalar(text: str) -> None | bool | int | float | str:
+def read_scalar(text: str) -> bool | int | float | str | None:
     """Return what the unquoted YAML word `text` stands for; a word that is nothing else is text.
 
     Raises:
@@ -37,15 +37,15 @@ def read_scalar(text: str) -> None | bool | int | float | str:
         return text in _TRUE
     if word in {"yes", "on", "no", "off"}:
         meant = "true" if word in {"yes", "on"} else "false"
-        raise AmbiguousScalar(f"{text} is {meant} to YAML: write {meant}, or '{text}' in quotes if text is meant")
+        raise AmbiguousScalar(f"{text} is {meant} to YAML: write {meant}, or '{text}' in quotes for text")
     if word == "none":
-        raise AmbiguousScalar(f"{text} is text to YAML: write null to switch off, or '{text}' in quotes if text is meant")
+        raise AmbiguousScalar(f"{text} is text to YAML: write null to switch off, or '{text}' in quotes for text")
     if _SEXAGESIMAL.fullmatch(text):
-        remedy = "write the number in full, or put it in quotes if text is meant"
+        remedy = "write the number in full, or put it in quotes for text"
         raise AmbiguousScalar(f"{text} is a number in base 60 to YAML: {remedy}")
     if _LEADING_ZERO.fullmatch(text):
         plain = text.replace("_", "").lstrip("+-0") or "0"
-        raise AmbiguousScalar(f"{text} is an octal number to YAML: write {plain}, or '{text}' in quotes if text is meant")
+        raise AmbiguousScalar(f"{text} is an octal number to YAML: write {plain}, or '{text}' in quotes for text")
     if _INTEGER.fullmatch(text):
         return int(text.replace("_", ""))
     if _OTHER_BASE.fullmatch(text):
@@ -60,8 +60,8 @@ def read_scalar(text: str) -> None | bool | int | float | str:
 def read_number(text: str) -> int | float | None:
     """Return the number that `text` writes for people (`10B`, `500k`, `2.5M`, `10_000`, `1e-3`), or None.
 
-    Suffixes are k, M, B and T (10^3, 10^6, 10^9, 10^12). The arithmetic is decimal, so `2.3M` is exactly 2300000; a whole
-    result is an int.
+    Suffixes are k, M, B and T (10^3, 10^6, 10^9, 10^12). The arithmetic is decimal, so `2.3M` is exactly 2300000; a
+    whole result is an int.
     """
     match = _FOR_PEOPLE.fullmatch(text.strip())
     if not match:

@@ -1,6 +1,6 @@
 """Reads YAML files and overrides into layers, with the line of every value.
 
-The nodes of `yaml.compose` carry marks and keep duplicate keys, which a loaded dict no longer does, so they are walked here.
+The nodes of `yaml.compose` carry marks and keep duplicate keys, which a loaded dict no longer does, so they are walked.
 """
 
 import re
@@ -16,7 +16,8 @@ from torchrecipes.config.numbers import AmbiguousScalar, read_scalar
 from torchrecipes.errors import UserError
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
-_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp", "value", "map", "seq")}
+_TAG = "tag:yaml.org,2002:"
+_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "timestamp", "value", "map", "seq")}
 
 
 def add_file(layers: Layers, path: Path, problems: Problems) -> None:
@@ -35,8 +36,6 @@ def add_file(layers: Layers, path: Path, problems: Problems) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"Cannot read the config file {shown}: {reason}.") from error
-    # Errors about the config as a whole, such as a missing key, point at its first line.
-    layers.origins[()] = at(1)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -46,6 +45,7 @@ def add_file(layers: Layers, path: Path, problems: Problems) -> None:
         what = "the file is empty" if node is None else "this is not a config"
         problems.add(at(1), f"{what}: expected lines of `key: value`")
         return
+    # Errors about the config as a whole, such as a missing key, point at its first line.
     origins: dict[Place, Origin] = {(): at(1)}
     tree = _Reader(lambda mark: at(mark.line + 1), origins, problems).read(node, ())
     layers.put(tree, origins)
@@ -54,7 +54,7 @@ def add_file(layers: Layers, path: Path, problems: Problems) -> None:
 def add_overrides(layers: Layers, overrides: list[str], problems: Problems) -> None:
     """Lay the overrides `key=value` over `layers`, the last one winning; what is wrong with them goes to `problems`.
 
-    A value is one YAML word, or a YAML list, mapping or quoted text where it begins like one; `*.txt` and `a: b` are text.
+    A value is one YAML word, or a YAML list, mapping or quoted text where it begins like one; `*.txt`, `a: b` are text.
     """
     parsed = [_split(text, Origin(f"override '{text}'", (1, n)), problems) for n, text in enumerate(overrides)]
     # A `_component_` drops arguments from below, which those of the same command line, wherever they stand, are not.
@@ -82,7 +82,7 @@ def _split(text: str, origin: Origin, problems: Problems) -> tuple[str, str, Ori
 
 
 def _open(layers: Layers, key: str, origin: Origin, problems: Problems) -> Place | None:
-    # Returns the place that `key` names, with a mapping to hold it; what is off, or not there yet, begins as an empty one.
+    # Returns the place that `key` names, with a mapping to hold it: what is off or not there yet begins as an empty one.
     place: Place = ()
     for part in key.split("."):
         holder = layers.get(place)
@@ -154,11 +154,11 @@ class _Reader:
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problems.add(origin, f"{show(place) or 'the config'}: a key must be one word")
-            elif key_node.tag.endswith(":merge"):
+            elif key_node.tag == _TAG + "merge":
                 self.problems.add(origin, "merge keys (<<) are not supported: write the keys out")
             elif key in result:
-                first = self.origins[(*place, key)].where
-                self.problems.add(origin, f"the key '{show((*place, key))}' is given twice, first in {first}: remove one")
+                first = f"first in {self.origins[(*place, key)].where}"
+                self.problems.add(origin, f"the key '{show((*place, key))}' is given twice, {first}: remove one")
             else:
                 self.origins[(*place, key)] = origin
                 result[key] = self.read(value_node, (*place, key))

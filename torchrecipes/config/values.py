@@ -14,7 +14,14 @@ from torchrecipes.config.numbers import read_number
 UNION = Union
 LISTS = (list, tuple, abc.Sequence, abc.Iterable, abc.Collection)
 MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", type(None): "null"}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "null (off)",
+}
 _NUMBERS_FOR_PEOPLE = "(a number may be written 10000, 10_000, 10k, 2.5M, 10B or 1e-3)"
 
 
@@ -23,7 +30,7 @@ class WrongType(Exception):
 
 
 def split(annotation: Any) -> tuple[Any, tuple]:
-    """Return the kind of an annotation and its arguments: `list[int]` gives (list, (int,)), a union (UNION, members)."""
+    """Return the kind of an annotation and its arguments: (list, (int,)) of `list[int]`, (UNION, members) for unions."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return split(arguments[0])
@@ -52,7 +59,7 @@ def element_types(kind: Any, arguments: tuple, count: int) -> list[Any] | None:
 
 
 def to_scalar(value: Any, kind: Any, arguments: tuple) -> Any:
-    """Return `value` as `kind` (with the `arguments` of a Literal); lists and mappings only where `kind` takes anything.
+    """Return `value`, no list or mapping that `kind` could hold, as `kind`; `arguments` are those of a Literal.
 
     A kind that YAML has no values of, such as a class of a library, is only met by a value that is an instance already.
 

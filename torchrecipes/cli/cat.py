@@ -1,0 +1,17 @@
+"""`tune-style cat`: prints a shipped recipe or config as it is on disk."""
+
+import argparse
+import sys
+
+from torchrecipes.config.files import find_shipped
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `cat`."""
+    parser.epilog = "example: tune-style cat mlm_pretrain\n         tune-style cat neobert/quickstart"
+    parser.add_argument("name", help="a recipe or a config, as `tune-style ls` names it")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the file."""
+    sys.stdout.write(find_shipped(args.name).path.read_text(encoding="utf-8"))

@@ -1,0 +1,26 @@
+"""`tune-style ls`: the shipped recipes, what each does, and the configs that belong to it."""
+
+import argparse
+
+from torchrecipes.config.files import find_recipe, shipped_configs, shipped_recipes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `ls`."""
+    parser.epilog = "example: tune-style ls\n         tune-style ls mlm_pretrain"
+    parser.add_argument("recipe", nargs="?", help="show this recipe and its configs only")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the list."""
+    wanted = find_recipe(args.recipe).stem if args.recipe else None
+    configs = shipped_configs()
+    width = max((len(config.name) for config in configs), default=0)
+    for recipe in shipped_recipes():
+        if wanted in (None, recipe.name):
+            print(f"{recipe.name}: {recipe.summary}")
+            for config in configs:
+                if config.recipe == recipe.name:
+                    print(f"    --config {config.name:<{width}}  {config.summary}".rstrip())
+            print()
+    print("tune-style cat NAME prints one of them, tune-style cp NAME FILE copies it for you to change.")

@@ -1,0 +1,98 @@
+"""`tune-style`: finds the verb, imports its module alone, and turns a user's mistakes into one message.
+
+A verb is a module with two functions, and a row in `VERBS`:
+
+    add_arguments(parser)   declares its arguments; `parser.epilog` holds an example
+    main(args)              does the work; imports torch, where it needs it, inside
+
+`--debug` is added to every verb here. Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake, 130
+interrupted.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from torchrecipes import __version__
+from torchrecipes.errors import explain
+
+VERBS = {
+    "ls": ("torchrecipes.cli.ls", "list the recipes and their configs"),
+    "cat": ("torchrecipes.cli.cat", "print a recipe or a config"),
+    "cp": ("torchrecipes.cli.cp", "copy a recipe or a config, to change it"),
+    "validate": ("torchrecipes.cli.validate", "check a config against a recipe, and run nothing"),
+    "run": ("torchrecipes.cli.run", "run a recipe, a shipped one or your own"),
+    "fill-mask": ("torchrecipes.cli.fill_mask", "ask a trained encoder what it puts in the place of [MASK]"),
+    "plot": ("torchrecipes.cli.plot", "draw the loss of a run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code; a bug propagates as its exception."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"torchrecipes {__version__}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        from torchrecipes.config.suggest import did_you_mean
+
+        print(f"tune-style has no command '{verb}': {did_you_mean(verb, VERBS, 'there are')}", file=sys.stderr)
+        return 2
+    module_name, summary = VERBS[verb]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(
+        prog=f"tune-style {verb}",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    # Intermixed: `--config` may stand before, between or after the overrides.
+    args, unknown = parser.parse_known_intermixed_args(rest)
+    if unknown:
+        setting = unknown[0].lstrip("-")
+        hint = f"; a recipe's settings are written without dashes: {setting}" if "=" in setting else ""
+        parser.error(f"unknown option {unknown[0]}{hint}")
+    try:
+        module.main(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; the interpreter must not try to flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(message, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {verb:<10}  {summary}" for verb, (_, summary) in VERBS.items())
+    return f"""usage: tune-style COMMAND ...
+
+{verbs}
+
+tune-style COMMAND --help tells more about one of them. To begin:
+
+  tune-style ls
+  tune-style run mlm_pretrain --config neobert/quickstart output_dir=runs/first"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

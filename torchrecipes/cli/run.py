@@ -1,0 +1,76 @@
+"""`tune-style run`: checks a config in full, then calls the recipe's `main(config)`."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from torchrecipes.config.files import find_recipe, recipes_folder
+from torchrecipes.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `run` and `validate`."""
+    verb = parser.prog.rsplit(" ", 1)[-1]
+    parser.epilog = (
+        f"example: tune-style {verb} mlm_pretrain --config neobert/quickstart optimizer.lr=1e-3\n"
+        f"         tune-style {verb} my_recipe.py --config my.yaml 'data.source.path=texts/*.txt'"
+    )
+    parser.add_argument("recipe", help="a recipe, as `tune-style ls` names it, or a file: my_recipe.py")
+    parser.add_argument("--config", metavar="CONFIG", help="a config, as `tune-style ls` names it, or a file: my.yaml")
+    settings = "settings that win over the config's: seed=1 optimizer.lr=1e-3"
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=settings)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the recipe."""
+    recipe, config = load_recipe_and_config(args)
+    recipe.main(config)
+
+
+def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object]:
+    """Return the imported recipe and the checked config that the arguments ask for.
+
+    Raises:
+        UserError: there is no such recipe or config, the file is not a recipe, or the config has problems.
+    """
+    from torchrecipes.config.files import find_config
+    from torchrecipes.config.load import load, one_message
+
+    with one_message():
+        path = find_recipe(args.recipe)
+        if args.config is not None:
+            find_config(args.config)  # a wrong name is told before the seconds that torch's import takes
+        recipe = load_recipe(path)
+        return recipe, load(recipe.Config, args.config, args.overrides, recipe=path)
+
+
+def load_recipe(path: Path) -> ModuleType:
+    """Import the recipe file at `path`, wherever it lies, and return its module.
+
+    Components beside the recipe or in the working folder can be imported from then on, as with `python my_recipe.py`.
+
+    Raises:
+        UserError: the file has no `Config` or no `main`.
+    """
+    name = path.stem
+    if name in sys.modules or not name.isidentifier() or importlib.util.find_spec(name):
+        name = f"recipe_{name}"  # a recipe called torch.py must not pass for torch
+    folder = str(path.parent)
+    if path.parent != recipes_folder() and folder not in sys.path:
+        sys.path.insert(0, folder)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    for needed, what in {"Config": "a dataclass Config with its settings", "main": "a function main(config)"}.items():
+        if not hasattr(module, needed):
+            raise UserError(f"{path} is not a recipe. A recipe has {what}: see tune-style cat mlm_pretrain.")
+    return module

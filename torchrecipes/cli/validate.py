@@ -1,0 +1,16 @@
+"""`tune-style validate`: the check that `run` makes, without the run."""
+
+import argparse
+
+from torchrecipes.cli import run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments: those of `run`."""
+    run.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print `ok`, or raise a UserError with every problem."""
+    run.load_recipe_and_config(args)
+    print("ok")
