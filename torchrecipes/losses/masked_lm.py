@@ -1,0 +1,63 @@
+"""The masked language model's loss at the positions that the loader chose.
+
+Names carry their shape: B rows, S tokens per row, D hidden size, M masked positions, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrecipes.losses.linear_cross_entropy import IGNORED, linear_cross_entropy
+
+
+def masked_lm_loss(
+    hidden: Tensor,
+    head: nn.Module,
+    masked_positions: Tensor,
+    masked_labels: Tensor,
+    masked_logits_only: bool = True,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The sum of cross-entropies of the masked tokens (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
+
+    Logits are computed at the masked positions only, a chunk at a time: with 20% of the tokens masked, a fifth of the
+    work of the output layer. Divide the sum by the targets of the whole optimizer step before `backward`.
+
+    Args:
+        hidden: `[B, S, D]`, what the encoder gives.
+        head: the output layer: has `weight` `[V, D]`, `bias` `[V]` or None, and `transform(rows)`, which is applied to
+            the chosen rows before them. `head(hidden)` is the same three in a row and gives logits. An `nn.Linear`
+            serves as it is.
+        masked_positions: `[M]` int64, into the `B * S` flattened tokens. Entries whose label is -100 are unused slots;
+            the others are distinct.
+        masked_labels: `[M]` int64: the token that was there, or -100 in an unused slot.
+        masked_logits_only: False computes the logits `[B * S, V]` of every token instead: the same number, at a
+            multiple of the time and memory. It is there to measure that difference.
+        chunk_size: rows whose logits are held at once (see `linear_cross_entropy`); None chooses.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    if masked_positions.shape != masked_labels.shape or masked_positions.ndim != 1:
+        shapes = f"{list(masked_positions.shape)} and {list(masked_labels.shape)}"
+        raise ValueError(f"masked_lm_loss: masked_positions and masked_labels must be [M] each, not {shapes}")
+    tokens = hidden.flatten(0, 1)
+    if not masked_logits_only:
+        return _full_logits_loss(tokens, head, masked_positions, masked_labels)
+    rows = tokens.index_select(0, masked_positions)
+    transform = getattr(head, "transform", None)
+    if transform is not None:
+        rows = transform(rows)
+    return linear_cross_entropy(rows, head.weight, masked_labels, head.bias, chunk_size)
+
+
+def _full_logits_loss(tokens, head, masked_positions, masked_labels):
+    # Unused slots share position 0 with a token that may be masked: the larger label wins, and -100 never does.
+    labels = torch.full((len(tokens),), IGNORED, dtype=torch.int64, device=tokens.device)
+    labels.scatter_reduce_(0, masked_positions, masked_labels, "amax")
+    logits = head(tokens)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
