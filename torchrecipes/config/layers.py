@@ -1,7 +1,7 @@
 """The layers of a config (defaults, a YAML file, overrides), merged into one tree that knows where each value is from.
 
 A tree is made of dicts, lists and scalars; a place in it is a path of keys, such as ("optimizer", "lr"). OmegaConf
-keeps no line numbers, so the merge is done here, with an origin for every value; `interpolate` leaves `${...}` to OmegaConf.
+keeps no line numbers, so the merge is done here, with an origin for every value, and OmegaConf resolves `${...}`.
 """
 
 from dataclasses import dataclass, field

@@ -82,7 +82,7 @@ def _split(text: str, origin: Origin, problems: Problems) -> tuple[str, str, Ori
 
 
 def _open(layers: Layers, key: str, origin: Origin, problems: Problems) -> Place | None:
-    # Returns the place that `key` names, with a mapping to hold it: what is off or not there yet begins as an empty one.
+    # Returns the place that `key` names, with a mapping to hold it: what is off or not there begins as an empty one.
     place: Place = ()
     for part in key.split("."):
         holder = layers.get(place)

@@ -30,7 +30,7 @@ class WrongType(Exception):
 
 
 def split(annotation: Any) -> tuple[Any, tuple]:
-    """Return the kind of an annotation and its arguments: (list, (int,)) of `list[int]`, (UNION, members) for unions."""
+    """Return the kind of an annotation and its arguments: (list, (int,)) of `list[int]`, (UNION, members)."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return split(arguments[0])
