@@ -21,10 +21,15 @@ from torchrecipes.errors import UserError
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where a component may stand: the names of the recipe's arguments, and the default component's path."""
+    """A place where a component may stand.
+
+    `runtime` names the arguments that the recipe passes, `default` is the path of the default component; `anywhere` is
+    True among a component's arguments, where a component may stand for a value of any type.
+    """
 
     runtime: tuple[str, ...] = ()
     default: str | None = None
+    anywhere: bool = False
 
 
 @dataclass
@@ -131,9 +136,11 @@ def _to_value(checker: Checker, value: Any, annotation: Any, place: Place, slot:
     if _is_missing(value):
         remedy = f"add it to the config, or {show(place)}=... to the command"
         return checker.complain(place, f"missing key ({values.describe(annotation)}): {remedy}")
-    if slot and isinstance(value, dict) and PATH_KEY in value:
-        return _to_component(checker, value, place, slot)
     kind, arguments = values.split(annotation)
+    if slot and isinstance(value, dict) and PATH_KEY in value:
+        members = arguments if kind is values.UNION else (kind,)
+        if slot.anywhere or Component in members:
+            return _to_component(checker, value, place, slot)
     if kind is values.UNION:
         return _to_union(checker, value, annotation, arguments, place, slot)
     if kind is Component:
@@ -153,7 +160,7 @@ def _to_value(checker: Checker, value: Any, annotation: Any, place: Place, slot:
         pairs = {key: _to_value(checker, item, wanted, (*place, key), slot) for key, item in value.items()}
         return BROKEN if any(item is BROKEN for item in pairs.values()) else pairs
     try:
-        return values.to_scalar(value, kind, arguments)
+        return values.to_scalar(value, annotation)
     except values.WrongType as error:
         return checker.complain(place, str(error))
 
@@ -213,12 +220,14 @@ def _to_component(checker: Checker, tree: dict[str, Any], place: Place, slot: Sl
             args[name] = checker.complain(here, f"the recipe passes '{name}' to {path} itself: remove this key")
         elif name in named or takes_any:
             annotation = named[name].annotation if name in named else Any
-            args[name] = _to_value(checker, value, annotation, here, slot)
+            args[name] = _to_value(checker, value, annotation, here, Slot(slot.runtime, anywhere=True))
         else:
             hint = did_you_mean(name, [*offered, PATH_KEY], "it takes")
             args[name] = checker.complain(here, f"{path} takes no argument '{name}': {hint}")
     for name in offered:
         if named[name].default is inspect.Parameter.empty and name not in args:
             needed = f"{path} needs the argument '{name}' ({values.describe(named[name].annotation)})"
-            checker.problems.add(checker.layers.nearest(path_place), f"{show(place)}: {needed}: add `{name}: ...` here")
+            passed = f" (the recipe passes {', '.join(slot.runtime)})" if slot.runtime else ""
+            message = f"{show(place)}: {needed}: add `{name}: ...` here{passed}"
+            checker.problems.add(checker.layers.nearest(path_place), message)
     return BROKEN if any(value is BROKEN for value in args.values()) else Component(path, args)

@@ -113,13 +113,11 @@ def parameters(target: Callable) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(target)
     except (ValueError, TypeError):
         return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
-    try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # an annotation that only exists for type checkers: that argument's type is not checked
-        hints = {}
+    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+    names = getattr(function, "__globals__", {})
     unusable = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
     return {
-        name: parameter.replace(annotation=hints.get(name, Any))
+        name: parameter.replace(annotation=_annotation(parameter, names))
         for name, parameter in signature.parameters.items()
         if parameter.kind not in unusable
     }
@@ -132,6 +130,15 @@ def suggest_path(path: str, default: str | None) -> str | None:
     home = default.rpartition(".")[0]
     near = closest(path, _public_names(importlib.import_module(home)))
     return f"{home}.{near}" if near else None
+
+
+def _annotation(parameter: inspect.Parameter, names: dict[str, Any]) -> Any:
+    if parameter.annotation is inspect.Parameter.empty:
+        return Any
+    try:
+        return typing.get_type_hints(type("One", (), {"__annotations__": {"it": parameter.annotation}}), names)["it"]
+    except Exception:  # an annotation that only exists for type checkers: that argument's type is not checked
+        return Any
 
 
 def _public_names(holder: Any) -> set[str]:

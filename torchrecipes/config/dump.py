@@ -69,7 +69,7 @@ def _inline(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_inline(item) for item in value) + "]"
     if isinstance(value, str):
-        return _word(value)
+        return _word(value.replace("${", "\\${"))  # a plain ${, not an interpolation
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -81,7 +81,6 @@ def _inline(value: Any) -> str:
 
 def _word(text: str) -> str:
     # Text in YAML: plain where it reads back as the same text, quoted otherwise.
-    text = text.replace("${", "\\${")
     try:
         plain = bool(_PLAIN_TEXT.fullmatch(text)) and read_scalar(text) == text
     except AmbiguousScalar:

@@ -114,7 +114,7 @@ def _read_override(value: str, place: Place, origin: Origin, origins: dict[Place
     try:
         node = yaml.compose(value, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        problems.add(origin, f"the value is not valid YAML: {_error_reason(error)}; put text in quotes")
+        problems.add(origin, f"the value is not valid YAML: {_error_reason(error)}")
         return BROKEN
     return _Reader(lambda _: origin, origins, problems).read(node, place)
 
@@ -185,6 +185,7 @@ def _error_reason(error: yaml.YAMLError) -> str:
         r"'\t'": "indent with spaces, not tabs",
         "cannot start any token": "put text that begins with a special character in quotes",
         "undefined alias": "put text that begins with * in quotes",
+        "alphabetic or numeric character": "put text that begins with * or & in quotes",
         "mapping values are not allowed": "put text that contains ': ' in quotes, and check the indentation",
         "single document": "keep one config in a file, without a second ---",
         "expected <block end>": "check the indentation of this line",

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union
 
 from torchrecipes.config.component import Component
 from torchrecipes.config.numbers import read_number
+from torchrecipes.config.suggest import closest
 
 UNION = Union
 LISTS = (list, tuple, abc.Sequence, abc.Iterable, abc.Collection)
@@ -58,18 +59,25 @@ def element_types(kind: Any, arguments: tuple, count: int) -> list[Any] | None:
     return [arguments[0] if arguments else Any] * count
 
 
-def to_scalar(value: Any, kind: Any, arguments: tuple) -> Any:
-    """Return `value`, no list or mapping that `kind` could hold, as `kind`; `arguments` are those of a Literal.
+def to_scalar(value: Any, annotation: Any) -> Any:
+    """Return `value`, which is no list or mapping that `annotation` could hold, as what `annotation` asks for.
 
-    A kind that YAML has no values of, such as a class of a library, is only met by a value that is an instance already.
+    A class that YAML has no values of, such as one of a library, is only met by a value that is an instance already.
 
     Raises:
         WrongType: it is something else.
     """
-    expected = f"expected {describe(Literal[arguments] if kind is Literal else kind)}, got {got(value)}"
+    kind, arguments = split(annotation)
+    expected = f"expected {describe(annotation)}, got {got(value)}"
     if kind is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
+        near = (
+            closest(value, [choice for choice in arguments if isinstance(choice, str)])
+            if isinstance(value, str)
+            else None
+        )
+        expected += f": did you mean '{near}'?" if near else ""
     elif kind is int or kind is float:
         return _to_number(value, kind, expected)
     elif kind is bool:

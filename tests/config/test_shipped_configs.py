@@ -1,0 +1,121 @@
+"""Every shipped config: it is valid, and a misspelling of any key in it is refused with the right suggestion.
+
+The configs are found by recursion, so that one that is added is tested; each recipe is imported once.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from torchrecipes.cli.run import load_recipe
+from torchrecipes.config import Component, load
+from torchrecipes.config.check import to_tree
+from torchrecipes.config.component import parameters, resolve
+from torchrecipes.config.files import ShippedConfig, find_recipe, shipped_configs, shipped_recipes
+from torchrecipes.config.layers import leaves, show
+from torchrecipes.errors import UserError
+
+CONFIGS = {config.name: config for config in shipped_configs()}
+
+
+@cache
+def schema_of(recipe: str) -> type:
+    return load_recipe(find_recipe(recipe)).Config
+
+
+def left_to_the_user(config: ShippedConfig) -> list[str]:
+    """Overrides for what a config says with ??? that its user has to give, such as the path of the text."""
+    tree = yaml.safe_load(config.path.read_text())
+    return [f"{show(place)}=given" for place, value in leaves(tree) if value == "???"]
+
+
+def problems(config: ShippedConfig, path: Path, *overrides: str) -> list[str]:
+    try:
+        load(schema_of(config.recipe), path, [*left_to_the_user(config), *overrides])
+    except UserError as error:
+        return str(error).split("\n")[1:]
+    return []
+
+
+def key_nodes(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        if isinstance(node, yaml.MappingNode):
+            yield child[0]
+            yield from key_nodes(child[1])
+        else:
+            yield from key_nodes(child)
+
+
+def components(value: Any, place: tuple = ()) -> Iterator[tuple[tuple, str]]:
+    """The place and the dotted path of every component in a config's tree."""
+    if isinstance(value, dict):
+        if "_component_" in value:
+            yield place, value["_component_"]
+        for key, item in value.items():
+            yield from components(item, (*place, key))
+
+
+def misspelled(key: str) -> str:
+    # Two neighbours swapped, the most usual slip of the fingers; the last letter doubled where that changes nothing.
+    middle = len(key) // 2
+    swapped = key[: middle - 1] + key[middle] + key[middle - 1] + key[middle + 1 :]
+    return swapped if len(key) > 3 and swapped != key else key + key[-1]
+
+
+def test_there_are_configs_and_each_names_its_recipe_and_its_purpose():
+    recipes = {recipe.name for recipe in shipped_recipes()}
+    assert recipes and CONFIGS
+    assert all(recipe.summary for recipe in shipped_recipes())
+    for config in CONFIGS.values():
+        assert config.recipe in recipes, f"{config.name}: the first line must be `# recipe: NAME`"
+        assert len(config.summary) > 20, f"{config.name}: the second line must be a comment that says what it is for"
+    assert recipes == {config.recipe for config in CONFIGS.values()}, "a recipe without a config"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_is_valid(name):
+    assert problems(CONFIGS[name], CONFIGS[name].path) == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_misspelt_key_is_refused_at_its_line_with_the_right_suggestion(name, tmp_path):
+    config = CONFIGS[name]
+    text = config.path.read_text()
+    path = tmp_path / "misspelt.yaml"
+    nodes = list(key_nodes(yaml.compose(text)))
+    assert nodes
+    for node in nodes:
+        start, end = node.start_mark.index, node.end_mark.index
+        path.write_text(text[:start] + misspelled(node.value) + text[end:])
+        found = problems(config, path)
+        here = f"misspelt.yaml:{node.start_mark.line + 1}: "
+        assert any(here in line and f"did you mean '{node.value}'?" in line for line in found), (node.value, found)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_argument_of_every_component_misspelt_is_refused_with_the_right_suggestion(name):
+    config = CONFIGS[name]
+    schema = schema_of(config.recipe)
+    instance = load(schema, config.path, left_to_the_user(config))
+    runtime = {spec.name: spec.metadata.get("runtime", ()) for spec in schema.__dataclass_fields__.values()}
+    count = 0
+    for place, path in components(to_tree(instance)):
+        offered = [n for n in parameters(resolve(path)) if n not in runtime.get(place[-1], ())]
+        for argument in offered:
+            override = f"{show(place)}.{misspelled(argument)}=1"
+            found = problems(config, config.path, override)
+            assert any(override in line and f"did you mean '{argument}'?" in line for line in found), (override, found)
+            count += 1
+    assert count > 0 and isinstance(instance.optimizer, Component)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_key_of_the_recipe_misspelt_on_the_command_line_is_refused(name):
+    config = CONFIGS[name]
+    for key in schema_of(config.recipe).__dataclass_fields__:
+        found = problems(config, config.path, f"{misspelled(key)}=1")
+        assert any(f"did you mean '{key}'?" in line for line in found), (key, found)
