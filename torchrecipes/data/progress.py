@@ -1,0 +1,62 @@
+"""Progress of a long pass over data: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+BAR_EVERY, LINE_EVERY = 0.1, 15.0  # seconds between two updates of the bar, or two lines where there is no terminal
+
+
+class Progress:
+    """Counts documents, megabytes and tokens, and shows speeds and, with a known size, the time that is left.
+
+    Args:
+        what: what is being done, the first words of every line.
+        total_bytes: bytes of text in all, where known.
+    """
+
+    def __init__(self, what: str, total_bytes: int | None = None):
+        self.what, self.total_bytes = what, total_bytes
+        self.documents = self.bytes = self.tokens = 0
+        self.skipped_bytes = 0  # passed without work: not part of the speed
+        self.start = self.shown = time.monotonic()
+        terminal = sys.stderr.isatty()
+        layout = "{desc} {percentage:3.0f}%|{bar}|{postfix}" if total_bytes else "{desc}{postfix}"
+        self.bar = tqdm(desc=what, total=total_bytes, bar_format=layout, file=sys.stderr) if terminal else None
+
+    def add(self, documents: int, num_bytes: int, tokens: int = 0, skipped_bytes: int = 0) -> None:
+        """Adds what was done since the last call."""
+        self.documents += documents
+        self.bytes += num_bytes
+        self.tokens += tokens
+        self.skipped_bytes += skipped_bytes
+        now = time.monotonic()
+        if now - self.shown >= (LINE_EVERY if self.bar is None else BAR_EVERY):
+            self.shown = now
+            self._show()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.bar is not None:
+            self._show()
+            self.bar.close()
+
+    def _show(self) -> None:
+        if self.bar is None:
+            print(f"{self.what}: {self._numbers()}", file=sys.stderr, flush=True)
+        else:
+            self.bar.n = self.bytes + self.skipped_bytes
+            self.bar.set_postfix_str(self._numbers())
+
+    def _numbers(self) -> str:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        parts = [f"{self.documents:,} documents"]
+        if self.tokens:
+            parts.append(f"{self.tokens / 1e6:,.1f} M tokens, {self.tokens / seconds / 1e6:.2f} M tokens/s")
+        parts.append(f"{self.bytes / seconds / 1e6:.1f} MB/s")
+        done = self.bytes + self.skipped_bytes
+        if self.total_bytes and self.bytes and done < self.total_bytes:
+            left = int((self.total_bytes - done) / self.bytes * seconds)
+            parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        return ", ".join(parts)

@@ -1,0 +1,253 @@
+"""Tokenizers trained on documents: WordPiece, byte-level BPE, Unigram.
+
+The same documents give the same vocabulary and the same fingerprint on every run and every machine. The trainers leave
+that open in two places, which are closed here: WordPiece numbers the characters in the order in which a hash table
+lists them (they are given in order instead), and Unigram's scores depend on how threads share the work (SentencePiece's
+own trainer adds them up in a fixed order, and is faster).
+"""
+
+import io
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import tokenizers
+from sentencepiece import SentencePieceTrainer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from torchrecipes.data.atomic import write_atomically
+from torchrecipes.data.documents import Source, require_documents
+from torchrecipes.data.progress import Progress
+from torchrecipes.data.sentencepiece_model import load_sentencepiece
+from torchrecipes.data.tokenizer import Tokenizer, make_tokenizer, one_thread
+from torchrecipes.data.tokenizer_files import USUAL_NAMES, bert_wordpiece, between, read_json, special_token
+from torchrecipes.errors import UserError
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every tokenizer that is trained here
+
+
+def train_wordpiece(
+    source: Source,
+    vocab_size: int = 16_384,
+    lowercase: bool = True,
+    limit_alphabet: int = 1_000,
+    vocab_multiple: int = 64,
+    folder: str | Path | None = None,
+) -> Tokenizer:
+    """Trains BERT's tokenizer: words and parts of words (`##ing`), as in Devlin et al. 2018.
+
+    Args:
+        source: the documents; read twice.
+        vocab_size: ids in all, special tokens included; fewer where the text does not give as many.
+        lowercase: lower-cases the text and removes accents.
+        limit_alphabet: characters in the vocabulary, the most frequent ones; others become `[UNK]`.
+        vocab_multiple: the number of ids is filled up to a multiple of this.
+        folder: where the tokenizer is kept; what is there already is taken, if it came from the same source and
+            settings. None: kept nowhere.
+
+    Raises:
+        UserError: no documents; `vocab_size` cannot hold the characters; `folder` has another tokenizer.
+    """
+
+    def train() -> tokenizers.Tokenizer:
+        blank = bert_wordpiece(dict.fromkeys(SPECIAL, 0), lowercase)  # for its normalizer and its words
+        anywhere: Counter[str] = Counter()
+        inside: Counter[str] = Counter()
+        for chunk, count in _count_words(source).items():
+            for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(chunk)):
+                for i, character in enumerate(word):
+                    anywhere[character] += count
+                    if i:
+                        inside[character] += count
+        # Equally frequent ones in the order of their code points.
+        alphabet = sorted(sorted(anywhere, key=lambda c: (-anywhere[c], c))[:limit_alphabet])
+        first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet if c in inside)]
+        if len(first) > vocab_size:
+            raise UserError(
+                f"vocab_size={vocab_size:,} cannot hold the {len(first):,} characters and special tokens of this text. "
+                f"Set vocab_size to twice that or more, or limit_alphabet below {len(alphabet):,}."
+            )
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=first,  # in this order, and every character of a word is among them
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=sys.stderr.isatty(),
+        )
+        blank.model = models.WordPiece(unk_token="[UNK]")
+        _train(blank, source, trainer)
+        # The trainer made special tokens of all characters: only the vocabulary is taken over.
+        return bert_wordpiece(blank.get_vocab(), lowercase)
+
+    settings = {"type": "wordpiece", "vocab_size": vocab_size, "lowercase": lowercase, "limit_alphabet": limit_alphabet}
+    return _kept(folder, settings, source, train, vocab_multiple)
+
+
+def train_bpe(
+    source: Source, vocab_size: int = 32_768, vocab_multiple: int = 64, folder: str | Path | None = None
+) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer as GPT-2's (Radford et al. 2019), with the special tokens of BERT.
+
+    Nothing is unknown to it, blanks and letter case are kept, and `decode` gives the text back (in Unicode's NFC form).
+
+    Args:
+        source: the documents; read once.
+        vocab_size: ids in all, special tokens and 256 bytes included; fewer where the text does not give as many.
+        vocab_multiple: the number of ids is filled up to a multiple of this.
+        folder: as for `train_wordpiece`.
+
+    Raises:
+        UserError: no documents; `vocab_size` cannot hold the bytes; `folder` has another tokenizer.
+    """
+
+    def train() -> tokenizers.Tokenizer:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        if vocab_size < len(SPECIAL) + len(alphabet):
+            raise UserError(f"vocab_size={vocab_size:,} cannot hold 256 bytes and {len(SPECIAL)} special tokens.")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[special_token(name, lstrip=name == "[MASK]") for name in SPECIAL],
+            initial_alphabet=alphabet,
+            show_progress=sys.stderr.isatty(),
+        )
+        _train(backend, source, trainer)
+        return backend
+
+    return _kept(folder, {"type": "bpe", "vocab_size": vocab_size}, source, train, vocab_multiple)
+
+
+def train_unigram(
+    source: Source,
+    vocab_size: int = 32_768,
+    lowercase: bool = False,
+    vocab_multiple: int = 64,
+    folder: str | Path | None = None,
+) -> Tokenizer:
+    """Trains a Unigram tokenizer (Kudo 2018) with SentencePiece, on text in Unicode's NFKC form.
+
+    Args:
+        source: the documents; read once.
+        vocab_size: ids in all, special tokens included; fewer where the text does not give as many.
+        lowercase: lower-cases the text.
+        vocab_multiple: the number of ids is filled up to a multiple of this.
+        folder: as for `train_wordpiece`.
+
+    Raises:
+        UserError: no documents; `vocab_size` cannot hold the characters; `folder` has another tokenizer.
+    """
+
+    def train() -> tokenizers.Tokenizer:
+        normalizer = normalizers.Sequence([normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])])
+        words: Counter[str] = Counter()
+        for chunk, count in _count_words(source).items():
+            for word in normalizer.normalize_str(chunk).split():
+                words[word] += count
+        model = io.BytesIO()
+        with tempfile.TemporaryDirectory() as scratch:
+            table = Path(scratch) / "words.tsv"
+            rows = (f"{word}\t{count}\n" for word, count in sorted(words.items(), key=lambda row: (-row[1], row[0])))
+            with table.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(rows)
+            try:
+                SentencePieceTrainer.train(
+                    input=str(table),
+                    input_format="tsv",
+                    model_writer=model,
+                    model_type="unigram",
+                    vocab_size=vocab_size,
+                    hard_vocab_limit=False,  # fewer pieces where the text does not give as many
+                    normalization_rule_name="identity",  # done above
+                    character_coverage=0.9999,  # rarer characters are unknown
+                    num_threads=8,  # fixed: the sums over threads depend on it
+                    minloglevel=2,
+                    **dict(zip(("pad_piece", "unk_piece", "bos_piece", "eos_piece"), SPECIAL, strict=False)),
+                    pad_id=0,
+                    unk_id=1,
+                    bos_id=2,
+                    eos_id=3,
+                    control_symbols=SPECIAL[4],
+                )
+            except RuntimeError as error:
+                raise UserError(f"vocab_size={vocab_size:,} does not fit this text. SentencePiece: {error}") from error
+            path = Path(scratch) / "unigram.model"
+            path.write_bytes(model.getvalue())
+            backend, _ = load_sentencepiece(path)
+        backend.normalizer = normalizer
+        # Any white space parts words, and every word gets the mark of a blank before it.
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+        backend.decoder = decoders.Metaspace(prepend_scheme="always")
+        return backend
+
+    settings = {"type": "unigram", "vocab_size": vocab_size, "lowercase": lowercase}
+    return _kept(folder, settings, source, train, vocab_multiple)
+
+
+def _kept(
+    folder: str | Path | None,
+    settings: dict,
+    source: Source,
+    train: Callable[[], tokenizers.Tokenizer],
+    vocab_multiple: int,
+) -> Tokenizer:
+    """The tokenizer that `folder` keeps, or else the one that `train` makes, kept in `folder` from then on."""
+    roles = {role: special_token(USUAL_NAMES[role][0]) for role in ("pad", "unk", "cls", "sep", "mask")}
+    if settings["type"] != "wordpiece":
+        # Here a blank is a part of the token behind it: the mask takes it along.
+        roles["mask"] = special_token("[MASK]", lstrip=True)
+    if folder is None:
+        return make_tokenizer(_between(train()), roles, vocab_multiple)
+    folder = Path(folder)
+    settings = {**settings, "source": source.fingerprint}
+    record = folder / "training.json"
+    if not record.exists():
+        tokenizer = make_tokenizer(_between(train()), roles, vocab_multiple)
+        tokenizer.save(folder)
+        write_atomically(record, [(json.dumps(settings, indent=2) + "\n").encode()])  # last: it says that all is there
+        return tokenizer
+    kept = json.loads(record.read_text("utf-8"))
+    differ = [f"{key}={kept.get(key)!r}, not {value!r}" for key, value in settings.items() if kept.get(key) != value]
+    if differ:
+        raise UserError(
+            f"{folder}: the tokenizer in this folder was trained with {'; '.join(differ)}. Choose another folder, or "
+            f"delete this one (and the corpus that was made with it) to train anew."
+        )
+    return make_tokenizer(read_json(folder / "tokenizer.json"), roles, vocab_multiple)
+
+
+def _between(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    backend.post_processor = between(backend, "[CLS]", "[SEP]")
+    return backend
+
+
+def _train(backend: tokenizers.Tokenizer, source: Source, trainer: trainers.Trainer) -> None:
+    with one_thread():
+        backend.train_from_iterator(_texts(source, "reading for the vocabulary"), trainer)
+
+
+def _count_words(source: Source) -> Counter[str]:
+    """How often each piece of text between white space occurs."""
+    words: Counter[str] = Counter()
+    for text in _texts(source, "counting words"):
+        words.update(text.split())
+    return words
+
+
+def _texts(source: Source, what: str) -> Iterator[str]:
+    progress = Progress(what)
+    for document in source:
+        progress.add(1, len(document.text))
+        yield document.text
+    progress.close()
+    if not progress.documents:
+        require_documents(source, source.report)

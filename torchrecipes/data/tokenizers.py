@@ -1,0 +1,40 @@
+"""Tokenizers: load one, or train one on the text that a model will see.
+
+`load_tokenizer` reads a `tokenizer.json`, a Hugging Face folder or a SentencePiece model; `train_wordpiece`,
+`train_bpe` and `train_unigram` make one from documents (tokenizer_training.py). All give a `Tokenizer` (tokenizer.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchrecipes.data.tokenizer import Tokenizer, make_tokenizer, special_tokens
+from torchrecipes.data.tokenizer_files import USUAL_NAMES, read_tokenizer
+from torchrecipes.data.tokenizer_training import train_bpe, train_unigram, train_wordpiece
+from torchrecipes.errors import UserError
+
+__all__ = ["Tokenizer", "load_tokenizer", "train_bpe", "train_unigram", "train_wordpiece"]
+
+
+def load_tokenizer(path: str | Path, vocab_multiple: int = 64, required: Sequence[str] = ("mask", "pad")) -> Tokenizer:
+    """Reads a tokenizer from disk.
+
+    Args:
+        path: a `tokenizer.json`, a folder that has one (a Hugging Face model's or tokenizer's, a checkpoint), a BERT
+            `vocab.txt`, or a SentencePiece `.model`; to the latter `[CLS]`, `[SEP]`, `[PAD]` and `[MASK]` are added
+            where it has none (its begin- and end-of-sentence tokens are `[CLS]` and `[SEP]` where it has these).
+        vocab_multiple: the number of ids is filled up to a multiple of this. 1: none is added.
+        required: the roles that must be filled; `("mask", "pad")` is what masked language modelling needs.
+
+    Raises:
+        UserError: nothing to read there, or a required special token is missing.
+    """
+    backend, roles = read_tokenizer(Path(path))
+    for role in required:
+        if role not in roles:
+            raise UserError(
+                f"{path}: this tokenizer has no {role} token, which is needed here (special tokens: "
+                f"{', '.join(special_tokens(backend).values()) or 'none'}). Name one in tokenizer_config.json beside "
+                f'tokenizer.json, as in "{role}_token": "{USUAL_NAMES[role][0]}" (it is added where the vocabulary '
+                "lacks it), or take another tokenizer, e.g. train_wordpiece."
+            )
+    return make_tokenizer(backend, roles, vocab_multiple)
