@@ -3,6 +3,7 @@
 The configs are found by recursion, so that one that is added is tested; each recipe is imported once.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -59,6 +60,14 @@ def components(value: Any, place: tuple = ()) -> Iterator[tuple[tuple, str]]:
             yield from components(item, (*place, key))
 
 
+def runtime_names(schema: type, place: tuple = ()) -> Iterator[tuple[tuple, tuple[str, ...]]]:
+    """The place of every key, and the arguments that the recipe passes to a component there."""
+    for spec in dataclasses.fields(schema):
+        yield (*place, spec.name), spec.metadata.get("runtime", ())
+        if dataclasses.is_dataclass(spec.type) and spec.type is not Component:
+            yield from runtime_names(spec.type, (*place, spec.name))
+
+
 def misspelled(key: str) -> str:
     # Two neighbours swapped, the most usual slip of the fingers; the last letter doubled where that changes nothing.
     middle = len(key) // 2
@@ -101,10 +110,10 @@ def test_every_argument_of_every_component_misspelt_is_refused_with_the_right_su
     config = CONFIGS[name]
     schema = schema_of(config.recipe)
     instance = load(schema, config.path, left_to_the_user(config))
-    runtime = {spec.name: spec.metadata.get("runtime", ()) for spec in schema.__dataclass_fields__.values()}
+    runtime = dict(runtime_names(schema))
     count = 0
     for place, path in components(to_tree(instance)):
-        offered = [n for n in parameters(resolve(path)) if n not in runtime.get(place[-1], ())]
+        offered = [n for n in parameters(resolve(path)) if n not in runtime.get(place, ())]
         for argument in offered:
             override = f"{show(place)}.{misspelled(argument)}=1"
             found = problems(config, config.path, override)
@@ -116,6 +125,7 @@ def test_every_argument_of_every_component_misspelt_is_refused_with_the_right_su
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_of_the_recipe_misspelt_on_the_command_line_is_refused(name):
     config = CONFIGS[name]
-    for key in schema_of(config.recipe).__dataclass_fields__:
-        found = problems(config, config.path, f"{misspelled(key)}=1")
-        assert any(f"did you mean '{key}'?" in line for line in found), (key, found)
+    for place, _ in runtime_names(schema_of(config.recipe)):
+        override = f"{show((*place[:-1], misspelled(place[-1])))}=1"
+        found = problems(config, config.path, override)
+        assert any(override in line and f"did you mean '{place[-1]}'?" in line for line in found), (override, found)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from torchrecipes.config.files import find_recipe, shipped_configs, shipped_recipes
+from torchrecipes.config.files import ShippedConfig, find_recipe, shipped_configs, shipped_recipes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,13 +14,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the list."""
     wanted = find_recipe(args.recipe).stem if args.recipe else None
-    configs = shipped_configs()
+    recipes, configs = shipped_recipes(), shipped_configs()
     width = max((len(config.name) for config in configs), default=0)
-    for recipe in shipped_recipes():
+
+    def show_configs(of: list[ShippedConfig]) -> None:
+        for config in of:
+            print(f"    --config {config.name:<{width}}  {config.summary}".rstrip())
+        print()
+
+    for recipe in recipes:
         if wanted in (None, recipe.name):
             print(f"{recipe.name}: {recipe.summary}")
-            for config in configs:
-                if config.recipe == recipe.name:
-                    print(f"    --config {config.name:<{width}}  {config.summary}".rstrip())
-            print()
+            show_configs([config for config in configs if config.recipe == recipe.name])
+    strays = [config for config in configs if config.recipe not in {recipe.name for recipe in recipes}]
+    if strays and not wanted:
+        print("Configs whose first line names no recipe here:")
+        show_configs(strays)
     print("tune-style cat NAME prints one of them, tune-style cp NAME FILE copies it for you to change.")

@@ -1,0 +1,170 @@
+"""What `tune-style` itself does: finding verbs, starting fast, exit codes."""
+
+import errno
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from torchrecipes.cli import main as cli
+from torchrecipes.errors import UserError
+
+
+def python(*words: str, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, **settings)
+
+
+@pytest.mark.parametrize("words", [["ls"], ["--help"], ["run", "--help"], ["cat", "mlm_pretrain"], ["--version"], []])
+def test_what_needs_no_torch_does_not_import_it(words):
+    program = (
+        "import sys\n"
+        "from torchrecipes.cli.main import main\n"
+        f"try: main({words!r})\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'omegaconf', 'numpy', 'matplotlib', 'transformers', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_reading_a_config_does_not_import_torch():
+    program = (
+        "import sys\nfrom dataclasses import dataclass\nfrom torchrecipes.config import load, to_yaml\n"
+        "@dataclass\nclass Config:\n    seed: int = 0\n    other: int = 0\n"
+        "print(to_yaml(load(Config, None, ['seed=1', 'other=${seed}'])))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    assert python("-c", program).returncode == 0
+
+
+def test_importing_the_package_costs_nothing():
+    program = "import sys; before = set(sys.modules); import torchrecipes; print(*set(sys.modules) - before)"
+    assert python("-c", program).stdout.split() == ["torchrecipes"]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_explains_itself_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: tune-style {verb}" in out
+    assert "example" in out and f"tune-style {verb}" in out.split("example", 1)[1]
+    assert "--debug" in out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_verb(words, capsys):
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {verb} " in out for verb in cli.VERBS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "torchrecipes 0.1.0\n"
+
+
+def test_an_unknown_verb_gets_a_suggestion(capsys):
+    assert cli.main(["rnu", "x"]) == 2
+    assert capsys.readouterr().err == "tune-style has no command 'rnu': did you mean 'run'?\n"
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """A verb `act`, whose `main` does what the test sets."""
+    module = types.ModuleType("verb_of_a_test")
+    module.add_arguments = lambda parser: parser.add_argument("words", nargs="*")
+    module.main = lambda args: None
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.VERBS, "act", (module.__name__, "act as the test says"))
+    return module
+
+
+def raising(error: BaseException):
+    def act(args):
+        raise error
+
+    return act
+
+
+class OutOfMemoryError(RuntimeError):
+    """Called as torch's own, which is not imported to be recognised."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("config.yaml:3: no such key. Remove it."), 2, "config.yaml:3: no such key. Remove it.\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 2, "Out of memory. Lower rows_per_micro_batch first"),
+        (OutOfMemoryError("Tried 2 GiB\nmore"), 2, "Out of memory on the GPU (Tried 2 GiB). Lower rows"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "Out of memory ([enforce fail]"),
+        (OSError(errno.ENOSPC, "No space left", "x/model"), 2, "The disk is full (writing x/model). Make room"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), 2, "The disk is full. Make room"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message(verb, capsys, error, code, message):
+    verb.main = raising(error)
+    assert cli.main(["act"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(message) and "Traceback" not in err
+    assert bool(err) == bool(message)
+
+
+def test_debug_shows_the_traceback(verb, capsys):
+    verb.main = raising(UserError("it is wrong"))
+    assert cli.main(["act", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "UserError: it is wrong" in err
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), SystemExit(5), OSError(errno.ENOENT, "gone"), RuntimeError("x")]
+)
+def test_bugs_and_exits_pass_through(verb, error):
+    verb.main = raising(error)
+    with pytest.raises(type(error)) as caught:
+        cli.main(["act"])
+    assert caught.value is error
+
+
+def test_an_unknown_option_is_an_error_that_tells_how_settings_are_written(verb, capsys):
+    for words, message in {
+        ("--lr=1e-3",): "unknown option --lr=1e-3; a recipe's settings are written without dashes: lr=1e-3",
+        ("--what",): "unknown option --what",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["act", *words])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_options_may_stand_between_the_words(verb):
+    seen = []
+    verb.main = seen.append
+    assert cli.main(["act", "a=1", "--debug", "b=-2"]) == 0
+    assert (seen[0].words, seen[0].debug) == (["a=1", "b=-2"], True)
+
+
+def test_the_installed_command_and_the_module_are_the_same_program(tmp_path):
+    command = os.path.join(os.path.dirname(sys.executable), "tune-style")
+    installed = subprocess.run([command, "rnu"], capture_output=True, text=True, cwd=tmp_path)
+    module = python("-m", "torchrecipes.cli.main", "rnu", cwd=tmp_path)
+    assert (installed.returncode, installed.stderr) == (module.returncode, module.stderr)
+    assert module.returncode == 2
+
+
+def test_output_into_a_closed_pipe_is_quiet(tmp_path):
+    # The reader closes its end before the first line: as `tune-style ls | true`, without the race.
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "torchrecipes.cli.main", "ls"], stdout=write_end, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
