@@ -44,14 +44,15 @@ def test_warmup_stable_decay_closed_form(decay, middle):
 def test_ratios_are_shares_of_max_steps():
     assert cosine(200, warmup_ratio=0.05) == cosine(200, warmup_steps=10)
     assert linear(30, warmup_ratio=0.1) == linear(30, warmup_steps=3)
+    assert constant(200) == constant(200, warmup_steps=10)
     by_ratio = warmup_stable_decay(1000, warmup_ratio=0.01, decay_ratio=0.2)
     assert by_ratio == warmup_stable_decay(1000, warmup_steps=10, decay_steps=200)
-    assert warmup_stable_decay(1000) == warmup_stable_decay(1000, decay_ratio=0.1)
+    assert warmup_stable_decay(1000) == warmup_stable_decay(1000, warmup_ratio=0.05, decay_ratio=0.1)
 
 
 SCHEDULES = [
     cosine(57, 7),
-    cosine(57),
+    cosine(57, 0),
     cosine(57, 57),
     cosine(1),
     linear(57, 7, min_lr_ratio=0.0),
@@ -61,7 +62,7 @@ SCHEDULES = [
     warmup_stable_decay(57, 7),
     warmup_stable_decay(57, 7, decay_steps=50, decay="linear", min_lr_ratio=0.0),
     warmup_stable_decay(57, 7, decay_steps=0),
-    warmup_stable_decay(57, decay_ratio=1.0, decay="cosine"),
+    warmup_stable_decay(57, 0, decay_ratio=1.0, decay="cosine"),
 ]
 
 

@@ -91,13 +91,13 @@ def cosine(
     Args:
         max_steps: optimizer steps of the whole run.
         warmup_steps: optimizer steps until the full learning rate; or
-        warmup_ratio: the same as a share of `max_steps`. With neither there is no warm-up.
+        warmup_ratio: the same as a share of `max_steps`. With neither it is 0.05 of `max_steps`; 0 is none.
         min_lr_ratio: the last step's learning rate, as a share of the full one.
 
     Raises:
         UserError: a value is out of range, or two say the same thing.
     """
-    warmup = _steps("warmup", warmup_steps, warmup_ratio, 0.0, max_steps)
+    warmup = _steps("warmup", warmup_steps, warmup_ratio, 0.05, max_steps)
     return _schedule(max_steps, warmup, max_steps - warmup, "cosine", min_lr_ratio)
 
 
@@ -108,13 +108,13 @@ def linear(
     min_lr_ratio: float = 0.1,
 ) -> Schedule:
     """Linear warm-up, then a straight line down to `min_lr_ratio`. Arguments and errors are those of `cosine`."""
-    warmup = _steps("warmup", warmup_steps, warmup_ratio, 0.0, max_steps)
+    warmup = _steps("warmup", warmup_steps, warmup_ratio, 0.05, max_steps)
     return _schedule(max_steps, warmup, max_steps - warmup, "linear", min_lr_ratio)
 
 
 def constant(max_steps: int, warmup_steps: int | None = None, warmup_ratio: float | None = None) -> Schedule:
     """Linear warm-up, then the full learning rate to the end. Arguments and errors are those of `cosine`."""
-    return _schedule(max_steps, _steps("warmup", warmup_steps, warmup_ratio, 0.0, max_steps), 0, "linear", 1.0)
+    return _schedule(max_steps, _steps("warmup", warmup_steps, warmup_ratio, 0.05, max_steps), 0, "linear", 1.0)
 
 
 def warmup_stable_decay(
@@ -133,7 +133,7 @@ def warmup_stable_decay(
     Args:
         max_steps: optimizer steps of the whole run.
         warmup_steps: optimizer steps until the full learning rate; or
-        warmup_ratio: the same as a share of `max_steps`. With neither there is no warm-up.
+        warmup_ratio: the same as a share of `max_steps`. With neither it is 0.05 of `max_steps`; 0 is none.
         decay_steps: optimizer steps of the decay at the end; or
         decay_ratio: the same as a share of `max_steps`. With neither it is 0.1 of `max_steps`.
         decay: `sqrt` (1 - sqrt(progress)), `linear` or `cosine`.
@@ -144,7 +144,7 @@ def warmup_stable_decay(
     """
     if decay not in _DECAYS:
         raise UserError(f"schedule decay: {decay!r} is not known. Use {', '.join(sorted(_DECAYS))}.")
-    warmup = _steps("warmup", warmup_steps, warmup_ratio, 0.0, max_steps)
+    warmup = _steps("warmup", warmup_steps, warmup_ratio, 0.05, max_steps)
     decay_length = _steps("decay", decay_steps, decay_ratio, 0.1, max_steps)
     if warmup + decay_length > max_steps:
         raise UserError(
