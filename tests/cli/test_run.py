@@ -132,12 +132,14 @@ def test_a_bug_in_a_recipe_is_a_traceback():
         (["run", "nowhere.py"], "There is no recipe file nowhere.py here."),
         (["validate", "mlm_pretrain", "--config", "neobert/quickstrt"], "Did you mean 'neobert/quickstart'?"),
         (["run", "no_config.py"], "no_config.py is not a recipe. A recipe has a dataclass Config with its settings"),
-        (["run", "no_main.py"], "no_main.py is not a recipe. A recipe has a function main(config)"),
+        (["run", "no_main.py"], "no_main.py is not a recipe. A recipe has a dataclass Config with its settings"),
+        (["run", "no_dataclass.py"], "no_dataclass.py is not a recipe."),
     ],
 )
 def test_what_is_no_recipe(words, message, capsys):
     Path("no_config.py").write_text("def main(config): ...\n")
-    Path("no_main.py").write_text("class Config: ...\n")
+    Path("no_main.py").write_text("import dataclasses\nConfig = dataclasses.make_dataclass('Config', [])\n")
+    Path("no_dataclass.py").write_text("class Config: ...\ndef main(config): ...\n")
     assert main(words) == 2
     assert message in capsys.readouterr().err
 

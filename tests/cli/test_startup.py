@@ -124,7 +124,14 @@ def test_debug_shows_the_traceback(verb, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("a bug"), SystemExit(5), OSError(errno.ENOENT, "gone"), RuntimeError("x")]
+    "error",
+    [
+        ValueError("a bug"),
+        SystemExit(5),
+        BrokenPipeError("a worker's"),
+        OSError(errno.ENOENT, "gone"),
+        RuntimeError("x"),
+    ],
 )
 def test_bugs_and_exits_pass_through(verb, error):
     verb.main = raising(error)
@@ -167,4 +174,4 @@ def test_output_into_a_closed_pipe_is_quiet(tmp_path):
         [sys.executable, "-m", "torchrecipes.cli.main", "ls"], stdout=write_end, stderr=subprocess.PIPE, text=True
     )
     os.close(write_end)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (1, "")

@@ -12,6 +12,7 @@ interrupted.
 import argparse
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -66,11 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; the interpreter must not try to flush to it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            return 1
         message = explain(error)
         if message is None:
             raise
@@ -80,6 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(message, file=sys.stderr)
         return 2
     return 0
+
+
+def _stdout_is_closed() -> bool:
+    # The reader of our output (`| head`) has gone. Another pipe, of a worker, may break as well: a bug to be seen.
+    stdout = 1
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:  # so that the interpreter does not complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return closed
 
 
 def _overview() -> str:

@@ -1,6 +1,7 @@
 """`tune-style run`: checks a config in full, then calls the recipe's `main(config)`."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def load_recipe(path: Path) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
-    for needed, what in {"Config": "a dataclass Config with its settings", "main": "a function main(config)"}.items():
-        if not hasattr(module, needed):
-            raise UserError(f"{path} is not a recipe. A recipe has {what}: see tune-style cat mlm_pretrain.")
+    if not dataclasses.is_dataclass(getattr(module, "Config", None)) or not callable(getattr(module, "main", None)):
+        has = "a dataclass Config with its settings and a function main(config)"
+        raise UserError(f"{path} is not a recipe. A recipe has {has}: see tune-style cat mlm_pretrain.")
     return module
