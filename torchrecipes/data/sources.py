@@ -1,0 +1,230 @@
+"""Sources of text: `files`, for all kinds of text files on disk.
+
+1. `file_search` turns the paths of a config into a list of files, and says what it leaves out.
+2. A part is one file, or a slice of a large one; parts can be pickled, so several processes can read one source.
+3. `lines` gives a part's lines in flat memory; `readers` (text, JSON lines) and `tables` (CSV, TSV, Parquet) give its
+   documents and bad records.
+4. With `on_bad_record="stop"` the first bad record raises; with `"skip"` it is yielded, and whoever reads counts it.
+
+Another source is any class with the attributes of `Source`; `python_docs` is one.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torchrecipes.data.documents import BadRecord, Document, Report, Source, documents, require_documents, stop_at_bad
+from torchrecipes.data.file_search import FoundFile, find_files
+from torchrecipes.data.lines import BLOCK, UnreadableFile, open_blocks, read_lines, slice_at
+from torchrecipes.data.readers import LONGEST_RECORD, read_json_lines, read_text_blocks, read_text_lines
+from torchrecipes.data.tables import parquet_groups, read_csv, read_parquet
+from torchrecipes.errors import UserError
+
+__all__ = ["BadRecord", "Document", "FileSource", "Report", "Source", "documents", "files", "require_documents"]
+
+READING = 1  # raise it when the same files give other documents than before: it enters the fingerprint
+SLICE = 32 << 20  # bytes of a file that one part reads
+SAMPLE_BY = ("line", "paragraph", "document")
+ON_BAD_RECORD = ("stop", "skip")
+
+
+def files(
+    path: str | list[str],
+    text_key: str = "text",
+    sample_by: str = "line",
+    on_bad_record: str = "stop",
+    max_document_chars: int = 1_000_000,
+) -> "FileSource":
+    """Return the documents of files: plain text, .jsonl/.ndjson/.json (an object per line), .csv, .tsv, .parquet.
+
+    All but Parquet may be compressed with gzip (.gz). Text is UTF-8. Line ends are `\\n`, `\\r\\n` and `\\r`, nothing
+    else, in all of them, and `\\n` in the documents.
+
+    Args:
+        path: a file, a folder (with sub-folders, in the order of the names; hidden and unknown files are left out), a
+            pattern with `*`, `**`, `?` or `[]`, or a list of those.
+        text_key: key of JSON lines, column of tables that holds the text.
+        sample_by: what a document of plain text is: "line", "paragraph" (blank lines are between) or "document" (a
+            file), as in the text loader of `datasets`. Blank lines are no documents.
+        on_bad_record: "stop" raises at a record without a text (not JSON, not UTF-8, no such key, null, a row with
+            missing fields, a damaged file); "skip" counts and reports it. Empty texts are always counted and skipped.
+        max_document_chars: a longer text becomes several documents, cut at white space where there is any.
+
+    Raises:
+        UserError: a path that matches nothing, a value that is none of these; and, when the source is read, what
+            `on_bad_record` says.
+    """
+    for key, value, valid in (("sample_by", sample_by, SAMPLE_BY), ("on_bad_record", on_bad_record, ON_BAD_RECORD)):
+        if value not in valid:
+            near = difflib.get_close_matches(str(value), valid, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(valid)}"
+            raise UserError(f"data.source.{key} is '{value}'; {hint}")
+    if max_document_chars < 100:
+        raise UserError(f"data.source.max_document_chars is {max_document_chars}; the least is 100")
+    found, left_out = find_files([path] if isinstance(path, str) else list(path))
+    options = Options(text_key, sample_by, on_bad_record, max_document_chars)
+    return FileSource([FilePart(file, options) for file in found], left_out, options)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How files are read: the arguments of `files`."""
+
+    text_key: str
+    sample_by: str
+    on_bad_record: str
+    max_document_chars: int
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A source: a file, or a slice of it.
+
+    `start` and `stop` are bytes of an uncompressed text file, or row groups of a Parquet file (None: to its end);
+    `first_line` is the number of the first line of the slice.
+    """
+
+    file: FoundFile
+    options: Options
+    start: int = 0
+    stop: int | None = None
+    first_line: int = 1
+
+    @property
+    def name(self) -> str:
+        """The file, as the config has it."""
+        return self.file.name
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the input in bytes as stored."""
+        if self.stop is None or self.file.format == "parquet":
+            return self.file.size
+        return self.stop - self.start
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the options, and of the file's relative name, size and time of change."""
+        return _fingerprint(self.options, [self.file], [self.start, self.stop])
+
+    def parts(self) -> list[Source]:
+        """Return this part."""
+        return [self]
+
+    def __iter__(self) -> Iterator[Document | BadRecord]:
+        """Yield the documents and bad records.
+
+        Raises:
+            UserError: a bad record and `on_bad_record` is "stop"; a file that cannot be read, or has changed by now.
+        """
+        items = self._read()
+        return stop_at_bad(items) if self.options.on_bad_record == "stop" else items
+
+    def _read(self) -> Iterator[Document | BadRecord]:
+        file, options = self.file, self.options
+        try:
+            status = os.stat(file.path)
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
+                raise UserError(f"{file.name} has changed since this run looked at it: start again when it is complete")
+            if file.format == "parquet":
+                limit = options.max_document_chars
+                yield from read_parquet(file.path, file.name, options.text_key, limit, self.start, self.stop)
+            else:
+                with open_blocks(file.path, file.gzipped, self.start, self.stop) as blocks:
+                    yield from self._read_lines(blocks)
+        except UnreadableFile as error:
+            yield BadRecord(file.name, error.reason, error.detail)
+        except OSError as error:
+            raise UserError(f"{file.name} cannot be read: {error.strerror or error}") from error
+
+    def _read_lines(self, blocks: Iterator[bytes]) -> Iterator[Document | BadRecord]:
+        name, options, limit = self.file.name, self.options, self.options.max_document_chars
+        if self.file.format == "text":
+            lines = read_lines(blocks, max(4 * limit, BLOCK), self.first_line)
+            if options.sample_by == "line":
+                return read_text_lines(lines, name, limit)
+            return read_text_blocks(lines, name, limit, whole=options.sample_by == "document")
+        lines = read_lines(blocks, LONGEST_RECORD, self.first_line)
+        if self.file.format == "jsonl":
+            return read_json_lines(lines, name, options.text_key, limit, from_start=self.start == 0)
+        return read_csv(lines, name, options.text_key, limit, tabs=self.file.format == "tsv")
+
+    def sliced(self) -> "list[FilePart]":
+        """Return parts of about `SLICE` bytes that give together what this one gives; [self] where there is no way."""
+        file, options = self.file, self.options
+        if file.size < 2 * SLICE or file.gzipped or self.stop is not None:
+            return [self]
+        if file.format == "parquet":
+            groups = parquet_groups(file.path, SLICE)
+            return [FilePart(file, options, start, stop) for start, stop in groups] or [self]
+        if file.format == "jsonl" or (file.format == "text" and options.sample_by != "document"):
+            separator = rb"\n\r?\n" if file.format == "text" and options.sample_by == "paragraph" else rb"\n"
+            return [FilePart(file, options, *slice_) for slice_ in slice_at(file.path, file.size, SLICE, separator)]
+        return [self]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A source without documents: what was seen in a folder and is not read."""
+
+    records: list[BadRecord]
+    name: str = "files that are left out"
+    num_bytes: int = 0
+    fingerprint: str = ""
+
+    def __iter__(self) -> Iterator[BadRecord]:
+        """Yield a record for each."""
+        return iter(self.records)
+
+    def parts(self) -> list[Source]:
+        """Return this part."""
+        return [self]
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A source: files one after the other, and before them a `BadRecord` for each that was seen and is left out."""
+
+    file_parts: list[FilePart] = field(repr=False)
+    left_out: list[BadRecord] = field(repr=False)
+    options: Options
+
+    @property
+    def name(self) -> str:
+        """The first files, and how many there are."""
+        first = ", ".join(os.path.abspath(part.file.name) for part in self.file_parts[:3])
+        return first if len(self.file_parts) <= 3 else f"{first} and {len(self.file_parts) - 3} more files"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files in bytes as stored."""
+        return sum(part.num_bytes for part in self.file_parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the options, and of every file's relative name, size and time of change; folders may be moved."""
+        return _fingerprint(self.options, [part.file for part in self.file_parts], [])
+
+    def __iter__(self) -> Iterator[Document | BadRecord]:
+        """Yield documents and bad records, file after file.
+
+        Raises:
+            UserError: as in `files`.
+        """
+        yield from self.left_out
+        for part in self.file_parts:
+            yield from part
+
+    def parts(self) -> list[Source]:
+        """Return a source per file, several for a large one; large text files are read once to number their lines."""
+        left_out: list[Source] = [LeftOut(self.left_out)] if self.left_out else []
+        return left_out + [piece for part in self.file_parts for piece in part.sliced()]
+
+
+def _fingerprint(options: Options, found: list[FoundFile], more: list) -> str:
+    described = [(file.relative, file.format, file.gzipped, file.size, file.modified_ns) for file in found]
+    text = json.dumps([READING, vars(options), described, more])
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]

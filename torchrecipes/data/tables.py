@@ -1,0 +1,199 @@
+"""Tables with a column of text: CSV, TSV and Parquet, row by row.
+
+1. CSV has double quotes (RFC 4180), so that a field may hold line ends and commas; TSV has no quoting, a row is a line.
+   The first line of both names the columns.
+2. A row with more or fewer fields than columns is a bad record; so is a quote that is not closed: the reading goes on
+   with the line after the one that opened it.
+3. Parquet is read a batch of rows at a time, and only the column with the text.
+"""
+
+import csv
+from collections.abc import Iterable, Iterator
+
+from torchrecipes.data.documents import BadRecord, Document
+from torchrecipes.data.lines import Lines, UnreadableFile, not_utf8
+from torchrecipes.data.readers import LONGEST_RECORD, NOT_UTF8, text_field
+
+FIELD_COUNT = "a row with another number of fields than there are columns"
+BAD_QUOTES = "a quote that is not closed, or in the wrong place"
+QUOTED_LINES = 10_000  # lines of one row, in quotes, before the quote counts as not closed
+QUOTED_CHARACTERS = 16 << 20  # the same
+PARQUET_ROWS = 256  # per batch
+
+
+def read_csv(
+    line_groups: Iterable[Lines], name: str, text_key: str, limit: int, tabs: bool
+) -> Iterator[Document | BadRecord]:
+    """Yield the field in the column `text_key` of every row.
+
+    Args:
+        line_groups: the lines of the whole file.
+        name: of the file.
+        text_key: name of the column.
+        limit: characters of a document.
+        tabs: fields are separated by tabs, and quotes are characters like any other.
+
+    Raises:
+        UnreadableFile: the first line does not name the column.
+    """
+    rows = _tab_rows(_numbered(line_groups, name)) if tabs else _quoted_rows(_numbered(line_groups, name), name)
+    columns = None
+    for number, row in rows:
+        origin = f"{name}:{number}"
+        if isinstance(row, BadRecord):
+            yield row
+        elif columns is None:
+            columns = [column.strip() for column in row]
+            index = _column(columns, text_key, "the first line's fields are")
+        elif len(row) != len(columns):
+            yield BadRecord(origin, FIELD_COUNT, f"{len(row)}, not {len(columns)}")
+        else:
+            yield from _document(row[index], origin, limit)
+
+
+def read_parquet(
+    path: str, name: str, text_key: str, limit: int, first_group: int = 0, end_group: int | None = None
+) -> Iterator[Document | BadRecord]:
+    """Yield the value in the column `text_key` of every row, or of those of some row groups.
+
+    Args:
+        path: of the file.
+        name: of the file in messages; an origin is `name:row`, from 1.
+        text_key: name of the column, which holds strings.
+        limit: characters of a document.
+        first_group: the first row group to read.
+        end_group: the row group to stop before; None reads all.
+
+    Raises:
+        UnreadableFile: not a Parquet file, or a damaged one, or without such a column.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        # One thread: the parts of a source are read by a process each, and a forked thread pool would hang.
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            index = _column(file.schema_arrow.names, text_key, "its columns are")
+            kind = file.schema_arrow.field(index).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise UnreadableFile(f"the column '{text_key}' holds no strings", f"but {kind}")
+            groups = range(first_group, file.num_row_groups if end_group is None else end_group)
+            row = 1 + sum(file.metadata.row_group(group).num_rows for group in range(first_group))
+            for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[text_key], use_threads=False):
+                for text in _strings(batch.column(0)):
+                    yield from _document(text, f"{name}:{row}", limit)
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
+            raise
+        raise UnreadableFile("not a Parquet file, or a damaged one", str(error).split("\n")[0]) from error
+
+
+def parquet_groups(path: str, target: int) -> list[tuple[int, int]]:
+    """Return ranges of row groups of at least `target` bytes of input; none for a file that cannot be read."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        metadata = parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError):
+        return []
+    ranges, first, held = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        held += metadata.row_group(group).total_byte_size
+        if held >= target or group == metadata.num_row_groups - 1:
+            ranges.append((first, group + 1))
+            first, held = group + 1, 0
+    return ranges
+
+
+def _document(text: object, origin: str, limit: int) -> Iterator[Document | BadRecord]:
+    if isinstance(text, bytes):
+        yield BadRecord(origin, NOT_UTF8, not_utf8(text))
+    else:
+        yield from text_field(text, origin, limit)
+
+
+def _column(columns: list[str], wanted: str, introduction: str) -> int:
+    if wanted not in columns:
+        raise UnreadableFile(f"no column '{wanted}'", f"{introduction} {', '.join(map(repr, columns[:20]))}")
+    return columns.index(wanted)
+
+
+def _strings(column) -> list[str | bytes | None]:
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+        return [value if value is None else _string(value) for value in values]
+
+
+def _string(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _numbered(line_groups: Iterable[Lines], name: str) -> Iterator[tuple[int, str | BadRecord]]:
+    too_long = False
+    for number, lines, goes_on in line_groups:
+        if goes_on or too_long:
+            if not too_long:
+                yield number, BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
+            too_long = goes_on
+            lines, number = lines[1:], number + (not goes_on)
+        for line in lines:
+            bad = isinstance(line, bytes)
+            yield number, BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line)) if bad else line
+            number += 1
+
+
+def _tab_rows(lines: Iterable[tuple[int, str | BadRecord]]) -> Iterator[tuple[int, list[str] | BadRecord]]:
+    for number, line in lines:
+        if isinstance(line, BadRecord):
+            yield number, line
+        elif line and not line.isspace():
+            yield number, line.split("\t")
+
+
+def _quoted_rows(
+    lines: Iterator[tuple[int, str | BadRecord]], name: str
+) -> Iterator[tuple[int, list[str] | BadRecord]]:
+    # The limit is the process's, and far below the length of a document; it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD))
+    again: list[tuple[int, str | BadRecord]] = []  # lines to read again, the next one last
+    taken: list[tuple[int, str | BadRecord]] = []  # lines of the row that is being read
+
+    def feed() -> Iterator[str]:
+        characters = 0
+        while len(taken) < QUOTED_LINES and characters < QUOTED_CHARACTERS:
+            item = again.pop() if again else next(lines, None)
+            if item is None:
+                return
+            taken.append(item)
+            if isinstance(item[1], BadRecord):
+                return  # ends the row: an error inside quotes
+            characters += len(item[1])
+            yield item[1] + "\n"
+
+    while True:
+        taken.clear()
+        try:
+            row = next(csv.reader(feed(), strict=True), None)
+            problem = None
+        except csv.Error as error:
+            row, problem = None, str(error)
+        if not taken:
+            return
+        number, line = taken[0]
+        if isinstance(line, BadRecord):
+            yield number, line
+        elif problem is not None:
+            yield number, BadRecord(f"{name}:{number}", BAD_QUOTES, problem)
+            again += reversed(taken[1:])
+        elif row:
+            yield number, row
