@@ -2,8 +2,7 @@
 
 1. A source reads records: lines, JSON objects, table rows, docstrings.
 2. A record with a text is a `Document`; one without is a `BadRecord`, with the reason why.
-3. Whoever reads a source counts both in a `Report`. It is picklable and adds up, so that several processes can read the
-   parts of one source.
+3. A `Report` counts both. It is picklable and adds up, so that several processes can read the parts of one source.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,26 +39,6 @@ class BadRecord(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.reason}" + (f": {self.detail}" if self.detail else "")
-
-
-class Source(Protocol):
-    """Documents in an order that is the same every time: what `data.source` of a recipe is.
-
-    `name` says in words where they come from; `num_bytes` is the size of the input, in bytes as stored;
-    `fingerprint` is equal for equal configuration and unchanged inputs, and is made without reading them.
-    """
-
-    name: str
-    num_bytes: int
-    fingerprint: str
-
-    def __iter__(self) -> Iterator[Document | BadRecord]:
-        """Yield the documents, and what gives none; iterate again to read again."""
-        ...
-
-    def parts(self) -> "list[Source]":
-        """Return picklable sources that, one after the other, give what this source gives."""
-        ...
 
 
 @dataclass
@@ -104,37 +83,50 @@ class Report:
         return "\n".join(self.lines())
 
 
-def documents(items: Iterable[Document | BadRecord], report: Report) -> Iterator[Document]:
-    """Yield the documents of `items`; count all in `report`, which is complete when the iteration ends."""
+class Source(Protocol):
+    """Documents in an order that is the same every time: what `data.source` of a recipe is.
+
+    `name` says in words where they come from; `num_bytes` is the size of the input in bytes as stored; `fingerprint` is
+    equal for equal configuration and unchanged inputs, and is made without reading them. `report` is the account of the
+    latest iteration, complete when that has ended; the parts' reports, merged, are the whole's.
+    """
+
+    name: str
+    num_bytes: int
+    fingerprint: str
+    report: Report
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents; iterate again to read again."""
+        ...
+
+    def parts(self) -> "list[Source]":
+        """Return picklable sources whose documents, one part after the other, are those of this source."""
+        ...
+
+
+def documents(items: Iterable[Document | BadRecord], report: Report, stop: bool = False) -> Iterator[Document]:
+    """Yield the documents of `items`; count all in `report`, which is complete when the iteration ends.
+
+    Raises:
+        UserError: with `stop`, at a bad record (an empty text is none); the message names it, those that follow soon,
+            and the remedy.
+    """
+    items = iter(items)
     count = characters = 0
     try:
         for item in items:
-            if type(item) is BadRecord:
-                report.add(item)
-            else:
+            if type(item) is not BadRecord:
                 count += 1
                 characters += len(item.text)
                 yield item
+            elif stop and item.reason != EMPTY_TEXT:
+                raise UserError(_explain(item, items))
+            else:
+                report.add(item)
     finally:
         report.documents += count
         report.characters += characters
-
-
-def stop_at_bad(items: Iterator[Document | BadRecord]) -> Iterator[Document | BadRecord]:
-    """Yield `items` up to the first bad record; one with an empty text is none.
-
-    Raises:
-        UserError: there is a bad record; the message names it and those that follow soon, and the remedy.
-    """
-    for item in items:
-        if type(item) is BadRecord and item.reason != EMPTY_TEXT:
-            # Who repairs a file by hand wants to see all that is wrong with it; but to read on for long is a wait.
-            near = [one for one in islice(items, 10_000) if type(one) is BadRecord and one.reason != EMPTY_TEXT]
-            bad = [item, *near[:9]]
-            key = "name the text's key with data.source.text_key, " * any(one.reason.startswith("no ") for one in bad)
-            remedy = f"Repair the data, {key}or count and skip such records with data.source.on_bad_record=skip"
-            raise UserError("\n".join([*map(str, bad), remedy]))
-        yield item
 
 
 def require_documents(source: Source, report: Report) -> None:
@@ -146,3 +138,12 @@ def require_documents(source: Source, report: Report) -> None:
     if not report.documents:
         seen = report.lines()[1:] or ["it is empty, or holds blank lines only"]
         raise UserError("\n  ".join([f"no documents in {source.name}", *seen]))
+
+
+def _explain(first: BadRecord, rest: Iterator[Document | BadRecord]) -> str:
+    # Who repairs a file by hand wants to see all that is wrong with it; but to read on for long is a wait.
+    near = [item for item in islice(rest, 10_000) if type(item) is BadRecord and item.reason != EMPTY_TEXT]
+    bad = [first, *near[:9]]
+    key = "name the text's key with data.source.text_key, " * any(item.reason.startswith("no ") for item in bad)
+    remedy = f"Repair the data, {key}or count and skip such records with data.source.on_bad_record=skip"
+    return "\n".join([*map(str, bad), remedy])

@@ -18,12 +18,12 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-from torchrecipes.data.documents import BadRecord, Document, Source
+from torchrecipes.data.documents import BadRecord, Document, Report, Source, documents
 from torchrecipes.errors import UserError
 
 READING = 1  # raise it when the same library gives other documents than before: it enters the fingerprint
@@ -62,13 +62,14 @@ def python_docs(limit_mb: float | None = None) -> "PythonDocs":
     return PythonDocs(library, sizes, None if limit_mb is None else int(limit_mb * 1e6))
 
 
-@dataclass(frozen=True)
+@dataclass
 class PythonDocs:
     """A source: what `python_docs` finds. `sizes` are bytes by file name, `limit` bytes of documents or None."""
 
     library: str
     sizes: dict[str, int]
     limit: int | None
+    report: Report = field(default_factory=Report, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -86,9 +87,10 @@ class PythonDocs:
         text = json.dumps([READING, sys.version.split()[0], sorted(self.sizes.items()), self.limit])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def __iter__(self) -> Iterator[Document | BadRecord]:
-        """Yield the documents: topics, docstrings, comments; a file that cannot be parsed is a bad record."""
-        return iter(self._items)
+    def __iter__(self) -> Iterator[Document]:
+        """Yield topics, docstrings, comments; a file that cannot be parsed is only reported."""
+        self.report = Report()
+        return documents(self._items, self.report)
 
     def parts(self) -> list[Source]:
         """Return sources that hold their documents, so that only this process reads the library."""
@@ -109,12 +111,13 @@ class PythonDocs:
         return tuple(items)
 
 
-@dataclass(frozen=True)
+@dataclass
 class DocumentList:
-    """A source in memory."""
+    """A source in memory: `items` are documents, and records that are only reported."""
 
     items: tuple[Document | BadRecord, ...]
     name: str
+    report: Report = field(default_factory=Report, repr=False, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -126,9 +129,10 @@ class DocumentList:
         """Of all texts."""
         return hashlib.sha256(json.dumps(self.items).encode()).hexdigest()[:32]
 
-    def __iter__(self) -> Iterator[Document | BadRecord]:
-        """Yield the items."""
-        return iter(self.items)
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents, and begin a new report."""
+        self.report = Report()
+        return documents(self.items, self.report)
 
     def parts(self) -> list[Source]:
         """Return this source."""
@@ -169,7 +173,7 @@ def _topics(tree: ast.Module) -> Iterator[Document]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[Document]:
-    # In the order of the source: a class, then its methods. An `if` or `try` around a definition is no part of its name.
+    # In the order of the source: a class, then its methods. An `if` or `try` around them is no part of the name.
     if isinstance(node, DEFINITIONS):
         text = ast.get_docstring(node)
         if text and not text.isspace():

@@ -4,7 +4,7 @@
 2. A part is one file, or a slice of a large one; parts can be pickled, so several processes can read one source.
 3. `lines` gives a part's lines in flat memory; `readers` (text, JSON lines) and `tables` (CSV, TSV, Parquet) give its
    documents and bad records.
-4. With `on_bad_record="stop"` the first bad record raises; with `"skip"` it is yielded, and whoever reads counts it.
+4. With `on_bad_record="stop"` the first bad record raises; with `"skip"` the source's report counts it.
 
 Another source is any class with the attributes of `Source`; `python_docs` is one.
 """
@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torchrecipes.data.documents import BadRecord, Document, Report, Source, documents, require_documents, stop_at_bad
+from torchrecipes.data.documents import BadRecord, Document, Report, Source, documents, require_documents
 from torchrecipes.data.file_search import FoundFile, find_files
 from torchrecipes.data.lines import BLOCK, UnreadableFile, open_blocks, read_lines, slice_at
 from torchrecipes.data.readers import LONGEST_RECORD, read_json_lines, read_text_blocks, read_text_lines
@@ -79,7 +79,7 @@ class Options:
     max_document_chars: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class FilePart:
     """A source: a file, or a slice of it.
 
@@ -92,6 +92,7 @@ class FilePart:
     start: int = 0
     stop: int | None = None
     first_line: int = 1
+    report: Report = field(default_factory=Report, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -114,14 +115,14 @@ class FilePart:
         """Return this part."""
         return [self]
 
-    def __iter__(self) -> Iterator[Document | BadRecord]:
-        """Yield the documents and bad records.
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents, and begin a new report.
 
         Raises:
             UserError: a bad record and `on_bad_record` is "stop"; a file that cannot be read, or has changed by now.
         """
-        items = self._read()
-        return stop_at_bad(items) if self.options.on_bad_record == "stop" else items
+        self.report = Report()
+        return documents(self._read(), self.report, stop=self.options.on_bad_record == "stop")
 
     def _read(self) -> Iterator[Document | BadRecord]:
         file, options = self.file, self.options
@@ -166,36 +167,39 @@ class FilePart:
         return [self]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LeftOut:
-    """A source without documents: what was seen in a folder and is not read."""
+    """A source without documents, whose report holds what was seen in a folder and is not read."""
 
     records: list[BadRecord]
     name: str = "files that are left out"
     num_bytes: int = 0
     fingerprint: str = ""
+    report: Report = field(default_factory=Report)
 
-    def __iter__(self) -> Iterator[BadRecord]:
-        """Yield a record for each."""
-        return iter(self.records)
+    def __iter__(self) -> Iterator[Document]:
+        """Yield nothing, and begin a new report."""
+        self.report = Report()
+        return documents(self.records, self.report)
 
     def parts(self) -> list[Source]:
         """Return this part."""
         return [self]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileSource:
-    """A source: files one after the other, and before them a `BadRecord` for each that was seen and is left out."""
+    """A source: files, one after the other. `left_out` were seen and are not read; the report has them, too."""
 
     file_parts: list[FilePart] = field(repr=False)
     left_out: list[BadRecord] = field(repr=False)
     options: Options
+    report: Report = field(default_factory=Report, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """The first files, and how many there are."""
-        first = ", ".join(os.path.abspath(part.file.name) for part in self.file_parts[:3])
+        first = ", ".join(part.file.path for part in self.file_parts[:3])
         return first if len(self.file_parts) <= 3 else f"{first} and {len(self.file_parts) - 3} more files"
 
     @property
@@ -208,15 +212,18 @@ class FileSource:
         """Of the options, and of every file's relative name, size and time of change; folders may be moved."""
         return _fingerprint(self.options, [part.file for part in self.file_parts], [])
 
-    def __iter__(self) -> Iterator[Document | BadRecord]:
-        """Yield documents and bad records, file after file.
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents, file after file, and begin a new report.
 
         Raises:
             UserError: as in `files`.
         """
-        yield from self.left_out
-        for part in self.file_parts:
-            yield from part
+        report = self.report = Report()
+        for part in [LeftOut(self.left_out), *self.file_parts]:
+            try:
+                yield from part
+            finally:
+                report.merge(part.report)
 
     def parts(self) -> list[Source]:
         """Return a source per file, several for a large one; large text files are read once to number their lines."""
