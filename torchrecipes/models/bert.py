@@ -1,6 +1,6 @@
 """BERT: a post-norm encoder with learned positions, GELU and LayerNorm (Devlin et al. 2018, arXiv:1810.04805).
 
-Masked LM only: without next-sentence prediction and pooler, which need pairs of segments.
+Masked LM only, with the head tied to the token embedding: no next-sentence prediction, no pooler.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchrecipes.errors import UserError
 from torchrecipes.models.hf_map import HFMap
 from torchrecipes.modules import (
     BertEmbedding,
@@ -38,8 +39,10 @@ class BertConfig:
         max_position_embeddings: longest document, in tokens.
         type_vocab_size: token types (segments of a pair).
         layer_norm_eps: of every LayerNorm.
-        tie_word_embeddings: whether the head shares the token embedding's weight.
         initializer_range: standard deviation of initial weights.
+
+    Raises:
+        UserError: a hidden size that the heads do not divide.
     """
 
     model_type: ClassVar[str] = "bert"
@@ -54,8 +57,14 @@ class BertConfig:
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
 
 
 class Bert(nn.Module):
@@ -76,7 +85,7 @@ class Bert(nn.Module):
         self.head = LMHead(
             config.hidden_size,
             config.vocab_size,
-            tie_to=self.embedding.word_embeddings if config.tie_word_embeddings else None,
+            tie_to=self.embedding.word_embeddings,
             bias=True,
             transform=MLMTransform(config.hidden_size, eps=config.layer_norm_eps),
         )
@@ -141,7 +150,6 @@ def bert(
     max_position_embeddings: int = 512,
     type_vocab_size: int = 2,
     layer_norm_eps: float = 1e-12,
-    tie_word_embeddings: bool = True,
     initializer_range: float = 0.02,
     seed: int = 0,
 ) -> Bert:
@@ -161,7 +169,6 @@ def bert(
         max_position_embeddings=max_position_embeddings,
         type_vocab_size=type_vocab_size,
         layer_norm_eps=layer_norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
         initializer_range=initializer_range,
     )
     return Bert(config, seed=seed)
@@ -256,7 +263,7 @@ def bert_tiny(
 
 def _write_keys(config: BertConfig) -> dict:
     """The keys of config.json that describe the network."""
-    return asdict(config) | {"hidden_act": "gelu"}
+    return asdict(config) | {"hidden_act": "gelu", "tie_word_embeddings": True}
 
 
 def _layout(config: BertConfig) -> dict[str, list[tuple[str, int]]]:
@@ -289,8 +296,6 @@ def _layout(config: BertConfig) -> dict[str, list[tuple[str, int]]]:
         layout[f"head.transform.dense.{kind}"] = [(f"cls.predictions.transform.dense.{kind}", hidden)]
         layout[f"head.transform.norm.{kind}"] = [(f"cls.predictions.transform.LayerNorm.{kind}", hidden)]
     layout["head.bias"] = [("cls.predictions.bias", vocab)]
-    if not config.tie_word_embeddings:
-        layout["head.decoder.weight"] = [("cls.predictions.decoder.weight", vocab)]
     return layout
 
 
@@ -314,7 +319,7 @@ HF_MAP = HFMap(
     tied=("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
     read_keys=dict,
     write_keys=_write_keys,
-    fixed={"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)},
+    fixed={"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "tie_word_embeddings": (True,)},
     # How the first published models made their pooler.
     ignored=frozenset({"directionality"})
     | {f"pooler_{key}" for key in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")},

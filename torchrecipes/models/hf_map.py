@@ -17,7 +17,7 @@ class HFMap:
         model_class: our model, built from the config alone.
         layout: config -> for every parameter of ours the tensors that it stacks, (Hugging Face name, rows) in order.
         normalize_name: a stored tensor's name as `layout` spells it, whatever class saved it; None: not used here.
-        tied: (name, source), two tensors of the layout that are one where `tie_word_embeddings` is true.
+        tied: (name, source): where the layout is without `name`, its head is tied, and `name` is a copy of `source`.
         read_keys: config.json as a flat dict whose keys can be checked one by one.
         write_keys: config -> the keys of config.json that describe the network.
         fixed: keys that we have no setting for -> the values that mean what our network does.

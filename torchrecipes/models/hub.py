@@ -70,13 +70,11 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
     folder = Path(path)
     config = _read_config(folder)
     family = _FAMILIES[config.model_type]
-    try:
-        with torch.device("meta"):
-            model = family.model_class(config)
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    with torch.device("meta"):
+        model = family.model_class(config)
     layout = family.layout(config)
-    theirs = _read_tensors(folder, family, config, report)
+    known = {their_name for parts in layout.values() for their_name, _ in parts}
+    theirs = _read_tensors(folder, family, known, report)
 
     problems, state = [], {}
     headless = {ours for ours in layout if ours.startswith("head.")}
@@ -100,7 +98,6 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
             else:
                 parts.append(theirs[their_name].float())
         state[name] = torch.cat(parts) if parts else None
-    known = {their_name for parts in layout.values() for their_name, _ in parts}
     problems += [f"{their_name} is not expected" for their_name in theirs if their_name not in known]
     if problems:
         raise UserError(
@@ -209,7 +206,10 @@ def _read_config(folder: Path) -> Any:
             + "\n".join(f"  {problem}" for problem in sorted(problems))
             + "\nDelete a key only if you know that it does not change what the model computes."
         )
-    return family.config_class(**values)
+    try:
+        return family.config_class(**values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _is_a(value: object, wanted: type) -> bool:
@@ -219,8 +219,8 @@ def _is_a(value: object, wanted: type) -> bool:
     return type(value) is wanted
 
 
-def _read_tensors(folder: Path, family: HFMap, config: Any, report: Callable[[str], None]) -> dict[str, Tensor]:
-    """The folder's tensors under the names of `family.layout`, without what the network has no use for."""
+def _read_tensors(folder: Path, family: HFMap, known: set[str], report: Callable[[str], None]) -> dict[str, Tensor]:
+    """The folder's tensors as `family.layout` names them (`known`), without what the network has no use for."""
     theirs, dropped = {}, []
     for original, tensor in _stored_tensors(folder):
         name = family.normalize_name(original)
@@ -231,7 +231,7 @@ def _read_tensors(folder: Path, family: HFMap, config: Any, report: Callable[[st
         else:
             theirs[name] = tensor
     tied_name, source = family.tied
-    if config.tie_word_embeddings and tied_name in theirs:
+    if tied_name in theirs and tied_name not in known:
         if source in theirs and not torch.equal(theirs[tied_name], theirs[source]):
             raise UserError(
                 f"{folder}: {tied_name} differs from {source}, but config.json says that they are one. "
@@ -251,7 +251,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     elif index.is_file():
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not an index of shards: {error!r}. Save the folder again.") from None
     else:
         pickles = sorted(file.name for file in folder.glob("*.bin"))

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchrecipes.errors import UserError
 from torchrecipes.models.hf_map import HFMap
 from torchrecipes.modules import (
     LMHead,
@@ -33,13 +34,16 @@ class NeoBertConfig:
         num_hidden_layers: blocks.
         num_attention_heads: N, query heads.
         intermediate_size: I, inside the feed-forward layer.
-        num_key_value_heads: K, divides N. None: N.
-        head_dim: H. None: D / N.
+        num_key_value_heads: K, divides N. None becomes N.
+        head_dim: H. None becomes D / N.
         max_position_embeddings: longest document that the model is made for; RoPE itself sets no limit.
         rope_theta: base of the rotary wavelengths.
         rms_norm_eps: of every RMSNorm.
         tie_word_embeddings: whether the head shares the embedding's weight.
         initializer_range: standard deviation of initial weights.
+
+    Raises:
+        UserError: head counts and sizes that do not fit each other.
     """
 
     model_type: ClassVar[str] = "eurobert"
@@ -56,6 +60,22 @@ class NeoBertConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise UserError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), and the size of a head ({self.head_dim}) even, for RoPE"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_key_value_heads ({self.num_key_value_heads}) must divide "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
 
 
 class NeoBert(nn.Module):
@@ -97,7 +117,7 @@ class NeoBert(nn.Module):
         )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        rotary = rotary_tables(position_ids, self.blocks[0].self_attn.head_dim, self.config.rope_theta, dtype)
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, dtype)
         for block in self.blocks:
             hidden_BSD = block(hidden_BSD, rotary, plan)
         return self.norm(hidden_BSD)
@@ -210,8 +230,6 @@ def _read_keys(raw: dict) -> dict:
 def _write_keys(config: NeoBertConfig) -> dict:
     """The keys of config.json that describe the network."""
     keys = asdict(config)
-    keys["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
-    keys["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
     keys["rope_parameters"] = {"rope_type": "default", "rope_theta": keys.pop("rope_theta")}
     return keys | {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}
 
@@ -219,9 +237,7 @@ def _write_keys(config: NeoBertConfig) -> dict:
 def _layout(config: NeoBertConfig) -> dict[str, list[tuple[str, int]]]:
     """For every parameter of ours the tensors of the Hugging Face layout that it stacks: (name, rows) in order."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    head_dim = config.head_dim or hidden // config.num_attention_heads
-    queries = config.num_attention_heads * head_dim
-    keys = (config.num_key_value_heads or config.num_attention_heads) * head_dim
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layout = {"embedding.weight": [("model.embed_tokens.weight", config.vocab_size)]}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"

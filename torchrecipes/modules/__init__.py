@@ -10,12 +10,13 @@ Tensors are named by the letters of their dimensions where that helps (`x_BSD`, 
     M  selected tokens                    V  vocabulary
 """
 
-from torchrecipes.modules.attention import AttentionPlan, SelfAttention, attention, attention_plan
+from torchrecipes.modules.attention import SelfAttention, attention
 from torchrecipes.modules.embedding import BertEmbedding
 from torchrecipes.modules.feed_forward import GeluMLP, SwiGLU
 from torchrecipes.modules.head import LMHead, MLMTransform
 from torchrecipes.modules.init import initial_value, initialize
 from torchrecipes.modules.norm import RMSNorm
+from torchrecipes.modules.plan import AttentionPlan, attention_plan
 from torchrecipes.modules.rotary import apply_rotary, rotary_tables
 from torchrecipes.modules.transformer import PostNormBlock, PreNormBlock, activation_dtype
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchrecipes.modules.attention import AttentionPlan
+from torchrecipes.modules.plan import AttentionPlan
 
 
 def activation_dtype(hidden: Tensor) -> torch.dtype:

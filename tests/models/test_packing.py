@@ -1,0 +1,81 @@
+"""A packed batch is its documents, each alone: hidden states and gradients."""
+
+import itertools
+
+import pytest
+import torch
+
+from torchrecipes.models import bert, neobert
+
+ROW_LEN = 256
+# Rows of 256 of different documents, then one with padding at its end; the last entries repeat.
+LENGTHS = [100, 1, 90, 65, 256, 37, 64, 100, 55]
+
+
+def packed():
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 67, (3, ROW_LEN), generator=generator)
+    bounds = torch.tensor([0, *itertools.accumulate(LENGTHS)] + [3 * ROW_LEN] * 3, dtype=torch.int32)
+    position_ids = torch.cat([torch.arange(length) for length in LENGTHS]).view(3, ROW_LEN)
+    weights = torch.randn(3 * ROW_LEN, 32, generator=generator)
+    return input_ids, position_ids, bounds, weights
+
+
+def model_of(family):
+    sizes = (67, 32, 2, 2, 40)
+    model = {"neobert": neobert, "bert": bert}[family](*sizes, max_position_embeddings=ROW_LEN, initializer_range=0.1)
+    # The last document stands for padding: nothing is asked of it.
+    return model, len(LENGTHS) - 1
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["neobert", "bert"])
+@pytest.mark.parametrize("row_len", [ROW_LEN, 3 * ROW_LEN])
+def test_packed_is_one_by_one(family, row_len):
+    model, documents = model_of(family)
+    input_ids, position_ids, bounds, weights = packed()
+    spans = list(itertools.pairwise(bounds.tolist()))[:documents]
+    alone = [model(input_ids.view(1, -1)[:, start:end])[0] for start, end in spans]
+    expected = gradients(
+        model, sum((hidden * weights[start:end]).sum() for hidden, (start, end) in zip(alone, spans, strict=True))
+    )
+
+    # One row of 768 whose documents are at most 256 long is regrouped.
+    rows = (input_ids.view(-1, row_len), position_ids.view(-1, row_len), bounds, ROW_LEN)
+    hidden = model(*rows).flatten(0, 1)
+    for (start, end), document in zip(spans, alone, strict=True):
+        assert (hidden[start:end] - document).abs().max() <= 1e-5
+    end = spans[-1][1]
+    found = gradients(model, (hidden[:end] * weights[:end]).sum())
+    assert set(found) == set(expected)
+    for name in found:
+        assert (found[name] - expected[name]).abs().max() <= 1e-5 * max(1, expected[name].abs().max()), name
+
+
+@pytest.mark.parametrize("family", ["neobert", "bert"])
+def test_autocast_stays_close(family):
+    model, _ = model_of(family)
+    rows = packed()[:3]
+    expected = model(*rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(*rows)
+        assert model.head(hidden).dtype == torch.bfloat16
+    assert (hidden - expected).abs().mean() < 0.01 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("family", ["neobert", "bert"])
+def test_compiled_blocks_see_one_graph(family):
+    torch.compiler.reset()
+    model, _ = model_of(family)
+    rows = packed()[:3]
+    expected = model(*rows)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(model(*rows), expected, atol=1e-5, rtol=0)
+        model(rows[0], rows[1], torch.arange(0, 3 * ROW_LEN + 1, 64, dtype=torch.int32))

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from torchrecipes import models
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parameters"),
+    [
+        ("neobert_base", {}, 221_665_536),
+        ("neobert_base", {"tie_word_embeddings": False}, 245_106_432),
+        ("neobert_base", {"vocab_size": 32_000}, 222_800_640),
+        ("neobert_100m", {}, 109_529_856),
+        ("neobert_tiny", {}, 1_444_480),
+        ("bert_base", {}, 109_514_298),
+        ("bert_small", {}, 28_795_194),
+        ("bert_mini", {}, 11_201_594),
+        ("bert_tiny", {}, 4_416_698),
+    ],
+)
+def test_named_sizes(name, arguments, parameters):
+    builder = getattr(models, name)
+    with torch.device("meta"):
+        model = builder(**arguments)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert model.config.vocab_size == model.head.weight.shape[0]
+    if not arguments:
+        assert f"{parameters:,}" in builder.__doc__
+
+
+def test_builders_pass_every_argument_on():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    neobert = {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 99, "rope_theta": 7.0}
+    neobert |= {"rms_norm_eps": 0.5, "tie_word_embeddings": False, "initializer_range": 0.3}
+    bert = {"intermediate_size": 24, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+    bert |= {"max_position_embeddings": 99, "type_vocab_size": 3, "layer_norm_eps": 0.5, "initializer_range": 0.3}
+    for builder, arguments in ((models.neobert, sizes | neobert), (models.bert, sizes | bert)):
+        model = builder(**arguments, seed=3)
+        assert {key: getattr(model.config, key) for key in arguments} == arguments
+        again = builder(**arguments, seed=3)
+        other = builder(**arguments, seed=4)
+        assert torch.equal(model.head.weight, again.head.weight)
+        assert not torch.equal(model.head.weight, other.head.weight)
+        assert abs(model.head.weight.std().item() - 0.3) < 0.02

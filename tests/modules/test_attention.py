@@ -1,0 +1,217 @@
+import itertools
+
+import pytest
+import torch
+
+from torchrecipes.modules import SelfAttention, attention, attention_plan, rotary_tables
+
+HEADS, HEAD_DIM = 4, 16
+
+
+def packing(rows, row_len, longest, *, seed, padding=0):
+    """Boundaries of documents of random lengths; the last row ends in one document of `padding` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    bounds = [0]
+    for row in range(rows):
+        end = (row + 1) * row_len
+        while bounds[-1] < end:
+            left = end - bounds[-1]
+            if row == rows - 1 and left <= padding:
+                bounds.append(end)
+                break
+            length = int(torch.randint(1, longest + 1, (1,), generator=generator))
+            limit = left - padding if row == rows - 1 else left
+            bounds.append(bounds[-1] + min(length, limit or left))
+    return torch.tensor(bounds + [bounds[-1]] * 5, dtype=torch.int32)
+
+
+def inputs(rows, row_len, dtype, kv_heads=HEADS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, row_len, heads, HEAD_DIM) for heads in (HEADS, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def reference(q, k, v, bounds, causal, window):
+    """A loop over documents and heads in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    out = []
+    for start, end in itertools.pairwise(bounds.tolist()):
+        position = torch.arange(end - start)
+        distance = position[:, None] - position[None, :]
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if causal:
+            hidden |= distance < 0
+        if window is not None:
+            hidden |= distance.abs() > window
+        heads = []
+        for head in range(q.shape[2]):
+            kv_head = head // (q.shape[2] // k.shape[2])
+            scores = flat_q[start:end, head] @ flat_k[start:end, kv_head].T / HEAD_DIM**0.5
+            heads.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ flat_v[start:end, kv_head])
+        out.append(torch.stack(heads, 1))
+    return torch.cat(out).view(q.shape)
+
+
+def results(function, tensors):
+    """Output and gradients of q, k, v, in float64."""
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*tensors)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return [out.double(), *(g.double() for g in torch.autograd.grad(out, tensors, grad.to(out.dtype)))]
+
+
+def assert_close(found, expected, tolerance):
+    for name, a, b in zip(("out", "grad q", "grad k", "grad v"), found, expected, strict=True):
+        error = ((a - b).abs().max() / b.abs().max()).item()
+        assert error < tolerance, f"{name}: {error}"
+
+
+MASKING = [(False, None), (True, None), (False, 3), (True, 3)]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "math"])
+@pytest.mark.parametrize(("causal", "window"), MASKING)
+@pytest.mark.parametrize("layout", ["dense", "rows", "regrouped"])
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+def test_every_kernel_and_layout_is_the_loop_over_documents(kernel, causal, window, layout, kv_heads):
+    rows, row_len, longest = 2, 400, 40
+    tensors = inputs(rows, row_len, torch.float32, kv_heads)
+    bounds = packing(rows, row_len, longest, seed=len(layout), padding=30)
+    plan = attention_plan(
+        None if layout == "dense" else bounds,
+        (rows, row_len),
+        max_seqlen=longest if layout == "regrouped" else None,
+        causal=causal,
+        window=window,
+        # `math` needs causality in its mask, which a plan for it has.
+        dropout_p=0.5 if kernel == "math" else 0.0,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    assert plan.kernel == kernel
+    assert (plan.gather is not None) == (layout == "regrouped")
+    if layout == "regrouped":
+        assert plan.gather.shape[1] == 64
+    plan = plan._replace(dropout_p=0.0)
+    if layout == "dense":
+        bounds = torch.arange(0, rows * row_len + 1, row_len)
+    found = results(lambda q, k, v: attention(q, k, v, plan=plan), tensors)
+    assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors), 1e-5)
+
+
+@pytest.mark.parametrize("longest", [None, 40])
+@pytest.mark.parametrize(("causal", "window"), MASKING)
+def test_bf16_on_the_cpu_uses_math_and_is_close(longest, causal, window):
+    tensors = inputs(2, 400, torch.bfloat16)
+    bounds = packing(2, 400, 40, seed=1)
+    arguments = {"cu_seqlens": bounds, "max_seqlen": longest, "causal": causal, "window": window}
+    plan = attention_plan(
+        bounds,
+        (2, 400),
+        max_seqlen=longest,
+        causal=causal,
+        window=window,
+        device=tensors[0].device,
+        dtype=torch.bfloat16,
+    )
+    assert plan.kernel == "math"
+    found = results(lambda q, k, v: attention(q, k, v, **arguments), tensors)
+    assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors), 3e-2)
+
+
+def test_long_rows_leave_scores_to_sdpa():
+    for row_len, kernel in ((1024, "math"), (1025, "sdpa")):
+        assert attention_plan(None, (1, row_len), device=torch.device("cpu"), dtype=torch.bfloat16).kernel == kernel
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_packings(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = int(torch.randint(1, 5, (1,), generator=generator))
+    row_len = int(torch.randint(1, 600, (1,), generator=generator))
+    longest = int(torch.randint(1, row_len + 1, (1,), generator=generator))
+    bounds = packing(rows, row_len, longest, seed=seed)
+    tensors = inputs(rows, row_len, torch.float32, kv_heads=2, seed=seed)
+    found = results(lambda q, k, v: attention(q, k, v, cu_seqlens=bounds, max_seqlen=longest), tensors)
+    assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, False, None), tensors), 1e-5)
+
+
+@pytest.mark.parametrize("longest", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_document_never_changes_another(longest, dtype):
+    bounds = packing(2, 400, 40, seed=2)
+    q, k, v = inputs(2, 400, dtype)
+    start, end = bounds[5].item(), bounds[6].item()
+    before = attention(q, k, v, cu_seqlens=bounds, max_seqlen=longest).flatten(0, 1)
+    for x in (q, k, v):
+        x.view(-1, HEADS, HEAD_DIM)[start:end] = 100.0
+    after = attention(q, k, v, cu_seqlens=bounds, max_seqlen=longest).flatten(0, 1)
+    assert not torch.equal(before[start:end], after[start:end])
+    assert torch.equal(before[:start], after[:start])
+    assert torch.equal(before[end:], after[end:])
+
+
+def test_regrouping_keeps_shapes_few():
+    shapes = set()
+    for seed in range(20):
+        bounds = packing(4, 1024, 64, seed=seed)
+        plan = attention_plan(bounds, (4, 1024), max_seqlen=64, device=torch.device("cpu"), dtype=torch.float32)
+        shapes.add(tuple(plan.gather.shape))
+    assert len(shapes) <= 2
+
+
+def test_dropout_drops_and_keeps_the_mean():
+    q, k, _ = inputs(2, 64, torch.float32)
+    v = torch.ones(2, 64, HEADS, HEAD_DIM)
+    torch.manual_seed(0)
+    out = attention(q, k, v, dropout_p=0.5)
+    assert out.std() > 0.1
+    assert abs(out.mean().item() - 1.0) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("bounds", "max_seqlen", "message"),
+    [
+        ([0, 4, 7], None, "from 0 to the number of tokens, 2 x 4; it goes from 0 to 7"),
+        ([1, 4, 8], None, "it goes from 1 to 8"),
+        ([0, 6, 4, 8], None, "falls in between"),
+        ([0, 3, 8], None, "crosses the end of row 0"),
+        ([0, 4, 8], 3, "has a document of 4 tokens; max_seqlen is 3"),
+    ],
+)
+def test_boundaries_that_do_not_describe_the_rows_are_refused(bounds, max_seqlen, message):
+    q, k, v = inputs(2, 4, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, cu_seqlens=torch.tensor(bounds), max_seqlen=max_seqlen)
+
+
+def test_a_plan_and_its_arguments_are_not_mixed():
+    q, k, v = inputs(1, 4, torch.float32)
+    plan = attention_plan(None, (1, 4), device=q.device, dtype=q.dtype)
+    with pytest.raises(ValueError, match="not both"):
+        attention(q, k, v, causal=True, plan=plan)
+    with pytest.raises(ValueError, match="window must be 0 or more"):
+        attention(q, k, v, window=-1)
+
+
+def test_self_attention_is_its_three_projections():
+    torch.manual_seed(0)
+    layer = SelfAttention(32, 4, num_kv_heads=2, bias=True)
+    x = torch.randn(2, 10, 32)
+    rotary = rotary_tables(torch.arange(10)[None], 8, 100.0, torch.float32)
+    plan = attention_plan(None, (2, 10), device=x.device, dtype=x.dtype)
+    weights = layer.qkv_proj.weight.split([32, 16, 16])
+    biases = layer.qkv_proj.bias.split([32, 16, 16])
+    q, k, v = ((x @ w.T + b).view(2, 10, -1, 8) for w, b in zip(weights, biases, strict=True))
+    cos, sin = (table.repeat(1, 1, 1, 2) for table in rotary)
+    q, k = (y * cos + torch.cat((-y[..., 4:], y[..., :4]), -1) * sin for y in (q, k))
+    expected = layer.o_proj(attention(q, k, v).flatten(2))
+    torch.testing.assert_close(layer(x, rotary, plan), expected)
+
+
+def test_self_attention_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="3 attention heads"):
+        SelfAttention(32, 3)
+    with pytest.raises(ValueError, match="key-value heads"):
+        SelfAttention(32, 4, num_kv_heads=3)

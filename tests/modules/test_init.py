@@ -1,0 +1,66 @@
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from torchrecipes.modules import SwiGLU, initial_value, initialize
+
+
+class Two(nn.Module):
+    def __init__(self, extra=False):
+        super().__init__()
+        if extra:
+            self.extra = nn.Linear(4, 4)
+        self.mlp = SwiGLU(48, 30)
+        self.norm = nn.LayerNorm(48)
+
+
+def test_values_depend_on_seed_and_name_alone():
+    torch.manual_seed(1)
+    first, second, other = Two(), Two(extra=True), Two()
+    for model, seed in ((first, 5), (second, 5), (other, 6)):
+        initialize(model, seed=seed, std=0.02)
+    assert torch.equal(first.mlp.down_proj.weight, second.mlp.down_proj.weight)
+    assert not torch.equal(first.mlp.down_proj.weight, other.mlp.down_proj.weight)
+    assert first.mlp.gate_up_proj.weight.flatten()[:100].tolist() != first.mlp.down_proj.weight.flatten()[:100].tolist()
+
+
+def test_kinds_of_parameters():
+    assert initial_value("norm.weight", (5,), seed=0, std=0.02).tolist() == [1.0] * 5
+    assert initial_value("norm.bias", (5,), seed=0, std=0.02).tolist() == [0.0] * 5
+    value = initial_value("experts.weight", (4, 300, 200), seed=0, std=0.02)
+    assert abs(value.mean().item()) < 1e-4
+    assert abs(value.std().item() - 0.02) < 1e-4
+
+
+def test_meta_parameters_stay():
+    with torch.device("meta"):
+        model = Two()
+    initialize(model, seed=0, std=0.02)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def _sharded(rank, store, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = Two()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model.to_empty(device="cpu")
+    initialize(model, seed=5, std=0.02)
+    state = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save(state, results)
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_starts_from_the_same_values(tmp_path):
+    mp.start_processes(_sharded, (tmp_path / "store", tmp_path / "results"), nprocs=2, start_method="spawn")
+    whole = Two()
+    initialize(whole, seed=5, std=0.02)
+    state = torch.load(tmp_path / "results", weights_only=True)
+    assert set(state) == set(dict(whole.named_parameters()))
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(state[name], parameter)
