@@ -128,7 +128,10 @@ def suggest_path(path: str, default: str | None) -> str | None:
     if "." in path or not default or "." not in default:
         return None
     home = default.rpartition(".")[0]
-    near = closest(path, _public_names(importlib.import_module(home)))
+    try:
+        near = closest(path, _public_names(importlib.import_module(home)))
+    except ImportError:  # the default is a class's method, or needs a package that is not there
+        return None
     return f"{home}.{near}" if near else None
 
 
