@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from torchrecipes.cli.run import load_recipe
-from torchrecipes.config import Component, load
+from torchrecipes.config import Component, load, to_yaml
 from torchrecipes.config.check import to_tree
 from torchrecipes.config.component import parameters, resolve
 from torchrecipes.config.files import ShippedConfig, find_recipe, shipped_configs, shipped_recipes
@@ -88,6 +88,14 @@ def test_there_are_configs_and_each_names_its_recipe_and_its_purpose():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_is_valid(name):
     assert problems(CONFIGS[name], CONFIGS[name].path) == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_resolved_config_that_a_run_keeps_is_the_same_config(name, tmp_path):
+    config = CONFIGS[name]
+    instance = load(schema_of(config.recipe), config.path, left_to_the_user(config))
+    (tmp_path / "config.yaml").write_text(to_yaml(instance))
+    assert load(schema_of(config.recipe), tmp_path / "config.yaml") == instance
 
 
 @pytest.mark.parametrize("name", CONFIGS)
