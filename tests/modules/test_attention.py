@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from torchrecipes.modules import SelfAttention, attention, attention_plan, rotary_tables
+from torchrecipes.modules import AttentionPlan, SelfAttention, attention, attention_plan, rotary_tables
 
 HEADS, HEAD_DIM = 4, 16
 
@@ -215,3 +215,31 @@ def test_self_attention_refuses_heads_that_do_not_divide():
         SelfAttention(32, 3)
     with pytest.raises(ValueError, match="key-value heads"):
         SelfAttention(32, 4, num_kv_heads=3)
+
+
+def test_varlen_takes_what_the_plan_gives_it():
+    """Arguments and shapes only, on the meta device: the kernel itself needs CUDA."""
+    q, k, v = (x.to("meta") for x in inputs(2, 400, torch.bfloat16, kv_heads=1))
+    bounds = packing(2, 400, 40, seed=0).to("meta")
+    plan = AttentionPlan("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(3, 0))
+    assert attention(q, k, v, plan=plan).shape == q.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs CUDA")
+@pytest.mark.parametrize(("causal", "window"), MASKING)
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cuda_is_the_loop_over_documents(dtype, kv_heads, layout, causal, window):
+    tensors = inputs(2, 400, dtype, kv_heads)
+    bounds = packing(2, 400, 40, seed=4, padding=30) if layout == "packed" else torch.tensor([0, 400, 800])
+    arguments = {"causal": causal, "window": window}
+    if layout == "packed":
+        arguments |= {"cu_seqlens": bounds.cuda(), "max_seqlen": 40}
+
+    def on_cuda(q, k, v):
+        return attention(q.cuda(), k.cuda(), v.cuda(), **arguments).cpu()
+
+    found = results(on_cuda, tensors)
+    expected = results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors)
+    assert_close(found, expected, 3e-2 if dtype == torch.bfloat16 else 1e-4)

@@ -42,16 +42,17 @@ def test_rms_norm_in_float64_has_the_right_gradient(monkeypatch):
     torch.testing.assert_close(eager, compiled)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_keeps_the_dtype_and_computes_in_fp32(monkeypatch, dtype):
+def test_rms_norm_keeps_the_dtype_and_computes_in_fp32(monkeypatch, dtype, weight_dtype):
     torch.manual_seed(0)
-    norm = RMSNorm(64)
+    norm = RMSNorm(64).to(weight_dtype)
     x = (100 * torch.randn(5, 7, 64)).to(dtype).requires_grad_()
     eager, compiled = both_rms_norms(monkeypatch, norm, x, torch.randn(5, 7, 64).to(dtype))
     assert eager[0].dtype == eager[1].dtype == dtype
-    assert eager[2].dtype == torch.float32
+    assert eager[2].dtype == weight_dtype
     torch.testing.assert_close(eager, compiled)
-    torch.testing.assert_close(eager[0], F.rms_norm(x.float(), (64,), norm.weight, 1e-5).to(dtype))
+    torch.testing.assert_close(eager[0], F.rms_norm(x.float(), (64,), norm.weight.float(), 1e-5).to(dtype))
 
 
 def test_rotary_turns_pairs_as_complex_numbers():

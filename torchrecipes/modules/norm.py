@@ -48,6 +48,6 @@ class _EagerRMSNorm(torch.autograd.Function):
         product = grad * unit
         grad_weight = product.flatten(0, -2).sum(0)
         # What a row's own length takes away: its gradient loses the part along the row.
-        along = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        along = (product @ weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
         grad_x = (grad * weight).addcmul_(unit, along, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
