@@ -1,0 +1,42 @@
+"""`tune-style fill-mask`: what a trained encoder puts in the place of [MASK]."""
+
+import argparse
+from pathlib import Path
+
+from torchrecipes.errors import UserError
+
+EXAMPLE = 'tune-style fill-mask runs/quickstart "The [MASK] of a function is the value that it returns."'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"example: {EXAMPLE}"
+    parser.add_argument("run", help="a run's folder, one of its checkpoints, or any folder that load_hf reads")
+    parser.add_argument("text", nargs="+", help="a sentence with [MASK] in it")
+    parser.add_argument("--top-k", type=int, default=5, help="guesses per mask (default 5)")
+
+
+def main(args: argparse.Namespace) -> None:
+    from torchrecipes.data.tokenizers import load_tokenizer
+    from torchrecipes.evaluation.fill_mask import fill_mask
+    from torchrecipes.models import load_hf
+
+    folder = newest_checkpoint(Path(args.run))
+    model, tokenizer = load_hf(folder), load_tokenizer(folder)
+    for text in args.text:
+        print(f"\n{text}")
+        guesses_per_mask = fill_mask(model, tokenizer, text, top_k=args.top_k)
+        for number, guesses in enumerate(guesses_per_mask, start=1):
+            if len(guesses_per_mask) > 1:
+                print(f"  mask {number}")
+            for guess in guesses:
+                print(f"  {guess.probability:7.2%}  {guess.token}")
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """`folder` itself when it holds a model, else the newest checkpoint of the run in it."""
+    if (folder / "config.json").exists():
+        return folder
+    checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"))
+    if not checkpoints:
+        raise UserError(f"{folder} holds neither a model (config.json) nor a run's checkpoints. Give a run's folder.")
+    return checkpoints[-1]

@@ -1,0 +1,43 @@
+"""What a model and a loss get: rows of tokens, the documents inside them, and the targets."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch. B rows of S tokens; padding is one more document at the end of its row.
+
+    Attributes:
+        input_ids: `[B, S]` int64.
+        position_ids: `[B, S]` int64; starts at 0 with every document.
+        cu_seqlens: `[N + 1]` int32, the boundaries of the documents over the B * S flattened tokens: 0, then the end of
+            each; filled up by repeating the last, so that N is the same in every batch of a run.
+        max_seqlen: no document is longer; the same in every batch of a run.
+        num_targets: tokens to predict. The loss of an optimizer step is the sum over its micro-batches and ranks, divided by
+            the sum of these.
+        masked_positions: masked LM: `[M]` int64 into the flattened tokens; 0 in unused slots. M is the same in every batch.
+        masked_labels: masked LM: `[M]` int64, the token that was there; -100 in unused slots.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_targets: int
+    masked_positions: Tensor | None = None
+    masked_labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; a copy from pinned memory does not wait for it."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which a GPU copies while the CPU goes on (called by DataLoader)."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})

@@ -1,0 +1,180 @@
+"""From a step's number to its micro-batches.
+
+1. Row r of optimizer step s is position `(s - 1) * rows_per_step + r` of the run (order.py).
+2. Every rank takes its share of a step's rows, in micro-batches.
+3. Masks are drawn from a key of (seed, epoch, row) (masking.py).
+
+So what a step sees does not depend on the number of ranks, workers or micro-batches, and the only state is the step.
+"""
+
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from torchrecipes.data.batch import Batch
+from torchrecipes.data.masking import Masking
+from torchrecipes.data.order import key_of, permute, rows_at
+from torchrecipes.data.packing import DocumentRows, PackedRows
+from torchrecipes.errors import UserError
+
+EVALUATION = 2**32  # in the place of a seed, for what evaluation draws
+
+
+class Loader:
+    """Micro-batches of every optimizer step, in order.
+
+    Args:
+        rows: `PackedRows` or `DocumentRows`.
+        masking: hides the targets.
+        seed: chooses order and masks.
+        rows_per_step: rows of an optimizer step, over all ranks and micro-batches.
+        rows_per_micro_batch: rows of a forward pass on one rank.
+        max_steps: the last step.
+        first_step: the step to begin with, counted from 1.
+        rank, world_size: this process among all.
+        num_workers: processes that make batches ahead of time. 0: made when they are asked for.
+        device: where batches go.
+
+    Raises:
+        UserError: the corpus does not fill a row, or the rows of a step cannot be divided into micro-batches.
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows | DocumentRows,
+        masking: Masking,
+        *,
+        seed: int,
+        rows_per_step: int,
+        rows_per_micro_batch: int,
+        max_steps: int,
+        first_step: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        device: torch.device | None = None,
+    ):
+        if rows.corpus.num_tokens < rows.seq_len:
+            raise UserError(
+                f"{rows.corpus.folder}: {rows.corpus.num_tokens} tokens do not fill one row of seq_len={rows.seq_len}. "
+                "Give more text, or lower seq_len."
+            )
+        unit = world_size * rows_per_micro_batch
+        if rows_per_step < 1 or rows_per_micro_batch < 1 or rows_per_step % unit:
+            fitting = [n for n in range(1, rows_per_step // world_size + 1) if rows_per_step % (n * world_size) == 0]
+            remedy = f"rows_per_micro_batch can be one of {fitting}" if fitting else f"take a multiple of {world_size}"
+            raise UserError(
+                f"rows_per_step={rows_per_step} is not a multiple of {world_size} processes x rows_per_micro_batch="
+                f"{rows_per_micro_batch}: {remedy}."
+            )
+        share = rows_per_step // world_size
+        steps = _Steps(rows, masking, seed, rows_per_step, rank * share, share, rows_per_micro_batch)
+        self._next, self._device = first_step, device
+        self._steps = iter(
+            DataLoader(
+                steps,
+                batch_size=None,
+                sampler=range(first_step, max_steps + 1),
+                num_workers=num_workers,
+                worker_init_fn=_ignore_interrupts if num_workers else None,
+                prefetch_factor=4 if num_workers else None,
+                pin_memory=device is not None and device.type == "cuda",
+                # A generator of its own: DataLoader would draw from the global one, which dropout reads.
+                generator=torch.Generator(),
+            )
+        )
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of `step`; steps are asked for one after the other, from `first_step`."""
+        if step != self._next:
+            raise ValueError(f"step {step} is asked for, and step {self._next} is next")
+        self._next += 1
+        batches = next(self._steps)
+        return batches if self._device is None else [batch.to(self._device) for batch in batches]
+
+
+def evaluation_batches(
+    rows: PackedRows | DocumentRows,
+    masking: Masking,
+    rows_per_batch: int,
+    *,
+    limit: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+) -> Iterator[Batch]:
+    """Every row once, with masks that are the same every time.
+
+    Args:
+        rows, masking: as for `Loader`.
+        rows_per_batch: rows of a batch; the last is filled up with rows of padding.
+        limit: rows at most; a random choice, the same every time. None: all.
+        rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th.
+        device: where batches go.
+    """
+    numbers = np.arange(rows.num_rows if limit is None else min(limit, rows.num_rows))
+    if len(numbers) < rows.num_rows:
+        numbers = permute(numbers, rows.num_rows, key_of(EVALUATION))
+    for start in range(rank * rows_per_batch, len(numbers), world_size * rows_per_batch):
+        chosen = numbers[start : start + rows_per_batch]
+        chosen = np.pad(chosen, (0, rows_per_batch - len(chosen)), constant_values=-1)
+        batch = make_batch(rows, masking, chosen, key_of(EVALUATION, chosen))
+        yield batch if device is None else batch.to(device)
+
+
+def make_batch(
+    rows: PackedRows | DocumentRows, masking: Masking, numbers: np.ndarray, row_keys: np.ndarray
+) -> Batch:
+    """The rows with these numbers as a batch for masked language modelling.
+
+    Args:
+        numbers: `[B]` int64; -1 is a row of padding.
+        row_keys: `[B]` uint64, for the masks.
+    """
+    block = rows.rows(numbers)
+    size = block.tokens.size
+    capacity = len(numbers) * rows.max_segments + 1
+    if len(block.boundaries) >= capacity:
+        raise ValueError(f"{len(block.boundaries)} documents in a batch that is made for {capacity - 1}")
+    cu_seqlens = np.full(capacity, size, dtype=np.int32)
+    cu_seqlens[: len(block.boundaries)] = block.boundaries
+    lengths = np.diff(block.boundaries, append=size)
+    position_ids = (np.arange(size) - np.repeat(block.boundaries, lengths)).reshape(block.tokens.shape)
+    positions, labels, num_targets = masking(block.tokens, row_keys)
+    return Batch(
+        input_ids=torch.from_numpy(block.tokens),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=rows.seq_len,
+        num_targets=num_targets,
+        masked_positions=torch.from_numpy(positions),
+        masked_labels=torch.from_numpy(labels),
+    )
+
+
+class _Steps(Dataset):
+    """steps[s]: the micro-batches of step s."""
+
+    def __init__(self, rows, masking, seed, rows_per_step, first_row, num_rows, rows_per_micro_batch):
+        self.rows, self.masking, self.seed = rows, masking, seed
+        self.rows_per_step, self.first_row, self.num_rows = rows_per_step, first_row, num_rows
+        self.rows_per_micro_batch = rows_per_micro_batch
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        positions = (step - 1) * self.rows_per_step + self.first_row + np.arange(self.num_rows)
+        numbers, epochs = rows_at(positions, self.rows.num_rows, self.seed)
+        keys = key_of(self.seed, epochs, numbers)
+        size = self.rows_per_micro_batch
+        return [
+            make_batch(self.rows, self.masking, numbers[i : i + size], keys[i : i + size])
+            for i in range(0, self.num_rows, size)
+        ]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl+C reaches the whole group of processes; the main one finishes its step and still needs the workers' batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
