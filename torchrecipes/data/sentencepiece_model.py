@@ -5,10 +5,12 @@
 2. The pieces keep their ids. What a masked language model needs and the model lacks is added behind them.
 3. The normalizer is the model's own table (`Precompiled`) and its treatment of blanks.
 
-The ids are equal on text, and differ in corners where the two libraries do: `tokenizers` loses a combining mark behind
-a character that the table replaces if the pair is not in the table ("½" with an accent); segmentations of equal score,
-and the order in which BPE joins a run of one letter, are chosen differently; and a literal "<0x41>" in a text is the
-byte's piece.
+The ids are equal on text. They differ in corners where the two libraries do:
+- Several combining marks on one character, in an order that is not Unicode's, come into Unicode's order; a mark that
+  the table does not know on a character that it replaces ("½" with an accent) is lost.
+- Of two segmentations with the same score ("====" as "=" "===" or "===" "="), the other one may be taken.
+- A text that begins with a user-defined symbol has no blank before it.
+- The literal texts "\u2581" and "<0x41>" are a blank and a byte.
 """
 
 import struct
@@ -57,26 +59,30 @@ def load_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     """
     try:
         content = path.read_bytes()
-        SentencePieceProcessor(model_proto=content)
+        library = SentencePieceProcessor(model_proto=content)
         model = _parse(content)
-    except (OSError, RuntimeError, ValueError, struct.error) as error:
+        if UNKNOWN not in (kind for _, _, kind in model.pieces):
+            raise ValueError("it has no unknown piece")
+        for wrong, what in (
+            (model.model_type not in (UNIGRAM, BPE), "its type is neither unigram nor bpe"),
+            (model.whitespace_as_suffix, "it was trained with treat_whitespace_as_suffix"),
+            (not model.escape_whitespaces, "it was trained with escape_whitespaces=false"),
+        ):
+            if wrong:
+                raise UserError(
+                    f"{path}: this SentencePiece model cannot be used, because {what}. Train it with "
+                    "--model_type=unigram or bpe and without that option, or use train_wordpiece."
+                )
+        return _convert(model, composes=library.normalize("e\u0301").endswith("\u00e9")), _roles(model)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
             f"{path}: not a SentencePiece model ({error}). Give the .model file that spm_train wrote."
         ) from error
-    for wrong, what in (
-        (model.model_type not in (UNIGRAM, BPE), "its type is neither unigram nor bpe"),
-        (model.whitespace_as_suffix, "it was trained with treat_whitespace_as_suffix"),
-        (not model.escape_whitespaces, "it was trained with escape_whitespaces=false"),
-    ):
-        if wrong:
-            raise UserError(
-                f"{path}: this SentencePiece model cannot be used, because {what}. Train it with "
-                "--model_type=unigram or bpe and without that option, or use train_wordpiece."
-            )
-    return _convert(model), _roles(model)
 
 
-def _convert(model: Model) -> Tokenizer:
+def _convert(model: Model, composes: bool) -> Tokenizer:
     # An unused piece is never produced: its name gets a blank, which normalized text does not contain.
     names = [f"unused {i}" if kind == UNUSED else text for i, (text, _, kind) in enumerate(model.pieces)]
     unknown = next(i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN)
@@ -92,9 +98,13 @@ def _convert(model: Model) -> Tokenizer:
         )
 
     before: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    if composes:
+        # `Precompiled` looks up single characters and short clusters where SentencePiece looks for the longest match:
+        # what consists of more (decomposed Hangul, "U" with two dots, half-width kana) is composed before and after.
+        before = [normalizers.NFC(), *before, normalizers.NFC()]
     if model.remove_extra_whitespaces:
         # With a prefix, one blank may stay in front: it is what the prefix would be, and "[MASK] word" needs it.
-        ends = r" +\Z" if model.add_dummy_prefix else r"\A +| +\Z"
+        ends = r" +\z" if model.add_dummy_prefix else r"\A +| +\z"
         before += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(ends), "")]
     elif model.add_dummy_prefix:
         # The prefix comes in front of a blank, too, and Metaspace would add none there.
