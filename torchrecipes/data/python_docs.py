@@ -102,7 +102,7 @@ class PythonDocs:
     @cached_property
     def _items(self) -> tuple[Document | BadRecord, ...]:
         items, size = [], 0
-        for item in _read_library(Path(self.library), sorted(self.sizes)):
+        for item in _read_library(Path(self.library), list(self.sizes)):
             if isinstance(item, Document):
                 size += len(item.text.encode())
                 if self.limit is not None and size > self.limit:
@@ -140,29 +140,34 @@ class DocumentList:
 
 
 def _read_library(library: Path, names: list[str]) -> Iterator[Document | BadRecord]:
-    topics, docstrings, comments = [], [], []
-    for name in names:
-        try:
-            source = (library / name).read_bytes()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an invalid escape in somebody's docstring
-                tree = ast.parse(source)
-            if name == TOPICS:
-                topics += _topics(tree)
-                continue
-        except (SyntaxError, ValueError, RecursionError, OSError) as error:
-            docstrings.append(BadRecord(name, "cannot be read as Python", str(error)))
-            continue
-        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        docstrings += _docstrings(tree, module)
-        comments += _comments(source.decode("utf-8", "replace"), tree, module)
     seen = set()
-    for item in [*topics, *docstrings, *comments]:
+    for item in _read_files(library, names):
         if isinstance(item, BadRecord):
             yield item
         elif len(item.text) >= SHORTEST and item.text not in seen and _can_be_encoded(item.text):
             seen.add(item.text)
             yield item
+
+
+def _read_files(library: Path, names: list[str]) -> Iterator[Document | BadRecord]:
+    comments: list[Document] = []  # prose first
+    for name in sorted(names, key=lambda name: (name != TOPICS, name)):
+        try:
+            source = (library / name).read_bytes()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an invalid escape in somebody's docstring
+                tree = ast.parse(source)
+            topics = list(_topics(tree)) if name == TOPICS else []
+        except (SyntaxError, ValueError, RecursionError, OSError) as error:
+            yield BadRecord(name, "cannot be read as Python", str(error))
+            continue
+        if name == TOPICS:
+            yield from topics
+            continue
+        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        yield from _docstrings(tree, module)
+        comments += _comments(source.decode("utf-8", "replace"), tree, module)
+    yield from comments
 
 
 def _topics(tree: ast.Module) -> Iterator[Document]:

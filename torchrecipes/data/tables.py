@@ -195,5 +195,5 @@ def _quoted_rows(
         elif problem is not None:
             yield number, BadRecord(f"{name}:{number}", BAD_QUOTES, problem)
             again += reversed(taken[1:])
-        elif row:
+        elif line and not line.isspace():
             yield number, row
