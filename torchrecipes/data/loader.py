@@ -162,14 +162,21 @@ class _Steps(Dataset):
         self.rows, self.masking, self.seed = rows, masking, seed
         self.rows_per_step, self.first_row, self.num_rows = rows_per_step, first_row, num_rows
         self.rows_per_micro_batch = rows_per_micro_batch
+        # The arithmetic of the order costs as much for thousands of rows as for a few: it is done for a block of steps.
+        self.steps_per_block = max(1, 4096 // num_rows)
+        self.block, self.numbers, self.keys = -1, None, None
 
     def __getitem__(self, step: int) -> list[Batch]:
-        positions = (step - 1) * self.rows_per_step + self.first_row + np.arange(self.num_rows)
-        numbers, epochs = rows_at(positions, self.rows.num_rows, self.seed)
-        keys = key_of(self.seed, epochs, numbers)
+        block, within = divmod(step - 1, self.steps_per_block)
+        if block != self.block:
+            steps = block * self.steps_per_block + np.arange(self.steps_per_block)
+            positions = steps[:, None] * self.rows_per_step + self.first_row + np.arange(self.num_rows)
+            self.numbers, epochs = rows_at(positions, self.rows.num_rows, self.seed)
+            self.keys = key_of(self.seed, epochs, self.numbers)
+            self.block = block
         size = self.rows_per_micro_batch
         return [
-            make_batch(self.rows, self.masking, numbers[i : i + size], keys[i : i + size])
+            make_batch(self.rows, self.masking, self.numbers[within, i : i + size], self.keys[within, i : i + size])
             for i in range(0, self.num_rows, size)
         ]
 

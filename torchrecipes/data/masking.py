@@ -64,7 +64,8 @@ class Masking:
         (rows, row_len), slots = tokens.shape, self.slots(tokens.shape[1])
         ordinary = ~self._is_special[tokens]
         count = ordinary.sum(1)
-        dither = _uniform(row_keys, 1)
+        keys = key_of(row_keys[:, None], np.arange(2))
+        dither, dither_kinds = ((keys >> np.uint64(11)).astype(np.float64) * 2.0**-53).T
         chosen = np.floor(self.mlm_probability * count + dither).astype(np.int64)
         chosen = np.maximum(chosen, count > 0)
 
@@ -86,18 +87,12 @@ class Masking:
         if self.mask_all:
             flat[position[used]] = self.mask_id
         else:
-            dither = _uniform(row_keys, 2)
-            masked = rank < np.floor(0.8 * chosen + dither).astype(np.int64)[:, None]
-            replaced = (rank < np.floor(0.9 * chosen + dither).astype(np.int64)[:, None]) & ~masked
+            masked = rank < np.floor(0.8 * chosen + dither_kinds).astype(np.int64)[:, None]
+            replaced = (rank < np.floor(0.9 * chosen + dither_kinds).astype(np.int64)[:, None]) & ~masked
             flat[position[masked]] = self.mask_id
-            noise = _hash32(key_of(row_keys, 3), slots)[replaced].astype(np.uint64)
+            noise = _hash32(keys[:, 0], slots)[replaced].astype(np.uint64)
             flat[position[replaced]] = self._ordinary[(noise * np.uint64(self._ordinary.size)) >> np.uint64(32)]
         return position.reshape(-1), label.reshape(-1), int(chosen.sum())
-
-
-def _uniform(row_keys: np.ndarray, purpose: int) -> np.ndarray:
-    """A number in [0, 1) for every row."""
-    return (key_of(row_keys, purpose) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _hash32(row_keys: np.ndarray, row_len: int) -> np.ndarray:

@@ -12,7 +12,9 @@ So the place of any step is found in constant time, whatever the number of rows,
 import numpy as np
 
 ROUNDS = 6
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN, MIX_1, MIX_2, *SHIFTS = np.array(
+    [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 30, 27, 31], dtype=np.uint64
+)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -21,9 +23,12 @@ def mix(x: np.ndarray) -> np.ndarray:
     Args:
         x: uint64, any shape but `()`: NumPy warns of overflow in scalars.
     """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> SHIFTS[0])
+    x *= MIX_1
+    x ^= x >> SHIFTS[1]
+    x *= MIX_2
+    x ^= x >> SHIFTS[2]
+    return x
 
 
 def key_of(*numbers: int | np.ndarray) -> np.ndarray:
@@ -52,7 +57,7 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     Returns:
         int64 of the shape of `index`.
     """
-    half = np.uint64(max(4, (n - 1).bit_length() // 2 + (n - 1).bit_length() % 2))
+    half = np.uint64(max(2, (n - 1).bit_length() // 2 + (n - 1).bit_length() % 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     round_keys = key_of(key, np.arange(ROUNDS))
     out = np.array(index, dtype=np.uint64)
@@ -72,13 +77,13 @@ def rows_at(positions: np.ndarray, n: int, seed: int, shuffle: bool = True) -> t
     """The rows that a run trains on at positions counted from its start.
 
     Args:
-        positions: integers `[B]`, 0 or more: `(step - 1) * rows_per_step + r`.
+        positions: integers of any shape, 0 or more: `(step - 1) * rows_per_step + r`.
         n: rows in an epoch.
         seed: chooses the order; another seed, and another epoch, give another one.
         shuffle: False: every epoch goes from row 0 to n - 1.
 
     Returns:
-        row `[B]` int64 in `range(n)`, epoch `[B]` int64 from 0.
+        row int64 in `range(n)`, epoch int64 from 0, of the shape of `positions`.
     """
     epochs, rows = np.divmod(np.asarray(positions, dtype=np.int64), n)
     if shuffle:
