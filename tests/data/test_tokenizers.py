@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizer
 
-from torchrecipes.data.documents import Document
+from torchrecipes.data.documents import Document, Report
 from torchrecipes.data.tokenizers import load_tokenizer, train_bpe, train_unigram, train_wordpiece
 from torchrecipes.errors import UserError
 
@@ -33,7 +33,7 @@ def topics() -> list[Document]:
 class Topics(list):
     """A source for a run that keeps its tokenizer."""
 
-    name, num_bytes = "topics", 0
+    name, num_bytes, report = "topics", 0, Report()
 
     def __init__(self, fingerprint="topics-1"):
         super().__init__(topics())
@@ -363,5 +363,5 @@ def test_vocab_multiple_of_nothing(tmp_path):
 
 
 def test_a_generator_cannot_be_read_twice():
-    with pytest.raises(UserError, match="so no generator"):
+    with pytest.raises(UserError, match="give a list, no generator"):
         train_wordpiece((Document("a b c", "x") for _ in range(3)), vocab_size=100)

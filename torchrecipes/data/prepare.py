@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from torchrecipes.data.atomic import write_atomically
-from torchrecipes.data.documents import Report, Source, documents, require_documents
+from torchrecipes.data.documents import Report, Source, require_documents
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.shards import FORMAT
 from torchrecipes.data.split_writer import CORPUS_FILE, SplitWriter, Tokenized, to_json, writing
@@ -134,7 +134,6 @@ def _tokenize_source(
     done = sum(len(writer.shards) for writer in writers.values())
     if done:
         print(f"{done} shards are complete from an earlier call: going on behind them", file=sys.stderr, flush=True)
-    report = Report()
     progress = Progress("tokenizing", source.num_bytes)
     backend = tokenizer.text_backend
 
@@ -146,7 +145,7 @@ def _tokenize_source(
         }
 
     try:
-        results = _in_order(tokenize, _batches(source, report, writers, split_of), num_workers)
+        results = _in_order(tokenize, _batches(source, writers, split_of), num_workers)
         with one_thread(), closing(results):
             for batch, result in results:
                 for split, tokenized in result.items():
@@ -155,6 +154,7 @@ def _tokenize_source(
                 progress.add(0, 0, skipped_bytes=batch.passed_bytes)
     finally:
         progress.close()
+    report = source.report
     require_documents(source, report)
     for split, writer in writers.items():
         if not writer.seen and not writer.current.seen and not writer.finished:
@@ -171,16 +171,14 @@ def _tokenize_source(
             writer.finish(Report() if split == "validation" and len(writers) > 1 else report, tokenizer)
 
 
-def _batches(
-    source: Source, report: Report, writers: dict[str, SplitWriter], split_of: Callable[[bytes], str]
-) -> Iterator[Batch]:
+def _batches(source: Source, writers: dict[str, SplitWriter], split_of: Callable[[bytes], str]) -> Iterator[Batch]:
     to_pass = {split: sys.maxsize if writer.finished else writer.seen for split, writer in writers.items()}
 
     def new() -> Batch:
         return Batch({split: [] for split in writers}, {split: [] for split in writers})
 
     batch = new()
-    for document in documents(source, report):
+    for document in source:
         try:
             content = document.text.encode("utf-8")
         except UnicodeEncodeError as error:

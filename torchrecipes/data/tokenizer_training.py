@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from torchrecipes.data.atomic import write_atomically
-from torchrecipes.data.documents import Report, Source, documents, require_documents
+from torchrecipes.data.documents import Source, require_documents
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sentencepiece_model import load_sentencepiece
 from torchrecipes.data.tokenizer import Tokenizer, make_tokenizer, one_thread
@@ -244,13 +244,16 @@ def _count_words(source: Source) -> Counter[str]:
 
 
 def _texts(source: Source, what: str) -> Iterator[str]:
-    progress, report = Progress(what), Report()
+    progress = Progress(what)
     try:
-        for document in documents(source, report):
+        for document in source:
             progress.add(1, len(document.text))
             yield document.text
     finally:
         progress.close()
-    if not report.documents and not hasattr(source, "name"):
-        raise UserError("no documents to train a tokenizer on. A list of them is read more than once, so no generator.")
-    require_documents(source, report)
+    if not progress.documents:
+        if not hasattr(source, "report"):
+            raise UserError(
+                "no documents to train a tokenizer on. They are read more than once: give a list, no generator."
+            )
+        require_documents(source, source.report)
