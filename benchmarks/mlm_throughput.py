@@ -20,8 +20,8 @@ import torch
 SEQ_LEN, ROWS, VOCAB = 256, 16, 16_384
 
 
-def write_corpus(folder: Path):
-    """A tokenizer of 16,384 made-up words and a corpus of random documents of 20 to 400 tokens."""
+def make_text():
+    """A tokenizer of 16,384 made-up words, and random texts of 20 to 200 of them."""
     from torchrecipes.data.sources import Document
     from torchrecipes.data.tokenizers import train_wordpiece
 
@@ -106,9 +106,7 @@ class Peer:
         )
         self.model = transformers.EuroBertForMaskedLM(config)
         stream = [token for text in texts for token in tokenizer.encode(text)]
-        self.rows = [
-            {"input_ids": stream[i : i + SEQ_LEN]} for i in range(0, len(stream) - SEQ_LEN, SEQ_LEN)
-        ]
+        self.rows = [{"input_ids": stream[i : i + SEQ_LEN]} for i in range(0, len(stream) - SEQ_LEN, SEQ_LEN)]
         self.folder, self.bf16 = folder, bf16
 
     def run(self, steps: int) -> float:
@@ -117,7 +115,7 @@ class Peer:
         times = []
 
         class Clock(transformers.TrainerCallback):
-            def on_step_end(self, *args, **kwargs):
+            def on_step_end(self, *args, **kwargs):  # noqa: ARG002
                 times.append(time.perf_counter())
 
         trainer = transformers.Trainer(
@@ -154,7 +152,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer, texts = write_corpus(folder)
+        tokenizer, texts = make_text()
         runners = {
             "ours": Ours(tokenizer, texts, folder, args, compiled=False),
             "ours, compiled": Ours(tokenizer, texts, folder, args, compiled=True),

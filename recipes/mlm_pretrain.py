@@ -7,39 +7,40 @@ The quickstart config takes about 4 minutes on 2 CPU cores. Every checkpoint is 
 `AutoModelForMaskedLM.from_pretrained` loads, and a point from which the same command resumes to the last bit.
 """
 
-import time
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Optional
 
 import torch
+from torchrecipes.training.checkpoint import Checkpointer, check_same_data
+from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
+from torchrecipes.training.metrics import Metrics
+from torchrecipes.training.signals import Signals
 
 from torchrecipes.config import MISSING, Component, build, component, parse, to_yaml
 from torchrecipes.data.corpus import prepare_corpus
 from torchrecipes.data.loader import Loader, evaluation_batches
 from torchrecipes.data.masking import Masking
 from torchrecipes.data.packing import DocumentRows, PackedRows
+from torchrecipes.data.tokenizers import load_tokenizer
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram
 from torchrecipes.losses import masked_lm_loss
-from torchrecipes.models import load_hf
+from torchrecipes.models import check_fit, load_hf
 from torchrecipes.training.budget import budget_steps
-from torchrecipes.training.checkpoint import Checkpointer
 from torchrecipes.training.guard import check_finite
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
-from torchrecipes.training.metrics import Metrics
 from torchrecipes.training.precision import autocast, choose_precision
 from torchrecipes.training.run import start_run
-from torchrecipes.training.signals import Signals
 
 
 @dataclass
 class Data:
-    source: Component = component("torchrecipes.data.sources.files", runtime=())  # where the text comes from
-    validation_source: Optional[Component] = None  # its own validation text; None: validation_fraction of the source
+    source: Component = component("torchrecipes.data.sources.files")  # where the text comes from
+    validation_source: Component | None = None  # its own validation text; None: validation_fraction of the source
     validation_fraction: float = 0.005  # share of the documents, chosen by a hash of their text
-    corpus_dir: Optional[str] = None  # folder of token shards, shared by runs; None: <output_dir>/corpus
-    tokenize_workers: Optional[int] = None  # processes that tokenize; None: one per core
+    corpus_dir: str | None = None  # folder of token shards, shared by runs; None: <output_dir>/corpus
+    tokenize_workers: int | None = None  # processes that tokenize; None: one per core
     packing: bool = True  # rows full of documents, attention within each; False: a document per row, padded
     mlm_probability: float = 0.2  # share of the tokens to predict (NeoBERT: 0.2, BERT: 0.15)
     mask_all: bool = False  # True: all of them become [MASK] (NeoBERT); False: 80 % [MASK], 10 % random, 10 % kept
@@ -49,7 +50,7 @@ class Data:
 @dataclass
 class Loss:
     masked_logits_only: bool = True  # False: logits of all positions, the same number, slower
-    chunk_size: Optional[int] = None  # masked positions whose logits are in memory at a time; None: by vocabulary
+    chunk_size: int | None = None  # masked positions whose logits are in memory at a time; None: by vocabulary
 
 
 @dataclass
@@ -62,30 +63,36 @@ class Config:
     )
     data: Data = field(default_factory=Data)
     model: Component = component("torchrecipes.models.neobert_tiny", runtime=("vocab_size", "seed"))
-    init_from: Optional[str] = None  # a Hugging Face folder to start from instead of `model`
+    init_from: str | None = None  # a Hugging Face folder whose model and tokenizer are taken instead of these two
     loss: Loss = field(default_factory=Loss)
 
     seq_len: int = 256  # tokens per row
     rows_per_step: int = 16  # rows per optimizer step in the whole run
     rows_per_micro_batch: int = 16  # rows per forward pass; changes memory and speed, not the result
-    max_steps: Optional[int] = None  # set one of these three
-    total_tokens: Optional[int] = None  # e.g. 10B
-    epochs: Optional[float] = None
+    max_steps: int | None = None  # set one of these three
+    total_tokens: int | None = None  # e.g. 10B
+    epochs: float | None = None
 
     optimizer: Component = component("torchrecipes.optim.adamw", runtime=("model",), lr=1e-3)
     schedule: Component = component("torchrecipes.optim.cosine", runtime=("max_steps",))
-    max_grad_norm: Optional[float] = 1.0
+    max_grad_norm: float | None = 1.0
     precision: str = "auto"  # auto | bf16 | fp32
     compile: bool = False  # torch.compile of every block: a minute once, faster after
     activation_checkpointing: bool = False  # computes activations twice, keeps only the blocks' inputs
 
     log_every: int = 10  # steps
-    eval_every: Optional[int] = 500  # steps; also before the first and after the last step
-    eval_rows: Optional[int] = 1024  # rows of the validation split that are looked at; None: all
-    save_every: Optional[int] = 500  # steps; the last step is always saved
+    eval_every: int | None = 500  # steps; also before the first and after the last step
+    eval_rows: int | None = 1024  # rows of the validation split that are looked at; None: all
+    save_every: int | None = 500  # steps; the last step is always saved
     keep_last: int = 3  # checkpoints
     resume: str = "auto"  # auto | never | path of a checkpoint
-    metrics: list[Component] = field(default_factory=list)  # writers beside metrics.jsonl: TensorBoard, WandB
+    metrics: list[Component] = component([], runtime=("output_dir",))  # beside metrics.jsonl
+
+    def check(self) -> list[str]:
+        """What is wrong with keys that are right each by itself."""
+        if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:
+            return ["eval_every: there is nothing to evaluate on with data.validation_fraction=0; set eval_every=null"]
+        return []
 
 
 def main(config: Config) -> None:
@@ -94,19 +101,22 @@ def main(config: Config) -> None:
     compute = partial(autocast, run.device, precision)
 
     source = build(config.data.source)
-    validation_source = config.data.validation_source and build(config.data.validation_source)
     corpus_dir = Path(config.data.corpus_dir or run.output_dir / "corpus")
-    tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
+    if config.init_from:
+        tokenizer = load_tokenizer(config.init_from, vocab_multiple=1)
+    else:
+        tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
     train_corpus, validation_corpus = prepare_corpus(
         corpus_dir,
         source,
         tokenizer,
         validation_fraction=config.data.validation_fraction,
-        validation_source=validation_source,
+        validation_source=build(config.data.validation_source),
         num_workers=config.data.tokenize_workers,
     )
-    make_rows = PackedRows if config.data.packing else DocumentRows
-    rows = make_rows(train_corpus, config.seq_len, tokenizer.pad_id)
+    kind = PackedRows if config.data.packing else DocumentRows
+    make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id)
+    rows = make_rows(train_corpus)
     masking = Masking(tokenizer, config.data.mlm_probability, mask_all=config.data.mask_all)
     max_steps = budget_steps(
         max_steps=config.max_steps,
@@ -116,31 +126,132 @@ def main(config: Config) -> None:
         num_rows=rows.num_rows,
         tokens_per_row=rows.tokens_per_row,
     )
-    epochs = max_steps * config.rows_per_step / rows.num_rows
-    run.print(f"training data: {rows}; {max_steps:,} steps of {config.rows_per_step} rows are {epochs:.2f} epochs")
+    print(f"training text: {rows}")
+    print(f"to train: {max_steps:,} steps, {max_steps * config.rows_per_step / rows.num_rows:.2f} epochs", flush=True)
 
     if config.init_from:
-        model = load_hf(config.init_from)
+        model = load_hf(config.init_from, seed=config.seed)
     else:
         model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
-    model.to(run.device)
+    check_fit(model, tokenizer, config.seq_len)
+    model.to(run.device).train()
     if config.activation_checkpointing:
         checkpoint_activations(model.blocks)
     if config.compile:
         for block in model.blocks:
             block.compile()
-
     optimizer = build(config.optimizer, model=model)
     schedule = build(config.schedule, max_steps=max_steps)
 
     checkpointer = Checkpointer(run.output_dir, keep_last=config.keep_last)
     resumed = checkpointer.resume(config.resume)
     if resumed:
+        check_same_data(resumed, train_corpus, config.resume)
         resumed.load_model(model)
         resumed.load_optimizer(model, optimizer)
+        resumed.restore_rng()
     first_step = resumed.step + 1 if resumed else 1
+    saved = resumed.path if resumed else None
 
-    ...
+    loader = Loader(
+        rows,
+        masking,
+        seed=config.seed,
+        rows_per_step=config.rows_per_step,
+        rows_per_micro_batch=config.rows_per_micro_batch,
+        max_steps=max_steps,
+        first_step=first_step,
+        num_workers=config.data.num_workers,
+        device=run.device,
+    )
+    metrics = Metrics(
+        run.output_dir,
+        max_steps,
+        device=run.device,
+        tokens_per_step=config.rows_per_step * rows.tokens_per_row,
+        flops_per_token=mlm_flops_per_token(model, config.seq_len, config.data.mlm_probability),
+        peak_flops=peak_flops(run.device, precision),
+        first_step=first_step,
+        writers=[build(writer, output_dir=str(run.output_dir)) for writer in config.metrics],
+    )
+    if config.eval_every:
+        validation_rows = make_rows(validation_corpus)
+        validation_batches = partial(
+            evaluation_batches,
+            validation_rows,
+            masking,
+            config.rows_per_micro_batch,
+            limit=config.eval_rows,
+            device=run.device,
+        )
+        evaluate = partial(
+            evaluate_mlm,
+            model,
+            real_vocab_size=tokenizer.real_vocab_size,
+            baseline=unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size),
+            autocast=compute,
+        )
+
+    with metrics, Signals() as signals, out_of_memory_advice(config.rows_per_micro_batch):
+        if config.eval_every and not resumed:
+            with metrics.pause():
+                metrics.write_eval(0, "validation", evaluate(validation_batches()))
+
+        for step in range(first_step, max_steps + 1):
+            with metrics.waiting():
+                batches = loader.step(step)
+            targets = max(1, sum(batch.num_targets for batch in batches))
+            for batch in batches:
+                with compute():
+                    hidden = model(
+                        batch.input_ids,
+                        position_ids=batch.position_ids,
+                        cu_seqlens=batch.cu_seqlens,
+                        max_seqlen=batch.max_seqlen,
+                    )
+                    loss = masked_lm_loss(
+                        hidden,
+                        model.head,
+                        batch.masked_positions,
+                        batch.masked_labels,
+                        masked_logits_only=config.loss.masked_logits_only,
+                        chunk_size=config.loss.chunk_size,
+                    )
+                (loss / targets).backward()
+                metrics.add(loss.detach(), batch.num_targets)
+
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+            schedule.apply(optimizer, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # The order matters: log, look, save, evaluate. What is not finite is not saved, and a failing evaluation
+            # loses nothing.
+            ends = step == max_steps or signals.received
+            save_now = ends or (config.save_every and step % config.save_every == 0)
+            if save_now or step % config.log_every == 0:
+                line = metrics.write(step, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm)
+                check_finite(line, checkpointer.folder)
+            if save_now:
+                with metrics.pause():
+                    saved = checkpointer.save(
+                        step,
+                        model=model,
+                        optimizer=optimizer,
+                        tokenizer=tokenizer,
+                        state={"corpus": train_corpus.fingerprint},
+                        config_yaml=to_yaml(config),
+                        recipe_text=Path(__file__).read_text(encoding="utf-8"),
+                    )
+            if config.eval_every and not signals.received and (ends or step % config.eval_every == 0):
+                with metrics.pause():
+                    metrics.write_eval(step, "validation", evaluate(validation_batches()))
+            if signals.received and step < max_steps:
+                print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
+                raise SystemExit(signals.exit_code)
+
+    print(f"finished {max_steps:,} steps: {saved}")
+    print(f"load it with transformers: AutoModelForMaskedLM.from_pretrained({str(saved)!r})")
 
 
 if __name__ == "__main__":

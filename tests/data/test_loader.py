@@ -29,7 +29,7 @@ def parts(tmp_path_factory):
 
 def loader(parts, kind=PackedRows, **changes):
     corpus, tokenizer, masking = parts
-    settings = dict(seed=1, rows_per_step=8, rows_per_micro_batch=8, max_steps=60) | changes
+    settings = {"seed": 1, "rows_per_step": 8, "rows_per_micro_batch": 8, "max_steps": 60} | changes
     return Loader(kind(corpus, 32, tokenizer.pad_id), masking, **settings)
 
 
@@ -49,9 +49,7 @@ def step_rows(batches):
 def test_a_step_is_the_same_on_any_number_of_ranks_and_micro_batches(parts, kind):
     whole = loader(parts, kind)
     splits = [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)]
-    others = [
-        [loader(parts, kind, rank=r, world_size=w, rows_per_micro_batch=m) for r in range(w)] for w, m in splits
-    ]
+    others = [[loader(parts, kind, rank=r, world_size=w, rows_per_micro_batch=m) for r in range(w)] for w, m in splits]
     for step in range(1, 20):
         expected = step_rows(whole.step(step))
         for ranks in others:
@@ -90,7 +88,6 @@ def _unmasked(row):
 
 
 def test_shapes_never_change_and_boundaries_are_right(parts):
-    corpus, tokenizer, masking = parts
     shapes = set()
     steps = loader(parts)
     for step in range(1, 61):
@@ -133,7 +130,9 @@ def test_evaluation_takes_every_row_once_with_the_same_masks(parts, limit):
         assert sorted(seen) == sorted(known)
     # Another number of rows in a batch, or of ranks, gives the same rows with the same masks.
     shared = [
-        row for rank in range(3) for row in step_rows(evaluation_batches(rows, masking, 4, limit=limit, rank=rank, world_size=3))
+        row
+        for rank in range(3)
+        for row in step_rows(evaluation_batches(rows, masking, 4, limit=limit, rank=rank, world_size=3))
     ]
     as_set = lambda rows: sorted(tuple(row.flatten().tolist()) for row in rows if (row[2] >= 0).any())  # noqa: E731
     assert as_set(shared) == as_set(step_rows(batches))

@@ -118,7 +118,7 @@ def test_a_rows_mask_depends_on_its_key_alone():
 
 @pytest.mark.parametrize("p", [0, 1, -0.1, 15])
 def test_a_share_that_is_none_is_refused(p):
-    with pytest.raises(UserError, match="mlm_probability is .* between 0 and 1"):
+    with pytest.raises(UserError, match=r"mlm_probability is .* between 0 and 1"):
         Masking(TOKENIZER, p)
 
 

@@ -90,6 +90,6 @@ def test_row_minus_one_is_padding(made, kind):
 
 
 def test_it_says_what_it_holds(made):
-    corpus, tokenizer, documents = made
+    corpus, tokenizer, _ = made
     text = str(PackedRows(corpus, 16, tokenizer.pad_id))
     assert "150 documents" in text and "rows of 16" in text and "tokens used per row" in text

@@ -9,6 +9,7 @@ EXAMPLE = 'tune-style fill-mask runs/quickstart "The [MASK] of a function is the
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `fill-mask`."""
     parser.epilog = f"example: {EXAMPLE}"
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or any folder that load_hf reads")
     parser.add_argument("text", nargs="+", help="a sentence with [MASK] in it")
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Print the guesses for every text."""
     from torchrecipes.data.tokenizers import load_tokenizer
     from torchrecipes.evaluation.fill_mask import fill_mask
     from torchrecipes.models import load_hf

@@ -13,12 +13,12 @@ class Batch:
     Attributes:
         input_ids: `[B, S]` int64.
         position_ids: `[B, S]` int64; starts at 0 with every document.
-        cu_seqlens: `[N + 1]` int32, the boundaries of the documents over the B * S flattened tokens: 0, then the end of
-            each; filled up by repeating the last, so that N is the same in every batch of a run.
+        cu_seqlens: `[N + 1]` int32, the boundaries of the documents over the B * S flattened tokens: 0, then the end
+            of each; filled up by repeating the last, so that N is the same in every batch of a run.
         max_seqlen: no document is longer; the same in every batch of a run.
-        num_targets: tokens to predict. The loss of an optimizer step is the sum over its micro-batches and ranks, divided by
-            the sum of these.
-        masked_positions: masked LM: `[M]` int64 into the flattened tokens; 0 in unused slots. M is the same in every batch.
+        num_targets: tokens to predict. The loss of an optimizer step is the sum over its micro-batches and ranks,
+            divided by the sum of these.
+        masked_positions: masked LM: `[M]` int64 into the flattened tokens; 0 in unused slots. M never changes.
         masked_labels: masked LM: `[M]` int64, the token that was there; -100 in unused slots.
     """
 

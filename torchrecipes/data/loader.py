@@ -79,7 +79,7 @@ class Loader:
                 batch_size=None,
                 sampler=range(first_step, max_steps + 1),
                 num_workers=num_workers,
-                worker_init_fn=_ignore_interrupts if num_workers else None,
+                worker_init_fn=_ignore_signals if num_workers else None,
                 prefetch_factor=4 if num_workers else None,
                 pin_memory=device is not None and device.type == "cuda",
                 # A generator of its own: DataLoader would draw from the global one, which dropout reads.
@@ -125,9 +125,7 @@ def evaluation_batches(
         yield batch if device is None else batch.to(device)
 
 
-def make_batch(
-    rows: PackedRows | DocumentRows, masking: Masking, numbers: np.ndarray, row_keys: np.ndarray
-) -> Batch:
+def make_batch(rows: PackedRows | DocumentRows, masking: Masking, numbers: np.ndarray, row_keys: np.ndarray) -> Batch:
     """The rows with these numbers as a batch for masked language modelling.
 
     Args:
@@ -181,7 +179,8 @@ class _Steps(Dataset):
         ]
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl+C reaches the whole group of processes; the main one finishes its step and still needs the workers' batches.
+def _ignore_signals(_worker: int) -> None:
+    # Both reach the whole group of processes; the main one finishes its step and still needs the workers' batches. They
+    # end when it closes their queues, or has died.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -5,8 +5,8 @@
 2. Of a row's n ordinary tokens (not special, not padding) k are chosen, at random and all different. k is p * n, rounded
    up or down at random so that its mean is exactly p * n, and 1 at least: no row with an ordinary token is without
    a target.
-3. Of the k, 80 % become `[MASK]`, 10 % a random ordinary token and 10 % stay, rounded in the same way. So over a corpus
-   the shares are exact, not only expected: (1 - p) untouched, 0.8 p, 0.1 p, 0.1 p.
+3. Of the k, 80 % become `[MASK]`, 10 % a random ordinary token and 10 % stay, rounded in the same way. So the shares of
+   a corpus are exact but for rounding: (1 - p) untouched, 0.8 p, 0.1 p, 0.1 p.
 4. The slots of a batch are fixed: ceil(p * S) in every row.
 """
 
@@ -96,7 +96,7 @@ class Masking:
 
 
 def _hash32(row_keys: np.ndarray, row_len: int) -> np.ndarray:
-    """A random 32-bit number for every position, `[B, row_len]`: MurmurHash3's finalizer over key and position, twice."""
+    """A random 32-bit number for every position, `[B, row_len]`: MurmurHash3's finalizer over both, twice."""
     low, high = row_keys.astype(np.uint32), (row_keys >> np.uint64(32)).astype(np.uint32)
     x = np.arange(row_len, dtype=np.uint32) * np.uint32(0x9E3779B9) + low[:, None]
     _finalize(x)

@@ -18,7 +18,7 @@ GOLDEN, MIX_1, MIX_2, *SHIFTS = np.array(
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit numbers that sends similar ones far apart (the finalizer of SplitMix64, Steele et al. 2014).
+    """A bijection of 64-bit numbers that sends similar ones far apart (SplitMix64's finalizer, Steele et al. 2014).
 
     Args:
         x: uint64, any shape but `()`: NumPy warns of overflow in scalars.

@@ -17,8 +17,8 @@ class RowBlock:
 
     Attributes:
         tokens: `[B, S]` int64.
-        boundaries: int64, sorted: the flat positions in `[0, B * S)` at which a document (or padding) starts; the start of
-            every row is among them.
+        boundaries: int64, sorted: the flat positions in `[0, B * S)` at which a document (or padding) starts; the
+            start of every row is among them.
     """
 
     tokens: np.ndarray

@@ -35,7 +35,7 @@ def fill_mask(model: nn.Module, tokenizer, text: str, top_k: int = 5) -> list[li
         raise UserError(f"{text!r} has no {mask_token}. Put {mask_token} where the model shall guess.")
     if len(ids) > model.config.max_position_embeddings:
         raise UserError(
-            f"the text has {len(ids)} tokens, the model has {model.config.max_position_embeddings} positions. Shorten it."
+            f"the text has {len(ids)} tokens, the model {model.config.max_position_embeddings} positions. Shorten it."
         )
     model.eval()
     device = next(model.parameters()).device

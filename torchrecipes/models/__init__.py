@@ -1,6 +1,7 @@
 """Model families: each with its config, its builders by size, and its two-way map to the Hugging Face layout."""
 
 from torchrecipes.models.bert import Bert, BertConfig, bert, bert_base, bert_mini, bert_small, bert_tiny
+from torchrecipes.models.fit import check_fit
 from torchrecipes.models.hub import hf_config, hf_state_dict, load_hf, save_hf
 from torchrecipes.models.neobert import NeoBert, NeoBertConfig, neobert, neobert_100m, neobert_base, neobert_tiny
 
@@ -14,6 +15,7 @@ __all__ = [
     "bert_mini",
     "bert_small",
     "bert_tiny",
+    "check_fit",
     "hf_config",
     "hf_state_dict",
     "load_hf",

@@ -36,7 +36,7 @@ def budget_steps(
             f"max_steps, total_tokens, epochs: {problem}. Set exactly one, and the others to null, e.g. max_steps=1000"
             + " total_tokens=null epochs=null."
         )
-    (name, value), = given.items()
+    ((name, value),) = given.items()
     if value <= 0:
         raise UserError(f"{name}: {value} trains nothing. Give a number above 0.")
     if name == "max_steps":

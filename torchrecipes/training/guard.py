@@ -22,6 +22,6 @@ def check_finite(line: dict, checkpoints: str) -> None:
         value = line.get(name)
         if value is not None and not math.isfinite(value):
             raise UserError(
-                f"step {line['step']}: {name} is {value}. Nothing of this step was saved; the last good checkpoint is in "
-                f"{checkpoints}. Lower optimizer.lr, lengthen the warm-up, lower max_grad_norm, or try precision=fp32."
+                f"step {line['step']}: {name} is {value}. Nothing of this step was saved; the last good checkpoint is "
+                f"in {checkpoints}. Lower optimizer.lr or max_grad_norm, lengthen the warm-up, or try precision=fp32."
             )

@@ -1,4 +1,4 @@
-"""The run's place in the world: its folder, its device, its seed."""
+"""The start of a run: its folder, its device, its seed."""
 
 import os
 import random
@@ -28,28 +28,15 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """Where this process stands.
+    """What a run stands on.
 
     Attributes:
         output_dir: the run's folder; it exists and can be written.
         device: where the model lives: the first GPU if there is one, else the CPU.
-        rank, world_size: this process among all of the run's processes.
     """
 
     output_dir: Path
     device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes logs and files."""
-        return self.rank == 0
-
-    def print(self, message: str) -> None:
-        """Prints once per run, whatever the number of processes."""
-        if self.is_main:
-            print(message, flush=True)
 
 
 def start_run(output_dir: str | Path, *, seed: int, config_yaml: str, resume: str) -> Run:
@@ -104,8 +91,8 @@ def _check_same_settings(config_file: Path, config_yaml: str) -> None:
     lines = [f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now" for key in differing]
     folder = config_file.parent
     raise UserError(
-        f"{folder} holds a run with other settings:\n" + "\n".join(lines) + f"\nTo start a new run: output_dir=OTHER. To "
-        f"go on from its weights with the new settings: output_dir=OTHER resume={folder}/checkpoints/step-... "
+        "\n".join([f"{folder} holds a run with other settings:", *lines]) + "\nTo start a new run: output_dir=OTHER. "
+        f"To go on from its weights with the new settings: output_dir=OTHER resume={folder}/checkpoints/step-... "
         f"To continue it as it was: give the values on the left. To throw it away: delete {folder}."
     )
 
@@ -114,5 +101,3 @@ def _flat(node: object, prefix: str = "") -> dict[str, object]:
     if isinstance(node, dict) and node:
         return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): node}
-
-

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from torchrecipes.cli.main import main
+from torchrecipes.data.documents import Document
+from torchrecipes.data.tokenizers import train_wordpiece
+from torchrecipes.errors import UserError
+from torchrecipes.evaluation.fill_mask import fill_mask
+from torchrecipes.models import neobert, save_hf
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece([Document("the quick brown fox jumps over the lazy dog " * 3, "a")], vocab_size=60)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return neobert(tokenizer.vocab_size, 16, 2, 2, 32, max_position_embeddings=32, seed=1)
+
+
+def test_guesses_are_those_of_the_logits_at_the_masks(model, tokenizer):
+    text = "the [MASK] fox jumps over the [MASK] dog"
+    first, second = fill_mask(model, tokenizer, text, top_k=4)
+    ids = tokenizer.encode_masked(text)
+    with torch.no_grad():
+        probability = model.head(model(torch.tensor([ids])))[0, :, : tokenizer.real_vocab_size].softmax(-1)
+    for guesses, position in (
+        (first, ids.index(tokenizer.mask_id)),
+        (second, len(ids) - 1 - ids[::-1].index(tokenizer.mask_id)),
+    ):
+        expected = probability[position].sort(descending=True)
+        assert [guess.probability for guess in guesses] == pytest.approx(expected.values[:4].tolist(), rel=1e-4)
+        assert [guess.token for guess in guesses] == [tokenizer.decode_token(i) for i in expected.indices[:4].tolist()]
+
+
+def test_inert_tokens_are_never_guessed(model, tokenizer):
+    assert tokenizer.real_vocab_size < tokenizer.vocab_size
+    (guesses,) = fill_mask(model, tokenizer, "the [MASK]", top_k=1000)
+    assert len(guesses) == tokenizer.real_vocab_size
+    assert sum(guess.probability for guess in guesses) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("the fox", r"has no \[MASK\]"), ("the [MASK]" + " fox" * 40, "32 positions")]
+)
+def test_wrong_text_is_told(model, tokenizer, text, message):
+    with pytest.raises(UserError, match=message):
+        fill_mask(model, tokenizer, text)
+
+
+def test_the_command_prints_tokens_and_probabilities(model, tokenizer, tmp_path, capsys):
+    for step in (5, 10):
+        save_hf(model, tmp_path / "checkpoints" / f"step-{step:08d}", tokenizer)
+    assert main(["fill-mask", str(tmp_path), "the [MASK] fox", "--top-k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "the [MASK] fox" in lines and sum("%" in line for line in lines) == 2
+
+
+def test_the_command_says_what_a_folder_lacks(tmp_path, capsys):
+    assert main(["fill-mask", str(tmp_path), "the [MASK]"]) == 2
+    assert "neither a model" in capsys.readouterr().err

@@ -1,0 +1,99 @@
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from torchrecipes.data.batch import Batch
+from torchrecipes.evaluation.mlm import Unigram, evaluate_mlm, unigram
+from torchrecipes.models import neobert
+
+VOCAB, REAL = 50, 45
+
+
+class Tokens:
+    """The part of a corpus that is read."""
+
+    def __init__(self, tokens):
+        self.tokens, self.num_tokens = np.array(tokens, dtype=np.uint16), len(tokens)
+
+    def read(self, start, stop):
+        return self.tokens[start:stop]
+
+
+def batches(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for used in (7, 3):
+        positions, labels = torch.zeros(8, dtype=torch.int64), torch.full((8,), -100)
+        positions[:used] = torch.randperm(24, generator=generator)[:used]
+        labels[:used] = torch.randint(5, REAL, (used,), generator=generator)
+        yield Batch(
+            input_ids=torch.randint(0, REAL, (2, 12), generator=generator),
+            position_ids=torch.arange(12).expand(2, 12),
+            cu_seqlens=torch.tensor([0, 12, 24, 24], dtype=torch.int32),
+            max_seqlen=12,
+            num_targets=used,
+            masked_positions=positions,
+            masked_labels=labels,
+        )
+
+
+def test_the_baseline_is_the_frequency_of_ordinary_tokens():
+    baseline = unigram(Tokens([2, 7, 7, 7, 9, 3, 2, 9, 11, 3]), special_ids=[2, 3], vocab_size=12)
+    assert baseline.most_frequent == 7
+    expected = torch.full((12,), -math.inf)
+    expected[[7, 9, 11]] = torch.tensor([3 / 6, 2 / 6, 1 / 6]).log()
+    assert torch.allclose(baseline.log_probability, expected)
+
+
+def test_scores_equal_a_loop_over_targets_in_float64():
+    model = neobert(VOCAB, 16, 2, 2, 32)
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    shares = torch.arange(1, VOCAB + 1).double()
+    baseline = Unigram((shares / shares.sum()).log().float(), most_frequent=11)
+    scores = evaluate_mlm(model, batches(), real_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+
+    loss, right, unigram_loss, unigram_right, count = 0.0, 0, 0.0, 0, 0
+    for batch in batches():
+        logits = model.head(model(batch.input_ids)).double().flatten(0, 1)
+        for position, label in zip(batch.masked_positions.tolist(), batch.masked_labels.tolist(), strict=True):
+            if label >= 0:
+                loss -= logits[position].log_softmax(-1)[label].item()
+                right += logits[position, :REAL].argmax().item() == label
+                unigram_loss -= math.log(shares[label] / shares.sum())
+                unigram_right += label == 11
+                count += 1
+    assert scores["loss"] == pytest.approx(loss / count, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+    assert scores["accuracy"] == pytest.approx(right / count)
+    assert scores["unigram_loss"] == pytest.approx(unigram_loss / count, rel=1e-5)
+    assert scores["unigram_accuracy"] == pytest.approx(unigram_right / count)
+
+
+def test_inert_tokens_are_never_predicted():
+    model = neobert(VOCAB, 16, 1, 2, 32)
+
+    class Head(torch.nn.Module):
+        """Likes the inert token 49 best, the label second."""
+
+        weight, bias, transform = torch.zeros(VOCAB, 16), torch.zeros(VOCAB), torch.nn.Identity()
+
+    Head.bias[49], Head.bias[20] = 9.0, 5.0
+    model.head = Head()
+    batch = next(iter(batches()))
+    batch.masked_labels[:7] = 20
+    baseline = Unigram(torch.zeros(VOCAB), 0)
+    scores = evaluate_mlm(model, [batch], real_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+    assert scores["accuracy"] == 1
+
+
+def test_nothing_of_the_training_is_touched():
+    model = neobert(VOCAB, 16, 1, 2, 32).train()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    baseline = Unigram(torch.zeros(VOCAB), 0)
+    evaluate_mlm(model, batches(), real_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,363 @@
+"""The recipe as users run it, on a small text that each test run makes itself."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchrecipes.cli.run import load_recipe
+from torchrecipes.config import load
+from torchrecipes.config.files import find_recipe
+from torchrecipes.data.tokenizers import load_tokenizer
+from torchrecipes.errors import UserError
+from torchrecipes.models import load_hf
+
+RECIPE = find_recipe("mlm_pretrain")
+STEPS = 12
+SETTINGS = f"""
+tokenizer: {{_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_size: 400}}
+data:
+  source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
+  validation_fraction: 0.1
+  tokenize_workers: 0
+model:
+  _component_: torchrecipes.models.neobert
+  hidden_size: 32
+  num_hidden_layers: 2
+  num_attention_heads: 2
+  intermediate_size: 64
+  max_position_embeddings: 64
+seq_len: 32
+rows_per_step: 8
+rows_per_micro_batch: 8
+max_steps: {STEPS}
+precision: fp32
+log_every: 1
+eval_every: null
+save_every: 4
+keep_last: 10
+"""
+BERT = [
+    "model._component_=torchrecipes.models.bert",
+    *("hidden_size=32", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=64"),
+]
+BERT = [BERT[0], *(f"model.{setting}" for setting in BERT[1:])]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Sentences with a grammar, so that context helps: 600 documents."""
+    rng = random.Random(0)
+    nouns = ["cat", "dog", "fox", "owl", "bee", "ant", "cow", "hen"]
+    verbs = ["sees", "hears", "finds", "likes"]
+    places = ["garden", "forest", "river", "house"]
+    path = tmp_path_factory.mktemp("text") / "animals.jsonl"
+    with path.open("w") as file:
+        for _ in range(600):
+            sentences = [
+                f"the {(a := rng.choice(nouns))} {rng.choice(verbs)} the {rng.choice(nouns)} in the "
+                f"{rng.choice(places)} and the {a} goes home."
+                for _ in range(rng.randint(1, 5))
+            ]
+            file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(text, tmp_path_factory):
+    """A corpus folder that all runs share: it is built by the first."""
+    return tmp_path_factory.mktemp("corpus")
+
+
+@pytest.fixture
+def train(text, corpus, tmp_path):
+    """train("name", "key=value", ...) runs the recipe into a folder of that name, which it returns."""
+    config = tmp_path / "config.yaml"
+    config.write_text(SETTINGS.replace("TEXT", str(text)))
+
+    def run(name, *overrides):
+        recipe = load_recipe(RECIPE)
+        settings = [f"output_dir={tmp_path / name}", f"data.corpus_dir={corpus}", *overrides]
+        recipe.main(load(recipe.Config, config, settings, recipe=RECIPE))
+        return tmp_path / name
+
+    run.config = config
+    return run
+
+
+def weights(run, step=STEPS):
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in lines(run) if "loss" in line}
+
+
+def assert_same_weights(run, other, step=STEPS):
+    ours, theirs = weights(run, step), weights(other, step)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def stop_at(run, step, to):
+    """A copy of a run as it stood when the checkpoint of `step` was written."""
+    shutil.copytree(run, to)
+    for folder in (to / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    return to
+
+
+def test_learns_context_and_exports_what_transformers_loads(train):
+    transformers = pytest.importorskip("transformers")
+    run = train("run", "max_steps=150", "optimizer.lr=5e-3", "eval_every=150", "save_every=null", "log_every=50")
+    before, after = [line for line in lines(run) if "eval/validation/loss" in line]
+    assert before["step"] == 0 and after["step"] == 150
+    assert after["eval/validation/loss"] < after["eval/validation/unigram_loss"] - 0.5
+    assert after["eval/validation/accuracy"] > after["eval/validation/unigram_accuracy"] + 0.1
+    assert before["eval/validation/loss"] > after["eval/validation/unigram_loss"]
+
+    folder = run / "checkpoints" / "step-00000150"
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ours, tokenizer = load_hf(folder).eval(), load_tokenizer(folder)
+    assert len(their_tokenizer) == tokenizer.vocab_size == theirs.config.vocab_size
+    prompt = "the cat sees the [MASK] in the garden"
+    ids = their_tokenizer(prompt, return_tensors="pt")
+    assert ids.input_ids[0].tolist() == tokenizer.encode_masked(prompt)
+    with torch.no_grad():
+        difference = theirs(**ids).logits - ours.head(ours(ids.input_ids))
+    assert difference.abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("model", ["neobert", "bert"])
+def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, model, workers):
+    settings = [f"data.num_workers={workers}", *(BERT if model == "bert" else [])]  # bert has dropout
+    whole = train("whole", *settings)
+    for step in (4, 8):
+        resumed = stop_at(whole, step, tmp_path / f"resumed{step}")
+        train(resumed.name, *settings)
+        assert_same_weights(whole, resumed)
+        assert losses(resumed) == losses(whole)
+
+
+def test_a_finished_run_is_not_trained_again(train, capsys):
+    run = train("run")
+    before = lines(run)
+    train("run")
+    assert lines(run) == before
+    assert "finished" in capsys.readouterr().out
+
+
+def test_evaluation_does_not_change_training(train):
+    assert_same_weights(train("with", "eval_every=2", *BERT), train("without", "eval_every=null", *BERT))
+
+
+def test_two_evaluations_of_one_model_give_one_number(train):
+    run = train("run", "eval_every=2", "optimizer.lr=0", "optimizer.weight_decay=0")
+    values = {line["eval/validation/loss"] for line in lines(run) if "eval/validation/loss" in line}
+    assert len(values) == 1
+
+
+@pytest.mark.parametrize("rows_per_micro_batch", [1, 4])
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_accumulation_changes_nothing(train, rows_per_micro_batch, packing):
+    one = losses(train("one", f"data.packing={packing}"))
+    many = losses(train("many", f"data.packing={packing}", f"rows_per_micro_batch={rows_per_micro_batch}"))
+    assert one.keys() == many.keys()
+    for step, loss in one.items():
+        assert many[step] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "override", ["loss.masked_logits_only=false", "loss.chunk_size=3", "activation_checkpointing=true"]
+)
+def test_what_trades_memory_for_time_gives_the_same_losses(train, override):
+    plain, other = losses(train("plain")), losses(train("other", override))
+    for step, loss in plain.items():
+        assert other[step] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.mask_all=true"],
+        ["precision=bf16"],
+        ["epochs=0.5", "max_steps=null"],
+        ["total_tokens=2k", "max_steps=null"],
+        ["max_grad_norm=null", "schedule._component_=torchrecipes.optim.constant"],
+        [*BERT, "data.packing=false"],
+        [
+            "tokenizer._component_=torchrecipes.data.tokenizers.train_bpe",
+            "tokenizer.vocab_size=400",
+            "data.corpus_dir=null",
+        ],
+    ],
+    ids=" ".join,
+)
+def test_runs_with(train, overrides):
+    run = train("run", *overrides)
+    assert all(line["loss"] < 8 for line in lines(run) if "loss" in line)
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def test_starts_from_a_checkpoint(train):
+    first = train("first", "eval_every=12")
+    second = train("second", "eval_every=12", f"init_from={first}/checkpoints/step-{STEPS:08d}", "seed=1")
+    end = [line for line in lines(first) if "eval/validation/loss" in line][-1]
+    start = next(line for line in lines(second) if "eval/validation/loss" in line)
+    assert start["eval/validation/loss"] == pytest.approx(end["eval/validation/loss"], abs=1e-5)
+
+
+def command(train, run, corpus, *overrides):
+    return [
+        *(sys.executable, "-m", "torchrecipes.cli.main", "run", "mlm_pretrain", "--config", str(train.config)),
+        *(f"output_dir={run}", f"data.corpus_dir={corpus}", *overrides),
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_later(train, corpus, tmp_path, number, code):
+    settings = ["max_steps=40", "save_every=null"]
+    whole = train("whole", *settings)
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(train, stopped, corpus, *settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/") or "step 3 " in line or "step 3:" in line:
+            process.send_signal(number)
+            break
+    output = process.stdout.read()
+    assert process.wait() == code, output
+    (folder,) = (stopped / "checkpoints").iterdir()
+    assert int(folder.name.removeprefix("step-")) < 40
+    assert str(folder) in output
+    train("stopped", *settings)
+    assert_same_weights(whole, stopped, 40)
+    assert losses(stopped) == losses(whole)
+
+
+KILL = """
+import os, signal, sys
+from torchrecipes.cli.main import main
+from torchrecipes.training.checkpoint import Checkpointer
+
+at, calls = int(sys.argv[1]), 0
+fsync, save = os.fsync, Checkpointer.save
+
+def killing_fsync(descriptor):
+    global calls
+    calls += 1
+    if calls == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fsync(descriptor)
+
+def killed_save(self, step, *args, **kwargs):
+    if step == 8:
+        os.fsync = killing_fsync
+    return save(self, step, *args, **kwargs)
+
+Checkpointer.save = killed_save
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_kill_during_a_save_loses_nothing_before_it(train, corpus, tmp_path, at):
+    whole = train("whole")
+    killed = tmp_path / "killed"
+    arguments = command(train, killed, corpus)[3:]
+    process = subprocess.run([sys.executable, "-c", KILL, str(at), *arguments], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    train("killed")
+    assert_same_weights(whole, killed)
+    assert losses(killed) == losses(whole)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a GPU: a tensor's value read on the host, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+        ):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_steps_between_logs_never_wait_for_the_device(train):
+    def reads(name, steps):
+        with HostReads() as mode:
+            train(name, f"max_steps={steps}", "log_every=100", "save_every=null")
+        return mode.count
+
+    assert reads("short", 4) == reads("long", 12)
+
+
+def test_another_runs_folder_is_refused(train):
+    train("run")
+    with pytest.raises(UserError, match=r"(?s)seed: 0 there, 1 now.*output_dir=OTHER"):
+        train("run", "seed=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rows_per_step=8", "rows_per_micro_batch=3"], "rows_per_step"),
+        (["seq_len=128"], "max_position_embeddings"),
+        (["max_steps=null"], "max_steps, total_tokens, epochs"),
+        (["data.validation_fraction=0", "eval_every=5"], "validation"),
+        (["precision=fp8"], "precision"),
+        (["data.mlm_probability=1.5"], "mlm_probability"),
+        (["init_from=/no/such/folder"], "does not exist"),
+        (["resume=/no/such/checkpoint"], "/no/such/checkpoint"),
+        (["seq_len=100000", "model.max_position_embeddings=100000"], "row"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_input_is_one_message(train, overrides, message):
+    if "data.validation_fraction=0" in overrides:
+        overrides = [*overrides, "data.corpus_dir=null"]
+    with pytest.raises(UserError, match=message):
+        train("run", *overrides)
+
+
+def test_a_copied_recipe_runs(train, corpus, tmp_path):
+    from torchrecipes.cli.main import main
+
+    copy = tmp_path / "mine" / "my_recipe.py"
+    assert main(["cp", "mlm_pretrain", str(copy)]) == 0
+    copy.write_text(copy.read_text().replace("def main(config: Config)", "print('MINE')\n\n\ndef main(config: Config)"))
+    run = tmp_path / "run"
+    arguments = command(train, run, corpus)
+    arguments[arguments.index("mlm_pretrain")] = str(copy)
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert "MINE" in result.stdout
+    assert "MINE" in (run / "checkpoints" / f"step-{STEPS:08d}" / "recipe.py").read_text()
+
+
+def test_recipe_is_short():
+    assert len(Path(RECIPE).read_text().splitlines()) <= 300

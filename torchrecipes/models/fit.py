@@ -1,0 +1,28 @@
+"""Whether a model, a tokenizer and a row length go together."""
+
+from torch import nn
+
+from torchrecipes.errors import UserError
+
+
+def check_fit(model: nn.Module, tokenizer, seq_len: int) -> None:
+    """Checks that the model has a row for every token and a position for every place in a row.
+
+    Args:
+        model: has `config.vocab_size` and `config.max_position_embeddings`.
+        tokenizer: has `vocab_size`.
+        seq_len: tokens per row.
+
+    Raises:
+        UserError: it has not; the message names the setting to change.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,} rows for "
+            "them. Take the model's own tokenizer, with vocab_multiple: 1 if it was made without inert tokens."
+        )
+    if seq_len > model.config.max_position_embeddings:
+        raise UserError(
+            f"seq_len={seq_len} is more than the model's max_position_embeddings="
+            f"{model.config.max_position_embeddings}. Lower seq_len, or raise model.max_position_embeddings."
+        )
