@@ -131,6 +131,11 @@ def test_a_file_that_cannot_be_read_or_has_changed_is_no_traceback(here):
     write(path, "one\ntwo\n")
     with pytest.raises(UserError, match=r"a\.txt has changed"):
         list(source)
+    source = files("a.txt", on_bad_record="skip")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=r"a\.txt has changed"):
+        list(source)
+    source = files("a.txt", on_bad_record="skip")
     path.unlink()
     with pytest.raises(UserError, match=r"a\.txt cannot be read: No such file"):
         list(source)
@@ -228,6 +233,23 @@ def test_a_line_longer_than_memory_allows_comes_in_pieces_with_flat_memory(here)
     assert length == size - 2 and last == Document("last", "a.txt:3") and count > 30
 
 
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+@pytest.mark.parametrize("repeats", [2_050_000, 2_500_000, 4_100_000])
+def test_a_line_longer_than_memory_allows_is_the_same_text_in_pieces(here, sample_by, repeats):
+    line = "x" + "ö" * repeats
+    write(here / "a.txt", f"a\n{line}\nb\nc\n\nd")
+    found = list(files("a.txt", sample_by=sample_by))
+    if sample_by == "line":
+        assert found[0] == Document("a", "a.txt:1")
+        assert found[-3:] == [Document("b", "a.txt:3"), Document("c", "a.txt:4"), Document("d", "a.txt:6")]
+        assert "".join(document.text for document in found[1:-3]) == line
+        assert {document.origin.split(" ")[0] for document in found[1:-3]} == {"a.txt:2"}
+    else:
+        joined = "".join(document.text for document in found)
+        assert joined == f"a\n{line}\nb\nc" + ("\n\nd" if sample_by == "document" else "d")
+        assert found[0].origin == "a.txt:1" and (found[-1].origin == "a.txt:6") == (sample_by == "paragraph")
+
+
 def test_a_bad_byte_in_a_line_longer_than_memory_allows_ends_that_line_only(here):
     good = b"ten bytes " * 600_000
     write(here / "a.txt", b"first\n" + good + b"\xff" + good + b"\nlast\n")
@@ -286,6 +308,21 @@ def test_slices_give_what_the_file_gives(here, monkeypatch, kind, sample_by):
     assert merged == source.report
     assert sum(part.num_bytes for part in parts) == source.num_bytes == os.path.getsize(name)
     assert len({part.fingerprint for part in parts}) == len(parts)
+
+
+@pytest.mark.parametrize("name", ["array.jsonl", "utf16.txt", "other.parquet"])
+def test_a_large_file_that_is_something_else_is_reported_once(here, monkeypatch, name):
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(sources, "SLICE", 100)
+    write(here / "array.jsonl", json.dumps([{"text": str(number)} for number in range(100)], indent=1))
+    write(here / "utf16.txt", "\n".join(map(str, range(100))).encode("utf-16"))
+    parquet.write_table(pyarrow.table({"body": list(map(str, range(100)))}), "other.parquet", row_group_size=10)
+    source = files(name, on_bad_record="skip")
+    (part,) = source.parts()
+    assert list(part) == list(source) == []
+    assert part.report == source.report and sum(part.report.skipped.values()) == 1
 
 
 def test_a_parquet_file_is_split_by_row_groups(here, monkeypatch):

@@ -158,8 +158,11 @@ class FilePart:
         file, options = self.file, self.options
         if file.size < 2 * SLICE or file.gzipped or self.stop is not None:
             return [self]
+        begin = next(self._read(), None)
+        if isinstance(begin, BadRecord) and begin.origin == file.name:  # one answer for the whole file, so one part
+            return [self]
         if file.format == "parquet":
-            groups = parquet_groups(file.path, SLICE)
+            groups = parquet_groups(file.path, options.text_key, SLICE)
             return [FilePart(file, options, start, stop) for start, stop in groups] or [self]
         if file.format == "jsonl" or (file.format == "text" and options.sample_by != "document"):
             separator = rb"\n\r?\n" if file.format == "text" and options.sample_by == "paragraph" else rb"\n"

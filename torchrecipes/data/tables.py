@@ -9,6 +9,7 @@
 
 import csv
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torchrecipes.data.documents import BadRecord, Document
 from torchrecipes.data.lines import Lines, UnreadableFile, not_utf8
@@ -56,6 +57,8 @@ def read_parquet(
 ) -> Iterator[Document | BadRecord]:
     """Yield the value in the column `text_key` of every row, or of those of some row groups.
 
+    A damaged row group is one bad record, from where its damage begins; the next groups are read all the same.
+
     Args:
         path: of the file.
         name: of the file in messages; an origin is `name:row`, from 1.
@@ -65,47 +68,61 @@ def read_parquet(
         end_group: the row group to stop before; None reads all.
 
     Raises:
-        UnreadableFile: not a Parquet file, or a damaged one, or without such a column.
+        UnreadableFile: not a Parquet file, or one without such a column.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    try:
-        # One thread: the parts of a source are read by a process each, and a forked thread pool would hang.
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
-            index = _column(file.schema_arrow.names, text_key, "its columns are")
-            kind = file.schema_arrow.field(index).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UnreadableFile(f"the column '{text_key}' holds no strings", f"but {kind}")
-            groups = range(first_group, file.num_row_groups if end_group is None else end_group)
-            row = 1 + sum(file.metadata.row_group(group).num_rows for group in range(first_group))
-            for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[text_key], use_threads=False):
-                for text in _strings(batch.column(0)):
-                    yield from _document(text, f"{name}:{row}", limit)
-                    row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
-            raise
-        raise UnreadableFile("not a Parquet file, or a damaged one", str(error).split("\n")[0]) from error
+    with _open_parquet(path, text_key) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        for group in range(first_group, len(sizes) if end_group is None else end_group):
+            row = 1 + sum(sizes[:group])
+            try:
+                # One thread: the parts of a source are read by a process each, and a forked thread pool would hang.
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[text_key], use_threads=False):
+                    for text in _strings(batch.column(0)):
+                        yield from _document(text, f"{name}:{row}", limit)
+                        row += 1
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                yield BadRecord(f"{name}:{row}", "damaged Parquet data", _first_line(error))
 
 
-def parquet_groups(path: str, target: int) -> list[tuple[int, int]]:
+def parquet_groups(path: str, text_key: str, target: int) -> list[tuple[int, int]]:
     """Return ranges of row groups of at least `target` bytes of input; none for a file that cannot be read."""
+    ranges, first, held = [], 0, 0
+    try:
+        with _open_parquet(path, text_key) as file:
+            for group in range(file.num_row_groups):
+                held += file.metadata.row_group(group).total_byte_size
+                if held >= target or group == file.num_row_groups - 1:
+                    ranges.append((first, group + 1))
+                    first, held = group + 1, 0
+    except UnreadableFile:
+        return []  # the reader says so
+    return ranges
+
+
+@contextmanager
+def _open_parquet(path: str, text_key: str):
     import pyarrow
     from pyarrow import parquet
 
     try:
-        metadata = parquet.read_metadata(path)
-    except (pyarrow.ArrowException, OSError):
-        return []
-    ranges, first, held = [], 0, 0
-    for group in range(metadata.num_row_groups):
-        held += metadata.row_group(group).total_byte_size
-        if held >= target or group == metadata.num_row_groups - 1:
-            ranges.append((first, group + 1))
-            first, held = group + 1, 0
-    return ranges
+        file = parquet.ParquetFile(path, pre_buffer=False)
+        schema = file.schema_arrow
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
+        if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
+            raise
+        raise UnreadableFile("not a Parquet file, or a damaged one", _first_line(error)) from error
+    with file:
+        kind = schema.field(_column(schema.names, text_key, "its columns are")).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise UnreadableFile(f"the column '{text_key}' holds no strings", f"but {kind}")
+        yield file
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
 
 
 def _document(text: object, origin: str, limit: int) -> Iterator[Document | BadRecord]:
