@@ -102,7 +102,7 @@ WHOLE_FILES = {
     "object": ("a.json", json.dumps({"text": "a", "b": 1}, indent=2).encode(), "one object over several lines"),
     "text_named_parquet": ("a.parquet", b"just text", "not a Parquet file"),
     "empty_parquet": ("a.parquet", b"", "not a Parquet file"),
-    "no_header": ("a.csv", b"A plane.,A jet.,4.5\nx,y,1\n", "the first line's fields are 'A plane.', 'A jet.', '4.5'"),
+    "no_header": ("a.csv", b"A plane.,A jet.,4.5\nx,y,1\n", "the columns, is 'A plane.', 'A jet.', '4.5'"),
 }
 
 

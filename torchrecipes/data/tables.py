@@ -45,7 +45,7 @@ def read_csv(
             yield row
         elif columns is None:
             columns = [column.strip() for column in row]
-            index = _column(columns, text_key, "the first line's fields are")
+            index = _column(columns, text_key, "the first line, which names the columns, is")
         elif len(row) != len(columns):
             yield BadRecord(origin, FIELD_COUNT, f"{len(row)}, not {len(columns)}")
         else:
@@ -134,7 +134,8 @@ def _document(text: object, origin: str, limit: int) -> Iterator[Document | BadR
 
 def _column(columns: list[str], wanted: str, introduction: str) -> int:
     if wanted not in columns:
-        raise UnreadableFile(f"no column '{wanted}'", f"{introduction} {', '.join(map(repr, columns[:20]))}")
+        names = ", ".join(repr(f"{column[:40]}..." if len(column) > 40 else column) for column in columns[:20])
+        raise UnreadableFile(f"no column '{wanted}'", f"{introduction} {names}")
     return columns.index(wanted)
 
 
