@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from torchrecipes.data import atomic, prepare, split_writer
+from torchrecipes.data import atomic, prepare, progress, split_writer
 from torchrecipes.data.corpus import open_corpus, prepare_corpus
 from torchrecipes.data.documents import BadRecord, Document, Report, documents
 from torchrecipes.data.tokenizers import load_tokenizer, train_bpe, train_wordpiece
@@ -186,6 +186,21 @@ def test_uint16_up_to_65536_ids_and_uint32_above(tokenizer, tmp_path):
         train, _ = prepare_corpus(tmp_path / str(multiple), Source(topics(20)), wide, 0)
         assert train.dtype == dtype and train.read(0, 5).dtype == dtype
         assert tokens_of(train) == [tokenizer.encode(d.text) for d in topics(20)]
+
+
+def test_progress_in_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    now = iter([100.0, 101.0, 101.0, 104.0, 104.0, 1e6, 1e6])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.Progress("tokenizing", total_bytes=10_000_000)
+    shown.add(3, 1_000_000, 250_000)
+    shown.add(1, 1_000_000, 150_000, skipped_bytes=4_000_000)
+    shown.add(1, 8_000_000, 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenizing: 3 documents, 0.2 M tokens, 0.25 M tokens/s, 1.0 MB/s, 0:00:09 left",
+        "tokenizing: 4 documents, 0.4 M tokens, 0.10 M tokens/s, 0.5 MB/s, 0:00:08 left",
+        "tokenizing: 5 documents, 0.4 M tokens, 0.00 M tokens/s, 0.0 MB/s",
+    ]
 
 
 # Interruptions

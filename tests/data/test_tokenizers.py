@@ -300,6 +300,8 @@ def test_a_missing_mask_is_refused_with_the_remedy_and_the_remedy_works(tmp_path
     with pytest.raises(UserError, match=r"has no mask token.*<s>, <pad>, </s>, <unk>.*\"mask_token\": \"\[MASK\]\""):
         load_tokenizer(folder)
     assert load_tokenizer(folder, required=()).mask_id is None
+    with pytest.raises(UserError, match="required: msk is none of the roles cls, sep"):
+        load_tokenizer(folder, required=["msk"])
     write_folder(folder, roberta_like(), mask_token="[MASK]")
     assert load_tokenizer(folder).mask_id == 260
 

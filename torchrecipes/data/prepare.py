@@ -38,7 +38,7 @@ except ImportError:  # Windows: two runs must not prepare the same folder at onc
     fcntl = None
 
 SETTINGS_FILE = "prepare.json"
-BATCH_CHARACTERS = 1 << 18  # tokenized at a time by one thread: the objects of tokenizers take 100 times as many bytes
+BATCH_CHARACTERS = 1 << 17  # tokenized at a time by one thread: the objects of tokenizers take 100 times as many bytes
 
 
 def prepare(

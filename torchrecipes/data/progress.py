@@ -46,7 +46,8 @@ class Progress:
         if self.bar is None:
             print(f"{self.what}: {self._numbers()}", file=sys.stderr, flush=True)
         else:
-            self.bar.n = self.bytes + self.skipped_bytes
+            done = self.bytes + self.skipped_bytes  # may exceed the total, which is of the files, compressed or not
+            self.bar.n = min(done, self.total_bytes) if self.total_bytes else done
             self.bar.set_postfix_str(self._numbers())
 
     def _numbers(self) -> str:

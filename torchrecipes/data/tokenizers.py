@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchrecipes.data.tokenizer import Tokenizer, make_tokenizer, special_tokens
-from torchrecipes.data.tokenizer_files import USUAL_NAMES, read_tokenizer
+from torchrecipes.data.tokenizer_files import ROLES, USUAL_NAMES, read_tokenizer
 from torchrecipes.data.tokenizer_training import train_bpe, train_unigram, train_wordpiece
 from torchrecipes.errors import UserError
 
@@ -28,6 +28,8 @@ def load_tokenizer(path: str | Path, vocab_multiple: int = 64, required: Sequenc
     Raises:
         UserError: nothing to read there, or a required special token is missing.
     """
+    if unknown := [role for role in required if role not in ROLES]:
+        raise UserError(f"required: {', '.join(unknown)} is none of the roles {', '.join(ROLES)}.")
     backend, roles = read_tokenizer(Path(path))
     for role in required:
         if role not in roles:
