@@ -360,9 +360,10 @@ def test_an_unfinished_corpus_of_other_settings_is_not_continued(tokenizer, tmp_
     monkeypatch.setattr(split_writer.SplitWriter, "finish", finish)
     with pytest.raises(UserError, match="shard_tokens: 300 there"):
         prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=301)
-    (tmp_path / "prepare.json").write_text("{")
-    with pytest.raises(UserError, match=r"prepare.json: cannot be read.*Delete"):
-        prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=300)
+    for damaged in ("{", "3", "[1]"):
+        (tmp_path / "prepare.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"prepare.json: cannot be read.*Delete"):
+            prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=300)
     (tmp_path / "prepare.json").unlink()
     with pytest.raises(UserError, match=r"holds shards, but no prepare.json"):
         prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=300)

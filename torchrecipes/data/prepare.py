@@ -242,12 +242,12 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
     if not any(folder.glob("*/shard-*.safetensors")):
         return False
     try:
-        made_with = json.loads(file.read_text("utf-8"))
+        made_with = dict(json.loads(file.read_text("utf-8")))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: holds shards, but no {SETTINGS_FILE} that says of what. Choose another folder."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({error}). Delete {folder} to prepare the corpus again.") from error
     differ = [key for key, value in settings.items() if made_with.get(key) != value]
     if differ:
