@@ -34,7 +34,7 @@ def make_text():
 class Ours:
     """The loop of recipes/mlm_pretrain.py, a number of steps at a time."""
 
-    def __init__(self, tokenizer, texts, folder, args, compiled):
+    def __init__(self, tokenizer, folder, args, compiled):
         from torchrecipes.data.corpus import prepare_corpus
         from torchrecipes.data.loader import Loader
         from torchrecipes.data.masking import Masking
@@ -43,9 +43,7 @@ class Ours:
         from torchrecipes.models import neobert
         from torchrecipes.optim import adamw
 
-        text_file = folder / "text.txt"
-        text_file.write_text("\n".join(texts))
-        corpus, _ = prepare_corpus(folder / "corpus", files(str(text_file)), tokenizer)
+        corpus, _ = prepare_corpus(folder / "corpus", files(str(folder / "text.txt")), tokenizer)
         self.model = neobert(
             vocab_size=tokenizer.vocab_size,
             hidden_size=args.hidden_size,
@@ -103,6 +101,7 @@ class Peer:
             intermediate_size=args.intermediate_size,
             max_position_embeddings=SEQ_LEN,
             tie_word_embeddings=True,
+            **{f"{kind}_token_id": 0 for kind in ("pad", "bos", "eos", "mask")},
         )
         self.model = transformers.EuroBertForMaskedLM(config)
         stream = [token for text in texts for token in tokenizer.encode(text)]
@@ -145,7 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of each in a round")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--intermediate-size", type=int, default=1024)
+    parser.add_argument("--intermediate-size", type=int, default=688)
     parser.add_argument("--fp32-peer", action="store_true", help="measure the peer in fp32 too")
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args()
@@ -153,9 +152,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer, texts = make_text()
+        (folder / "text.txt").write_text("\n".join(texts))
         runners = {
-            "ours": Ours(tokenizer, texts, folder, args, compiled=False),
-            "ours, compiled": Ours(tokenizer, texts, folder, args, compiled=True),
+            "ours": Ours(tokenizer, folder, args, compiled=False),
+            "ours, compiled": Ours(tokenizer, folder, args, compiled=True),
             "Trainer bf16": Peer(tokenizer, texts, folder, args, bf16=True),
         }
         if args.fp32_peer:

@@ -2,7 +2,7 @@
 
 1. Every row has a 64-bit key; all that is drawn for it is a function of that key and the position, computed for the
    whole batch at once. No generator has a state.
-2. Of a row's n ordinary tokens (not special, not padding) k are chosen, at random and all different. k is p * n, rounded
+2. Of a row's n ordinary tokens (not special, not padding) k are chosen, at random, all different. k is p * n, rounded
    up or down at random so that its mean is exactly p * n, and 1 at least: no row with an ordinary token is without
    a target.
 3. Of the k, 80 % become `[MASK]`, 10 % a random ordinary token and 10 % stay, rounded in the same way. So the shares of
