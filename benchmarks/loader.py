@@ -1,4 +1,4 @@
-"""Tokens per second of packed and masked batches: this library's loader beside `datasets` with `transformers`' collator.
+"""Tokens per second of packed and masked batches: this loader beside `datasets` with `transformers`' collator.
 
     python benchmarks/loader.py --json loader.json
 

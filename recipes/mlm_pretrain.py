@@ -40,7 +40,7 @@ class Data:
     validation_source: Component | None = None  # its own validation text; None: validation_fraction of the source
     validation_fraction: float = 0.005  # share of the documents, chosen by a hash of their text
     corpus_dir: str | None = None  # folder of token shards, shared by runs; None: <output_dir>/corpus
-    tokenize_workers: int | None = None  # processes that tokenize; None: one per core
+    tokenize_workers: int | None = None  # threads that tokenize; None: one per core
     packing: bool = True  # rows full of documents, attention within each; False: a document per row, padded
     mlm_probability: float = 0.2  # share of the tokens to predict (NeoBERT: 0.2, BERT: 0.15)
     mask_all: bool = False  # True: all of them become [MASK] (NeoBERT); False: 80 % [MASK], 10 % random, 10 % kept

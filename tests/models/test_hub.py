@@ -56,7 +56,7 @@ def test_special_tokens_come_from_the_tokenizer(tmp_path):
     class Tokenizer:
         pad_id, mask_id, cls_id, sep_id, bos_id, eos_id = 0, 4, 2, 3, None, None
 
-        def save(self, folder):
+        def save(self, folder, model_max_length=None):
             (folder / "tokenizer.json").write_text("{}")
 
     model = saved(tmp_path)

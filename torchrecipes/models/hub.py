@@ -122,7 +122,7 @@ def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        tokenizer.save(folder)
+        tokenizer.save(folder, model_max_length=model.config.max_position_embeddings)
     config = json.dumps(hf_config(model, tokenizer), indent=2) + "\n"
     (folder / "config.json.tmp").write_text(config, encoding="utf-8")
     os.replace(folder / "config.json.tmp", folder / "config.json")

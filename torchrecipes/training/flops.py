@@ -1,0 +1,54 @@
+"""How much arithmetic training takes, and how much a device can do: the two halves of MFU."""
+
+import time
+
+import torch
+from torch import nn
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that the device's contains counts.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+def mlm_flops_per_token(model: nn.Module, seq_len: int, mlm_probability: float) -> float:
+    """Training FLOPs (forward and backward) per token of a masked language model.
+
+    `6 N + 12 L D S + 6 p (V D + T)`: N parameters of the blocks (Kaplan et al. 2020, 2001.08361, section 2.1; two FLOPs
+    per weight forward, four backward), attention over rows of S tokens (Chowdhery et al. 2022, 2204.02311, appendix B; packed
+    rows compute less: it is the count of a dense row), and the head, with its transform of T parameters, at the share p of
+    the tokens that is masked.
+
+    Args:
+        model: has `blocks`, `head` and a `config` with Hugging Face's keys.
+        seq_len: S, tokens per row.
+        mlm_probability: p.
+    """
+    config = model.config
+    blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
+    head = config.vocab_size * config.hidden_size + sum(p.numel() for p in model.head.transform.parameters())
+    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 6 * blocks + attention + 6 * mlm_probability * head
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The most FLOP/s that the device does in `dtype`: from a table for GPUs, measured for a CPU (0.3 s); None: unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for key, peak in PEAKS.items() if key in name), None) if dtype == torch.bfloat16 else None
+    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
+    out, best = torch.empty(1024, 1024, dtype=dtype), float("inf")
+    end = time.perf_counter() + 0.3
+    while (start := time.perf_counter()) < end:
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

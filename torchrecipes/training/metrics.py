@@ -1,0 +1,178 @@
+"""What a run tells of itself: a line of JSON per log step, a bar or a line on the terminal, and writers."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Metrics:
+    """Writes `<output_dir>/metrics.jsonl`, shows progress, and feeds the writers.
+
+    Loss and gradient norm stay on the device until `write`, which fetches both in one transfer.
+
+    Args:
+        output_dir: the run's folder. Lines of steps from `first_step` on, left by a run that went further than its last
+            checkpoint, are removed.
+        max_steps: the last step.
+        device: where losses are.
+        tokens_per_step: tokens of an optimizer step that are not padding.
+        flops_per_token, peak_flops: for MFU; None: not reported.
+        first_step: the step to begin with.
+        writers: objects with `log(values, step)` and `close()`, see writers.py.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        max_steps: int,
+        *,
+        device: torch.device,
+        tokens_per_step: float,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        first_step: int = 1,
+        writers: Sequence = (),
+    ):
+        self.max_steps, self.device, self.writers = max_steps, device, writers
+        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        path = Path(output_dir) / "metrics.jsonl"
+        _drop_lines_from(path, first_step)
+        self.file = path.open("a", encoding="utf-8")
+        self.loss, self.targets = torch.zeros((), device=device), 0
+        self.step = self.logged_step = first_step - 1
+        self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
+        self.is_first = True
+        self.bar = None
+        if sys.stderr.isatty():
+            layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} {postfix}"
+            self.bar = tqdm(total=max_steps, initial=self.step, bar_format=layout)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, loss_sum: Tensor, num_targets: int) -> None:
+        """Counts a micro-batch's summed loss, without waiting for the device."""
+        self.loss += loss_sum
+        self.targets += num_targets
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in this context is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in this context, for evaluation or saving, is no training time."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    def write(self, step: int, *, lr: float, grad_norm: Tensor) -> dict[str, float]:
+        """Logs the steps since the last call; the loss is their mean over targets.
+
+        Returns:
+            The line. Numbers that are not finite are in it as they are, in the file they are null.
+        """
+        loss, norm = torch.stack([self.loss / max(1, self.targets), grad_norm.to(self.loss.dtype)]).tolist()
+        seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
+        steps = step - self.logged_step
+        rate = steps * self.tokens_per_step / seconds
+        line: dict[str, float] = {
+            "step": step,
+            "tokens": round(step * self.tokens_per_step),
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),
+            "lr": float(lr),
+            "grad_norm": norm,
+            "tokens_per_second": rate,
+            "data_wait": self.waited / seconds,
+            "memory_gib": self._memory(),
+            "eta_s": (self.max_steps - step) * seconds / steps,
+        }
+        if self.flops_per_token and self.peak_flops:
+            line["mfu"] = rate * self.flops_per_token / self.peak_flops
+        if self.is_first:
+            self._tell(f"first {steps} steps: {seconds:.1f} s, peak memory {line['memory_gib']:.2f} GiB")
+            self.is_first = False
+        self.loss.zero_()
+        self.targets, self.logged_step = 0, step
+        self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
+        self._record(line, step)
+        text = f"loss {loss:.3f}, lr {line['lr']:.1e}, grad_norm {norm:.2f}, {rate:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{text}, {_clock(line['eta_s'])} left", refresh=False)
+            self.bar.update(steps)
+        else:
+            print(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left", flush=True)
+        return line
+
+    def write_eval(self, step: int, name: str, values: dict[str, float]) -> None:
+        """Logs an evaluation as `eval/<name>/<metric>`."""
+        self._record({"step": step} | {f"eval/{name}/{key}": value for key, value in values.items()}, step)
+        self._tell(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+
+    def close(self) -> None:
+        """Closes the file, the bar and the writers."""
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+        for writer in self.writers:
+            writer.close()
+
+    def _record(self, line: dict[str, float], step: int) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
+        finite |= {f"{key}_nonfinite": str(value) for key, value in line.items() if not math.isfinite(value)}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self.file.flush()
+        for writer in self.writers:
+            writer.log(line, step)
+
+    def _tell(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def _memory(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _drop_lines_from(path: Path, first_step: int) -> None:
+    """Keeps the lines of earlier steps; a last line that a crash cut off goes, too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step < first_step and first_step > 1:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

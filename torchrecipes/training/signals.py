@@ -1,0 +1,46 @@
+"""Ctrl+C and SIGTERM end a run after its step, with a checkpoint, instead of in the middle."""
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+
+class Signals:
+    """While the context is open, SIGINT and SIGTERM only set `received`, which the loop looks at after every step.
+
+    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python delivers no signals, the
+    context does nothing.
+
+    Attributes:
+        received: the number of the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + (self.received or 0)
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.received = number
+        again = "; press Ctrl+C again to stop at once" if number == signal.SIGINT else ""
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving{again}", file=sys.stderr, flush=True)
