@@ -227,7 +227,8 @@ def main(config: Config) -> None:
 
             # The order matters: log, look, save, evaluate. What is not finite is not saved, and a failing evaluation
             # loses nothing.
-            ends = step == max_steps or signals.received
+            stopped = signals.received is not None  # asked once: it may come at any moment
+            ends = stopped or step == max_steps
             save_now = ends or (config.save_every and step % config.save_every == 0)
             if save_now or step % config.log_every == 0:
                 line = metrics.write(step, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm)
@@ -243,10 +244,10 @@ def main(config: Config) -> None:
                         config_yaml=to_yaml(config),
                         recipe_text=Path(__file__).read_text(encoding="utf-8"),
                     )
-            if config.eval_every and not signals.received and (ends or step % config.eval_every == 0):
+            if config.eval_every and not stopped and (ends or step % config.eval_every == 0):
                 with metrics.pause():
                     metrics.write_eval(step, "validation", evaluate(validation_batches()))
-            if signals.received and step < max_steps:
+            if stopped and step < max_steps:
                 print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
                 raise SystemExit(signals.exit_code)
 

@@ -233,23 +233,24 @@ def command(train, run, corpus, *overrides):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_later(train, corpus, tmp_path, number, code):
-    settings = ["max_steps=40", "save_every=null"]
+    settings = ["max_steps=400", "save_every=null"]
     whole = train("whole", *settings)
     stopped = tmp_path / "stopped"
     process = subprocess.Popen(
         command(train, stopped, corpus, *settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     for line in process.stdout:
-        if line.startswith("step 3/") or "step 3 " in line or "step 3:" in line:
+        if line.startswith("step 3/"):
             process.send_signal(number)
             break
     output = process.stdout.read()
     assert process.wait() == code, output
+    assert (stopped / "checkpoints").exists(), output
     (folder,) = (stopped / "checkpoints").iterdir()
-    assert int(folder.name.removeprefix("step-")) < 40
+    assert int(folder.name.removeprefix("step-")) < 400
     assert str(folder) in output
     train("stopped", *settings)
-    assert_same_weights(whole, stopped, 40)
+    assert_same_weights(whole, stopped, 400)
     assert losses(stopped) == losses(whole)
 
 
@@ -331,7 +332,7 @@ def test_another_runs_folder_is_refused(train):
         (["data.validation_fraction=0", "eval_every=5"], "validation"),
         (["precision=fp8"], "precision"),
         (["data.mlm_probability=1.5"], "mlm_probability"),
-        (["init_from=/no/such/folder"], "does not exist"),
+        (["init_from=/no/such/folder"], "/no/such/folder"),
         (["resume=/no/such/checkpoint"], "/no/such/checkpoint"),
         (["seq_len=100000", "model.max_position_embeddings=100000"], "row"),
     ],
