@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -43,3 +46,24 @@ def test_out_of_memory_names_the_setting_to_lower(rows, advice):
 def test_other_errors_pass():
     with pytest.raises(KeyError), out_of_memory_advice(8):
         raise KeyError("x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_is_used_again_without_new_pages():
+    script = """
+import resource, sys, torch
+from torchrecipes.training.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(3):
+    torch.ones(64 * 2**18)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(64 * 2**18)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        way: int(subprocess.run([sys.executable, "-c", script, way], capture_output=True, text=True, check=True).stdout)
+        for way in ("keep", "give back")
+    }
+    assert faults["keep"] < 100 < faults["give back"]

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from torchrecipes.errors import UserError
+from torchrecipes.training.memory import keep_freed_memory
 
 # Keys that change how a run is watched or kept, and none of its numbers: a run may be continued with other values.
 MAY_CHANGE = (
@@ -76,7 +77,10 @@ def start_run(output_dir: str | Path, *, seed: int, config_yaml: str, resume: st
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return Run(folder, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    if torch.cuda.is_available():
+        return Run(folder, torch.device("cuda", 0))
+    keep_freed_memory()
+    return Run(folder, torch.device("cpu"))
 
 
 def _check_same_settings(config_file: Path, config_yaml: str) -> None:
