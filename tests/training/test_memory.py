@@ -55,7 +55,7 @@ import resource, sys, torch
 from torchrecipes.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(3):
+for _ in range(30):  # the heap settles
     torch.ones(64 * 2**18)  # 64 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):

@@ -42,7 +42,9 @@ class Checkpointer:
 
     def __init__(self, output_dir: str | Path, keep_last: int = 3):
         if keep_last < 1:
-            raise UserError(f"keep_last is {keep_last}; keep at least 1 checkpoint, or there is nothing to resume from.")
+            raise UserError(
+                f"keep_last is {keep_last}; keep at least 1 checkpoint, or there is nothing to resume from."
+            )
         self.folder, self.keep_last = Path(output_dir) / "checkpoints", keep_last
 
     def save(
@@ -266,7 +268,8 @@ def _write_manifest(folder: Path, step: int) -> None:
     versions = {"torchrecipes": __version__, "torch": torch.__version__, "python": platform.python_version()}
     manifest = {"format": FORMAT, "step": step, "versions": versions, "files": files}
     manifest["xxh3"] = _digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    # No newline behind it: every byte counts, so that a truncated manifest is none.
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     _fsync(folder / "manifest.json")
     _fsync(folder)
 

@@ -24,9 +24,9 @@ def mlm_flops_per_token(model: nn.Module, seq_len: int, mlm_probability: float) 
     """Training FLOPs (forward and backward) per token of a masked language model.
 
     `6 N + 12 L D S + 6 p (V D + T)`: N parameters of the blocks (Kaplan et al. 2020, 2001.08361, section 2.1; two FLOPs
-    per weight forward, four backward), attention over rows of S tokens (Chowdhery et al. 2022, 2204.02311, appendix B; packed
-    rows compute less: it is the count of a dense row), and the head, with its transform of T parameters, at the share p of
-    the tokens that is masked.
+    per weight forward, four backward), attention over rows of S tokens (Chowdhery et al. 2022, 2204.02311, appendix B;
+    packed rows compute less: it is the count of a dense row), and the head, with its transform of T parameters, at the
+    share p of the tokens that is masked.
 
     Args:
         model: has `blocks`, `head` and a `config` with Hugging Face's keys.
@@ -41,7 +41,7 @@ def mlm_flops_per_token(model: nn.Module, seq_len: int, mlm_probability: float) 
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The most FLOP/s that the device does in `dtype`: from a table for GPUs, measured for a CPU (0.3 s); None: unknown."""
+    """The most FLOP/s that the device does in `dtype`: GPUs from a table, a CPU measured (0.3 s); None: unknown."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for key, peak in PEAKS.items() if key in name), None) if dtype == torch.bfloat16 else None

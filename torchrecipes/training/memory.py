@@ -23,7 +23,7 @@ def checkpoint_activations(blocks: nn.ModuleList) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Tells the C library to keep freed memory for the next tensor instead of giving it back to the kernel (Linux, CPU).
+    """Tells the C library to keep freed memory for the next tensor, not to give it back to the kernel (Linux, CPU).
 
     Otherwise every large tensor of every step is made of fresh pages, which the kernel has to clear: a tenth of the
     step of a small model. The process' memory stays at its peak. Where there is no glibc nothing happens.

@@ -1,0 +1,79 @@
+import json
+import sys
+
+import pytest
+
+from torchrecipes.cli.main import main
+
+
+def write(folder, steps=20, evaluation=True, end=""):
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            file.write(json.dumps({"step": step, "loss": 5 / step, "lr": 1e-3, "tokens_per_second": 100.0}) + "\n")
+            if evaluation and step % 5 == 0:
+                values = {"loss": 4 / step, "accuracy": step / 30, "unigram_loss": 3.0, "unigram_accuracy": 0.1}
+                line = {"step": step} | {f"eval/validation/{key}": value for key, value in values.items()}
+                file.write(json.dumps(line) + "\n")
+        file.write(end)
+    return folder
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, looked at before they are closed."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    return kept
+
+
+def test_one_run_is_drawn_into_its_folder(tmp_path, figures, capsys):
+    run = write(tmp_path / "first")
+    assert main(["plot", str(run)]) == 0
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert str(run / "loss.png") in capsys.readouterr().out
+    loss, accuracy, rate, speed = figures[0].axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in loss.get_lines()}
+    assert curves["first, training"] == [5 / step for step in range(1, 21)]
+    assert curves["first, validation"] == [4 / step for step in (5, 10, 15, 20)]
+    assert [3.0] * 4 in curves.values()
+    assert len(accuracy.get_lines()) >= 2 and len(rate.get_lines()) == len(speed.get_lines()) == 1
+
+
+def test_several_runs_are_drawn_over_each_other(tmp_path, figures):
+    runs = [write(tmp_path / name, evaluation=name != "plain") for name in ("a/same", "b/same", "plain")]
+    output = tmp_path / "new" / "compared.svg"
+    assert main(["plot", *map(str, runs), "-o", str(output)]) == 0
+    assert "<svg" in output.read_text()
+    labels = {line.get_label() for line in figures[0].axes[0].get_lines()}
+    assert {f"{runs[0]}, training", f"{runs[1]}, training", "plain, training"} <= labels
+
+
+def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path, figures, capsys):
+    run = write(tmp_path / "run", end='{"step": 21, "lo')
+    assert main(["plot", str(run / "metrics.jsonl")]) == 0
+    assert "metrics.jsonl:25: not a line of metrics" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["nothing there", "empty", "no matplotlib", "unknown format"])
+def test_what_cannot_be_drawn_is_one_message(tmp_path, monkeypatch, capsys, case):
+    run = tmp_path / "run"
+    arguments = ["plot", str(run)]
+    if case == "empty":
+        run.mkdir()
+        (run / "metrics.jsonl").touch()
+    elif case != "nothing there":
+        write(run)
+    if case == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    if case == "unknown format":
+        arguments += ["-o", str(tmp_path / "loss.txt")]
+    assert main(arguments) == 2
+    expected = {
+        "nothing there": "No such file",
+        "empty": "holds no metrics yet",
+        "no matplotlib": "pip install matplotlib",
+        "unknown format": "cannot write",
+    }
+    assert expected[case] in capsys.readouterr().err

@@ -1,0 +1,45 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from torchrecipes.training.signals import Signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_noted_and_the_work_goes_on(number, code, capsys):
+    with Signals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        assert signals.received == number and signals.exit_code == code
+    message = capsys.readouterr().err
+    assert "finishing the step, then saving" in message
+    assert ("Ctrl+C again" in message) == (number == signal.SIGINT)
+
+
+def test_a_second_interrupt_stops_at_once():
+    with Signals(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # not a person who is impatient
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Signals():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_another_thread_may_use_it():
+    seen = []
+
+    def work():
+        with Signals() as signals:
+            seen.append(signals.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None]

@@ -1,0 +1,121 @@
+"""`tune-style plot`: loss, evaluation, learning rate and throughput of one run, or of several over each other."""
+
+import argparse
+import json
+from pathlib import Path
+
+from torchrecipes.errors import UserError
+
+GREY = "0.6"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `plot`."""
+    parser.epilog = "example: tune-style plot runs/quickstart\n         tune-style plot runs/a runs/b -o compared.png"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="the picture (default: loss.png in the first run's folder)"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw the picture and say where it is."""
+    runs = {name: read_metrics(path) for name, path in _named(args.runs).items()}
+    first = Path(args.runs[0])
+    output = Path(args.output) if args.output else (first if first.is_dir() else first.parent) / "loss.png"
+    draw(runs, output)
+    print(f"drew {output}")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a line that a crash cut off is passed over, and said.
+
+    Raises:
+        UserError: there is no such file, or no line in it.
+    """
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}. Give a run's folder, as in: tune-style plot runs/small") from None
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            lines.append(values | {"step": values["step"]})
+        except (ValueError, TypeError, KeyError):
+            print(f"{file}:{number}: not a line of metrics, passed over")
+    if not lines:
+        raise UserError(f"{file} holds no metrics yet. Wait for the run's first log line.")
+    return lines
+
+
+def draw(runs: dict[str, list[dict]], output: Path) -> None:
+    """Four panels with a line for every run, as a picture in the format that `output` ends with.
+
+    Raises:
+        UserError: matplotlib is missing, or the picture cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
+    (loss, accuracy), (rate, speed) = panels
+    for number, (name, lines) in enumerate(runs.items()):
+        color = f"C{number}"
+        loss.plot(*_series(lines, "loss"), color=color, alpha=0.45, linewidth=1.2, label=f"{name}, training")
+        for key in sorted({key for line in lines for key in line if key.startswith("eval/") and key.count("/") == 2}):
+            _, split, metric = key.split("/")
+            panel = {"loss": loss, "accuracy": accuracy}.get(metric)
+            if panel is not None:
+                panel.plot(*_series(lines, key), color=color, marker="o", markersize=4, label=f"{name}, {split}")
+                baseline = f"eval/{split}/unigram_{metric}"
+                if any(baseline in line for line in lines):
+                    panel.plot(*_series(lines, baseline), color=GREY if len(runs) == 1 else color, linestyle=":")
+        rate.plot(*_series(lines, "lr"), color=color)
+        speed.plot(*_series(lines, "tokens_per_second"), color=color)
+    for panel, title in zip(
+        (loss, accuracy, rate, speed),
+        ("loss (nats per token)", "accuracy", "learning rate", "tokens per second"),
+        strict=True,
+    ):
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel.has_data() and panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
+    for panel in (loss, accuracy):
+        if panel.get_lines() and any(line.get_linestyle() == ":" for line in panel.get_lines()):
+            panel.plot([], [], color=GREY, linestyle=":", label="word frequencies alone")
+            panel.legend(frameon=False, fontsize=8)
+    if not accuracy.has_data():
+        accuracy.text(0.5, 0.5, "no evaluation", transform=accuracy.transAxes, ha="center", color=GREY)
+    for panel in (rate, speed):
+        panel.set_xlabel("step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_ylim(bottom=0)
+    speed.yaxis.set_major_formatter(EngFormatter())
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {output}: {error}. Give another file, as in -o loss.png") from None
+    finally:
+        pyplot.close(figure)
+
+
+def _series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _named(paths: list[str]) -> dict[str, Path]:
+    """The runs by folder name, or by path where two folders have one name."""
+    found = [Path(path) for path in paths]
+    names = [(path if path.is_dir() else path.parent).resolve().name for path in found]
+    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, found, strict=True)}
