@@ -13,10 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torchrecipes.training.checkpoint import Checkpointer, check_same_data
-from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
-from torchrecipes.training.metrics import Metrics
-from torchrecipes.training.signals import Signals
 
 from torchrecipes.config import MISSING, Component, build, component, parse, to_yaml
 from torchrecipes.data.corpus import prepare_corpus
@@ -28,10 +24,14 @@ from torchrecipes.evaluation.mlm import evaluate_mlm, unigram
 from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models import check_fit, load_hf
 from torchrecipes.training.budget import budget_steps
+from torchrecipes.training.checkpoint import Checkpointer, check_same_data
+from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
 from torchrecipes.training.guard import check_finite
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
+from torchrecipes.training.metrics import Metrics
 from torchrecipes.training.precision import autocast, choose_precision
 from torchrecipes.training.run import start_run
+from torchrecipes.training.signals import Signals
 
 
 @dataclass

@@ -190,9 +190,7 @@ def test_left_overs_of_a_dead_save_are_no_checkpoint_and_go(saved, tokenizer):
 
 def test_another_model_is_refused_with_what_differs(saved):
     wider = neobert(64, 32, 2, 2, 32)
-    with pytest.raises(
-        UserError, match=r"another model: embedding.weight is \[64, 16\] there and \[64, 32\]"
-    ):
+    with pytest.raises(UserError, match=r"another model: embedding.weight is \[64, 16\] there and \[64, 32\]"):
         saved[0].resume("auto").load_model(wider)
     deeper = neobert(64, 16, 3, 2, 32)
     with pytest.raises(UserError, match=r"blocks.2\S+ is not in the checkpoint.*and \d more"):

@@ -1,7 +1,7 @@
 """Checkpoints that survive a power cut: a Hugging Face model folder and a point to resume from, in one.
 
-1. A checkpoint is written into a hidden folder, every file is flushed to the disk, and `manifest.json` with the size and
-   checksum of each comes last. Then the folder is renamed: it is there whole, or not at all.
+1. A checkpoint is written into a hidden folder, every file is flushed to the disk, and `manifest.json` with the size
+   and checksum of each comes last. Then the folder is renamed: it is there whole, or not at all.
 2. Older checkpoints are removed only after that, each by renaming it to a hidden name first.
 3. Resuming takes the newest checkpoint whose files are all as the manifest says, and says which ones it passes over.
 4. Nothing is pickled: tensors are safetensors, the rest is JSON and text.
@@ -221,8 +221,8 @@ def check_same_data(checkpoint: Checkpoint, corpus, resume: str) -> None:
     """
     if resume == "auto" and checkpoint.state.get("corpus") != corpus.fingerprint:
         raise UserError(
-            f"{corpus.folder} is not the corpus that {checkpoint.path} was trained on, so its order of the data would be "
-            f"another one. Bring the old corpus back, or go on on purpose: resume={checkpoint.path} output_dir=OTHER."
+            f"{corpus.folder} is not the corpus that {checkpoint.path} was trained on: its order would be another one. "
+            f"Bring the old corpus back, or go on on purpose: resume={checkpoint.path} output_dir=OTHER."
         )
 
 
@@ -344,6 +344,6 @@ def _disk_errors(folder: Path, needed: int) -> Iterator[None]:
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(there).free
         raise UserError(
-            f"cannot save in {folder}: {error.strerror or error}. A checkpoint takes about {needed / 2**20:,.0f} MiB, and "
-            f"{free / 2**20:,.0f} MiB are free. Make room or lower keep_last; the run goes on from the last checkpoint."
+            f"cannot save in {folder}: {error.strerror or error}. A checkpoint takes about {needed / 2**20:,.0f} MiB, "
+            f"and {free / 2**20:,.0f} MiB are free. Make room, or lower keep_last: the run goes on from the last one."
         ) from error
