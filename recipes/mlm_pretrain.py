@@ -56,26 +56,26 @@ class Loss:
 @dataclass
 class Config:
     output_dir: str = MISSING  # the run's folder
-    seed: int = 0
+    seed: int = 0  # chooses weights, order of the data, masks and dropout
 
-    tokenizer: Component = component(
+    tokenizer: Component = component(  # trained on the source, or loaded
         "torchrecipes.data.tokenizers.train_wordpiece", runtime=("source", "folder"), vocab_size=16_384
     )
     data: Data = field(default_factory=Data)
-    model: Component = component("torchrecipes.models.neobert_tiny", runtime=("vocab_size", "seed"))
+    model: Component = component("torchrecipes.models.neobert_tiny", runtime=("vocab_size", "seed"))  # its network
     init_from: str | None = None  # a Hugging Face folder whose model and tokenizer are taken instead of these two
     loss: Loss = field(default_factory=Loss)
 
     seq_len: int = 256  # tokens per row
     rows_per_step: int = 16  # rows per optimizer step in the whole run
     rows_per_micro_batch: int = 16  # rows per forward pass; changes memory and speed, not the result
-    max_steps: int | None = None  # set one of these three
-    total_tokens: int | None = None  # e.g. 10B
-    epochs: float | None = None
+    max_steps: int | None = None  # optimizer steps; set one of these three
+    total_tokens: int | None = None  # tokens to train on, as in 10B
+    epochs: float | None = None  # times that every row is seen
 
-    optimizer: Component = component("torchrecipes.optim.adamw", runtime=("model",), lr=1e-3)
-    schedule: Component = component("torchrecipes.optim.cosine", runtime=("max_steps",))
-    max_grad_norm: float | None = 1.0
+    optimizer: Component = component("torchrecipes.optim.adamw", runtime=("model",), lr=1e-3)  # makes the groups, too
+    schedule: Component = component("torchrecipes.optim.cosine", runtime=("max_steps",))  # warm-up and decay
+    max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
     precision: str = "auto"  # auto | bf16 | fp32
     compile: bool = False  # torch.compile of every block: a minute once, faster after
     activation_checkpointing: bool = False  # computes activations twice, keeps only the blocks' inputs
@@ -86,7 +86,7 @@ class Config:
     save_every: int | None = 500  # steps; the last step is always saved
     keep_last: int = 3  # checkpoints
     resume: str = "auto"  # auto | never | path of a checkpoint
-    metrics: list[Component] = component([], runtime=("output_dir",))  # beside metrics.jsonl
+    metrics: list[Component] = component([], runtime=("output_dir",))  # writers beside metrics.jsonl
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""

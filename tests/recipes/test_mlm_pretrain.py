@@ -156,6 +156,31 @@ def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, model, wor
         assert losses(resumed) == losses(whole)
 
 
+def test_a_damaged_checkpoint_costs_only_the_steps_behind_it(train, tmp_path, capsys):
+    whole = train("whole")
+    resumed = stop_at(whole, 8, tmp_path / "resumed")
+    newest = resumed / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-5])
+    train("resumed")
+    assert "passed over" in (out := capsys.readouterr().out) and "step-00000004" in out
+    assert_same_weights(whole, resumed)
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_named_checkpoint_goes_on_in_another_folder(train):
+    whole = train("whole")
+    other = train("other", f"resume={whole}/checkpoints/step-00000008")
+    assert_same_weights(whole, other)
+    assert losses(other) == {step: loss for step, loss in losses(whole).items() if step > 8}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_has_the_same_losses(train):
+    plain, compiled = losses(train("plain", "max_steps=4")), losses(train("compiled", "max_steps=4", "compile=true"))
+    for step, loss in plain.items():
+        assert compiled[step] == pytest.approx(loss, abs=1e-3)
+
+
 def test_a_finished_run_is_not_trained_again(train, capsys):
     run = train("run")
     before = lines(run)
