@@ -36,7 +36,7 @@ def commands():
                     yield pytest.param(shlex.split(line, comments=True)[1:], id=f"{page.name}: {line[:60]}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_exist_and_their_settings_are_right(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     verb, *rest = words

@@ -49,13 +49,12 @@ class Metrics:
         _drop_lines_from(path, first_step)
         self.file = path.open("a", encoding="utf-8")
         self.loss, self.targets = torch.zeros((), device=device), 0
-        self.step = self.logged_step = first_step - 1
-        self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
-        self.is_first = True
+        self.first_step, self.begun = first_step, 0  # steps that were begun
+        self._begin_interval(first_step - 1)
         self.bar = None
         if sys.stderr.isatty():
             layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} {postfix}"
-            self.bar = tqdm(total=max_steps, initial=self.step, bar_format=layout)
+            self.bar = tqdm(total=max_steps, initial=first_step - 1, bar_format=layout)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -70,7 +69,12 @@ class Metrics:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in this context is waiting for data."""
+        """Time in this context is waiting for data. Open it once, at the beginning of every step."""
+        if self.begun == 1:
+            self._tell_first_step()
+        if self.begun and self.bar is not None:
+            self.bar.update(self.first_step + self.begun - 1 - self.bar.n)
+        self.begun += 1
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
@@ -90,7 +94,7 @@ class Metrics:
         """
         loss, norm = torch.stack([self.loss / max(1, self.targets), grad_norm.to(self.loss.dtype)]).tolist()
         seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
-        steps = step - self.logged_step
+        steps = step - self.interval_start
         rate = steps * self.tokens_per_step / seconds
         line: dict[str, float] = {
             "step": step,
@@ -106,17 +110,14 @@ class Metrics:
         }
         if self.flops_per_token and self.peak_flops:
             line["mfu"] = rate * self.flops_per_token / self.peak_flops
-        if self.is_first:
-            self._tell(f"first {steps} steps: {seconds:.1f} s, peak memory {line['memory_gib']:.2f} GiB")
-            self.is_first = False
         self.loss.zero_()
-        self.targets, self.logged_step = 0, step
-        self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
+        self.targets = 0
+        self._begin_interval(step)
         self._record(line, step)
         text = f"loss {loss:.3f}, lr {line['lr']:.1e}, grad_norm {norm:.2f}, {rate:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.set_postfix_str(f"{text}, {_clock(line['eta_s'])} left", refresh=False)
-            self.bar.update(steps)
+            self.bar.update(step - self.bar.n)
         else:
             print(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left", flush=True)
         return line
@@ -133,6 +134,20 @@ class Metrics:
             self.bar.close()
         for writer in self.writers:
             writer.close()
+
+    def _begin_interval(self, step: int) -> None:
+        """Rates are over the steps behind `step`, from now on."""
+        self.interval_start = step
+        self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
+
+    def _tell_first_step(self) -> None:
+        """The first step compiles and allocates: it is told by itself, and left out of the rates."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.interval_start < self.first_step:
+            seconds = time.perf_counter() - self.start - self.paused
+            self._tell(f"first step: {seconds:.1f} s, peak memory {self._memory():.2f} GiB")
+            self._begin_interval(self.first_step)
 
     def _record(self, line: dict[str, float], step: int) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
