@@ -81,9 +81,7 @@ def keys_table(recipe):
         )
 
     def comment(field):
-        found = [
-            line.split("  # ", 1)[1] for line in lines[field.lineno - 1 : field.end_lineno] if "  # " in line
-        ]
+        found = [line.split("  # ", 1)[1] for line in lines[field.lineno - 1 : field.end_lineno] if "  # " in line]
         return " ".join(found).replace("|", "or")
 
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows(classes["Config"], "")])

@@ -104,9 +104,10 @@ def test_kill_at_random_instants_of_repeated_saves(parts, tmp_path):
                 save(checkpointer, next_step, parts)
                 os.write(report, b"x")
             os._exit(0)
+        os.close(report)  # so that reading ends if the child does
         finished = rng.randrange(3)
         for _ in range(finished):
-            os.read(progress, 1)
+            assert os.read(progress, 1)
         promised = step + finished
         deadline = time.perf_counter() + rng.uniform(0, 1.5 * one_save)  # any moment of the next save
         while time.perf_counter() < deadline:
@@ -114,7 +115,6 @@ def test_kill_at_random_instants_of_repeated_saves(parts, tmp_path):
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         os.close(progress)
-        os.close(report)
         checkpoints = visible(checkpointer)
         assert all(verify(path) == [] for path in checkpoints)
         resumed = Checkpointer(tmp_path).resume("auto")
