@@ -11,6 +11,7 @@ from torchrecipes.data.tokenizers import train_wordpiece
 from torchrecipes.errors import UserError
 from torchrecipes.models import bert, load_hf, neobert
 from torchrecipes.optim import adamw
+from torchrecipes.training import manifest
 from torchrecipes.training.checkpoint import Checkpointer, check_same_data, verify
 
 
@@ -115,6 +116,37 @@ def test_any_flipped_byte_is_found_and_named(saved):
     assert verify(path) == []
 
 
+def test_a_changed_byte_between_the_values_of_the_manifest_is_found(saved):
+    file = saved[1] / "manifest.json"
+    whole = file.read_bytes()
+    spaces = [position for position, byte in enumerate(whole) if byte in b" \n"]
+    for position in spaces[::5]:
+        file.write_bytes(whole[:position] + b"\t" + whole[position + 1 :])
+        json.loads(file.read_bytes())
+        assert verify(saved[1]) == ["manifest.json is damaged"]
+    file.write_bytes(whole + b"\n")
+    assert verify(saved[1]) == ["manifest.json is damaged"]
+
+
+def test_a_bad_sector_is_damage(saved, monkeypatch):
+    def checksum(file):
+        if file.name == "model.safetensors":
+            raise OSError(5, "Input/output error")
+        return whole(file)
+
+    whole = manifest._checksum
+    monkeypatch.setattr(manifest, "_checksum", checksum)
+    assert verify(saved[1]) == ["model.safetensors cannot be read (Input/output error)"]
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(saved, capsys):
+    checkpointer, path = saved
+    renamed = shutil.copytree(path, path.with_name("step-00000007"))
+    assert checkpointer.resume("auto").path == path
+    assert f"passed over {renamed}, which is damaged: manifest.json is of step 3" in capsys.readouterr().out
+    assert verify(shutil.copytree(path, path.with_name("best"))) == []
+
+
 def test_truncated_missing_and_empty_files_are_named(saved, tmp_path):
     _, path = saved
     for file in sorted(path.iterdir()):
@@ -130,15 +162,16 @@ def test_truncated_missing_and_empty_files_are_named(saved, tmp_path):
             shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "scheduler.PKL"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "scheduler.PKL", "deep/inside/rng.pickle"])
 def test_a_planted_pickle_is_refused_by_name(saved, name):
     checkpointer, path = saved
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
     (path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match=f"{name} does not belong there"):
         checkpointer.resume(str(path))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(saved, tokenizer, capsys):
+def test_a_damaged_checkpoint_is_passed_over_and_said(saved, tokenizer, tmp_path, capsys):
     checkpointer, first = saved
     model, optimizer = make()
     second = save(checkpointer, 6, model, optimizer, tokenizer)
@@ -146,7 +179,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(saved, tokenizer, capsys):
         file.truncate(100)
     assert checkpointer.resume("auto").path == first
     assert f"passed over {second}" in (out := capsys.readouterr().out) and "optimizer.safetensors has 100 bytes" in out
-    (first / "manifest.json").unlink()
+    # The run comes to that step again: the damaged one is replaced.
+    again = Checkpointer(tmp_path, keep_last=1)
+    assert save(again, 6, model, optimizer, tokenizer) == second and verify(second) == []
+    assert not first.exists()
+    (second / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         checkpointer.resume("auto")
 
@@ -170,12 +207,65 @@ def test_the_newest_are_kept(tmp_path, tokenizer):
         Checkpointer(tmp_path, keep_last=0)
 
 
-def test_saving_a_step_twice_leaves_the_first(saved, tokenizer):
+def test_the_newest_is_the_largest_number(saved, tokenizer):
+    checkpointer, _ = saved
+    model, optimizer = make()
+    for step in (99_999_999, 100_000_000):
+        path = save(checkpointer, step, model, optimizer, tokenizer)
+    assert path.name == "step-100000000" and checkpointer.resume("auto").path == path
+
+
+def test_saving_a_step_twice_leaves_the_first_and_says_so(saved, tokenizer, capsys):
     checkpointer, path = saved
     before = (path / "manifest.json").read_bytes()
     model, optimizer = make(seed=4)
     assert save(checkpointer, 3, model, optimizer, tokenizer) == path
+    assert f"{path} is saved already" in capsys.readouterr().out
     assert (path / "manifest.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_another_run_left_is_not_taken_for_this_one(saved, tmp_path, tokenizer):
+    model, optimizer = make(seed=4)
+    with pytest.raises(UserError, match="is there already, and this run has not written it"):
+        save(Checkpointer(tmp_path), 3, model, optimizer, tokenizer)
+
+
+def test_going_back_in_the_same_folder_is_refused(saved, tmp_path, tokenizer):
+    checkpointer, first = saved
+    model, optimizer = make()
+    second = save(checkpointer, 6, model, optimizer, tokenizer)
+    with pytest.raises(UserError, match=r"is of step 3, and .*step-00000006 is newer.*output_dir"):
+        Checkpointer(tmp_path).resume(str(first))
+    other = Checkpointer(tmp_path / "other")
+    assert other.resume(str(first)).step == 3
+    assert Checkpointer(tmp_path).resume(str(second)).step == 6
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(saved, tmp_path, tokenizer, capsys):
+    model, optimizer = make()
+    path = save(saved[0], 6, model, optimizer, tokenizer)
+    (path / "model.safetensors").write_bytes(b"")
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.resume("auto").step == 3
+    assert save(checkpointer, 6, model, optimizer, tokenizer) == path and verify(path) == []
+    assert "which is damaged, is replaced: model.safetensors has 0 bytes" in capsys.readouterr().out
+    assert checkpointer.resume("auto").step == 6
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(saved, tmp_path, tokenizer):
+    model, optimizer = make()
+    for step in (6, 9):
+        (save(saved[0], step, model, optimizer, tokenizer) / "model.safetensors").write_bytes(b"")
+    checkpointer = Checkpointer(tmp_path, keep_last=1)
+    assert checkpointer.resume("auto").step == 3
+    for step in (5, 7):  # it stops early, and again: the damaged ones are newer, then in between
+        save(checkpointer, step, model, optimizer, tokenizer)
+        assert Checkpointer(tmp_path).resume("auto").step == step
+    assert sorted(path.name[-1] for path in checkpointer.folder.iterdir()) == ["7", "9"]
+
+
+def test_who_may_read_the_text_may_read_the_weights(saved):
+    assert len({file.stat().st_mode for file in saved[1].iterdir()}) == 1
 
 
 def test_left_overs_of_a_dead_save_are_no_checkpoint_and_go(saved, tokenizer):

@@ -7,9 +7,9 @@
 4. Nothing is pickled: tensors are safetensors, the rest is JSON and text.
 """
 
+import errno
 import json
 import os
-import platform
 import random
 import shutil
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from torchrecipes import __version__
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_hf, save_hf
+from torchrecipes.training.manifest import fsync, verify, write_manifest
+from torchrecipes.training.optimizer_state import flatten_optimizer, unflatten_optimizer
 
-FORMAT = "torchrecipes-checkpoint-1"
-PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+__all__ = ["Checkpoint", "Checkpointer", "check_same_data", "verify"]
 HIDDEN = ".incomplete-"  # before the name of a folder that is being written or removed
 
 
@@ -46,6 +46,8 @@ class Checkpointer:
                 f"keep_last is {keep_last}; keep at least 1 checkpoint, or there is nothing to resume from."
             )
         self.folder, self.keep_last = Path(output_dir) / "checkpoints", keep_last
+        self._ours: set[Path] = set()  # saved by this object, or resumed from
+        self._damaged: set[Path] = set()  # passed over by it
 
     def save(
         self,
@@ -67,37 +69,57 @@ class Checkpointer:
             config_yaml, recipe_text: kept beside, so that the run can be repeated.
 
         Returns:
-            The checkpoint's folder. One that is there already is left as it is.
+            The checkpoint's folder. One that this object saved already, or resumed from, is left as it is; a damaged
+            one is replaced.
 
         Raises:
-            UserError: the disk is full, or the folder cannot be written. Older checkpoints are untouched.
+            UserError: the disk is full or the folder cannot be written, older checkpoints are untouched; or another
+                run's checkpoint of this step is there.
         """
         target = self.folder / f"step-{step:08d}"
         if target.exists():
-            return target
+            problems = verify(target)
+            if not problems and target in self._ours:
+                print(f"{target} is saved already", flush=True)
+                return target
+            if not problems:
+                raise UserError(
+                    f"{target} is there already, and this run has not written it. Go on from it with resume=auto, or "
+                    "give another output_dir=..."
+                )
+            print(f"{target}, which is damaged, is replaced: {'; '.join(problems)}", flush=True)
         hidden = self.folder / f"{HIDDEN}{target.name}"
-        tensors = _flatten(optimizer, model)
+        tensors, optimizer_state = flatten_optimizer(optimizer, model)
         needed = sum(t.nbytes for t in (*tensors.values(), *model.parameters()))
         with _disk_errors(self.folder, needed):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_hidden()
+            self._remove_left_overs()
             try:
                 if shutil.disk_usage(self.folder).free < needed:
-                    raise OSError(28, os.strerror(28))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 save_hf(model, hidden, tokenizer)
                 save_file(tensors, hidden / "optimizer.safetensors")
                 save_file(_torch_rng(), hidden / "rng.safetensors")
-                stored = {"step": step, "state": state, "rng": {"python": random.getstate(), "numpy": _numpy_rng()}}
+                rng = {"python": random.getstate(), "numpy": _numpy_rng()}
+                stored = {"step": step, "state": state, "optimizer": optimizer_state, "rng": rng}
                 (hidden / "state.json").write_text(json.dumps(stored) + "\n", encoding="utf-8")
                 (hidden / "config.yaml").write_text(config_yaml, encoding="utf-8")
                 (hidden / "recipe.py").write_text(recipe_text, encoding="utf-8")
-                _write_manifest(hidden, step)
+                # Who may read the text may read the weights: safetensors would let only the owner.
+                for file in hidden.iterdir():
+                    file.chmod((hidden / "state.json").stat().st_mode)
+                write_manifest(hidden, step)
+                if target.exists():
+                    os.rename(target, self.folder / f"{HIDDEN}damaged-{target.name}")
                 os.rename(hidden, target)
-                _fsync(self.folder)
+                self._ours.add(target)
+                self._damaged.discard(target)
+                fsync(self.folder)
+                fsync(self.folder.parent)  # which `checkpoints` itself may be new in
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
                 raise
-            self._prune()
+            self._prune(step)
         return target
 
     def resume(self, mode: str) -> "Checkpoint | None":
@@ -113,16 +135,15 @@ class Checkpointer:
         if mode == "never":
             return None
         if mode != "auto":
-            problems = verify(Path(mode))
-            if problems:
-                raise UserError(f"resume: {mode} is not a whole checkpoint: {'; '.join(problems)}. Give another one.")
-            return _open(Path(mode))
+            return self._resume_named(Path(mode))
         found = self._checkpoints()
         for path in reversed(found):
             problems = verify(path)
             if not problems:
                 print(f"resuming from {path}", flush=True)
+                self._ours.add(path)
                 return _open(path)
+            self._damaged.add(path)
             print(f"passed over {path}, which is damaged: {'; '.join(problems)}", flush=True)
         if found:
             raise UserError(
@@ -131,16 +152,38 @@ class Checkpointer:
             )
         return None
 
+    def _resume_named(self, path: Path) -> "Checkpoint":
+        problems = verify(path)
+        if problems:
+            raise UserError(f"resume: {path} is not a whole checkpoint: {'; '.join(problems)}. Give another one.")
+        checkpoint = _open(path)
+        newest = max(self._checkpoints(), key=_step, default=None)
+        if newest and _step(newest) > checkpoint.step:
+            raise UserError(
+                f"resume: {path} is of step {checkpoint.step}, and {newest} is newer: going on would mix two runs in "
+                "one folder. Give another output_dir=..., or resume=auto to take the newest, or delete the newer ones."
+            )
+        if path.resolve().parent == self.folder.resolve():
+            self._ours.add(self.folder / path.name)
+        return checkpoint
+
     def _checkpoints(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        """The checkpoints that can be seen, oldest first."""
+        names = (path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        return sorted((path for path in names if path.is_dir()), key=_step)
 
-    def _prune(self) -> None:
-        for path in self._checkpoints()[: -self.keep_last]:
-            hidden = self.folder / f"{HIDDEN}{path.name}"
-            os.rename(path, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+    def _prune(self, step: int) -> None:
+        """Removes all but the newest. Damaged ones do not count, and none stays that `step` has passed."""
+        past = [path for path in self._checkpoints() if _step(path) <= step]
+        kept = [path for path in past if path not in self._damaged][-self.keep_last :]
+        for path in past:
+            if path not in kept:
+                os.rename(path, self.folder / f"{HIDDEN}{path.name}")
+        for path in self.folder.glob(f"{HIDDEN}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
-    def _remove_hidden(self) -> None:
+    def _remove_left_overs(self) -> None:
+        """Removes what a dead save or prune left. Done by saving only: one who only reads would hit a run's save."""
         for path in self.folder.glob(f"{HIDDEN}*"):
             shutil.rmtree(path)
 
@@ -153,11 +196,14 @@ class Checkpoint:
         path: its folder.
         step: optimizer steps done.
         state: what the recipe gave to `save`.
+        optimizer: the optimizer's class, groups and settings, see optimizer_state.py.
+        rng: the generators of Python and NumPy.
     """
 
     path: Path
     step: int
     state: dict
+    optimizer: dict
     rng: dict
 
     def load_model(self, model: nn.Module) -> None:
@@ -175,26 +221,10 @@ class Checkpoint:
         """Sets the optimizer's state to the saved one. Learning rates and other settings stay those of `optimizer`.
 
         Raises:
-            UserError: the state is of another model or another kind of optimizer.
+            UserError: the state is of other parameters or another kind of optimizer; names what differs.
         """
-        names = _parameter_names(optimizer, model)
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-        for key, tensor in load_file(self.path / "optimizer.safetensors").items():
-            kind, _, name = key.partition(".")
-            if name not in states:
-                raise UserError(f"{self.path}: its optimizer has state for {name}, which this run does not train.")
-            states[name][kind] = tensor
-        current = optimizer.state_dict()
-        parameters = dict(model.named_parameters())
-        for name, state in states.items():
-            for kind, tensor in state.items():
-                shape = parameters[name].shape
-                state[kind] = tensor.view(()) if tensor.numel() == 1 and tensor.shape != shape else tensor
-        missing = [name for name, state in states.items() if not state]
-        if missing and len(missing) < len(states):
-            raise UserError(f"{self.path}: its optimizer has no state for {', '.join(missing[:5])}.")
-        saved = {i: states[name] for i, name in enumerate(names) if states[name]}
-        optimizer.load_state_dict({"state": saved, "param_groups": current["param_groups"]})
+        tensors = load_file(self.path / "optimizer.safetensors")
+        unflatten_optimizer(tensors, self.optimizer, optimizer, model, str(self.path))
 
     def restore_rng(self) -> None:
         """Sets the global generators of torch, NumPy and Python, which dropout reads, to where they were."""
@@ -226,89 +256,13 @@ def check_same_data(checkpoint: Checkpoint, corpus, resume: str) -> None:
         )
 
 
-def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file; empty when it is whole. Reads every byte."""
-    if not path.is_dir():
-        return [f"{path} does not exist"]
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        stated = manifest.pop("xxh3")
-        if manifest["format"] != FORMAT:
-            return [f"manifest.json: its format is {manifest['format']!r}, this version reads {FORMAT!r}"]
-        if stated != _digest(manifest):
-            return ["manifest.json is damaged"]
-        files = manifest["files"]
-    except FileNotFoundError:
-        return ["manifest.json is missing"]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return ["manifest.json is damaged"]
-    problems = []
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["size"]:
-            problems.append(f"{name} has {file.stat().st_size:,} bytes, not {entry['size']:,}")
-        elif _checksum(file) != entry["xxh3"]:
-            problems.append(f"{name} is damaged (wrong checksum)")
-    added = [file.name for file in path.iterdir() if file.suffix.lower() in PICKLES]
-    return problems + [f"{name} does not belong there: pickles can run code" for name in sorted(added)]
-
-
 def _open(path: Path) -> Checkpoint:
     stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(path, stored["step"], stored["state"], stored["rng"])
+    return Checkpoint(path, stored["step"], stored["state"], stored["optimizer"], stored["rng"])
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    files = {}
-    for file in sorted(folder.iterdir()):
-        _fsync(file)
-        files[file.name] = {"size": file.stat().st_size, "xxh3": _checksum(file)}
-    versions = {"torchrecipes": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    manifest = {"format": FORMAT, "step": step, "versions": versions, "files": files}
-    manifest["xxh3"] = _digest(manifest)
-    # No newline behind it: every byte counts, so that a truncated manifest is none.
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    _fsync(folder / "manifest.json")
-    _fsync(folder)
-
-
-def _digest(manifest: dict) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """The names of the optimizer's parameters, in the order in which its state_dict numbers them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors as `<kind>.<parameter>`; one without dimensions gets one."""
-    names, states = _parameter_names(optimizer, model), optimizer.state_dict()["state"]
-    return {
-        f"{kind}.{names[i]}": torch.as_tensor(value).detach().reshape(torch.as_tensor(value).shape or (1,)).contiguous()
-        for i, state in states.items()
-        for kind, value in state.items()
-        if value is not None
-    }
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _torch_rng() -> dict[str, Tensor]:
@@ -338,12 +292,15 @@ def _same_names(path: Path, stored: dict[str, Tensor], ours: dict[str, Tensor]) 
 
 @contextmanager
 def _disk_errors(folder: Path, needed: int) -> Iterator[None]:
+    """Turns what the disk refuses into a UserError; safetensors tells it in an error of its own."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(there).free
         raise UserError(
-            f"cannot save in {folder}: {error.strerror or error}. A checkpoint takes about {needed / 2**20:,.0f} MiB, "
-            f"and {free / 2**20:,.0f} MiB are free. Make room, or lower keep_last: the run goes on from the last one."
+            f"cannot save in {folder}: {reason}. A checkpoint takes about {needed / 2**20:,.0f} MiB, and "
+            f"{free / 2**20:,.0f} MiB are free. Make room there, or make it writable; older checkpoints are untouched, "
+            "and the same command goes on from the newest."
         ) from error

@@ -53,7 +53,7 @@ class Metrics:
         self._begin_interval(first_step - 1)
         self.bar = None
         if sys.stderr.isatty():
-            layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} {postfix}"
+            layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(total=max_steps, initial=first_step - 1, bar_format=layout)
 
     def __enter__(self) -> "Metrics":

@@ -1,0 +1,95 @@
+"""The list of a checkpoint's files with their sizes and checksums, by which one knows later that it is whole."""
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+import xxhash
+
+from torchrecipes import __version__
+
+FORMAT = "torchrecipes-checkpoint-1"
+PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib"}
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Flushes every file of `folder` to the disk, then writes and flushes `manifest.json`, then the folder itself."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        fsync(file)
+        files[file.name] = {"size": file.stat().st_size, "xxh3": _checksum(file)}
+    versions = {"torchrecipes": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    manifest = {"format": FORMAT, "step": step, "versions": versions, "files": files}
+    manifest["xxh3"] = _digest(manifest)
+    (folder / "manifest.json").write_bytes(_text(manifest))
+    fsync(folder / "manifest.json")
+    fsync(folder)
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, file by file; empty when it is whole. Reads every byte.
+
+    Args:
+        path: the checkpoint's folder. One that is named as a step has to be of that step.
+    """
+    if not path.is_dir():
+        return [f"{path} does not exist"]
+    try:
+        raw = (path / "manifest.json").read_bytes()
+        manifest = json.loads(raw)
+        stated = manifest.pop("xxh3")
+        if manifest["format"] != FORMAT:
+            return [f"manifest.json: its format is {manifest['format']!r}, this version reads {FORMAT!r}"]
+        # The text is compared, too: a changed byte between two values changes none of them.
+        if stated != _digest(manifest) or raw != _text(manifest | {"xxh3": stated}):
+            return ["manifest.json is damaged"]
+        files = manifest["files"]
+    except FileNotFoundError:
+        return ["manifest.json is missing"]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return ["manifest.json is damaged"]
+    problems = [problem for name, entry in files.items() if (problem := _problem(path / name, entry))]
+    if (named := re.fullmatch(r"step-(\d+)", path.name)) and int(named[1]) != manifest["step"]:
+        problems.append(f"manifest.json is of step {manifest['step']}")
+    added = {str(file.relative_to(path)) for file in path.rglob("*") if file.suffix.lower() in PICKLES}
+    return problems + [f"{name} does not belong there: pickles can run code" for name in sorted(added)]
+
+
+def fsync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _problem(file: Path, entry: dict) -> str | None:
+    try:
+        if not file.is_file():
+            return f"{file.name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{file.name} has {file.stat().st_size:,} bytes, not {entry['size']:,}"
+        return None if _checksum(file) == entry["xxh3"] else f"{file.name} is damaged (wrong checksum)"
+    except OSError as error:  # what a bad sector gives
+        return f"{file.name} cannot be read ({error.strerror})"
+
+
+def _text(manifest: dict) -> bytes:
+    # No newline behind it: every byte counts, so that a truncated manifest is none.
+    return json.dumps(manifest, indent=2).encode()
+
+
+def _digest(manifest: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
