@@ -90,9 +90,24 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""
+        counts = (
+            "seq_len rows_per_step rows_per_micro_batch log_every eval_every eval_rows save_every keep_last".split()
+        )
+        low = [name for name in counts if getattr(self, name) is not None and getattr(self, name) < 1]
+        problems = [
+            f"{name}: {getattr(self, name)} is not 1 or more (what is optional is off with null)" for name in low
+        ]
+        budgets = [name for name in ("max_steps", "total_tokens", "epochs") if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            are_set = (
+                " and ".join(budgets) + " are set" if budgets else "none of max_steps, total_tokens, epochs is set"
+            )
+            problems.append(f"{are_set}: set exactly one, the others to null, as in max_steps=1000 epochs=null")
+        if not low and self.rows_per_step % self.rows_per_micro_batch:
+            problems.append("rows_per_micro_batch: rows_per_step has to be a multiple of it")
         if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:
-            return ["eval_every: there is nothing to evaluate on with data.validation_fraction=0; set eval_every=null"]
-        return []
+            problems.append("eval_every: there is no text to evaluate on (data.validation_fraction=0); set it to null")
+        return problems
 
 
 def main(config: Config) -> None:

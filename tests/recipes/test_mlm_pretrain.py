@@ -353,7 +353,12 @@ def test_another_runs_folder_is_refused(train):
     [
         (["rows_per_step=8", "rows_per_micro_batch=3"], "rows_per_step"),
         (["seq_len=128"], "max_position_embeddings"),
-        (["max_steps=null"], "max_steps, total_tokens, epochs"),
+        (["max_steps=null"], "none of max_steps, total_tokens, epochs is set"),
+        (
+            ["rows_per_micro_batch=0", "log_every=-1"],
+            r"(?s)rows_per_micro_batch: 0 is not 1 or more.*log_every: -1 is not",
+        ),
+        (["epochs=1"], "max_steps and epochs are set: set exactly one"),
         (["data.validation_fraction=0", "eval_every=5"], "validation"),
         (["precision=fp8"], "precision"),
         (["data.mlm_probability=1.5"], "mlm_probability"),
