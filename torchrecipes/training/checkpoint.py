@@ -77,21 +77,12 @@ class Checkpointer:
                 run's checkpoint of this step is there.
         """
         target = self.folder / f"step-{step:08d}"
-        if target.exists():
-            problems = verify(target)
-            if not problems and target in self._ours:
-                print(f"{target} is saved already", flush=True)
-                return target
-            if not problems:
-                raise UserError(
-                    f"{target} is there already, and this run has not written it. Go on from it with resume=auto, or "
-                    "give another output_dir=..."
-                )
-            print(f"{target}, which is damaged, is replaced: {'; '.join(problems)}", flush=True)
         hidden = self.folder / f"{HIDDEN}{target.name}"
         tensors, optimizer_state = flatten_optimizer(optimizer, model)
         needed = sum(t.nbytes for t in (*tensors.values(), *model.parameters()))
         with _disk_errors(self.folder, needed):
+            if target.exists() and self._is_saved(target):
+                return target
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_left_overs()
             try:
@@ -151,6 +142,20 @@ class Checkpointer:
                 "resume=PATH with a whole checkpoint."
             )
         return None
+
+    def _is_saved(self, target: Path) -> bool:
+        """Whether this run's checkpoint is there, whole; False: a damaged one is, to be replaced."""
+        problems = verify(target)
+        if problems:
+            print(f"{target}, which is damaged, is replaced: {'; '.join(problems)}", flush=True)
+        elif target in self._ours:
+            print(f"{target} is saved already", flush=True)
+        else:
+            raise UserError(
+                f"{target} is there already, and this run has not written it. Go on from it with resume=auto, or give "
+                "another output_dir=..."
+            )
+        return not problems
 
     def _resume_named(self, path: Path) -> "Checkpoint":
         problems = verify(path)
