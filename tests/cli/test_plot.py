@@ -52,6 +52,8 @@ def test_several_runs_are_drawn_over_each_other(tmp_path, figures):
 
 def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path, figures, capsys):
     run = write(tmp_path / "run", end='{"step": 21, "lo')
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
     assert main(["plot", str(run / "metrics.jsonl")]) == 0
     assert "metrics.jsonl:25: not a line of metrics" in capsys.readouterr().out
 

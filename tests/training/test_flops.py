@@ -22,9 +22,19 @@ def test_the_formula_counts_what_a_step_does(kind):
 
 
 def test_peaks_of_known_gpus_and_of_this_cpu(monkeypatch):
-    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12)):
+    known = {
+        "NVIDIA H200": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L40": 181e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA RTX A1000": None,  # not an A100
+        "Something new": None,
+    }
+    for name, peak in known.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == peak
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Something new")
-    assert peak_flops(torch.device("cuda", 0), torch.bfloat16) is None
+    assert peak_flops(torch.device("cuda", 0), torch.float32) is None
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
+    assert peak_flops(torch.device("cpu"), torch.float32) == peak_flops(torch.device("cpu"), torch.float32)

@@ -82,7 +82,9 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
             metrics.write(step, lr=1e-3, grad_norm=torch.tensor(1.0))
             metrics.write_eval(step, "validation", {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')  # a crash
+        file.write('{"step": null}\n[]\n{"step": 7, "lo')  # a crash
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\x00")  # a power cut
     with make(tmp_path, first_step=5) as metrics:
         assert [line["step"] for line in lines(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4]
         assert metrics.write(5, lr=1e-3, grad_norm=torch.tensor(1.0))["tokens"] == 500

@@ -1,5 +1,7 @@
+import io
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -8,12 +10,12 @@ from torchrecipes.training.signals import Signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_noted_and_the_work_goes_on(number, code, capsys):
+def test_a_signal_is_noted_and_the_work_goes_on(number, code, capfd):
     with Signals() as signals:
-        assert signals.received is None
+        assert signals.received is None and signals.exit_code == 0
         os.kill(os.getpid(), number)
         assert signals.received == number and signals.exit_code == code
-    message = capsys.readouterr().err
+    message = capfd.readouterr().err
     assert "finishing the step, then saving" in message
     assert ("Ctrl+C again" in message) == (number == signal.SIGINT)
 
@@ -23,6 +25,25 @@ def test_a_second_interrupt_stops_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # not a person who is impatient
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_in_the_middle_of_a_line_to_the_terminal_breaks_nothing(capfd):
+    class Stream(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return len(data)
+
+    with Signals() as signals, io.TextIOWrapper(io.BufferedWriter(Stream()), write_through=True) as stream:
+        before, sys.stderr = sys.stderr, stream
+        try:
+            print("step 1", file=sys.stderr, flush=True)
+        finally:
+            sys.stderr = before
+        assert signals.received == signal.SIGTERM
+    assert "finishing the step" in capfd.readouterr().err
 
 
 def test_handlers_are_given_back():

@@ -35,7 +35,7 @@ def read_metrics(path: Path) -> list[dict]:
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}. Give a run's folder, as in: tune-style plot runs/small") from None
     lines = []

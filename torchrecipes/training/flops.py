@@ -1,22 +1,28 @@
 """How much arithmetic training takes, and how much a device can do: the two halves of MFU."""
 
+import functools
+import re
 import time
 
 import torch
 from torch import nn
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that the device's contains counts.
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first that is a word of the device's name counts.
 PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10": 125e12,
-    "4090": 165e12,
-    "3090": 71e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
 }
 
 
@@ -41,13 +47,19 @@ def mlm_flops_per_token(model: nn.Module, seq_len: int, mlm_probability: float) 
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The most FLOP/s that the device does in `dtype`: GPUs from a table, a CPU measured (0.3 s); None: unknown."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in PEAKS.items() if key in name), None) if dtype == torch.bfloat16 else None
+    """The most FLOP/s that the device does in `dtype`: GPUs from a table, for bf16; a CPU measured; None: unknown."""
+    if device.type != "cuda":
+        return _cpu_peak(dtype)
+    name = torch.cuda.get_device_name(device) if dtype == torch.bfloat16 else ""
+    return next((peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+@functools.cache
+def _cpu_peak(dtype: torch.dtype) -> float:
+    """The best of the products of matrices that fit into 0.2 s: once per process."""
     a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
     out, best = torch.empty(1024, 1024, dtype=dtype), float("inf")
-    end = time.perf_counter() + 0.3
+    end = time.perf_counter() + 0.2
     while (start := time.perf_counter()) < end:
         torch.mm(a, b, out=out)
         best = min(best, time.perf_counter() - start)

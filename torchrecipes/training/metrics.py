@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from torchrecipes.data.atomic import write_atomically
 
 
 class Metrics:
@@ -94,7 +95,7 @@ class Metrics:
         """
         loss, norm = torch.stack([self.loss / max(1, self.targets), grad_norm.to(self.loss.dtype)]).tolist()
         seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
-        steps = step - self.interval_start
+        steps = max(1, step - self.interval_start)
         rate = steps * self.tokens_per_step / seconds
         line: dict[str, float] = {
             "step": step,
@@ -175,16 +176,13 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            step = json.loads(line)["step"]
+            if json.loads(line)["step"] < first_step and first_step > 1:
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
-        if step < first_step and first_step > 1:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, kept)
 
 
 def _clock(seconds: float) -> str:

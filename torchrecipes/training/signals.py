@@ -1,7 +1,8 @@
 """Ctrl+C and SIGTERM end a run after its step, with a checkpoint, instead of in the middle."""
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -22,8 +23,8 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
-        return 128 + (self.received or 0)
+        """What a shell expects of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM; 0 without one."""
+        return 128 + self.received if self.received else 0
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
@@ -43,4 +44,7 @@ class Signals:
             return
         self.received = number
         again = "; press Ctrl+C again to stop at once" if number == signal.SIGINT else ""
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving{again}", file=sys.stderr, flush=True)
+        message = f"\n{signal.Signals(number).name}: finishing the step, then saving{again}\n"
+        # Not print: the signal may have come in the middle of one, and a stream refuses to be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())
