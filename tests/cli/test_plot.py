@@ -58,13 +58,16 @@ def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path, figures, capsys):
     assert "metrics.jsonl:25: not a line of metrics" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", ["nothing there", "empty", "no matplotlib", "unknown format"])
+@pytest.mark.parametrize("case", ["nothing there", "empty", "other", "no matplotlib", "unknown format"])
 def test_what_cannot_be_drawn_is_one_message(tmp_path, monkeypatch, capsys, case):
     run = tmp_path / "run"
     arguments = ["plot", str(run)]
     if case == "empty":
         run.mkdir()
         (run / "metrics.jsonl").touch()
+    elif case == "other":
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"step": 1, "reward": 2.0}\n')
     elif case != "nothing there":
         write(run)
     if case == "no matplotlib":
@@ -75,6 +78,7 @@ def test_what_cannot_be_drawn_is_one_message(tmp_path, monkeypatch, capsys, case
     expected = {
         "nothing there": "No such file",
         "empty": "holds no metrics yet",
+        "other": "holds no metrics yet",
         "no matplotlib": "pip install matplotlib",
         "unknown format": "cannot write",
     }

@@ -31,7 +31,7 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; a line that a crash cut off is passed over, and said.
 
     Raises:
-        UserError: there is no such file, or no line in it.
+        UserError: there is no such file, or nothing in it to draw.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
@@ -45,7 +45,8 @@ def read_metrics(path: Path) -> list[dict]:
             lines.append(values | {"step": values["step"]})
         except (ValueError, TypeError, KeyError):
             print(f"{file}:{number}: not a line of metrics, passed over")
-    if not lines:
+    drawn = ("loss", "lr", "tokens_per_second")
+    if not any(key in drawn or key.startswith("eval/") for line in lines for key in line):
         raise UserError(f"{file} holds no metrics yet. Wait for the run's first log line.")
     return lines
 
