@@ -90,19 +90,18 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""
-        counts = (
-            "seq_len rows_per_step rows_per_micro_batch log_every eval_every eval_rows save_every keep_last".split()
-        )
-        low = [name for name in counts if getattr(self, name) is not None and getattr(self, name) < 1]
-        problems = [
-            f"{name}: {getattr(self, name)} is not 1 or more (what is optional is off with null)" for name in low
-        ]
+        least_one = "seq_len rows_per_step rows_per_micro_batch log_every eval_every eval_rows save_every keep_last"
+        values = {name: getattr(self, name) for name in least_one.split()} | {"loss.chunk_size": self.loss.chunk_size}
+        low = [name for name, value in values.items() if value is not None and value < 1]
+        problems = [f"{name}: {values[name]} is not 1 or more (what is optional is off with null)" for name in low]
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            problems.append(f"max_grad_norm: {self.max_grad_norm} is not above 0 (it is off with null)")
+        if self.data.num_workers < 0:
+            problems.append(f"data.num_workers: {self.data.num_workers} is not 0 or more")
         budgets = [name for name in ("max_steps", "total_tokens", "epochs") if getattr(self, name) is not None]
         if len(budgets) != 1:
-            are_set = (
-                " and ".join(budgets) + " are set" if budgets else "none of max_steps, total_tokens, epochs is set"
-            )
-            problems.append(f"{are_set}: set exactly one, the others to null, as in max_steps=1000 epochs=null")
+            which = f"{' and '.join(budgets)} are set" if budgets else "none of max_steps, total_tokens, epochs is set"
+            problems.append(f"{which}: set exactly one, the others to null, as in max_steps=1000 epochs=null")
         if not low and self.rows_per_step % self.rows_per_micro_batch:
             problems.append("rows_per_micro_batch: rows_per_step has to be a multiple of it")
         if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:

@@ -358,6 +358,12 @@ def test_another_runs_folder_is_refused(train):
             ["rows_per_micro_batch=0", "log_every=-1"],
             r"(?s)rows_per_micro_batch: 0 is not 1 or more.*log_every: -1 is not",
         ),
+        (
+            ["max_grad_norm=-1", "loss.chunk_size=0"],
+            r"(?s)loss.chunk_size: 0 is not.*max_grad_norm: -1.0 is not above 0",
+        ),
+        (["data.num_workers=-1"], "data.num_workers: -1 is not 0 or more"),
+        (["model.num_hidden_layers=0", "model.hidden_size=-8"], "hidden_size=-8, num_hidden_layers=0: sizes are 1"),
         (["epochs=1"], "max_steps and epochs are set: set exactly one"),
         (["data.validation_fraction=0", "eval_every=5"], "validation"),
         (["precision=fp8"], "precision"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.models.fit import check_sizes
 from torchrecipes.models.hf_map import HFMap
 from torchrecipes.modules import (
     BertEmbedding,
@@ -42,7 +43,7 @@ class BertConfig:
         initializer_range: standard deviation of initial weights.
 
     Raises:
-        UserError: a hidden size that the heads do not divide.
+        UserError: a size below 1, or a hidden size that the heads do not divide.
     """
 
     model_type: ClassVar[str] = "bert"
@@ -60,6 +61,7 @@ class BertConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
+        check_sizes(self)
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

@@ -1,8 +1,26 @@
-"""Whether a model, a tokenizer and a row length go together."""
+"""Whether a model's sizes are sizes, and whether model, tokenizer and row length go together."""
+
+from dataclasses import fields
+from typing import Any
 
 from torch import nn
 
 from torchrecipes.errors import UserError
+
+
+def check_sizes(config: Any) -> None:
+    """Checks that every integer of a model's config is 1 or more.
+
+    Args:
+        config: a dataclass.
+
+    Raises:
+        UserError: names those that are not.
+    """
+    sizes = {field.name: getattr(config, field.name) for field in fields(config)}
+    low = [f"{name}={size}" for name, size in sizes.items() if type(size) is int and size < 1]
+    if low:
+        raise UserError(f"model: {', '.join(low)}: sizes are 1 or more.")
 
 
 def check_fit(model: nn.Module, tokenizer, seq_len: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.models.fit import check_sizes
 from torchrecipes.models.hf_map import HFMap
 from torchrecipes.modules import (
     LMHead,
@@ -43,7 +44,7 @@ class NeoBertConfig:
         initializer_range: standard deviation of initial weights.
 
     Raises:
-        UserError: head counts and sizes that do not fit each other.
+        UserError: sizes below 1, or head counts and sizes that do not fit each other.
     """
 
     model_type: ClassVar[str] = "eurobert"
@@ -62,6 +63,7 @@ class NeoBertConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
+        check_sizes(self)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
