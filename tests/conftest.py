@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def forget_what_a_test_made_importable(tmp_path_factory):
-    """Recipes that a test writes and loads are modules of this process: the next test may write another of that name."""
+    """A recipe that a test writes and loads is a module of this process, and the next test may write another one."""
     path = list(sys.path)
     yield
     sys.path[:] = path
