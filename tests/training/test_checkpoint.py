@@ -284,6 +284,8 @@ def test_another_model_is_refused_with_what_differs(saved):
     with pytest.raises(UserError, match=r"another model: embedding.weight is \[64, 16\] there and \[64, 32\]"):
         saved[0].resume("auto").load_model(wider)
     deeper = neobert(64, 16, 3, 2, 32)
+    with pytest.raises(UserError, match="num_attention_heads is 2 there and 4 here"):
+        saved[0].resume("auto").load_model(neobert(64, 16, 2, 4, 32))
     with pytest.raises(UserError, match=r"blocks.2\S+ is not in the checkpoint.*and \d more"):
         saved[0].resume("auto").load_model(deeper)
 
@@ -298,3 +300,13 @@ def test_another_corpus_is_refused_unless_the_checkpoint_was_named(saved):
     with pytest.raises(UserError, match="not the corpus that"):
         check_same_data(resumed, Corpus, "auto")
     check_same_data(resumed, Corpus, str(resumed.path))
+
+
+def test_a_checkpoint_with_a_missing_file_does_not_count_among_those_that_are_kept(tmp_path, tokenizer):
+    checkpointer = Checkpointer(tmp_path, keep_last=2)
+    model, optimizer = make()
+    for step in (1, 2):
+        path = save(checkpointer, step, model, optimizer, tokenizer)
+    (path / "model.safetensors").unlink()
+    save(checkpointer, 3, model, optimizer, tokenizer)
+    assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["step-00000001", "step-00000003"]

@@ -176,3 +176,19 @@ def test_a_missing_tensorboard_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         TensorBoard(output_dir="r")
+
+
+def test_a_reader_of_the_output_that_has_gone_costs_no_step(tmp_path, monkeypatch):
+    class Gone:
+        """What `| tee` leaves when Ctrl+C has ended it, before the run has saved."""
+
+        def write(self, _):
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with make(tmp_path) as metrics:
+        metrics.write(1, lr=1e-3, grad_norm=torch.tensor(0.5))
+        metrics.write_eval(1, "validation", {"loss": 2.0})
+    assert len(lines(tmp_path)) == 2

@@ -14,7 +14,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,9 @@ class Checkpointer:
     def _prune(self, step: int) -> None:
         """Removes all but the newest. Damaged ones do not count, and none stays that `step` has passed."""
         past = [path for path in self._checkpoints() if _step(path) <= step]
-        kept = [path for path in past if path not in self._damaged][-self.keep_last :]
+        kept = [path for path in past if path not in self._damaged and not verify(path, checksums=False)][
+            -self.keep_last :
+        ]
         for path in past:
             if path not in kept:
                 os.rename(path, self.folder / f"{HIDDEN}{path.name}")
@@ -218,9 +220,9 @@ class Checkpoint:
             UserError: the checkpoint is of another model; names what differs.
         """
         with torch.device("cpu"):
-            stored = load_hf(self.path).state_dict()
-        _same_names(self.path, stored, model.state_dict())
-        model.load_state_dict(stored)
+            stored = load_hf(self.path)
+        _same_network(self.path, stored, model)
+        model.load_state_dict(stored.state_dict())
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Sets the optimizer's state to the saved one. Learning rates and other settings stay those of `optimizer`.
@@ -282,7 +284,8 @@ def _numpy_rng() -> list:
     return [name, keys.tolist(), *rest]
 
 
-def _same_names(path: Path, stored: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _same_network(path: Path, stored_model: nn.Module, model: nn.Module) -> None:
+    stored, ours = stored_model.state_dict(), model.state_dict()
     problems = [f"{name} is not in the checkpoint" for name in ours if name not in stored]
     problems += [f"{name} is not in this model" for name in stored if name not in ours]
     problems += [
@@ -290,6 +293,20 @@ def _same_names(path: Path, stored: dict[str, Tensor], ours: dict[str, Tensor]) 
         for name in ours
         if name in stored and stored[name].shape != ours[name].shape
     ]
+    # The same shapes can be another network: other heads, another rope_theta. What only training uses may change.
+    if not problems and type(stored_model) is type(model):
+        there, here = asdict(stored_model.config), asdict(model.config)
+        may_change = (
+            "initializer_range",
+            "max_position_embeddings",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+        )
+        problems = [
+            f"{key} is {there[key]} there and {here[key]} here"
+            for key in here
+            if key not in may_change and there[key] != here[key]
+        ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(f"{path} is a checkpoint of another model: {shown}. Give the settings it was trained with.")

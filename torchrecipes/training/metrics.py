@@ -1,5 +1,6 @@
 """What a run tells of itself: a line of JSON per log step, a bar or a line on the terminal, and writers."""
 
+import contextlib
 import json
 import math
 import resource
@@ -120,7 +121,7 @@ class Metrics:
             self.bar.set_postfix_str(f"{text}, {_clock(line['eta_s'])} left", refresh=False)
             self.bar.update(step - self.bar.n)
         else:
-            print(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left", flush=True)
+            self._tell(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left")
         return line
 
     def write_eval(self, step: int, name: str, values: dict[str, float]) -> None:
@@ -162,7 +163,8 @@ class Metrics:
         if self.bar is not None:
             self.bar.write(text)
         else:
-            print(text, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # `| tee` dies of the Ctrl+C that this run saves after
+                print(text, flush=True)
 
     def _memory(self) -> float:
         if self.device.type == "cuda":
