@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -14,7 +15,7 @@ import torch
 import torchrecipes.models
 from torchrecipes.cli.main import VERBS, main
 from torchrecipes.cli.run import load_recipe
-from torchrecipes.config import load
+from torchrecipes.config import load, to_yaml
 from torchrecipes.config.component import parameters, resolve
 from torchrecipes.config.files import find_recipe, shipped_configs
 from torchrecipes.data.sources import files
@@ -35,8 +36,8 @@ def blocks(page, language):
 
 
 def section(page, title):
-    """The text under a heading, up to the next heading."""
-    text = read(page)
+    """The text under a heading, up to the next heading, without code."""
+    text = re.sub(r"^```.*?^```", "", read(page), flags=re.MULTILINE | re.DOTALL)
     found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, f"{page.name} has no section '{title}'"
     return found[1]
@@ -65,9 +66,18 @@ def commands():
             yield pytest.param(shlex.split(line, comments=True)[1:], id=f"{page.name}: {line[:70]}")
 
 
+def write_files_of_snippets(folder):
+    """The snippets that say in their first line which file they are."""
+    for page in PAGES:
+        for code in blocks(page, "python"):
+            if named := re.match(r"# (\w+\.py)\n", code):
+                (folder / named[1]).write_text(code)
+
+
 @pytest.mark.parametrize("words", list(commands()))
 def test_commands_exist_and_their_settings_are_right(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    write_files_of_snippets(tmp_path)
     verb, *rest = words
     assert verb in VERBS
     for name in [word for word in rest if word.endswith((".py", ".yaml")) and verb in ("run", "validate")]:
@@ -146,7 +156,8 @@ def test_the_table_of_keys_is_the_config_dataclass():
 
 # What a config may name, and the arguments that the recipe passes itself.
 COMPONENTS = {
-    "torchrecipes.models.": "neobert neobert_base neobert_100m neobert_tiny bert bert_base bert_small bert_mini bert_tiny",
+    "torchrecipes.models.": "neobert neobert_base neobert_100m neobert_tiny bert bert_base bert_small bert_mini "
+    "bert_tiny",
     "torchrecipes.optim.": "adamw cosine linear constant warmup_stable_decay",
     "torchrecipes.data.sources.": "files",
     "torchrecipes.data.python_docs.": "python_docs",
@@ -234,3 +245,28 @@ def test_the_five_mistakes_are_answered_as_shown(tmp_path, monkeypatch, capsys):
     assert main(["validate", "mlm_pretrain", "--config", "mine.yaml"]) == 2
     answer = capsys.readouterr().err
     assert answer in blocks(page, "text"), answer
+
+
+def test_origins_are_shown_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "output_dir: runs/mine\ndata:\n"
+        "  source: {_component_: torchrecipes.data.sources.files, path: texts}\n"
+        "optimizer:\n  _component_: torchrecipes.optim.adamw\n  lr: 1e-3\n  weight_decay: 0.1\n"
+        "max_steps: 2k\n"
+    )
+    schema = load_recipe(find_recipe("mlm_pretrain")).Config
+    written = to_yaml(load(schema, "mine.yaml", ["optimizer.lr=5e-4"]))
+    shown = blocks(DOCS / "configuration.md", "text")[-1]
+    assert shown in written, written
+
+
+def test_what_the_recipe_passes_is_listed():
+    listed = {}
+    for key, names in re.findall(
+        r"^\| `(\w+)` \| ([^|]*) \|$", section(DOCS / "configuration.md", "Components"), re.MULTILINE
+    ):
+        listed[key] = set(re.findall(r"`(\w+)`", names))
+    schema = load_recipe(find_recipe("mlm_pretrain")).Config
+    passed = {field.name: set(field.metadata.get("runtime", ())) for field in dataclasses.fields(schema)}
+    assert listed == {key: names for key, names in passed.items() if names}
