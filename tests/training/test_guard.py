@@ -1,16 +1,393 @@
+import copy
+import json
+import math
+import socket
+import statistics
+
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from torchrecipes.errors import UserError
-from torchrecipes.training.guard import check_finite
+from torchrecipes.training import guard as module
+from torchrecipes.training.guard import MIN_DEVIATION, Guard, check_finite
+
+NAN, INF = float("nan"), float("inf")
+OPTIMIZERS = {
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, fused=True),
+    "adamw_amsgrad_fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, fused=True, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, fused=False),
+    "sgd_fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+}
+
+
+class Lines(list):
+    """Keeps what a guard tells."""
+
+    __call__ = list.append
+
+
+class Still:
+    """An optimizer of nothing."""
+
+    param_groups = ()
+
+    def step(self):
+        pass
+
+
+def make(**settings):
+    return Guard(**settings, tell=Lines())
+
+
+def feed(guard, losses, first=1, norms=None, **look):
+    """One step per loss. Returns what `look` said of each."""
+    verdicts = []
+    for step, loss in enumerate(losses, start=first):
+        guard.step(Still(), torch.tensor(loss), torch.tensor(norms[step - first] if norms else 1.0))
+        verdicts.append(guard.look(step, **look))
+    return verdicts
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def backward(model, bad=None):
+    loss = model(torch.linspace(-1, 1, 10).view(2, 5)).pow(2).mean()
+    loss.backward()
+    if bad is not None:
+        next(model.parameters()).grad.view(-1)[0] = bad
+    return loss, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def train(make_optimizer, gradients, guarded=True):
+    """Weights and optimizer state after a step per entry of `gradients`: None, or a number put into the gradient."""
+    model = network()
+    optimizer, guard = make_optimizer(model.parameters()), make()
+    for step, bad in enumerate(gradients, start=1):
+        loss, norm = backward(model, bad)
+        if guarded:
+            skipped = guard.step(optimizer, loss, norm)
+            assert skipped.item() == (bad is not None)
+            guard.look(step)
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict(), optimizer.state_dict()["state"]
+
+
+def assert_equal(left, right):
+    for ours, theirs in zip(left, right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_step_changes_nothing(name, bad):
+    with_skips = train(OPTIMIZERS[name], [None, None, bad, bad, None, bad])
+    assert_equal(with_skips, train(OPTIMIZERS[name], [None, None, None], guarded=False))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_first_step_changes_nothing(name):
+    skipped_first = train(OPTIMIZERS[name], [NAN, None, None])
+    assert_equal(skipped_first, train(OPTIMIZERS[name], [None, None], guarded=False))
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is_fine():
+    model, guard = network(), make()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = OPTIMIZERS["adamw_fused"](model.parameters())
+    loss, norm = backward(model)
+    guard.step(optimizer, loss + INF, norm)
+    assert_equal([model.state_dict()], [before])
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_every_skipped_step_is_told_and_counted():
+    guard = make()
+    feed(guard, [2.0, NAN, INF, 2.0, 2.0], norms=[1.0, NAN, 1.0, INF, 1.0], first=811)
+    assert guard.tell == [
+        "step 812: loss is nan and gradient norm is nan: step skipped (1 in a row)",
+        "step 813: loss is inf: step skipped (2 in a row)",
+        "step 814: gradient norm is inf: step skipped (3 in a row)",
+    ]
+    assert guard.report() == {"skipped_steps": 3, "spikes": 0, "rollbacks": 0}
+    feed(guard, [NAN], first=816)
+    assert guard.tell[-1] == "step 816: loss is nan: step skipped (1 in a row)"
+
+
+def test_a_row_of_skipped_steps_stops_the_run():
+    guard = make(max_skips=3)
+    feed(guard, [1.0, NAN, NAN, 1.0, NAN, NAN])
+    with pytest.raises(UserError, match=r"^step 7: loss is nan.* 3 in a row.*checkpoint is c/step-4") as e:
+        feed(guard, [NAN], first=7, checkpoint="c/step-4")
+    assert "steps 5 to 7" in str(e.value) and "Lower optimizer.lr" in str(e.value) and "resume=c/step-4" in str(e.value)
+    assert len(guard.tell) == 5
+
+
+def test_the_first_step_that_is_not_finite_stops_where_that_is_set():
+    with pytest.raises(UserError, match=r"step 1: gradient norm is inf.*No checkpoint was saved yet.*data of step 1\."):
+        feed(make(on_nonfinite="stop"), [1.0], norms=[INF])
+
+
+def test_a_row_of_skipped_steps_rolls_back():
+    guard = make(on_nonfinite="rollback", max_skips=2, max_rollbacks=1)
+    assert feed(guard, [1.0, NAN, 1.0, NAN, NAN], checkpoint="c") == ["go"] * 4 + ["rollback"]
+    assert guard.tell[-1] == (
+        "step 5: 2 steps in a row were not finite: back to the weights of c, and on with the data of step 6 "
+        "(rollback 1 of 1)"
+    )
+    assert feed(guard, [NAN, 1.0, NAN], first=6, checkpoint="c") == ["go"] * 3  # the row began anew
+    with pytest.raises(UserError, match=r"step 9: .*rolled back 1 times before.*max_rollbacks=1.*steps 8 to 9"):
+        feed(guard, [NAN], first=9, checkpoint="c")
+
+
+def test_without_a_checkpoint_there_is_no_rollback():
+    guard = make(on_nonfinite="rollback", max_skips=1)
+    with pytest.raises(UserError, match=r"step 1: .* no checkpoint to roll back to"):
+        feed(guard, [NAN])
+
+
+def test_an_older_state_does_not_reset_the_counters():
+    guard = make(on_nonfinite="rollback", max_skips=2, max_rollbacks=2, spike_window=8)
+    feed(guard, [1.0, 1.1, NAN], checkpoint="c")
+    saved = guard.state()
+    for rollback in (1, 2):
+        first = 10 * rollback
+        assert feed(guard, [1.2, NAN, NAN], first=first, checkpoint="c")[-1] == "rollback"
+        guard.load_state(saved)
+        assert guard.rollbacks == rollback and guard.state()["window"] == pytest.approx([1.0, 1.1])
+    assert guard.skipped_steps == 5
+    with pytest.raises(UserError, match="rolled back 2 times"):
+        feed(guard, [1.2, NAN, NAN], first=30, checkpoint="c")
+
+
+def noisy(count, seed=0):
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (2.5 + 0.1 * noise).float().tolist()
+
+
+def test_a_spike_is_what_the_z_score_says():
+    past = noisy(16)
+    mean, deviation = statistics.fmean(past), statistics.pstdev(past)
+    for zscore, spikes in ((5.9, 0), (6.1, 1), (-9.0, 0)):
+        guard = make(spike_window=16)
+        feed(guard, [*past, mean + zscore * deviation])
+        assert guard.spikes == spikes
+    guard = make(spike_window=16)
+    feed(guard, [*past, mean + 20 * deviation], first=101)
+    assert guard.tell == [
+        f"step 117: loss {mean + 20 * deviation:.4g} is a spike: 20.0 deviations above {mean:.4g}, the mean of the "
+        "last 16 that were none"
+    ]
+
+
+def test_only_the_window_counts_and_spikes_are_not_in_it():
+    guard = make(spike_window=16)
+    feed(guard, [*noisy(40), 9.0, NAN, *noisy(3, seed=1)], norms=[1.0] * 43 + [INF, 1.0])
+    kept = [*noisy(40), *noisy(1, seed=1), noisy(3, seed=1)[2]]
+    assert list(guard.window) == kept[-16:]
+    assert guard.report() == {"skipped_steps": 2, "spikes": 1, "rollbacks": 0}
+
+
+def test_nothing_is_judged_before_half_a_window():
+    early, late = make(spike_window=16), make(spike_window=16)
+    feed(early, [*noisy(7), 9.0])
+    feed(late, [*noisy(8), 9.0])
+    assert (early.spikes, late.spikes) == (0, 1)
+
+
+def test_the_noise_of_a_flat_loss_is_no_spike():
+    guard = make(spike_window=16)
+    feed(guard, [2.0] * 16 + [2.0 + 5.9 * MIN_DEVIATION])
+    assert guard.spikes == 0
+    feed(guard, [2.1], first=18)
+    assert guard.spikes == 1
+
+
+@pytest.mark.parametrize("slope", [-0.05, 1e-4, 0.05])
+def test_a_smooth_loss_has_no_spikes(slope):
+    guard = make()
+    feed(guard, [30 + slope * step + 0.02 * math.sin(step) for step in range(400)])
+    assert guard.spikes == 0 and len(guard.window) == 128
+
+
+def test_a_loss_that_settles_higher_becomes_the_window():
+    guard = make(spike_window=16)
+    feed(guard, [*noisy(16), *[loss + 5 for loss in noisy(9, seed=1)]])
+    assert guard.spikes == 8
+    assert guard.tell[-1] == "step 24: 8 spikes in a row: later losses are compared with these"
+    assert list(guard.window) == torch.tensor([loss + 5 for loss in noisy(9, seed=1)]).tolist()
+
+
+def test_a_spike_rolls_back_where_that_is_set():
+    guard = make(on_spike="rollback", spike_window=16)
+    assert feed(guard, [*noisy(16), 9.0, 2.5], checkpoint="c") == ["go"] * 16 + ["rollback", "go"]
+    assert guard.report() == {"skipped_steps": 0, "spikes": 1, "rollbacks": 1}
+
+
+def test_spikes_can_be_off():
+    guard = make(spike_zscore=None, spike_window=16)
+    feed(guard, [*noisy(16), 9.0])
+    assert guard.report()["spikes"] == 0 and guard.tell == []
+
+
+@pytest.mark.parametrize("stop_at", range(1, 60, 7))
+def test_a_resumed_guard_goes_on_as_if_it_had_never_stopped(stop_at):
+    losses = noisy(60)
+    for step, loss in {12: NAN, 13: NAN, 14: INF, 25: 9.0, 40: 8.0, 41: 8.5, 42: 8.1, 55: NAN}.items():
+        losses[step] = loss
+    settings = {"on_nonfinite": "rollback", "max_skips": 2, "on_spike": "log", "spike_window": 6}
+    whole, before, after = make(**settings), make(**settings), make(**settings)
+    verdicts = feed(whole, losses, checkpoint="c")
+    first = feed(before, losses[:stop_at], checkpoint="c")
+    after.load_state(json.loads(json.dumps(before.state(), allow_nan=False)))
+    assert first + feed(after, losses[stop_at:], first=stop_at + 1, checkpoint="c") == verdicts
+    assert before.tell + after.tell == whole.tell
+    assert after.state() == whole.state()
+    assert "rollback" in verdicts and whole.spikes >= 4
+
+
+class Copied:
+    """Stands for the event of a copy; it knows whether anyone waited for it."""
+
+    waited = False
+
+    def synchronize(self):
+        self.waited = True
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    events = []
+
+    def to_host(values):
+        events.append(Copied())
+        return values.clone(), events[-1]
+
+    monkeypatch.setattr(module, "_to_host", to_host)
+    return events
+
+
+def test_a_device_is_judged_one_step_late_and_at_once_on_demand(like_a_gpu):
+    guard = make(on_nonfinite="rollback", max_skips=2)
+    feed(guard, [1.0, NAN], checkpoint="c")
+    assert [event.waited for event in like_a_gpu] == [True, False] and guard.tell == []
+    with pytest.raises(RuntimeError, match="now=True"):
+        guard.state()
+    assert guard.look(2, now=True) == "go"
+    assert guard.tell == ["step 2: loss is nan: step skipped (1 in a row)"]
+    assert guard.state()["skipping"] == [2]
+    assert feed(guard, [NAN, 1.0, 1.0], first=3, checkpoint="c") == ["go", "rollback", "go"]
+    assert guard.tell[1:] == [
+        "step 3: loss is nan: step skipped (2 in a row)",
+        "step 4: 2 steps in a row were not finite: back to the weights of c, and on with the data of step 5 "
+        "(rollback 1 of 3)",
+    ]
+    assert feed(guard, [NAN], first=6, now=True) == ["go"]
+    assert guard.tell[-1] == "step 6: loss is nan: step skipped (1 in a row)"
+
+
+def test_steps_that_were_not_judged_are_forgotten_with_their_weights(like_a_gpu):
+    guard = make(on_nonfinite="rollback", max_skips=1)
+    saved = guard.state()
+    assert feed(guard, [NAN, NAN], checkpoint="c") == ["go", "rollback"]
+    guard.load_state(saved)
+    assert guard.look(2, now=True) == "go" and guard.report()["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"on_nonfinite": "skpi"},
+        {"max_skips": 0},
+        {"on_spike": "stop"},
+        {"spike_zscore": 0.0},
+        {"spike_zscore": NAN},
+        {"spike_window": 1},
+        {"max_rollbacks": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(setting):
+    with pytest.raises(UserError, match=rf"^guard\.{next(iter(setting))}: "):
+        Guard(**setting)
+
+
+def sharded_skip(rank, port, answers):
+    """Two ranks, one with a NaN in its shard of the gradient: both skip, and go on as if the step had not been."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results = []
+    for gradients in ([None, NAN, None], [None, None]):
+        model = network()
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        fully_shard(model)
+        optimizer, guard = OPTIMIZERS["adamw_fused"](model.parameters()), make()
+        for step, bad in enumerate(gradients, start=1):
+            loss = model(torch.linspace(-1, 1, 10).view(2, 5)).pow(2).mean()
+            loss.backward()
+            if bad is not None and rank == 1:
+                next(model.parameters()).grad.to_local().view(-1)[0] = bad
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
+            guard.step(optimizer, loss.detach(), norm)
+            guard.look(step)
+            optimizer.zero_grad()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        values = [*model.parameters(), *states]
+        local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+        results.append([value.detach().flatten().tolist() for value in local])
+        assert guard.skipped_steps == gradients.count(NAN)
+    answers.put(results[0] == results[1] and len(results[0]) == 4 + 3 * 4)
+    dist.destroy_process_group()
+
+
+def test_ranks_with_sharded_weights_skip_together():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    torch.multiprocessing.spawn(sharded_skip, (port, answers), nprocs=2)
+    assert [answers.get(), answers.get()] == [True, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu_but_the_look_of_the_step_before():
+    model = network().cuda()
+    optimizer, guard = OPTIMIZERS["adamw_fused"](model.parameters()), make()
+    for step in range(1, 6):
+        bad = NAN if step == 3 else None
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = model(torch.linspace(-1, 1, 10, device="cuda").view(2, 5)).pow(2).mean()
+        loss.backward()
+        if bad is not None:
+            next(model.parameters()).grad.fill_(bad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            guard.step(optimizer, loss, norm)
+            guard.look(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+        same = all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+        assert same == (bad is not None)
+        assert guard.skipped_steps == (step > 3)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_stops_the_run(name, value):
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_log_line_that_is_not_finite_stops_the_run(name, value):
     line = {"step": 12, "loss": 1.0, "grad_norm": 1.0} | {name: value}
     with pytest.raises(UserError, match=rf"step 12: {name} is (nan|inf).*runs/x/checkpoints"):
         check_finite(line, "runs/x/checkpoints")
-
-
-def test_finite_and_absent_numbers_pass():
     check_finite({"step": 1, "loss": 3.0, "grad_norm": None}, "c")

@@ -1,8 +1,262 @@
-"""Watches a run for numbers that mean it is lost."""
+"""Watches a run for steps that would ruin it: a loss or gradient that is not finite, and spikes of the loss."""
 
 import math
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from torchrecipes.errors import UserError
+
+MIN_DEVIATION = 0.01  # nats: a flat loss deviates less, and its noise is no spike
+JUDGES_FROM = 0.5  # share of the window that has to be there before a loss is judged
+PRINT = partial(print, flush=True)
+
+
+class Guard:
+    """Skips steps that are not finite, finds spikes, and says when to stop or to go back to a checkpoint.
+
+    In a loop, `step` stands in place of `optimizer.step()`, and `look` comes before anything is saved:
+
+        guard.step(optimizer, loss, grad_norm)
+        optimizer.zero_grad()
+        if guard.look(step, now=save_now, checkpoint=saved) == "rollback":
+            ...  # load weights, optimizer state and `guard.load_state` of that checkpoint; go on with the next step
+
+    Every decision follows from numbers that are equal on all ranks, so all decide alike without asking each other.
+
+    Args:
+        on_nonfinite: what a step whose loss or gradient norm is not finite does. Its update is skipped in any case.
+            `skip`: `max_skips` of them in a row stop the run. `rollback`: `max_skips` of them in a row roll back.
+            `stop`: the first one stops the run.
+        max_skips: steps in a row.
+        on_spike: `log` or `rollback`.
+        spike_zscore: a loss that is more deviations than this above the mean of the window is a spike; None: off.
+        spike_window: the number of past losses that a loss is compared with. It judges once it has half of them. Those
+            that are spikes themselves are left out, until half a window of them came in a row: then the loss has
+            settled there, and they become the window.
+        max_rollbacks: in the whole run; the one after stops it.
+        tell: gets every line that is printed.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        on_nonfinite: str = "skip",
+        max_skips: int = 5,
+        on_spike: str = "log",
+        spike_zscore: float | None = 6.0,
+        spike_window: int = 128,
+        max_rollbacks: int = 3,
+        *,
+        tell: Callable[[str], object] = PRINT,
+    ):
+        problems = []
+        if on_nonfinite not in ("skip", "rollback", "stop"):
+            problems.append(f"on_nonfinite: {on_nonfinite!r} is not one of skip, rollback, stop")
+        if max_skips < 1:
+            problems.append(f"max_skips: {max_skips} is not 1 or more; on_nonfinite=stop stops at the first one")
+        if on_spike not in ("log", "rollback"):
+            problems.append(f"on_spike: {on_spike!r} is not one of log, rollback (spike_zscore=null turns it off)")
+        if spike_zscore is not None and not spike_zscore > 0:
+            problems.append(f"spike_zscore: {spike_zscore} is not above 0 (it is off with null)")
+        if spike_window < 2:
+            problems.append(f"spike_window: {spike_window} is not 2 or more")
+        if max_rollbacks < 0:
+            problems.append(f"max_rollbacks: {max_rollbacks} is not 0 or more")
+        if problems:
+            raise UserError("\n".join(f"guard.{problem}." for problem in problems))
+        self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
+        self.on_spike, self.spike_zscore, self.spike_window = on_spike, spike_zscore, spike_window
+        self.max_rollbacks, self.tell = max_rollbacks, tell
+        self.window: deque[float] = deque(maxlen=spike_window)  # finite losses that are no spikes
+        self.spiking: list[float] = []  # the last losses, as far back as all of them are spikes
+        self.skipping: list[int] = []  # the last steps, as far back as all of them were skipped
+        self.skipped_steps = self.spikes = self.rollbacks = 0
+        self._stepped: tuple[Tensor, torch.cuda.Event | None] | None = None  # what `look` has no step number for yet
+        self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Updates the weights unless the loss or the gradient norm is not finite.
+
+        A skipped step changes neither weights nor the optimizer's state: no decay, no step count. With fused Adam or
+        AdamW the device decides by itself; any other optimizer costs a wait for the device in every step.
+
+        Args:
+            optimizer: its gradients are ready: clipped, if they are.
+            loss: `[]`, the step's mean over targets, of all ranks.
+            grad_norm: `[]`, before clipping, of all ranks: a plain tensor, not a DTensor.
+
+        Returns:
+            `[]` float32 on the device of the loss: 1 where the step was skipped, else 0.
+        """
+        values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        skip = (~values.isfinite().all()).float()
+        if _skips_on_device(optimizer):
+            optimizer.found_inf = skip
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf
+        elif not skip.item():
+            optimizer.step()
+        self._stepped = _to_host(values)
+        return skip
+
+    def look(self, step: int, *, now: bool = False, checkpoint: str | Path | None = None) -> str:
+        """Judges the last step: call it once after every `step`, and before saving.
+
+        On a GPU it judges the step before, so that the host need not wait for this one.
+
+        Args:
+            step: the step's number, for the messages.
+            now: judge this step, too, at the cost of waiting for it: what is saved has to be looked at.
+            checkpoint: the last good one, None if there is none. A rollback goes there.
+
+        Returns:
+            `go`, or `rollback`: the caller loads `checkpoint`, and leaves the data up to this step behind.
+
+        Raises:
+            UserError: the run has to stop: what happened, when, and what to do.
+        """
+        if self._stepped is not None:
+            self._unread.append((step, *self._stepped))
+            self._stepped = None
+        while self._unread and (now or self._unread[0][0] < step or self._unread[0][2] is None):
+            judged, values, copied = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
+            loss, grad_norm = values.tolist()
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.skipping.clear()
+                reason = self._judge_finite(judged, loss)
+            else:
+                reason = self._judge_nonfinite(judged, loss, grad_norm, checkpoint)
+            if reason:
+                self._roll_back(step, judged, reason, checkpoint)
+                self._unread.clear()
+                return "rollback"
+        return "go"
+
+    def state(self) -> dict[str, int | list]:
+        """What a checkpoint has to hold: JSON values. `look(step, now=True)` comes before."""
+        if self._unread or self._stepped is not None:
+            raise RuntimeError("a step was not judged yet: call look(step, now=True) before state()")
+        return {
+            "window": list(self.window),
+            "spiking": list(self.spiking),
+            "skipping": list(self.skipping),
+            "skipped_steps": self.skipped_steps,
+            "spikes": self.spikes,
+            "rollbacks": self.rollbacks,
+        }
+
+    def load_state(self, state: dict[str, int | list]) -> None:
+        """Goes on from `state()`, after a restart or a rollback: what was counted since is not forgotten."""
+        self.window = deque(state["window"], maxlen=self.spike_window)
+        self.spiking, self.skipping = list(state["spiking"]), list(state["skipping"])
+        self.skipped_steps = max(self.skipped_steps, state["skipped_steps"])
+        self.spikes = max(self.spikes, state["spikes"])
+        self.rollbacks = max(self.rollbacks, state["rollbacks"])
+        self._stepped = None
+        self._unread.clear()
+
+    def report(self) -> dict[str, float]:
+        """`skipped_steps`, `spikes` and `rollbacks` of the run so far."""
+        return {"skipped_steps": self.skipped_steps, "spikes": self.spikes, "rollbacks": self.rollbacks}
+
+    def _judge_nonfinite(self, step: int, loss: float, grad_norm: float, checkpoint: str | Path | None) -> str | None:
+        """Counts a skipped step. Returns why to roll back, or None."""
+        named = [("loss", loss), ("gradient norm", grad_norm)]
+        what = " and ".join(f"{name} is {value}" for name, value in named if not math.isfinite(value))
+        self.skipping.append(step)
+        self.skipped_steps += 1
+        count = len(self.skipping)
+        self.tell(f"step {step}: {what}: step skipped ({count} in a row)")
+        if self.on_nonfinite == "stop":
+            raise self._lost(f"step {step}: {what}, and guard.on_nonfinite is stop.", self.skipping, checkpoint)
+        if count < self.max_skips:
+            return None
+        if self.on_nonfinite == "skip":
+            text = f"step {step}: {what}. This and the steps before it, {count} in a row, were skipped."
+            raise self._lost(text, self.skipping, checkpoint)
+        return f"{count} steps in a row were not finite"
+
+    def _judge_finite(self, step: int, loss: float) -> str | None:
+        """Counts a spike, or adds the loss to the window. Returns why to roll back, or None."""
+        if self.spike_zscore is None:
+            return None
+        enough = math.ceil(JUDGES_FROM * self.spike_window)
+        if len(self.window) >= enough:
+            mean = math.fsum(self.window) / len(self.window)
+            variance = math.fsum((past - mean) ** 2 for past in self.window) / len(self.window)
+            zscore = (loss - mean) / max(math.sqrt(variance), MIN_DEVIATION)
+            if zscore > self.spike_zscore:
+                self.spikes += 1
+                self.spiking.append(loss)
+                self.tell(
+                    f"step {step}: loss {loss:.4g} is a spike: {zscore:.1f} deviations above {mean:.4g}, the mean of "
+                    f"the last {len(self.window)} that were none"
+                )
+                if self.on_spike == "rollback":
+                    return f"the loss of step {step} is a spike"
+                if len(self.spiking) == enough:
+                    self.tell(f"step {step}: {enough} spikes in a row: later losses are compared with these")
+                    self.window = deque(self.spiking, maxlen=self.spike_window)
+                    self.spiking = []
+                return None
+        self.spiking.clear()
+        self.window.append(loss)
+        return None
+
+    def _roll_back(self, step: int, judged: int, reason: str, checkpoint: str | Path | None) -> None:
+        steps = [*self.skipping, judged]
+        if checkpoint is None:
+            raise self._lost(f"step {step}: {reason}, and there is no checkpoint to roll back to.", steps, None)
+        if self.rollbacks >= self.max_rollbacks:
+            text = f"step {step}: {reason}, and the run was rolled back {self.rollbacks} times before"
+            raise self._lost(f"{text} (guard.max_rollbacks={self.max_rollbacks}).", steps, checkpoint)
+        self.rollbacks += 1
+        self.skipping.clear()
+        self.spiking.clear()
+        self.tell(
+            f"step {step}: {reason}: back to the weights of {checkpoint}, and on with the data of step {step + 1} "
+            f"(rollback {self.rollbacks} of {self.max_rollbacks})"
+        )
+
+    def _lost(self, what: str, steps: list[int], checkpoint: str | Path | None) -> UserError:
+        """The error that ends a run: what happened, where the last good weights are, what to try."""
+        data = f"step {steps[-1]}" if steps[0] == steps[-1] else f"steps {steps[0]} to {steps[-1]}"
+        last = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved yet."
+        other = f", with output_dir=OTHER resume={checkpoint}" if checkpoint else ""
+        return UserError(
+            f"{what} {last} Lower optimizer.lr, lengthen the warm-up, lower max_grad_norm or try precision=fp32{other}. "
+            f"Look at the data of {data}."
+        )
+
+
+def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `found_inf`, a tensor on the device, can tell its `step` to change nothing.
+
+    Fused SGD takes it, too, but a skipped first step leaves a momentum buffer that was never written.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return isinstance(optimizer, torch.optim.Adam) and fused  # AdamW is an Adam
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the CPU, and the event after which it can be read; None: it can be read at once."""
+    if not values.is_cuda:
+        return values.cpu(), None
+    copy = values.to("cpu", non_blocking=True)  # into pinned memory
+    copied = torch.cuda.Event()
+    copied.record()
+    return copy, copied
 
 
 def check_finite(line: dict, checkpoints: str) -> None:
