@@ -235,7 +235,7 @@ class Guard:
         last = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved yet."
         other = f", with output_dir=OTHER resume={checkpoint}" if checkpoint else ""
         return UserError(
-            f"{what} {last} Lower optimizer.lr, lengthen the warm-up, lower max_grad_norm or try precision=fp32{other}. "
+            f"{what} {last} Lower optimizer.lr, lengthen the warm-up, lower max_grad_norm, try precision=fp32{other}. "
             f"Look at the data of {data}."
         )
 
