@@ -1,9 +1,12 @@
 import copy
+import inspect
 import json
 import math
 import os
+import re
 import socket
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +303,72 @@ def test_steps_that_were_not_judged_are_forgotten_with_their_weights(like_a_gpu)
     assert feed(guard, [NAN, NAN], checkpoint="c") == ["go", "rollback"]
     guard.load_state(saved)
     assert guard.look(2, now=True) == "go" and guard.report()["skipped_steps"] == 1
+
+
+class Killed(Exception):
+    """The end of a process."""
+
+
+def run_loop(disk, kill_before=None, steps=30):
+    """A run with spikes and NaNs. It saves every 4 steps, into {step: checkpoint}, and returns what it ends with."""
+    model = network()
+    optimizer = OPTIMIZERS["adamw_fused"](model.parameters())
+    guard = make(on_nonfinite="rollback", max_skips=2, on_spike="rollback", spike_window=4, max_rollbacks=9)
+
+    def load():
+        weights, moments, watched = json_copy(disk[max(disk)])
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+        guard.load_state(watched)
+
+    if disk:
+        load()
+    for step in range(max(disk, default=0) + 1, steps + 1):
+        if step == kill_before:
+            raise Killed
+        loss, norm = backward(model, {6: NAN, 14: NAN, 15: INF, 16: NAN, 17: NAN, 25: NAN}.get(step))
+        guard.step(optimizer, loss + 50 if step in (10, 20, 21) else loss, norm)
+        optimizer.zero_grad()
+        save_now = step % 4 == 0
+        if guard.look(step, now=save_now, checkpoint=f"c/{max(disk)}" if disk else None) == "rollback":
+            load()
+        if save_now:
+            disk[step] = json_copy((model.state_dict(), optimizer.state_dict(), guard.state()))
+    return model.state_dict(), optimizer.state_dict()["state"], guard.state()
+
+
+def json_copy(checkpoint):
+    *tensors, state = copy.deepcopy(checkpoint)
+    return *tensors, json.loads(json.dumps(state, allow_nan=False))
+
+
+@pytest.mark.parametrize("kill_before", [5, 7, 10, 11, 13, 15, 16, 17, 18, 20, 21, 22, 30])
+def test_a_killed_run_with_rollbacks_ends_as_the_one_that_was_not(kill_before):
+    whole = run_loop({})
+    assert whole[2]["rollbacks"] == 5 and whole[2]["skipped_steps"] == 6
+    disk = {}
+    with pytest.raises(Killed):
+        run_loop(disk, kill_before)
+    assert_equal(run_loop(disk), whole)
+
+
+def test_the_page_shows_what_is_told():
+    page = (Path(__file__).parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
+    checkpoint = "runs/small/checkpoints/step-00000500"
+    single, spike = make(), make(spike_window=128)
+    feed(single, [2.0], norms=[INF], first=812)
+    feed(spike, [2.412 + 0.3939 * (-1) ** step for step in range(128)], first=4117 - 128)
+    feed(spike, [6.903], first=4117)
+    rollback, stop = make(on_nonfinite="rollback"), make()
+    feed(rollback, [NAN] * 5, first=812, checkpoint=checkpoint)
+    with pytest.raises(UserError) as error:
+        feed(stop, [NAN] * 5, first=812, checkpoint=checkpoint)
+    shown = [*single.tell, *spike.tell, *rollback.tell[-2:], str(error.value)]
+    assert [line for line in shown if f"\n{line}\n" not in page] == []
+    defaults = {name: p.default for name, p in inspect.signature(Guard).parameters.items() if name != "tell"}
+    assert dict(re.findall(r"^\| `guard\.(\w+)` \| `([^`]+)`", page, re.MULTILINE)) == {
+        name: str(default) for name, default in defaults.items()
+    }
 
 
 @pytest.mark.parametrize(
