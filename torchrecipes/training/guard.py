@@ -163,8 +163,6 @@ class Guard:
         self.skipped_steps = max(self.skipped_steps, state["skipped_steps"])
         self.spikes = max(self.spikes, state["spikes"])
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
-        self._stepped = None
-        self._unread.clear()
 
     def report(self) -> dict[str, float]:
         """`skipped_steps`, `spikes` and `rollbacks` of the run so far."""
