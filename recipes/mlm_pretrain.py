@@ -2,6 +2,7 @@
 
     tune-style run mlm_pretrain --config neobert/quickstart
     tune-style run mlm_pretrain --config neobert/small data.source.path='my/*.jsonl'
+    tune-style run --nproc-per-node 8 mlm_pretrain --config neobert/100m data.source.path='my/*.jsonl'
 
 The quickstart config takes about 4 minutes on 2 CPU cores. Every checkpoint is a Hugging Face model folder that
 `AutoModelForMaskedLM.from_pretrained` loads, and a point from which the same command resumes to the last bit.
@@ -23,12 +24,14 @@ from torchrecipes.data.tokenizers import load_tokenizer
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram
 from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models import check_fit, load_hf
+from torchrecipes.training import ranks
 from torchrecipes.training.budget import budget_steps
-from torchrecipes.training.checkpoint import Checkpointer, check_same_data
+from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
 from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
-from torchrecipes.training.guard import check_finite
+from torchrecipes.training.guard import Guard
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
 from torchrecipes.training.metrics import Metrics
+from torchrecipes.training.parallel import clip_gradients, materialize, parallelize, sync_gradients
 from torchrecipes.training.precision import autocast, choose_precision
 from torchrecipes.training.run import start_run
 from torchrecipes.training.signals import Signals
@@ -54,6 +57,21 @@ class Loss:
 
 
 @dataclass
+class Parallel:
+    strategy: str = "auto"  # auto | none | ddp | fsdp | hsdp: what the processes of a run share
+
+
+@dataclass
+class OnTrouble:
+    on_nonfinite: str = "skip"  # skip | rollback | stop: a loss or gradient that is not finite; its step is left out
+    max_skips: int = 5  # in a row; then `skip` stops and `rollback` goes back to the last checkpoint, past that data
+    on_spike: str = "log"  # log | rollback
+    spike_zscore: float | None = 6.0  # a loss this many deviations above the last ones is a spike; None: none is
+    spike_window: int = 128  # losses that it is compared with
+    max_rollbacks: int = 3  # in the whole run; the one after stops it
+
+
+@dataclass
 class Config:
     output_dir: str = MISSING  # the run's folder
     seed: int = 0  # chooses weights, order of the data, masks and dropout
@@ -68,7 +86,7 @@ class Config:
 
     seq_len: int = 256  # tokens per row
     rows_per_step: int = 16  # rows per optimizer step in the whole run
-    rows_per_micro_batch: int = 16  # rows per forward pass; changes memory and speed, not the result
+    rows_per_micro_batch: int = 16  # at most, per forward pass of a process; for memory and speed, not the result
     max_steps: int | None = None  # optimizer steps; set one of these three
     total_tokens: int | None = None  # tokens to train on, as in 10B
     epochs: float | None = None  # times that every row is seen
@@ -79,12 +97,16 @@ class Config:
     precision: str = "auto"  # auto | bf16 | fp32
     compile: bool = False  # torch.compile of every block: a minute once, faster after
     activation_checkpointing: bool = False  # computes activations twice, keeps only the blocks' inputs
+    parallel: Parallel = field(default_factory=Parallel)
+    guard: OnTrouble = field(default_factory=OnTrouble)
 
     log_every: int = 10  # steps
     eval_every: int | None = 500  # steps; also before the first and after the last step
     eval_rows: int | None = 1024  # rows of the validation split that are looked at; None: all
     save_every: int | None = 500  # steps; the last step is always saved
     keep_last: int = 3  # checkpoints
+    async_save: bool = True  # training goes on while a copy in the CPU's memory is written
+    on_save_error: str = "stop"  # stop | continue: when a disk is full
     resume: str = "auto"  # auto | never | path of a checkpoint
     metrics: list[Component] = component([], runtime=("output_dir",))  # writers beside metrics.jsonl
 
@@ -102,8 +124,6 @@ class Config:
         if len(budgets) != 1:
             which = f"{' and '.join(budgets)} are set" if budgets else "none of max_steps, total_tokens, epochs is set"
             problems.append(f"{which}: set exactly one, the others to null, as in max_steps=1000 epochs=null")
-        if not low and self.rows_per_step % self.rows_per_micro_batch:
-            problems.append("rows_per_micro_batch: rows_per_step has to be a multiple of it")
         if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:
             problems.append("eval_every: there is no text to evaluate on (data.validation_fraction=0); set it to null")
         return problems
@@ -116,18 +136,19 @@ def main(config: Config) -> None:
 
     source = build(config.data.source)
     corpus_dir = Path(config.data.corpus_dir or run.output_dir / "corpus")
-    if config.init_from:
-        tokenizer = load_tokenizer(config.init_from, vocab_multiple=1)
-    else:
-        tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
-    train_corpus, validation_corpus = prepare_corpus(
-        corpus_dir,
-        source,
-        tokenizer,
-        validation_fraction=config.data.validation_fraction,
-        validation_source=build(config.data.validation_source),
-        num_workers=config.data.tokenize_workers,
-    )
+    with ranks.main_first("tokenizer and corpus"):
+        if config.init_from:
+            tokenizer = load_tokenizer(config.init_from, vocab_multiple=1)
+        else:
+            tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
+        train_corpus, validation_corpus = prepare_corpus(
+            corpus_dir,
+            source,
+            tokenizer,
+            validation_fraction=config.data.validation_fraction,
+            validation_source=build(config.data.validation_source),
+            num_workers=config.data.tokenize_workers,
+        )
     kind = PackedRows if config.data.packing else DocumentRows
     make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id)
     rows = make_rows(train_corpus)
@@ -146,26 +167,38 @@ def main(config: Config) -> None:
     if config.init_from:
         model = load_hf(config.init_from, seed=config.seed)
     else:
-        model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
+        with torch.device("meta"):  # without memory: each process fills in its own part
+            model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
     check_fit(model, tokenizer, config.seq_len)
-    model.to(run.device).train()
+    model.train()
     if config.activation_checkpointing:
         checkpoint_activations(model.blocks)
     if config.compile:
         for block in model.blocks:
             block.compile()
+    strategy = parallelize(model, config.parallel.strategy, run, precision)
+    materialize(model, run.device, config.seed)
+    print(f"{run.world_size} x {run.device.type}, {strategy}, {str(precision).removeprefix('torch.')}", flush=True)
     optimizer = build(config.optimizer, model=model)
     schedule = build(config.schedule, max_steps=max_steps)
+    guard = Guard(**vars(config.guard))
 
-    checkpointer = Checkpointer(run.output_dir, keep_last=config.keep_last)
+    checkpointer = Checkpointer(
+        run.output_dir, config.keep_last, asynchronous=config.async_save, on_error=config.on_save_error
+    )
+
+    def restore(checkpoint: Checkpoint) -> int:
+        checkpoint.load_model(model)
+        checkpoint.load_optimizer(model, optimizer)
+        checkpoint.restore_rng()
+        guard.load_state(checkpoint.state["guard"])
+        return checkpoint.step
+
     resumed = checkpointer.resume(config.resume)
+    step, skipped_steps = 0, 0  # done; steps whose data a rollback has left behind
     if resumed:
         check_same_data(resumed, train_corpus, config.resume)
-        resumed.load_model(model)
-        resumed.load_optimizer(model, optimizer)
-        resumed.restore_rng()
-    first_step = resumed.step + 1 if resumed else 1
-    saved = resumed.path if resumed else None
+        step, skipped_steps = restore(resumed), resumed.state["skipped_steps"]
 
     loader = Loader(
         rows,
@@ -174,7 +207,10 @@ def main(config: Config) -> None:
         rows_per_step=config.rows_per_step,
         rows_per_micro_batch=config.rows_per_micro_batch,
         max_steps=max_steps,
-        first_step=first_step,
+        first_step=step + 1,
+        skipped_steps=skipped_steps,
+        rank=run.rank,
+        world_size=run.world_size,
         num_workers=config.data.num_workers,
         device=run.device,
     )
@@ -185,8 +221,10 @@ def main(config: Config) -> None:
         tokens_per_step=config.rows_per_step * rows.tokens_per_row,
         flops_per_token=mlm_flops_per_token(model, config.seq_len, config.data.mlm_probability),
         peak_flops=peak_flops(run.device, precision),
-        first_step=first_step,
-        writers=[build(writer, output_dir=str(run.output_dir)) for writer in config.metrics],
+        first_step=step + 1,
+        num_devices=run.world_size,
+        is_main=run.is_main,
+        writers=[build(writer, output_dir=str(run.output_dir)) for writer in config.metrics] if run.is_main else [],
     )
     if config.eval_every:
         validation_rows = make_rows(validation_corpus)
@@ -196,6 +234,8 @@ def main(config: Config) -> None:
             masking,
             config.rows_per_micro_batch,
             limit=config.eval_rows,
+            rank=run.rank,
+            world_size=run.world_size,
             device=run.device,
         )
         evaluate = partial(
@@ -206,16 +246,19 @@ def main(config: Config) -> None:
             autocast=compute,
         )
 
-    with metrics, Signals() as signals, out_of_memory_advice(config.rows_per_micro_batch):
+    with checkpointer, metrics, Signals() as signals, out_of_memory_advice(config.rows_per_micro_batch):
         if config.eval_every and not resumed:
             with metrics.pause():
                 metrics.write_eval(0, "validation", evaluate(validation_batches()))
 
-        for step in range(first_step, max_steps + 1):
+        while step < max_steps:
+            step += 1
             with metrics.waiting():
                 batches = loader.step(step)
-            targets = max(1, sum(batch.num_targets for batch in batches))
+            targets = max(1, ranks.total(sum(batch.num_targets for batch in batches)))
+            loss_sum = torch.zeros((), device=run.device)
             for batch in batches:
+                sync_gradients(model, last=batch is batches[-1])
                 with compute():
                     hidden = model(
                         batch.input_ids,
@@ -231,42 +274,57 @@ def main(config: Config) -> None:
                         masked_logits_only=config.loss.masked_logits_only,
                         chunk_size=config.loss.chunk_size,
                     )
-                (loss / targets).backward()
-                metrics.add(loss.detach(), batch.num_targets)
+                (loss * (run.world_size / targets)).backward()  # gradients are averaged over the processes
+                loss_sum += loss.detach()
+            ranks.add_up(loss_sum)
 
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+            grad_norm = clip_gradients(model, config.max_grad_norm or math.inf)
             schedule.apply(optimizer, step)
-            optimizer.step()
+            skipped = guard.step(optimizer, loss_sum / targets, grad_norm)
             optimizer.zero_grad()
+            metrics.add(loss_sum, targets, skipped)
 
-            # The order matters: log, look, save, evaluate. What is not finite is not saved, and a failing evaluation
-            # loses nothing.
-            stopped = signals.received is not None  # asked once: it may come at any moment
+            # The order matters: log, look, save, evaluate. What the guard has not looked at is not saved, and a failing
+            # evaluation loses nothing.
+            stopped = ranks.total(signals.received is not None) > 0  # asked once: it may come at any moment
             ends = stopped or step == max_steps
             save_now = ends or (config.save_every and step % config.save_every == 0)
             if save_now or step % config.log_every == 0:
-                line = metrics.write(step, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm)
-                check_finite(line, checkpointer.folder)
+                lr = optimizer.param_groups[0]["lr"]
+                metrics.write(step, lr=lr, grad_norm=grad_norm, **guard.report())
+            if guard.look(step, now=save_now, checkpoint=checkpointer.latest) == "rollback":
+                checkpointer.wait()
+                past, step = step, restore(checkpointer.resume("auto"))
+                skipped_steps += past - step
+                loader.go_to(step + 1, skipped_steps)
+                metrics.go_back(step)
+                continue
             if save_now:
                 with metrics.pause():
-                    saved = checkpointer.save(
+                    checkpointer.save(
                         step,
                         model=model,
                         optimizer=optimizer,
                         tokenizer=tokenizer,
-                        state={"corpus": train_corpus.fingerprint},
+                        state={
+                            "corpus": train_corpus.fingerprint,
+                            "skipped_steps": skipped_steps,
+                            "guard": guard.state(),
+                        },
                         config_yaml=to_yaml(config),
                         recipe_text=Path(__file__).read_text(encoding="utf-8"),
                     )
+                    if ends:
+                        checkpointer.wait()
             if config.eval_every and not stopped and (ends or step % config.eval_every == 0):
                 with metrics.pause():
                     metrics.write_eval(step, "validation", evaluate(validation_batches()))
             if stopped and step < max_steps:
-                print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
+                print(f"stopped after step {step}, saved {checkpointer.latest}. The same command goes on from there.")
                 raise SystemExit(signals.exit_code)
 
-    print(f"finished {max_steps:,} steps: {saved}")
-    print(f"load it with transformers: AutoModelForMaskedLM.from_pretrained({str(saved)!r})")
+    print(f"finished {max_steps:,} steps: {checkpointer.latest}")
+    print(f"load it with transformers: AutoModelForMaskedLM.from_pretrained({str(checkpointer.latest)!r})")
 
 
 if __name__ == "__main__":

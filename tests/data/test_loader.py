@@ -149,15 +149,53 @@ def test_too_many_documents_for_the_batch_are_refused(parts):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows_per_micro_batch": 3}, r"rows_per_step=8 .* rows_per_micro_batch can be one of \[1, 2, 4, 8\]"),
-        ({"world_size": 3}, r"take a multiple of 3"),
-        ({"world_size": 2}, r"rows_per_micro_batch can be one of \[1, 2, 4\]"),
-        ({"rows_per_micro_batch": 0}, r"rows_per_micro_batch can be one of"),
+        ({"world_size": 3}, r"rows_per_step=8 is not a multiple of 3 processes: .* such as 9"),
+        ({"rows_per_micro_batch": 0}, r"rows_per_micro_batch=0 is not 1 or more"),
     ],
 )
 def test_rows_that_cannot_be_divided_are_refused_with_what_fits(parts, changes, message):
     with pytest.raises(UserError, match=message):
         loader(parts, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"rows_per_micro_batch": 3}, [2, 2, 2, 2]),
+        ({"rows_per_micro_batch": 100}, [8]),
+        ({"world_size": 2}, [4]),
+        ({"world_size": 2, "rows_per_micro_batch": 3}, [2, 2]),
+        ({"world_size": 8}, [1]),
+    ],
+)
+def test_micro_batches_are_as_large_as_divides_a_ranks_share(parts, changes, sizes):
+    assert [len(batch.input_ids) for batch in loader(parts, **changes).step(1)] == sizes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_back_leaves_the_data_of_the_steps_behind(parts, workers):
+    whole, back = loader(parts), loader(parts, num_workers=workers)
+    expected = {step: step_rows(whole.step(step)) for step in range(1, 12)}
+    for step in range(1, 6):
+        back.step(step)
+    back.go_to(3, skipped_steps=3)  # steps 3 to 5 were bad: the data of step 6 comes next
+    for step in range(3, 9):
+        assert all(map(torch.equal, step_rows(back.step(step)), expected[step + 3]))
+    resumed = loader(parts, first_step=5, skipped_steps=3)
+    assert all(map(torch.equal, step_rows(resumed.step(5)), expected[8]))
+
+
+@pytest.mark.parametrize(("limit", "world_size"), [(9, 2), (17, 3), (8, 4), (None, 3)])
+def test_all_ranks_evaluate_as_many_batches_and_every_row_once(parts, limit, world_size):
+    corpus, tokenizer, masking = parts
+    rows = PackedRows(corpus, 32, tokenizer.pad_id)
+    each = [
+        list(evaluation_batches(rows, masking, 4, limit=limit, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    assert len({len(batches) for batches in each}) == 1
+    alone = list(evaluation_batches(rows, masking, 4, limit=limit))
+    assert sum(b.num_targets for batches in each for b in batches) == sum(b.num_targets for b in alone)
 
 
 def test_a_corpus_below_one_row_is_refused(parts):

@@ -159,7 +159,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, model, wor
 def test_a_damaged_checkpoint_costs_only_the_steps_behind_it(train, tmp_path, capsys):
     whole = train("whole")
     resumed = stop_at(whole, 8, tmp_path / "resumed")
-    newest = resumed / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    newest = resumed / "checkpoints" / "step-00000008" / "optimizer/shard-00001-model-00001-of-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
     train("resumed")
     assert "passed over" in (out := capsys.readouterr().out) and "step-00000004" in out

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -17,7 +18,6 @@ from torchrecipes.data.tokenizers import train_wordpiece
 from torchrecipes.errors import UserError
 from torchrecipes.models import hub, neobert
 from torchrecipes.optim import adamw
-from torchrecipes.training import checkpoint as module
 from torchrecipes.training.checkpoint import Checkpointer, verify
 
 
@@ -39,6 +39,10 @@ def visible(checkpointer):
     return sorted(path for path in checkpointer.folder.iterdir() if not path.name.startswith("."))
 
 
+def files(path):
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
 class Fault:
     """Fails the k-th call of what a save does to the disk."""
 
@@ -46,8 +50,7 @@ class Fault:
         self.at, self.calls = at, 0
         for name in ("fsync", "rename", "replace", "open", "mkdir", "chmod"):
             monkeypatch.setattr(os, name, self.counting(getattr(os, name)))
-        for where in (module, hub):
-            monkeypatch.setattr(where, "save_file", self.counting(where.save_file))
+        monkeypatch.setattr(hub, "save_file", self.counting(hub.save_file))
         for where in (builtins, io):  # io.open is what pathlib calls
             monkeypatch.setattr(where, "open", self.counting(where.open))
 
@@ -89,7 +92,7 @@ def test_a_full_disk_at_every_call_leaves_the_last_checkpoint(parts, tmp_path):
 def test_a_file_that_cannot_be_written_to_its_end_leaves_the_last_checkpoint(parts, tmp_path):
     """The kernel refuses to let a file grow beyond a limit, in the middle of a write, in Python and in safetensors."""
     checkpointer = Checkpointer(tmp_path, keep_last=1)
-    sizes = sorted({file.stat().st_size for file in save(checkpointer, 1, parts).iterdir()})
+    sizes = sorted({file.stat().st_size for file in files(save(checkpointer, 1, parts))})
     outcomes = []
     for limit in [size + more for size in sizes if size for more in (-1, 0)]:
         report, write = os.pipe()
@@ -141,13 +144,13 @@ def test_a_power_cut_finds_everything_on_the_disk_before_it_can_be_seen(parts, t
         return name, place.stat().st_ino, place.stat().st_size
 
     appears = events.index(of("rename", path))
-    files = [events.index(of("fsync", file)) for file in sorted(path.iterdir()) if file.name != "manifest.json"]
+    flushed = [events.index(of("fsync", file)) for file in files(path) if file.name != "manifest.json"]
     manifest = events.index(of("fsync", path / "manifest.json"))
     assert set(json.loads((path / "manifest.json").read_text())["files"]) == {
-        file.name for file in path.iterdir() if file.name != "manifest.json"
+        str(file.relative_to(path)) for file in files(path) if file.name != "manifest.json"
     }
     folder = max(i for i, event in enumerate(events[:appears]) if event[:2] == of("fsync", path)[:2])
-    assert max(files) < manifest < folder < appears
+    assert max(flushed) < manifest < folder < appears
     named = [i for i, event in enumerate(events) if event[:2] == of("fsync", checkpointer.folder)[:2] and i > appears]
     parent = [i for i, event in enumerate(events) if event[:2] == of("fsync", tmp_path)[:2] and i > appears]
     pruned = [i for i, event in enumerate(events) if event[0] == "rename" and i > appears]
@@ -155,7 +158,7 @@ def test_a_power_cut_finds_everything_on_the_disk_before_it_can_be_seen(parts, t
 
 
 def test_too_little_room_is_told_before_anything_is_written(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     checkpointer = Checkpointer(tmp_path)
     with pytest.raises(UserError, match=r"A checkpoint takes about .* MiB, and 0 MiB are free"):
         save(checkpointer, 1, parts)

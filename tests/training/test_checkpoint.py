@@ -46,6 +46,10 @@ def save(checkpointer, step, model, optimizer, tokenizer, **state):
     )
 
 
+def files(path):
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
 @pytest.fixture
 def saved(tmp_path, tokenizer):
     """(checkpointer, path) of one checkpoint of a model that trained three steps."""
@@ -96,7 +100,7 @@ def test_it_is_a_hugging_face_folder_with_everything_to_repeat_the_run(saved):
     versions = json.loads((path / "manifest.json").read_text())["versions"]
     assert versions["torch"] == torch.__version__
     # Safetensors begin with the length of a JSON header, nothing in the folder is a pickle or an archive of one.
-    for file in path.iterdir():
+    for file in files(path):
         assert file.suffix in {".safetensors", ".json", ".yaml", ".py"}
         assert not file.read_bytes().startswith((b"\x80", b"PK"))
 
@@ -104,7 +108,7 @@ def test_it_is_a_hugging_face_folder_with_everything_to_repeat_the_run(saved):
 def test_any_flipped_byte_is_found_and_named(saved):
     _, path = saved
     rng = random.Random(0)
-    for file in sorted(path.iterdir()):
+    for file in files(path):
         whole = file.read_bytes()
         for position in {0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(12))}:
             damaged = bytearray(whole)
@@ -149,11 +153,11 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(saved, capsys):
 
 def test_truncated_missing_and_empty_files_are_named(saved, tmp_path):
     _, path = saved
-    for file in sorted(path.iterdir()):
+    for file in files(path):
         for damage in ("truncate", "empty", "remove"):
             copy = tmp_path / "copy"
             shutil.copytree(path, copy)
-            target = copy / file.name
+            target = copy / file.relative_to(path)
             if damage == "remove":
                 target.unlink()
             else:
@@ -175,10 +179,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(saved, tokenizer, tmp_path
     checkpointer, first = saved
     model, optimizer = make()
     second = save(checkpointer, 6, model, optimizer, tokenizer)
-    with (second / "optimizer.safetensors").open("r+b") as file:
+    with (second / "model.safetensors").open("r+b") as file:
         file.truncate(100)
     assert checkpointer.resume("auto").path == first
-    assert f"passed over {second}" in (out := capsys.readouterr().out) and "optimizer.safetensors has 100 bytes" in out
+    assert f"passed over {second}" in (out := capsys.readouterr().out) and "model.safetensors has 100 bytes" in out
     # The run comes to that step again: the damaged one is replaced.
     again = Checkpointer(tmp_path, keep_last=1)
     assert save(again, 6, model, optimizer, tokenizer) == second and verify(second) == []
@@ -265,7 +269,7 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(saved, tmp_path, tokeniz
 
 
 def test_who_may_read_the_text_may_read_the_weights(saved):
-    assert len({file.stat().st_mode for file in saved[1].iterdir()}) == 1
+    assert len({file.stat().st_mode for file in files(saved[1])}) == 1
 
 
 def test_left_overs_of_a_dead_save_are_no_checkpoint_and_go(saved, tokenizer):

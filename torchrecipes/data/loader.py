@@ -31,15 +31,16 @@ class Loader:
         masking: hides the targets.
         seed: chooses order and masks.
         rows_per_step: rows of an optimizer step, over all ranks and micro-batches.
-        rows_per_micro_batch: rows of a forward pass on one rank.
+        rows_per_micro_batch: rows of a forward pass on one rank, at most: see `largest_micro_batch`.
         max_steps: the last step.
         first_step: the step to begin with, counted from 1.
+        skipped_steps: see `go_to`.
         rank, world_size: this process among all.
         num_workers: processes that make batches ahead of time. 0: made when they are asked for.
         device: where batches go.
 
     Raises:
-        UserError: the corpus does not fill a row, or the rows of a step cannot be divided into micro-batches.
+        UserError: the corpus does not fill a row, or the rows of a step cannot be divided among the ranks.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Loader:
         rows_per_micro_batch: int,
         max_steps: int,
         first_step: int = 1,
+        skipped_steps: int = 0,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -62,26 +64,34 @@ class Loader:
                 f"{rows.corpus.folder}: {rows.corpus.num_tokens} tokens do not fill one row of seq_len={rows.seq_len}. "
                 "Give more text, or lower seq_len."
             )
-        unit = world_size * rows_per_micro_batch
-        if rows_per_step < 1 or rows_per_micro_batch < 1 or rows_per_step % unit:
-            fitting = [n for n in range(1, rows_per_step // world_size + 1) if rows_per_step % (n * world_size) == 0]
-            remedy = f"rows_per_micro_batch can be one of {fitting}" if fitting else f"take a multiple of {world_size}"
+        if rows_per_step < 1 or rows_per_step % world_size:
             raise UserError(
-                f"rows_per_step={rows_per_step} is not a multiple of {world_size} processes x rows_per_micro_batch="
-                f"{rows_per_micro_batch}: {remedy}."
+                f"rows_per_step={rows_per_step} is not a multiple of {world_size} processes: take a multiple, such as "
+                f"{max(1, -(-rows_per_step // world_size)) * world_size}, or another number of processes."
             )
         share = rows_per_step // world_size
-        steps = _Steps(rows, masking, seed, rows_per_step, rank * share, share, rows_per_micro_batch)
-        self._next, self._device = first_step, device
+        size = largest_micro_batch(share, rows_per_micro_batch)
+        self._data = _Steps(rows, masking, seed, rows_per_step, rank * share, share, size)
+        self._max_steps, self._num_workers, self._device = max_steps, num_workers, device
+        self.go_to(first_step, skipped_steps)
+
+    def go_to(self, step: int, skipped_steps: int) -> None:
+        """From here on `step` is next.
+
+        Args:
+            step: the step that `step()` will be asked for.
+            skipped_steps: steps whose data is left out: step s sees the data that step `s + skipped_steps` would have.
+        """
+        self._next = step
         self._steps = iter(
             DataLoader(
-                steps,
+                self._data,
                 batch_size=None,
-                sampler=range(first_step, max_steps + 1),
-                num_workers=num_workers,
-                worker_init_fn=_ignore_signals if num_workers else None,
-                prefetch_factor=4 if num_workers else None,
-                pin_memory=device is not None and device.type == "cuda",
+                sampler=range(step + skipped_steps, self._max_steps + skipped_steps + 1),
+                num_workers=self._num_workers,
+                worker_init_fn=_ignore_signals if self._num_workers else None,
+                prefetch_factor=4 if self._num_workers else None,
+                pin_memory=self._device is not None and self._device.type == "cuda",
                 # A generator of its own: DataLoader would draw from the global one, which dropout reads.
                 generator=torch.Generator(),
             )
@@ -94,6 +104,13 @@ class Loader:
         self._next += 1
         batches = next(self._steps)
         return batches if self._device is None else [batch.to(self._device) for batch in batches]
+
+
+def largest_micro_batch(rows_per_rank: int, at_most: int) -> int:
+    """The largest number of rows that divides a rank's share of a step and is not more than `at_most`."""
+    if at_most < 1:
+        raise UserError(f"rows_per_micro_batch={at_most} is not 1 or more.")
+    return max(rows for rows in range(1, min(rows_per_rank, at_most) + 1) if rows_per_rank % rows == 0)
 
 
 def evaluation_batches(
@@ -112,15 +129,16 @@ def evaluation_batches(
         rows, masking: as for `Loader`.
         rows_per_batch: rows of a batch; the last is filled up with rows of padding.
         limit: rows at most; a random choice, the same every time. None: all.
-        rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th.
+        rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th. All take as many: a
+            sharded model needs every rank in each forward pass.
         device: where batches go.
     """
     numbers = np.arange(rows.num_rows if limit is None else min(limit, rows.num_rows))
     if len(numbers) < rows.num_rows:
         numbers = permute(numbers, rows.num_rows, key_of(EVALUATION))
+    numbers = np.pad(numbers, (0, -len(numbers) % (world_size * rows_per_batch)), constant_values=-1)
     for start in range(rank * rows_per_batch, len(numbers), world_size * rows_per_batch):
         chosen = numbers[start : start + rows_per_batch]
-        chosen = np.pad(chosen, (0, rows_per_batch - len(chosen)), constant_values=-1)
         batch = make_batch(rows, masking, chosen, key_of(EVALUATION, chosen))
         yield batch if device is None else batch.to(device)
 

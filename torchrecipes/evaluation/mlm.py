@@ -55,7 +55,7 @@ def evaluate_mlm(
 
     Args:
         model: gives `[B, S, D]` hidden states and has a `head`; its training mode is restored afterwards.
-        batches: `Batch` objects with masks, on the model's device.
+        batches: `Batch` objects with masks, on the model's device; in a process group each rank's share.
         real_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
         baseline: the unigram guess of the same split.
         autocast: makes the context to compute in.
@@ -88,9 +88,10 @@ def evaluate_mlm(
         unigram_correct += (batch.masked_labels == baseline.most_frequent).sum()
         targets += batch.num_targets
     model.train(was_training)
-    loss, correct, unigram_loss, unigram_correct, targets = torch.stack(
-        [loss, correct, unigram_loss, unigram_correct, targets]
-    ).tolist()
+    sums = torch.stack([loss, correct, unigram_loss, unigram_correct, targets])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    loss, correct, unigram_loss, unigram_correct, targets = sums.tolist()
     return {
         "loss": loss / targets,
         "perplexity": math.exp(min(loss / targets, 700)),

@@ -91,7 +91,11 @@ class Bert(nn.Module):
             bias=True,
             transform=MLMTransform(config.hidden_size, eps=config.layer_norm_eps),
         )
-        initialize(self, seed=seed, std=config.initializer_range)
+        self.init_weights(seed)
+
+    def init_weights(self, seed: int) -> None:
+        """Sets every parameter to its initial value; those on the meta device stay as they are."""
+        initialize(self, seed=seed, std=self.config.initializer_range)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torchrecipes.models.hf_map import HFMap
 from torchrecipes.models.neobert import HF_MAP as NEOBERT
 from torchrecipes.modules import initial_value
 
+INDEX = "model.safetensors.index.json"  # names the files where there are several
 _FAMILIES = {"bert": BERT, "eurobert": NEOBERT}
 
 # Keys with the only values that we can follow, in any family's config.json.
@@ -68,10 +70,8 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
             network here does not do; tensors missing, unexpected, or of another shape.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    family = _FAMILIES[config.model_type]
-    with torch.device("meta"):
-        model = family.model_class(config)
+    model = hf_network(folder)
+    config, family = model.config, _FAMILIES[model.config.model_type]
     layout = family.layout(config)
     known = {their_name for parts in layout.values() for their_name, _ in parts}
     theirs = _read_tensors(folder, family, known, report)
@@ -109,6 +109,17 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
     return model
 
 
+def hf_network(path: str | Path) -> nn.Module:
+    """The network that a folder's `config.json` describes, on the meta device, without its weights.
+
+    Raises:
+        UserError: as `load_hf` for config.json.
+    """
+    config = _read_config(Path(path))
+    with torch.device("meta"):
+        return _FAMILIES[config.model_type].model_class(config)
+
+
 def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
     """Writes a folder that `transformers`' from_pretrained() loads: `config.json`, `model.safetensors`, the tokenizer.
 
@@ -121,14 +132,27 @@ def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    write_hf_config(model, folder, tokenizer)
+    write_tensors(hf_state_dict(model), folder / "model.safetensors")
+
+
+def write_hf_config(model: nn.Module, folder: Path, tokenizer=None) -> None:
+    """Writes what a Hugging Face folder has beside the weights: `config.json` and the tokenizer."""
     if tokenizer is not None:
         tokenizer.save(folder, model_max_length=model.config.max_position_embeddings)
     config = json.dumps(hf_config(model, tokenizer), indent=2) + "\n"
     (folder / "config.json.tmp").write_text(config, encoding="utf-8")
     os.replace(folder / "config.json.tmp", folder / "config.json")
-    state = {name: tensor.contiguous() for name, tensor in hf_state_dict(model).items()}
-    save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file, complete or not at all, with the rights that any new file in its folder gets."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # safetensors would let the owner only read it
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)
+    os.replace(temporary, file)
 
 
 def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -136,15 +160,31 @@ def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> d
 
     Args:
         model: a `NeoBert` or `Bert`.
-        state: its tensors by our names where they are not the model's own (gathered from shards, averaged, ...).
+        state: tensors by our names where they are not the model's own (gathered from shards, averaged, ...); all of
+            them or some.
     """
     layout = _FAMILIES[model.config.model_type].layout(model.config)
     state = model.state_dict() if state is None else state
     tensors = {}
-    for name, parts in layout.items():
-        pieces = state[name].detach().split([rows for _, rows in parts])
-        tensors |= {their_name: piece for (their_name, _), piece in zip(parts, pieces, strict=True)}
+    for name, tensor in state.items():
+        pieces = tensor.detach().split([rows for _, rows in layout[name]])
+        tensors |= {their_name: piece for (their_name, _), piece in zip(layout[name], pieces, strict=True)}
     return tensors
+
+
+def stored_tensors(model: nn.Module, path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(Our name, tensor) of everything that the model has and `save_hf` wrote, one at a time.
+
+    Args:
+        model: of the same config as the stored one; its tensors are not looked at.
+        path: the folder.
+    """
+    layout = _FAMILIES[model.config.model_type].layout(model.config)
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in _tensor_files(Path(path))}
+        where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118, it is no dict
+        for name, parts in layout.items():
+            yield name, torch.cat([where[their_name].get_tensor(their_name) for their_name, _ in parts])
 
 
 def hf_config(model: nn.Module, tokenizer=None) -> dict:
@@ -245,31 +285,33 @@ def _read_tensors(folder: Path, family: HFMap, known: set[str], report: Callable
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in model.safetensors, or in the shards that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of shards: {error!r}. Save the folder again.") from None
-    else:
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
-        if pickles:
-            raise UserError(
-                f"{folder} holds its weights in {pickles[0]} only, which is a pickle: reading one can run code. "
-                "Convert it where you trust it: AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)."
-            )
-        raise UserError(f"{folder} has no model.safetensors. Name a folder that save_hf() or save_pretrained() wrote.")
-    for file in files:
+    for file in _tensor_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 names = tensors.keys()
                 for name in names:
                     yield name, tensors.get_tensor(name)
         except FileNotFoundError:
-            raise UserError(f"{file} does not exist, but {index.name} names it. Download the folder again.") from None
+            raise UserError(f"{file} does not exist, but {INDEX} names it. Download the folder again.") from None
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
                 raise
             raise UserError(f"{file} is damaged: {error}. Download the folder again.") from None
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of shards: {error!r}. Save the folder again.") from None
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if pickles:
+        raise UserError(
+            f"{folder} holds its weights in {pickles[0]} only, which is a pickle: reading one can run code. "
+            "Convert it where you trust it: AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)."
+        )
+    raise UserError(f"{folder} has no model.safetensors. Name a folder that save_hf() or save_pretrained() wrote.")

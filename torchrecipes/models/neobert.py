@@ -91,7 +91,11 @@ class NeoBert(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tie_to = self.embedding if config.tie_word_embeddings else None
         self.head = LMHead(config.hidden_size, config.vocab_size, tie_to=tie_to)
-        initialize(self, seed=seed, std=config.initializer_range)
+        self.init_weights(seed)
+
+    def init_weights(self, seed: int) -> None:
+        """Sets every parameter to its initial value; those on the meta device stay as they are."""
+        initialize(self, seed=seed, std=self.config.initializer_range)
 
     def forward(
         self,

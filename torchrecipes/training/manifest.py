@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,17 +16,38 @@ FORMAT = "torchrecipes-checkpoint-1"
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Flushes every file of `folder` to the disk, then writes and flushes `manifest.json`, then the folder itself."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        fsync(file)
-        files[file.name] = {"size": file.stat().st_size, "xxh3": _checksum(file)}
+def flush(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+    """Flushes files to the disk and reads them once more.
+
+    Args:
+        folder: where they are.
+        names: their paths in it.
+
+    Returns:
+        What the manifest says of them: name -> size in bytes and checksum.
+    """
+    entries = {}
+    for name in names:
+        fsync(folder / name)
+        entries[name] = {"size": (folder / name).stat().st_size, "xxh3": _checksum(folder / name)}
+    return entries
+
+
+def write_manifest(folder: Path, step: int, files: dict[str, dict]) -> None:
+    """Writes and flushes `manifest.json`, then the names of all files in the folder and in the folders inside it.
+
+    Args:
+        folder: the checkpoint's.
+        step: its step.
+        files: what `flush` returned, of every rank.
+    """
     versions = {"torchrecipes": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    manifest = {"format": FORMAT, "step": step, "versions": versions, "files": files}
+    manifest = {"format": FORMAT, "step": step, "versions": versions, "files": dict(sorted(files.items()))}
     manifest["xxh3"] = _digest(manifest)
     (folder / "manifest.json").write_bytes(_text(manifest))
     fsync(folder / "manifest.json")
+    for inside in {(folder / name).parent for name in files} - {folder}:
+        fsync(inside)
     fsync(folder)
 
 
@@ -52,7 +74,7 @@ def verify(path: Path, checksums: bool = True) -> list[str]:
         return ["manifest.json is missing"]
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return ["manifest.json is damaged"]
-    problems = [problem for name, entry in files.items() if (problem := _problem(path / name, entry, checksums))]
+    problems = [problem for name, entry in files.items() if (problem := _problem(path, name, entry, checksums))]
     if (named := re.fullmatch(r"step-(\d+)", path.name)) and int(named[1]) != manifest["step"]:
         problems.append(f"manifest.json is of step {manifest['step']}")
     added = {str(file.relative_to(path)) for file in path.rglob("*") if file.suffix.lower() in PICKLES}
@@ -68,15 +90,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _problem(file: Path, entry: dict, checksums: bool) -> str | None:
+def _problem(folder: Path, name: str, entry: dict, checksums: bool) -> str | None:
+    file = folder / name
     try:
         if not file.is_file():
-            return f"{file.name} is missing"
+            return f"{name} is missing"
         if file.stat().st_size != entry["size"]:
-            return f"{file.name} has {file.stat().st_size:,} bytes, not {entry['size']:,}"
-        return None if not checksums or _checksum(file) == entry["xxh3"] else f"{file.name} is damaged (wrong checksum)"
+            return f"{name} has {file.stat().st_size:,} bytes, not {entry['size']:,}"
+        return None if not checksums or _checksum(file) == entry["xxh3"] else f"{name} is damaged (wrong checksum)"
     except OSError as error:  # what a bad sector gives
-        return f"{file.name} cannot be read ({error.strerror})"
+        return f"{name} cannot be read ({error.strerror})"
 
 
 def _text(manifest: dict) -> bytes:

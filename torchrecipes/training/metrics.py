@@ -28,8 +28,10 @@ class Metrics:
         max_steps: the last step.
         device: where losses are.
         tokens_per_step: tokens of an optimizer step that are not padding.
-        flops_per_token, peak_flops: for MFU; None: not reported.
+        flops_per_token, peak_flops: for MFU, the peak of one device; None: not reported.
         first_step: the step to begin with.
+        num_devices: that work together.
+        is_main: whether this process writes and shows anything; the others only count.
         writers: objects with `log(values, step)` and `close()`, see writers.py.
     """
 
@@ -43,18 +45,20 @@ class Metrics:
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         first_step: int = 1,
+        num_devices: int = 1,
+        is_main: bool = True,
         writers: Sequence = (),
     ):
-        self.max_steps, self.device, self.writers = max_steps, device, writers
-        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
-        path = Path(output_dir) / "metrics.jsonl"
-        _drop_lines_from(path, first_step)
-        self.file = path.open("a", encoding="utf-8")
-        self.loss, self.targets = torch.zeros((), device=device), 0
+        self.max_steps, self.device, self.writers, self.is_main = max_steps, device, writers, is_main
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak_flops = peak_flops and peak_flops * num_devices
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self._open_file(first_step)
+        self.loss, self.targets = torch.zeros((), device=device), torch.zeros((), device=device)
         self.first_step, self.begun = first_step, 0  # steps that were begun
         self._begin_interval(first_step - 1)
         self.bar = None
-        if sys.stderr.isatty():
+        if is_main and sys.stderr.isatty():
             layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(total=max_steps, initial=first_step - 1, bar_format=layout)
 
@@ -64,10 +68,18 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def add(self, loss_sum: Tensor, num_targets: int) -> None:
-        """Counts a micro-batch's summed loss, without waiting for the device."""
-        self.loss += loss_sum
-        self.targets += num_targets
+    def add(self, loss_sum: Tensor, num_targets: int, skipped: Tensor | None = None) -> None:
+        """Counts a step, without waiting for the device.
+
+        Args:
+            loss_sum: summed over its targets, of all ranks.
+            num_targets: how many.
+            skipped: not 0 where the step was skipped, which is then not in the mean.
+        """
+        if skipped is None:
+            skipped = torch.zeros_like(loss_sum)
+        self.loss += torch.where(skipped > 0, 0, loss_sum)
+        self.targets += torch.where(skipped > 0, 0, num_targets)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -88,13 +100,29 @@ class Metrics:
         yield
         self.paused += time.perf_counter() - start
 
-    def write(self, step: int, *, lr: float, grad_norm: Tensor) -> dict[str, float]:
+    def go_back(self, step: int) -> None:
+        """The run goes on behind `step` once more: later lines are removed."""
+        self.loss.zero_()
+        self.targets.zero_()
+        if self.is_main:
+            self.file.close()
+        self._open_file(step + 1)
+        self.first_step, self.begun = step + 1, 0
+        self._begin_interval(step)
+
+    def write(self, step: int, *, lr: float, grad_norm: Tensor, **more: float) -> dict[str, float]:
         """Logs the steps since the last call; the loss is their mean over targets.
+
+        Args:
+            step: the step that is done.
+            lr: its learning rate.
+            grad_norm: its gradient's norm, before clipping.
+            more: other numbers for the line.
 
         Returns:
             The line. Numbers that are not finite are in it as they are, in the file they are null.
         """
-        loss, norm = torch.stack([self.loss / max(1, self.targets), grad_norm.to(self.loss.dtype)]).tolist()
+        loss, norm = torch.stack([self.loss / self.targets, grad_norm.to(self.loss.dtype)]).tolist()
         seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
         steps = max(1, step - self.interval_start)
         rate = steps * self.tokens_per_step / seconds
@@ -112,8 +140,9 @@ class Metrics:
         }
         if self.flops_per_token and self.peak_flops:
             line["mfu"] = rate * self.flops_per_token / self.peak_flops
+        line |= more
         self.loss.zero_()
-        self.targets = 0
+        self.targets.zero_()
         self._begin_interval(step)
         self._record(line, step)
         text = f"loss {loss:.3f}, lr {line['lr']:.1e}, grad_norm {norm:.2f}, {rate:,.0f} tokens/s"
@@ -131,7 +160,8 @@ class Metrics:
 
     def close(self) -> None:
         """Closes the file, the bar and the writers."""
-        self.file.close()
+        if self.is_main:
+            self.file.close()
         if self.bar is not None:
             self.bar.close()
         for writer in self.writers:
@@ -151,7 +181,14 @@ class Metrics:
             self._tell(f"first step: {seconds:.1f} s, peak memory {self._memory():.2f} GiB")
             self._begin_interval(self.first_step)
 
+    def _open_file(self, first_step: int) -> None:
+        if self.is_main:
+            _drop_lines_from(self.path, first_step)
+            self.file = self.path.open("a", encoding="utf-8")
+
     def _record(self, line: dict[str, float], step: int) -> None:
+        if not self.is_main:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
         finite |= {f"{key}_nonfinite": str(value) for key, value in line.items() if not math.isfinite(value)}
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchrecipes.errors import UserError
 
@@ -42,15 +43,13 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
     return tensors, {"class": kind, "groups": groups, "values": values, "scalars": scalars}
 
 
-def unflatten_optimizer(
-    tensors: dict[str, Tensor], description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str
-) -> None:
-    """Sets the optimizer's state to a flattened one, bit by bit. Its settings, such as the learning rate, stay its own.
+def check_same_optimizer(description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str) -> None:
+    """Checks that a state belongs to this optimizer and these parameters.
 
     Args:
-        tensors, description: what `flatten_optimizer` returned.
-        optimizer, model: what is set, and whose names its parameters have.
-        where: what the state was read from, for the message.
+        description: what `flatten_optimizer` returned.
+        optimizer, model: whose state it is to become.
+        where: what it was read from, for the message.
 
     Raises:
         UserError: the state is of another kind of optimizer, or of other parameters; names what differs.
@@ -72,6 +71,37 @@ def unflatten_optimizer(
             f"{where}: its optimizer's state does not fit: {shown}. Give the settings it was trained with, or begin at "
             f"step 1 with its weights: init_from={where}."
         )
+
+
+def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module) -> Tensor:
+    """An empty tensor to read a stored one into, sharded as its parameter is if it has the parameter's shape.
+
+    Args:
+        key: `<kind>.<parameter>`.
+        stored: its shape and dtype, as torch.distributed.checkpoint tells them.
+        model: whose parameter it is of.
+    """
+    parameter = model.get_parameter(key.partition(".")[2])
+    if parameter.shape == stored.size:
+        return torch.empty_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
+    return torch.empty(stored.size, dtype=stored.properties.dtype)
+
+
+def unflatten_optimizer(
+    tensors: dict[str, Tensor], description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str
+) -> None:
+    """Sets the optimizer's state to a flattened one, bit by bit. Its settings, such as the learning rate, stay its own.
+
+    Args:
+        tensors, description: what `flatten_optimizer` returned.
+        optimizer, model: what is set, and whose names its parameters have.
+        where: what the state was read from, for the message.
+
+    Raises:
+        UserError: see `check_same_optimizer`.
+    """
+    check_same_optimizer(description, optimizer, model, where)
+    parameters = dict(_named(optimizer, model))
     states: dict[str, dict] = {}
     scalars = set(description["scalars"])
     for key, value in (tensors | description["values"]).items():

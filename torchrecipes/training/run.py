@@ -1,18 +1,23 @@
-"""The start of a run: its folder, its device, its seed."""
+"""The start of a run: its processes, its folder, its device, its seed."""
 
+import atexit
 import os
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
+import torch.distributed as dist
 import yaml
 
 from torchrecipes.errors import UserError
+from torchrecipes.training import ranks
 from torchrecipes.training.memory import keep_freed_memory
 
-# Keys that change how a run is watched or kept, and none of its numbers: a run may be continued with other values.
+# Keys that change how a run is watched, kept or spread, and its numbers in their rounding only: a run may be continued
+# with other values.
 MAY_CHANGE = (
     "output_dir",
     "resume",
@@ -21,7 +26,11 @@ MAY_CHANGE = (
     "eval_rows",
     "save_every",
     "keep_last",
+    "async_save",
+    "on_save_error",
     "metrics",
+    "parallel",
+    "rows_per_micro_batch",
     "data.num_workers",
     "data.tokenize_workers",
 )
@@ -33,31 +42,82 @@ class Run:
 
     Attributes:
         output_dir: the run's folder; it exists and can be written.
-        device: where the model lives: the first GPU if there is one, else the CPU.
+        device: where this process' model lives: its GPU if there is one, else the CPU.
+        rank, world_size: this process among all.
+        local_world_size: processes on this machine.
     """
 
     output_dir: Path
     device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
 
 
 def start_run(output_dir: str | Path, *, seed: int, config_yaml: str, resume: str) -> Run:
-    """Makes the run's folder, seeds every generator and picks the device.
+    """Joins the processes of the run, makes its folder, seeds every generator and picks the device.
+
+    Under torchrun, or whatever sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, a process group is made,
+    if there is none: NCCL between GPUs, gloo between CPUs. What ranks but the first print goes nowhere.
 
     Args:
-        output_dir: the run's folder, made if needed.
+        output_dir: the run's folder, made if needed; the same for all processes.
         seed: seeds `random`, NumPy and torch. What the library draws itself (weights, order, masks) is a pure function
-            of the seed and does not read these generators; dropout does.
+            of the seed and does not read these generators; dropout does, from seed + rank.
         config_yaml: the resolved config. It is written to `<output_dir>/config.yaml`; when that file is there already,
             the two are compared.
         resume: `auto`, `never` or the path of a checkpoint.
 
     Raises:
-        UserError: the folder cannot be written, or it holds a run with other settings, or, for `never`, any run.
+        UserError: the folder cannot be written, or it holds a run with other settings, or, for `never`, any run; or the
+            environment names more processes than there are devices.
     """
+    rank, local_rank, world_size, local_world_size = ranks.environment()
+    device = _device(local_rank)
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        atexit.register(_leave)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lives as long as the process
+
     folder = Path(output_dir)
+    ranks.from_main(lambda: _prepare(folder, config_yaml, resume))
+
+    random.seed(seed + rank)
+    numpy.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return Run(folder, device, rank, world_size, local_world_size)
+
+
+def _leave() -> None:
+    # Threads of gloo that still run when the interpreter ends can abort the process.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start one "
+            "process per GPU: --nproc-per-node gpu."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _prepare(folder: Path, config_yaml: str, resume: str) -> None:
     config_file = folder / "config.yaml"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE is set: runs over several processes are not supported yet. Start one process.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         has_checkpoints = any((folder / "checkpoints").glob("step-*"))
@@ -73,14 +133,6 @@ def start_run(output_dir: str | Path, *, seed: int, config_yaml: str, resume: st
         os.replace(temporary, config_file)
     except OSError as error:
         raise UserError(f"output_dir: cannot write {folder}: {error.strerror}. Give another output_dir=...") from error
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    if torch.cuda.is_available():
-        return Run(folder, torch.device("cuda", 0))
-    keep_freed_memory()
-    return Run(folder, torch.device("cpu"))
 
 
 def _check_same_settings(config_file: Path, config_yaml: str) -> None:
