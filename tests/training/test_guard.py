@@ -257,6 +257,21 @@ def test_a_resumed_guard_goes_on_as_if_it_had_never_stopped(stop_at):
     assert "rollback" in verdicts and whole.spikes >= 4
 
 
+def test_a_state_of_other_settings_is_gone_on_from():
+    """What a stopped run is continued with: a smaller window, fewer skips."""
+    wide, narrow = make(spike_window=16), make(spike_window=4, max_skips=2)
+    feed(wide, [*noisy(20), 9.0, 9.1, 9.0, NAN, NAN, NAN])
+    narrow.load_state(wide.state())
+    assert list(narrow.window) == noisy(20)[-4:]
+    feed(narrow, [9.2, 9.1], first=27)
+    assert narrow.tell[-1] == "step 27: 4 spikes in a row: later losses are compared with these"
+    assert narrow.spikes == 4 and list(narrow.window) == pytest.approx([9.0, 9.1, 9.0, 9.2, 9.1][-4:])
+    again = make(max_skips=2)
+    again.load_state(wide.state())
+    with pytest.raises(UserError, match="steps 24 to 27"):
+        feed(again, [NAN], first=27)
+
+
 class Copied:
     """Stands for the event of a copy; it knows whether anyone waited for it."""
 

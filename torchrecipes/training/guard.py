@@ -203,8 +203,8 @@ class Guard:
                 )
                 if self.on_spike == "rollback":
                     return f"the loss of step {step} is a spike"
-                if len(self.spiking) == enough:
-                    self.tell(f"step {step}: {enough} spikes in a row: later losses are compared with these")
+                if len(self.spiking) >= enough:
+                    self.tell(f"step {step}: {len(self.spiking)} spikes in a row: later losses are compared with these")
                     self.window = deque(self.spiking, maxlen=self.spike_window)
                     self.spiking = []
                 return None
