@@ -15,7 +15,7 @@ from torch import nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.training import guard as module
-from torchrecipes.training.guard import MIN_DEVIATION, Guard, check_finite
+from torchrecipes.training.guard import MIN_DEVIATION, Guard
 
 NAN, INF = float("nan"), float("inf")
 OPTIMIZERS = {
@@ -43,7 +43,9 @@ class Still:
 
 
 def make(**settings):
-    return Guard(**settings, tell=Lines())
+    guard = Guard(**settings)
+    guard.tell = Lines()
+    return guard
 
 
 def feed(guard, losses, first=1, norms=None, **look):
@@ -143,8 +145,7 @@ def test_a_row_of_skipped_steps_rolls_back():
     guard = make(on_nonfinite="rollback", max_skips=2, max_rollbacks=1)
     assert feed(guard, [1.0, NAN, 1.0, NAN, NAN], checkpoint="c") == ["go"] * 4 + ["rollback"]
     assert guard.tell[-1] == (
-        "step 5: 2 steps in a row were not finite: back to the weights of c, and on with the data of step 6 "
-        "(rollback 1 of 1)"
+        "step 5: 2 steps in a row were not finite: back to c, and on with the data behind this step (rollback 1 of 1)"
     )
     assert feed(guard, [NAN, 1.0, NAN], first=6, checkpoint="c") == ["go"] * 3  # the row began anew
     with pytest.raises(UserError, match=r"step 9: .*rolled back 1 times before.*max_rollbacks=1.*steps 8 to 9"):
@@ -169,6 +170,16 @@ def test_an_older_state_does_not_reset_the_counters():
     assert guard.skipped_steps == 5
     with pytest.raises(UserError, match="rolled back 2 times"):
         feed(guard, [1.2, NAN, NAN], first=30, checkpoint="c")
+
+
+def test_a_rollback_to_a_checkpoint_amid_skipped_steps_ends_their_row():
+    guard = make(on_nonfinite="rollback", max_skips=3)
+    feed(guard, [1.0, NAN, NAN])
+    amid = guard.state()
+    assert amid["skipping"] == [2, 3]
+    assert feed(guard, [NAN], first=4, checkpoint="c/3") == ["rollback"]
+    guard.load_state(amid)
+    assert feed(guard, [NAN, NAN, NAN], first=4, checkpoint="c/3") == ["go", "go", "rollback"]
 
 
 def noisy(count, seed=0):
@@ -305,8 +316,7 @@ def test_a_device_is_judged_one_step_late_and_at_once_on_demand(like_a_gpu):
     assert feed(guard, [NAN, 1.0, 1.0], first=3, checkpoint="c") == ["go", "rollback", "go"]
     assert guard.tell[1:] == [
         "step 3: loss is nan: step skipped (2 in a row)",
-        "step 4: 2 steps in a row were not finite: back to the weights of c, and on with the data of step 5 "
-        "(rollback 1 of 3)",
+        "step 4: 2 steps in a row were not finite: back to c, and on with the data behind this step (rollback 1 of 3)",
     ]
     assert feed(guard, [NAN], first=6, now=True) == ["go"]
     assert guard.tell[-1] == "step 6: loss is nan: step skipped (1 in a row)"
@@ -325,36 +335,38 @@ class Killed(Exception):
 
 
 def run_loop(disk, kill_before=None, steps=30):
-    """A run with spikes and NaNs. It saves every 4 steps, into {step: checkpoint}, and returns what it ends with."""
+    """A run with spikes and NaNs in its data. It saves every 4 steps, into {step: checkpoint}. Returns how it ends."""
     model = network()
     optimizer = OPTIMIZERS["adamw_fused"](model.parameters())
     guard = make(on_nonfinite="rollback", max_skips=2, on_spike="rollback", spike_window=4, max_rollbacks=9)
 
     def load():
-        weights, moments, watched = json_copy(disk[max(disk)])
+        weights, moments, watched, behind = json_copy(disk[max(disk)])
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
         guard.load_state(watched)
+        return max(disk), behind
 
-    if disk:
-        load()
-    for step in range(max(disk, default=0) + 1, steps + 1):
-        if step == kill_before:
+    step, behind = load() if disk else (0, 0)
+    while step < steps:
+        step += 1
+        data = step + behind
+        if data == kill_before:
             raise Killed
-        loss, norm = backward(model, {6: NAN, 14: NAN, 15: INF, 16: NAN, 17: NAN, 25: NAN}.get(step))
-        guard.step(optimizer, loss + 50 if step in (10, 20, 21) else loss, norm)
+        loss, norm = backward(model, {6: NAN, 14: NAN, 15: INF, 16: NAN, 17: NAN, 25: NAN}.get(data))
+        guard.step(optimizer, loss + 50 if data in (10, 20, 21) else loss, norm)
         optimizer.zero_grad()
         save_now = step % 4 == 0
         if guard.look(step, now=save_now, checkpoint=f"c/{max(disk)}" if disk else None) == "rollback":
-            load()
-        if save_now:
-            disk[step] = json_copy((model.state_dict(), optimizer.state_dict(), guard.state()))
-    return model.state_dict(), optimizer.state_dict()["state"], guard.state()
+            step, behind = load()[0], data - max(disk)
+        elif save_now:
+            disk[step] = json_copy((model.state_dict(), optimizer.state_dict(), guard.state(), behind))
+    return model.state_dict(), optimizer.state_dict()["state"], guard.state(), behind
 
 
 def json_copy(checkpoint):
-    *tensors, state = copy.deepcopy(checkpoint)
-    return *tensors, json.loads(json.dumps(state, allow_nan=False))
+    weights, moments, *state = copy.deepcopy(checkpoint)
+    return weights, moments, *json.loads(json.dumps(state, allow_nan=False))
 
 
 @pytest.mark.parametrize("kill_before", [5, 7, 10, 11, 13, 15, 16, 17, 18, 20, 21, 22, 30])
@@ -380,7 +392,7 @@ def test_the_page_shows_what_is_told():
         feed(stop, [NAN] * 5, first=812, checkpoint=checkpoint)
     shown = [*single.tell, *spike.tell, *rollback.tell[-2:], str(error.value)]
     assert [line for line in shown if f"\n{line}\n" not in page] == []
-    defaults = {name: p.default for name, p in inspect.signature(Guard).parameters.items() if name != "tell"}
+    defaults = {name: p.default for name, p in inspect.signature(Guard).parameters.items()}
     assert dict(re.findall(r"^\| `guard\.(\w+)` \| `([^`]+)`", page, re.MULTILINE)) == {
         name: str(default) for name, default in defaults.items()
     }
@@ -470,10 +482,6 @@ def test_nothing_waits_for_the_gpu_but_the_look_of_the_step_before():
         assert guard.skipped_steps == (step > 3)
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [NAN, INF])
-def test_a_log_line_that_is_not_finite_stops_the_run(name, value):
-    line = {"step": 12, "loss": 1.0, "grad_norm": 1.0} | {name: value}
-    with pytest.raises(UserError, match=rf"step 12: {name} is (nan|inf).*runs/x/checkpoints"):
-        check_finite(line, "runs/x/checkpoints")
-    check_finite({"step": 1, "loss": 3.0, "grad_norm": None}, "c")
+def test_lines_are_printed(capsys):
+    feed(Guard(), [NAN])
+    assert capsys.readouterr().out == "step 1: loss is nan: step skipped (1 in a row)\n"

@@ -13,7 +13,6 @@ from torchrecipes.errors import UserError
 
 MIN_DEVIATION = 0.01  # nats: a flat loss deviates less, and its noise is no spike
 JUDGES_FROM = 0.5  # share of the window that has to be there before a loss is judged
-PRINT = partial(print, flush=True)
 
 
 class Guard:
@@ -24,7 +23,7 @@ class Guard:
         guard.step(optimizer, loss, grad_norm)
         optimizer.zero_grad()
         if guard.look(step, now=save_now, checkpoint=saved) == "rollback":
-            ...  # load weights, optimizer state and `guard.load_state` of that checkpoint; go on with the next step
+            ...  # load that checkpoint, `guard.load_state` too, and go on with the data behind this step
 
     Every decision follows from numbers that are equal on all ranks, so all decide alike without asking each other.
 
@@ -39,7 +38,9 @@ class Guard:
             that are spikes themselves are left out, until half a window of them came in a row: then the loss has
             settled there, and they become the window.
         max_rollbacks: in the whole run; the one after stops it.
-        tell: gets every line that is printed.
+
+    Attributes:
+        tell: what every line is given to; it prints. Beside a progress bar set it to what prints there.
 
     Raises:
         UserError: a value is out of range.
@@ -53,8 +54,6 @@ class Guard:
         spike_zscore: float | None = 6.0,
         spike_window: int = 128,
         max_rollbacks: int = 3,
-        *,
-        tell: Callable[[str], object] = PRINT,
     ):
         problems = []
         if on_nonfinite not in ("skip", "rollback", "stop"):
@@ -73,7 +72,8 @@ class Guard:
             raise UserError("\n".join(f"guard.{problem}." for problem in problems))
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
         self.on_spike, self.spike_zscore, self.spike_window = on_spike, spike_zscore, spike_window
-        self.max_rollbacks, self.tell = max_rollbacks, tell
+        self.max_rollbacks = max_rollbacks
+        self.tell: Callable[[str], object] = partial(print, flush=True)
         self.window: deque[float] = deque(maxlen=spike_window)  # finite losses that are no spikes
         self.spiking: list[float] = []  # the last losses, as far back as all of them are spikes
         self.skipping: list[int] = []  # the last steps, as far back as all of them were skipped
@@ -158,8 +158,10 @@ class Guard:
 
     def load_state(self, state: dict[str, int | list]) -> None:
         """Goes on from `state()`, after a restart or a rollback: what was counted since is not forgotten."""
+        rolled_back = self.rollbacks > state["rollbacks"]  # other data comes now: a row of skipped steps ends here
+        self.skipping = [] if rolled_back else list(state["skipping"])
+        self.spiking = list(state["spiking"])
         self.window = deque(state["window"], maxlen=self.spike_window)
-        self.spiking, self.skipping = list(state["spiking"]), list(state["skipping"])
         self.skipped_steps = max(self.skipped_steps, state["skipped_steps"])
         self.spikes = max(self.spikes, state["spikes"])
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
@@ -223,7 +225,7 @@ class Guard:
         self.skipping.clear()
         self.spiking.clear()
         self.tell(
-            f"step {step}: {reason}: back to the weights of {checkpoint}, and on with the data of step {step + 1} "
+            f"step {step}: {reason}: back to {checkpoint}, and on with the data behind this step "
             f"(rollback {self.rollbacks} of {self.max_rollbacks})"
         )
 
@@ -255,25 +257,3 @@ def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     copied = torch.cuda.Event()
     copied.record()
     return copy, copied
-
-
-def check_finite(line: dict, checkpoints: str) -> None:
-    """Stops the run when the loss or the gradient norm of a log line is not a number or infinite.
-
-    It reads the log line, which is on the host already, so it costs no transfer. Call it before saving: a step that is
-    not finite must never become a checkpoint.
-
-    Args:
-        line: what `Metrics.write` returned; `loss` and `grad_norm` are looked at.
-        checkpoints: the folder that holds the last good checkpoint, for the message.
-
-    Raises:
-        UserError: the value, the step, and what to do.
-    """
-    for name in ("loss", "grad_norm"):
-        value = line.get(name)
-        if value is not None and not math.isfinite(value):
-            raise UserError(
-                f"step {line['step']}: {name} is {value}. Nothing of this step was saved; the last good checkpoint is "
-                f"in {checkpoints}. Lower optimizer.lr or max_grad_norm, lengthen the warm-up, or try precision=fp32."
-            )
