@@ -71,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 1
         message = explain(error)
+        if _is_one_of_many():
+            from torchrecipes.rank_errors import tell
+
+            tell(error, message, debug=args.debug)
+            return 1 if message is None else 2
         if message is None:
             raise
         if args.debug:
@@ -79,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(message, file=sys.stderr)
         return 2
     return 0
+
+
+def _is_one_of_many() -> bool:
+    # A rank, started by our own launcher or torchrun, which read its error from a file, or by srun and the like.
+    ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return ranked or bool(os.environ.get("TORCHELASTIC_ERROR_FILE"))
 
 
 def _stdout_is_closed() -> bool:

@@ -1,14 +1,21 @@
-"""`tune-style run`: checks a config in full, then calls the recipe's `main(config)`."""
+"""`tune-style run`: checks a config in full, then calls the recipe's `main(config)`, here or in many processes."""
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import importlib.util
+import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
+from torchrecipes.cli import launch_flags
 from torchrecipes.config.files import find_recipe, recipes_folder
 from torchrecipes.errors import UserError
+
+_LAUNCHER = "TORCHRECIPES_LAUNCHER"  # in the environment of the processes that `run` starts: its process number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,18 +23,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb = parser.prog.rsplit(" ", 1)[-1]
     parser.epilog = (
         f"example: tune-style {verb} mlm_pretrain --config neobert/quickstart optimizer.lr=1e-3\n"
+        f"         tune-style {verb} mlm_pretrain --config neobert/small --nproc-per-node gpu\n"
         f"         tune-style {verb} my_recipe.py --config my.yaml 'data.source.path=texts/*.txt'"
     )
     parser.add_argument("recipe", help="a recipe, as `tune-style ls` names it, or a file: my_recipe.py")
     parser.add_argument("--config", metavar="CONFIG", help="a config, as `tune-style ls` names it, or a file: my.yaml")
     settings = "settings that win over the config's: seed=1 optimizer.lr=1e-3"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=settings)
+    launch_flags.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the recipe."""
-    recipe, config = load_recipe_and_config(args)
-    recipe.main(config)
+    """Run the recipe, in this process or in those that the flags ask for."""
+    if launch_flags.asked_for(args):
+        _launch(args)
+    else:
+        if _LAUNCHER in os.environ:
+            _end_with_launcher(int(os.environ[_LAUNCHER]))
+        recipe, config = load_recipe_and_config(args)
+        recipe.main(config)
+
+
+def _end_with_launcher(launcher: int) -> None:
+    # A launcher that was killed, by kill -9 or for memory, cannot end its processes: the kernel sends them SIGTERM.
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != launcher:  # it has gone already
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _launch(args: argparse.Namespace) -> None:
+    # torch's network code tells each attempt to reach a node that is not up yet. Set before torch is imported.
+    quiet = "TORCH_CPP_LOG_LEVEL"
+    verbose = args.debug or quiet in os.environ
+    if not verbose:
+        os.environ[quiet] = "ERROR"
+    wanted = launch_flags.check(args)
+    load_recipe_and_config(args)  # here, so that eight processes do not say the same eight times
+
+    from torchrecipes.launch import launch
+
+    if not verbose:
+        del os.environ[quiet]
+    config = [f"--config={args.config}"] if args.config is not None else []
+    debug = ["--debug"] if args.debug else []
+    # -P: as with the installed command, a file of the working folder does not pass for a module of Python's.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "torchrecipes.cli.main",
+        "run",
+        args.recipe,
+        *config,
+        *debug,
+        *args.overrides,
+    ]
+    threads = max(1, launch_flags.cores() // wanted.nproc_per_node)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, _LAUNCHER: str(os.getpid())}
+    if code := launch(command, **dataclasses.asdict(wanted), environment=environment):
+        raise SystemExit(code)
 
 
 def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object]:
@@ -38,8 +94,10 @@ def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object
     """
     from torchrecipes.config.files import find_config
     from torchrecipes.config.load import load, one_message
+    from torchrecipes.rank_errors import tells_launcher
 
-    with one_message():
+    # A launcher picks one of its processes' messages itself, and needs to see them all for that.
+    with contextlib.nullcontext() if tells_launcher() else one_message():
         path = find_recipe(args.recipe)
         if args.config is not None:
             find_config(args.config)  # a wrong name is told before the seconds that torch's import takes

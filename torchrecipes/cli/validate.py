@@ -2,7 +2,7 @@
 
 import argparse
 
-from torchrecipes.cli import run
+from torchrecipes.cli import launch_flags, run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,5 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print `ok`, or raise a UserError with every problem."""
+    if launch_flags.asked_for(args):
+        launch_flags.check(args)
     run.load_recipe_and_config(args)
     print("ok")

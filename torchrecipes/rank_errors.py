@@ -1,0 +1,89 @@
+"""How one process of many tells why it ended, so that the command line tells it once.
+
+torchrun and `tune-style run --nproc-per-node` give each process a file for its error (TORCHELASTIC_ERROR_FILE). The
+launcher reads them all, shows the earliest and ends the others. A process of another launcher (srun, mpirun, ...)
+has no such file and prints its error itself, with its rank before it.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+# What a process is told by its network when another one died: a consequence, never the cause.
+_LOST_PEER_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_LOST_PEER_TEXTS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+    "Timed out waiting",
+    "Socket Timeout",
+    "ncclRemoteError",
+    "ncclSystemError",
+)
+
+
+@dataclass(frozen=True)
+class RankError:
+    """What ended a process.
+
+    Attributes:
+        text: one message for a user's mistake, a traceback for a bug.
+        mistake: whether it is a user's mistake.
+        lost_peer: whether it is what a process sees when another one died.
+        time: when it happened, in seconds since 1970.
+    """
+
+    text: str
+    mistake: bool
+    lost_peer: bool
+    time: float
+
+
+def tells_launcher() -> bool:
+    """Whether a launcher reads this process' error from a file."""
+    return bool(os.environ.get("TORCHELASTIC_ERROR_FILE"))
+
+
+def tell(error: BaseException, message: str | None, *, debug: bool = False) -> None:
+    """Tell the error that ends this process, one of several: to the launcher's file, or else on stderr.
+
+    Args:
+        error: the error, being handled.
+        message: what to say if it is a user's mistake; None: it is a bug, told with its traceback.
+        debug: a mistake is told with its traceback, too.
+    """
+    text = message if message is not None and not debug else traceback.format_exc().rstrip()
+    if not tells_launcher():
+        print(f"[rank {os.environ['RANK']}] {text}", file=sys.stderr)
+        return
+    lost_peer = message is None and (
+        type(error).__name__ in _LOST_PEER_TYPES or any(part in str(error) for part in _LOST_PEER_TEXTS)
+    )
+    now = time.time()
+    # The shape that torchelastic reads; its timestamp has whole seconds. `torchrecipes` is for our own launcher.
+    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}}
+    ours = {"mistake": message is not None, "lost_peer": lost_peer, "time": now}
+    path = os.environ["TORCHELASTIC_ERROR_FILE"]
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump({"message": said, "torchrecipes": ours}, file)
+    os.replace(f"{path}.part", path)  # the launcher may read it at any moment
+
+
+def read(path: str) -> RankError | None:
+    """Return what a process told in its error file, or None if it told nothing."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        said, ours = data["message"], data.get("torchrecipes")
+        if ours:
+            return RankError(said["message"], ours["mistake"], ours["lost_peer"], ours["time"])
+        # Written by torchelastic's own `record`, which a recipe may use, or by a library under it.
+        info = said["extraInfo"]
+        return RankError(info["py_callstack"].rstrip(), False, False, float(info["timestamp"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
