@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from torchrecipes.config import MISSING, Component, build, component, parse, to_yaml
+from torchrecipes.config.checks import check_common_keys
 from torchrecipes.data.corpus import prepare_corpus
 from torchrecipes.data.loader import Loader, evaluation_batches
 from torchrecipes.data.masking import Masking
@@ -28,7 +29,6 @@ from torchrecipes.training import ranks
 from torchrecipes.training.budget import budget_steps
 from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
 from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
-from torchrecipes.training.guard import Guard
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
 from torchrecipes.training.metrics import Metrics
 from torchrecipes.training.parallel import clip_gradients, materialize, parallelize, sync_gradients
@@ -51,24 +51,8 @@ class Data:
 
 
 @dataclass
-class Loss:
-    masked_logits_only: bool = True  # False: logits of all positions, the same number, slower
-    chunk_size: int | None = None  # masked positions whose logits are in memory at a time; None: by vocabulary
-
-
-@dataclass
 class Parallel:
     strategy: str = "auto"  # auto | none | ddp | fsdp | hsdp: what the processes of a run share
-
-
-@dataclass
-class OnTrouble:
-    on_nonfinite: str = "skip"  # skip | rollback | stop: a loss or gradient that is not finite; its step is left out
-    max_skips: int = 5  # in a row; then `skip` stops and `rollback` goes back to the last checkpoint, past that data
-    on_spike: str = "log"  # log | rollback
-    spike_zscore: float | None = 6.0  # a loss this many deviations above the last ones is a spike; None: none is
-    spike_window: int = 128  # losses that it is compared with
-    max_rollbacks: int = 3  # in the whole run; the one after stops it
 
 
 @dataclass
@@ -82,11 +66,11 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Component = component("torchrecipes.models.neobert_tiny", runtime=("vocab_size", "seed"))  # its network
     init_from: str | None = None  # a Hugging Face folder whose model and tokenizer are taken instead of these two
-    loss: Loss = field(default_factory=Loss)
+    masked_logits_only: bool = True  # False: logits of all positions, the same loss, slower
 
     seq_len: int = 256  # tokens per row
     rows_per_step: int = 16  # rows per optimizer step in the whole run
-    rows_per_micro_batch: int = 16  # at most, per forward pass of a process; for memory and speed, not the result
+    rows_per_micro_batch: int | str = 16  # at most, per forward pass of a process; for memory and speed, not the result
     max_steps: int | None = None  # optimizer steps; set one of these three
     total_tokens: int | None = None  # tokens to train on, as in 10B
     epochs: float | None = None  # times that every row is seen
@@ -96,9 +80,9 @@ class Config:
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
     precision: str = "auto"  # auto | bf16 | fp32
     compile: bool = False  # torch.compile of every block: a minute once, faster after
-    activation_checkpointing: bool = False  # computes activations twice, keeps only the blocks' inputs
+    activation_checkpointing: str = "none"  # none | selective | full: less memory, more time
     parallel: Parallel = field(default_factory=Parallel)
-    guard: OnTrouble = field(default_factory=OnTrouble)
+    guard: Component = component("torchrecipes.training.guard.Guard")  # skips what is not finite, tells of spikes
 
     log_every: int = 10  # steps
     eval_every: int | None = 500  # steps; also before the first and after the last step
@@ -112,18 +96,7 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""
-        least_one = "seq_len rows_per_step rows_per_micro_batch log_every eval_every eval_rows save_every keep_last"
-        values = {name: getattr(self, name) for name in least_one.split()} | {"loss.chunk_size": self.loss.chunk_size}
-        low = [name for name, value in values.items() if value is not None and value < 1]
-        problems = [f"{name}: {values[name]} is not 1 or more (what is optional is off with null)" for name in low]
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            problems.append(f"max_grad_norm: {self.max_grad_norm} is not above 0 (it is off with null)")
-        if self.data.num_workers < 0:
-            problems.append(f"data.num_workers: {self.data.num_workers} is not 0 or more")
-        budgets = [name for name in ("max_steps", "total_tokens", "epochs") if getattr(self, name) is not None]
-        if len(budgets) != 1:
-            which = f"{' and '.join(budgets)} are set" if budgets else "none of max_steps, total_tokens, epochs is set"
-            problems.append(f"{which}: set exactly one, the others to null, as in max_steps=1000 epochs=null")
+        problems = check_common_keys(self)
         if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:
             problems.append("eval_every: there is no text to evaluate on (data.validation_fraction=0); set it to null")
         return problems
@@ -133,6 +106,7 @@ def main(config: Config) -> None:
     run = start_run(config.output_dir, seed=config.seed, config_yaml=to_yaml(config), resume=config.resume)
     precision = choose_precision(config.precision, run.device)
     compute = partial(autocast, run.device, precision)
+    guard = build(config.guard)
 
     source = build(config.data.source)
     corpus_dir = Path(config.data.corpus_dir or run.output_dir / "corpus")
@@ -153,6 +127,8 @@ def main(config: Config) -> None:
     make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id)
     rows = make_rows(train_corpus)
     masking = Masking(tokenizer, config.data.mlm_probability, mask_all=config.data.mask_all)
+    if validation_corpus:
+        baseline = unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size)
     max_steps = budget_steps(
         max_steps=config.max_steps,
         total_tokens=config.total_tokens,
@@ -161,8 +137,8 @@ def main(config: Config) -> None:
         num_rows=rows.num_rows,
         tokens_per_row=rows.tokens_per_row,
     )
-    print(f"training text: {rows}")
-    print(f"to train: {max_steps:,} steps, {max_steps * config.rows_per_step / rows.num_rows:.2f} epochs", flush=True)
+    epochs = max_steps * config.rows_per_step / rows.num_rows
+    print(f"training text: {rows}\nto train: {max_steps:,} steps, {epochs:.2f} epochs", flush=True)
 
     if config.init_from:
         model = load_hf(config.init_from, seed=config.seed)
@@ -171,21 +147,17 @@ def main(config: Config) -> None:
             model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
     check_fit(model, tokenizer, config.seq_len)
     model.train()
-    if config.activation_checkpointing:
+    if config.activation_checkpointing != "none":
         checkpoint_activations(model.blocks)
     if config.compile:
         for block in model.blocks:
             block.compile()
-    strategy = parallelize(model, config.parallel.strategy, run, precision)
+    parallelize(model, config.parallel.strategy, run, precision)
     materialize(model, run.device, config.seed)
-    print(f"{run.world_size} x {run.device.type}, {strategy}, {str(precision).removeprefix('torch.')}", flush=True)
     optimizer = build(config.optimizer, model=model)
     schedule = build(config.schedule, max_steps=max_steps)
-    guard = Guard(**vars(config.guard))
 
-    checkpointer = Checkpointer(
-        run.output_dir, config.keep_last, asynchronous=config.async_save, on_error=config.on_save_error
-    )
+    checkpointer = Checkpointer(run.output_dir, config.keep_last, config.async_save, config.on_save_error)
 
     def restore(checkpoint: Checkpoint) -> int:
         checkpoint.load_model(model)
@@ -195,6 +167,7 @@ def main(config: Config) -> None:
         return checkpoint.step
 
     resumed = checkpointer.resume(config.resume)
+    saved = resumed.path if resumed else None
     step, skipped_steps = 0, 0  # done; steps whose data a rollback has left behind
     if resumed:
         check_same_data(resumed, train_corpus, config.resume)
@@ -207,13 +180,12 @@ def main(config: Config) -> None:
         rows_per_step=config.rows_per_step,
         rows_per_micro_batch=config.rows_per_micro_batch,
         max_steps=max_steps,
-        first_step=step + 1,
-        skipped_steps=skipped_steps,
         rank=run.rank,
         world_size=run.world_size,
         num_workers=config.data.num_workers,
         device=run.device,
     )
+    loader.go_to(step + 1, skipped_steps)
     metrics = Metrics(
         run.output_dir,
         max_steps,
@@ -222,15 +194,23 @@ def main(config: Config) -> None:
         flops_per_token=mlm_flops_per_token(model, config.seq_len, config.data.mlm_probability),
         peak_flops=peak_flops(run.device, precision),
         first_step=step + 1,
-        num_devices=run.world_size,
-        is_main=run.is_main,
         writers=[build(writer, output_dir=str(run.output_dir)) for writer in config.metrics] if run.is_main else [],
     )
-    if config.eval_every:
-        validation_rows = make_rows(validation_corpus)
-        validation_batches = partial(
-            evaluation_batches,
-            validation_rows,
+
+    def save(step: int) -> Path:
+        return checkpointer.save(
+            step,
+            model=model,
+            optimizer=optimizer,
+            tokenizer=tokenizer,
+            state={"corpus": train_corpus.fingerprint, "skipped_steps": skipped_steps, "guard": guard.state()},
+            config_yaml=to_yaml(config),
+            recipe_text=Path(__file__).read_text(encoding="utf-8"),
+        )
+
+    def evaluate(step: int) -> None:
+        batches = evaluation_batches(
+            make_rows(validation_corpus),
             masking,
             config.rows_per_micro_batch,
             limit=config.eval_rows,
@@ -238,18 +218,14 @@ def main(config: Config) -> None:
             world_size=run.world_size,
             device=run.device,
         )
-        evaluate = partial(
-            evaluate_mlm,
-            model,
-            real_vocab_size=tokenizer.real_vocab_size,
-            baseline=unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size),
-            autocast=compute,
-        )
+        found = evaluate_mlm(model, batches, tokenizer.real_vocab_size, baseline, compute)
+        metrics.write_eval(step, "validation", found)
 
+    guard.tell = metrics.tell
     with checkpointer, metrics, Signals() as signals, out_of_memory_advice(config.rows_per_micro_batch):
         if config.eval_every and not resumed:
             with metrics.pause():
-                metrics.write_eval(0, "validation", evaluate(validation_batches()))
+                evaluate(step=0)
 
         while step < max_steps:
             step += 1
@@ -271,8 +247,7 @@ def main(config: Config) -> None:
                         model.head,
                         batch.masked_positions,
                         batch.masked_labels,
-                        masked_logits_only=config.loss.masked_logits_only,
-                        chunk_size=config.loss.chunk_size,
+                        masked_logits_only=config.masked_logits_only,
                     )
                 (loss * (run.world_size / targets)).backward()  # gradients are averaged over the processes
                 loss_sum += loss.detach()
@@ -292,39 +267,25 @@ def main(config: Config) -> None:
             if save_now or step % config.log_every == 0:
                 lr = optimizer.param_groups[0]["lr"]
                 metrics.write(step, lr=lr, grad_norm=grad_norm, **guard.report())
-            if guard.look(step, now=save_now, checkpoint=checkpointer.latest) == "rollback":
-                checkpointer.wait()
-                past, step = step, restore(checkpointer.resume("auto"))
+            if guard.look(step, now=save_now, checkpoint=saved) == "rollback":
+                past, step = step, restore(checkpointer.last_good())
                 skipped_steps += past - step
                 loader.go_to(step + 1, skipped_steps)
                 metrics.go_back(step)
                 continue
-            if save_now:
-                with metrics.pause():
-                    checkpointer.save(
-                        step,
-                        model=model,
-                        optimizer=optimizer,
-                        tokenizer=tokenizer,
-                        state={
-                            "corpus": train_corpus.fingerprint,
-                            "skipped_steps": skipped_steps,
-                            "guard": guard.state(),
-                        },
-                        config_yaml=to_yaml(config),
-                        recipe_text=Path(__file__).read_text(encoding="utf-8"),
-                    )
-                    if ends:
-                        checkpointer.wait()
-            if config.eval_every and not stopped and (ends or step % config.eval_every == 0):
-                with metrics.pause():
-                    metrics.write_eval(step, "validation", evaluate(validation_batches()))
+            with metrics.pause():
+                if save_now:
+                    saved = save(step)
+                if ends:
+                    checkpointer.wait()
+                if config.eval_every and not stopped and (ends or step % config.eval_every == 0):
+                    evaluate(step)
             if stopped and step < max_steps:
-                print(f"stopped after step {step}, saved {checkpointer.latest}. The same command goes on from there.")
+                print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
                 raise SystemExit(signals.exit_code)
 
-    print(f"finished {max_steps:,} steps: {checkpointer.latest}")
-    print(f"load it with transformers: AutoModelForMaskedLM.from_pretrained({str(checkpointer.latest)!r})")
+    print(f"finished {max_steps:,} steps: {saved}")
+    print(f"load it with transformers: AutoModelForMaskedLM.from_pretrained({str(saved)!r})")
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_accumulation_changes_nothing(train, rows_per_micro_batch, packing):
 
 
 @pytest.mark.parametrize(
-    "override", ["loss.masked_logits_only=false", "loss.chunk_size=3", "activation_checkpointing=true"]
+    "override", ["masked_logits_only=false", "activation_checkpointing=full"]
 )
 def test_what_trades_memory_for_time_gives_the_same_losses(train, override):
     plain, other = losses(train("plain")), losses(train("other", override))
@@ -351,7 +351,9 @@ def test_another_runs_folder_is_refused(train):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rows_per_step=8", "rows_per_micro_batch=3"], "rows_per_step"),
+        (["rows_per_micro_batch=some"], "'some' is neither a number nor auto"),
+        (["parallel.strategy=pipeline"], "'pipeline' is not one of auto, none, ddp, fsdp, hsdp"),
+        (["parallel.strategy=hsdp"], "there is one node only"),
         (["seq_len=128"], "max_position_embeddings"),
         (["max_steps=null"], "none of max_steps, total_tokens, epochs is set"),
         (
@@ -359,8 +361,8 @@ def test_another_runs_folder_is_refused(train):
             r"(?s)rows_per_micro_batch: 0 is not 1 or more.*log_every: -1 is not",
         ),
         (
-            ["max_grad_norm=-1", "loss.chunk_size=0"],
-            r"(?s)loss.chunk_size: 0 is not.*max_grad_norm: -1.0 is not above 0",
+            ["max_grad_norm=-1", "keep_last=0"],
+            r"(?s)max_grad_norm: -1.0 is not above 0.*keep_last: 0 is not",
         ),
         (["data.num_workers=-1"], "data.num_workers: -1 is not 0 or more"),
         (["model.num_hidden_layers=0", "model.hidden_size=-8"], "hidden_size=-8, num_hidden_layers=0: sizes are 1"),

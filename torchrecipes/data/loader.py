@@ -34,7 +34,6 @@ class Loader:
         rows_per_micro_batch: rows of a forward pass on one rank, at most: see `largest_micro_batch`.
         max_steps: the last step.
         first_step: the step to begin with, counted from 1.
-        skipped_steps: see `go_to`.
         rank, world_size: this process among all.
         num_workers: processes that make batches ahead of time. 0: made when they are asked for.
         device: where batches go.
@@ -53,7 +52,6 @@ class Loader:
         rows_per_micro_batch: int,
         max_steps: int,
         first_step: int = 1,
-        skipped_steps: int = 0,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -73,34 +71,38 @@ class Loader:
         size = largest_micro_batch(share, rows_per_micro_batch)
         self._data = _Steps(rows, masking, seed, rows_per_step, rank * share, share, size)
         self._max_steps, self._num_workers, self._device = max_steps, num_workers, device
-        self.go_to(first_step, skipped_steps)
+        self.go_to(first_step)
 
-    def go_to(self, step: int, skipped_steps: int) -> None:
+    def go_to(self, step: int, skipped_steps: int = 0) -> None:
         """From here on `step` is next.
 
         Args:
             step: the step that `step()` will be asked for.
             skipped_steps: steps whose data is left out: step s sees the data that step `s + skipped_steps` would have.
         """
-        self._next = step
-        self._steps = iter(
-            DataLoader(
-                self._data,
-                batch_size=None,
-                sampler=range(step + skipped_steps, self._max_steps + skipped_steps + 1),
-                num_workers=self._num_workers,
-                worker_init_fn=_ignore_signals if self._num_workers else None,
-                prefetch_factor=4 if self._num_workers else None,
-                pin_memory=self._device is not None and self._device.type == "cuda",
-                # A generator of its own: DataLoader would draw from the global one, which dropout reads.
-                generator=torch.Generator(),
-            )
+        self._next, self._skipped, self._steps = step, skipped_steps, None
+
+    def _start(self) -> Iterator[list[Batch]]:
+        # On the first use, not before: workers are processes.
+        loader = DataLoader(
+            self._data,
+            batch_size=None,
+            sampler=range(self._next + self._skipped, self._max_steps + self._skipped + 1),
+            num_workers=self._num_workers,
+            worker_init_fn=_ignore_signals if self._num_workers else None,
+            prefetch_factor=4 if self._num_workers else None,
+            pin_memory=self._device is not None and self._device.type == "cuda",
+            # A generator of its own: DataLoader would draw from the global one, which dropout reads.
+            generator=torch.Generator(),
         )
+        return iter(loader)
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of `step`; steps are asked for one after the other, from `first_step`."""
         if step != self._next:
             raise ValueError(f"step {step} is asked for, and step {self._next} is next")
+        if self._steps is None:
+            self._steps = self._start()
         self._next += 1
         batches = next(self._steps)
         return batches if self._device is None else [batch.to(self._device) for batch in batches]

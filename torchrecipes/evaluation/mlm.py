@@ -46,7 +46,6 @@ def unigram(corpus, special_ids: Iterable[int], vocab_size: int) -> Unigram:
 def evaluate_mlm(
     model: nn.Module,
     batches: Iterable,
-    *,
     real_vocab_size: int,
     baseline: Unigram,
     autocast: Callable[[], AbstractContextManager],

@@ -62,9 +62,7 @@ class Checkpointer:
         on_error: what a save that fails does: `stop` raises, `continue` prints and lets the training go on.
     """
 
-    def __init__(
-        self, output_dir: str | Path, keep_last: int = 3, *, asynchronous: bool = False, on_error: str = "stop"
-    ):
+    def __init__(self, output_dir: str | Path, keep_last: int = 3, asynchronous: bool = False, on_error: str = "stop"):
         if keep_last < 1:
             raise UserError(
                 f"keep_last is {keep_last}; keep at least 1 checkpoint, or there is nothing to resume from."
@@ -73,7 +71,7 @@ class Checkpointer:
             raise UserError(f"on_save_error: {on_error!r} is not known. Use stop or continue.")
         self.folder, self.keep_last = Path(output_dir) / "checkpoints", keep_last
         self.asynchronous, self.on_error = asynchronous, on_error
-        self.latest: Path | None = None  # the newest that this object saved or resumed from
+        self._resumed: Path | None = None
         self._ours: set[Path] = set()  # saved by this object, or resumed from
         self._damaged: set[Path] = set()  # passed over by it
         self._thread: threading.Thread | None = None
@@ -87,8 +85,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or kind is SystemExit:
             self.wait()
+            ranks.total(0)  # leave together: gloo aborts a process whose peers go while it is at work
         elif self._thread is not None:
             # What is being written is good, whatever has ended the run; but a peer that is gone is not waited for.
             self._thread.join(None if self._group is None else 60)
@@ -189,7 +188,6 @@ class Checkpointer:
             problems = [problem for problem, _ in reports if problem]
             files = {name: entry for _, entries in reports for name, entry in entries.items()}
             ranks.from_main(lambda: self._publish(job, problems, files), self._group)
-            self.latest = job.target
         except BaseException as error:
             self._error = error
 
@@ -255,7 +253,7 @@ class Checkpointer:
             return None
         if mode == "auto" or Path(path).resolve().parent == self.folder.resolve():
             self._ours.add(self.folder / Path(path).name)
-        self.latest = Path(path)
+        self._resumed = Path(path)
         return _open(Path(path))
 
     def _find(self, mode: str) -> str | None:
@@ -276,6 +274,26 @@ class Checkpointer:
                 "resume=PATH with a whole checkpoint."
             )
         return None
+
+    def last_good(self) -> "Checkpoint":
+        """The newest whole checkpoint that this object saved or resumed from, to go back to. Waits for a save.
+
+        Raises:
+            UserError: there is none.
+        """
+        try:
+            self.wait()
+        except UserError as error:
+            print(f"the last save has failed: {error}", flush=True)
+
+        def find() -> str:
+            newest_first = sorted(self._ours, key=_step, reverse=True)
+            for path in [*newest_first, self._resumed]:
+                if path and not verify(path):
+                    return str(path)
+            raise UserError("there is no whole checkpoint to go back to.")
+
+        return _open(Path(ranks.from_main(find)))
 
     def _is_saved(self, target: Path) -> bool:
         """Whether this run's checkpoint is there, whole; False: a damaged one is, to be replaced."""

@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchrecipes.data.atomic import write_atomically
+from torchrecipes.training import ranks
 
 
 class Metrics:
     """Writes `<output_dir>/metrics.jsonl`, shows progress, and feeds the writers.
 
-    Loss and gradient norm stay on the device until `write`, which fetches both in one transfer.
+    Loss and gradient norm stay on the device until `write`, which fetches both in one transfer. In a process group all
+    ranks call it alike, and rank 0 alone writes and shows anything.
 
     Args:
         output_dir: the run's folder. Lines of steps from `first_step` on, left by a run that went further than its last
@@ -30,8 +32,6 @@ class Metrics:
         tokens_per_step: tokens of an optimizer step that are not padding.
         flops_per_token, peak_flops: for MFU, the peak of one device; None: not reported.
         first_step: the step to begin with.
-        num_devices: that work together.
-        is_main: whether this process writes and shows anything; the others only count.
         writers: objects with `log(values, step)` and `close()`, see writers.py.
     """
 
@@ -45,20 +45,18 @@ class Metrics:
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         first_step: int = 1,
-        num_devices: int = 1,
-        is_main: bool = True,
         writers: Sequence = (),
     ):
-        self.max_steps, self.device, self.writers, self.is_main = max_steps, device, writers, is_main
+        self.max_steps, self.device, self.writers, self.is_main = max_steps, device, writers, ranks.rank() == 0
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self.peak_flops = peak_flops and peak_flops * num_devices
+        self.peak_flops = peak_flops and peak_flops * ranks.world_size()
         self.path = Path(output_dir) / "metrics.jsonl"
         self._open_file(first_step)
         self.loss, self.targets = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.first_step, self.begun = first_step, 0  # steps that were begun
+        self.first_step, self.begun, self.finished = first_step, 0, first_step - 2  # one less than are, until `waiting`
         self._begin_interval(first_step - 1)
         self.bar = None
-        if is_main and sys.stderr.isatty():
+        if self.is_main and sys.stderr.isatty():
             layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(total=max_steps, initial=first_step - 1, bar_format=layout)
 
@@ -86,9 +84,9 @@ class Metrics:
         """Time in this context is waiting for data. Open it once, at the beginning of every step."""
         if self.begun == 1:
             self._tell_first_step()
-        if self.begun and self.bar is not None:
-            self.bar.update(self.first_step + self.begun - 1 - self.bar.n)
-        self.begun += 1
+        self.begun, self.finished = self.begun + 1, self.finished + 1
+        if self.bar is not None:
+            self.bar.update(self.finished - self.bar.n)
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
@@ -107,7 +105,7 @@ class Metrics:
         if self.is_main:
             self.file.close()
         self._open_file(step + 1)
-        self.first_step, self.begun = step + 1, 0
+        self.finished = step - 1
         self._begin_interval(step)
 
     def write(self, step: int, *, lr: float, grad_norm: Tensor, **more: float) -> dict[str, float]:
@@ -150,13 +148,13 @@ class Metrics:
             self.bar.set_postfix_str(f"{text}, {_clock(line['eta_s'])} left", refresh=False)
             self.bar.update(step - self.bar.n)
         else:
-            self._tell(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left")
+            self.tell(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left")
         return line
 
     def write_eval(self, step: int, name: str, values: dict[str, float]) -> None:
         """Logs an evaluation as `eval/<name>/<metric>`."""
         self._record({"step": step} | {f"eval/{name}/{key}": value for key, value in values.items()}, step)
-        self._tell(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+        self.tell(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
 
     def close(self) -> None:
         """Closes the file, the bar and the writers."""
@@ -178,7 +176,7 @@ class Metrics:
             torch.cuda.synchronize(self.device)
         if self.interval_start < self.first_step:
             seconds = time.perf_counter() - self.start - self.paused
-            self._tell(f"first step: {seconds:.1f} s, peak memory {self._memory():.2f} GiB")
+            self.tell(f"first step: {seconds:.1f} s, peak memory {self._memory():.2f} GiB")
             self._begin_interval(self.first_step)
 
     def _open_file(self, first_step: int) -> None:
@@ -196,7 +194,10 @@ class Metrics:
         for writer in self.writers:
             writer.log(line, step)
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """Prints a line, above the bar where there is one; on rank 0 only."""
+        if not self.is_main:
+            return
         if self.bar is not None:
             self.bar.write(text)
         else:

@@ -28,7 +28,9 @@ SHARE_FOR_DDP = 0.25  # of the device's memory: with more, activations have too 
 
 
 def parallelize(model: nn.Module, strategy: str, run: Run, dtype: torch.dtype) -> str:
-    """Spreads the model over the run's processes, in place. Call it after activation checkpointing and `compile`.
+    """Spreads the model over the run's processes, in place, and says how.
+
+    Call it after activation checkpointing and `compile`.
 
     Every block is a unit of its own; embedding, last norm and head belong to the root, which stays gathered between
     forward and backward, so that the head may be used outside of `forward`.
@@ -65,6 +67,8 @@ def parallelize(model: nn.Module, strategy: str, run: Run, dtype: torch.dtype) -
         return "none"
     if strategy == "auto":
         strategy = _choose(model, run, nodes)
+    numbers = str(dtype).removeprefix("torch.")
+    print(f"{run.world_size} processes on {nodes} nodes, {run.device.type}: {strategy}, {numbers}", flush=True)
     shape = {
         "ddp": (run.world_size, 1),
         "fsdp": (run.world_size,),

@@ -16,8 +16,8 @@ from torchrecipes.errors import UserError
 from torchrecipes.training import ranks
 from torchrecipes.training.memory import keep_freed_memory
 
-# Keys that change how a run is watched, kept or spread, and its numbers in their rounding only: a run may be continued
-# with other values.
+# Keys that change how a run is watched, kept or spread, its numbers in their rounding only, and when the guard steps in:
+# a run may be continued with other values.
 MAY_CHANGE = (
     "output_dir",
     "resume",
@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "async_save",
     "on_save_error",
     "metrics",
+    "guard",
     "parallel",
     "rows_per_micro_batch",
     "data.num_workers",
