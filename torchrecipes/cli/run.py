@@ -26,11 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"         tune-style {verb} mlm_pretrain --config neobert/small --nproc-per-node gpu\n"
         f"         tune-style {verb} my_recipe.py --config my.yaml 'data.source.path=texts/*.txt'"
     )
+    add_config_arguments(parser)
+    launch_flags.add_arguments(parser)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that `load_recipe_and_config` reads."""
     parser.add_argument("recipe", help="a recipe, as `tune-style ls` names it, or a file: my_recipe.py")
     parser.add_argument("--config", metavar="CONFIG", help="a config, as `tune-style ls` names it, or a file: my.yaml")
     settings = "settings that win over the config's: seed=1 optimizer.lr=1e-3"
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=settings)
-    launch_flags.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
