@@ -261,7 +261,7 @@ def main(config: Config) -> None:
 
             # The order matters: log, look, save, evaluate. What the guard has not looked at is not saved, and a failing
             # evaluation loses nothing.
-            stopped = ranks.total(signals.received is not None) > 0  # asked once: it may come at any moment
+            stopped = ranks.largest(signals.received or 0)  # the signal's number; asked once: it may come any moment
             ends = stopped or step == max_steps
             save_now = ends or (config.save_every and step % config.save_every == 0)
             if save_now or step % config.log_every == 0:
@@ -282,7 +282,7 @@ def main(config: Config) -> None:
                     evaluate(step)
             if stopped and step < max_steps:
                 print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
-                raise SystemExit(signals.exit_code)
+                raise SystemExit(128 + stopped)
 
     print(f"finished {max_steps:,} steps: {saved}")
     print(f"load it with transformers: AutoModelForMaskedLM.from_pretrained({str(saved)!r})")

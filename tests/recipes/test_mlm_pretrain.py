@@ -209,9 +209,7 @@ def test_accumulation_changes_nothing(train, rows_per_micro_batch, packing):
         assert many[step] == pytest.approx(loss, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "override", ["masked_logits_only=false", "activation_checkpointing=full"]
-)
+@pytest.mark.parametrize("override", ["masked_logits_only=false", "activation_checkpointing=full"])
 def test_what_trades_memory_for_time_gives_the_same_losses(train, override):
     plain, other = losses(train("plain")), losses(train("other", override))
     for step, loss in plain.items():

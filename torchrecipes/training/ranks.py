@@ -39,13 +39,18 @@ def total(number: int) -> int:
     return int(tensor)
 
 
-def smallest(number: int) -> int:
-    """The least of every rank's numbers."""
+def largest(number: int) -> int:
+    """The greatest of every rank's numbers."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.int64)
-    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def smallest(number: int) -> int:
+    """The least of every rank's numbers."""
+    return -largest(-number)
 
 
 def add_up(tensor: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torchrecipes.errors import UserError
 from torchrecipes.training import ranks
 from torchrecipes.training.memory import keep_freed_memory
 
-# Keys that change how a run is watched, kept or spread, its numbers in their rounding only, and when the guard steps in:
-# a run may be continued with other values.
+# Keys that change how a run is watched, kept or spread, its numbers in their rounding only, and when the guard acts: a
+# run may be continued with other values.
 MAY_CHANGE = (
     "output_dir",
     "resume",

@@ -14,17 +14,12 @@ class Signals:
     context does nothing.
 
     Attributes:
-        received: the number of the first signal, or None.
+        received: the number of the first signal, or None. A shell expects the exit code 128 + number.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, object] = {}
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM; 0 without one."""
-        return 128 + self.received if self.received else 0
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
@@ -43,6 +38,8 @@ class Signals:
                 raise KeyboardInterrupt
             return
         self.received = number
+        if os.environ.get("RANK", "0") != "0":
+            return
         again = "; press Ctrl+C again to stop at once" if number == signal.SIGINT else ""
         message = f"\n{signal.Signals(number).name}: finishing the step, then saving{again}\n"
         # Not print: the signal may have come in the middle of one, and a stream refuses to be entered twice.
