@@ -147,8 +147,7 @@ def main(config: Config) -> None:
             model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
     check_fit(model, tokenizer, config.seq_len)
     model.train()
-    if config.activation_checkpointing != "none":
-        checkpoint_activations(model.blocks)
+    checkpoint_activations(model.blocks, config.activation_checkpointing)
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -277,7 +276,7 @@ def main(config: Config) -> None:
                 if save_now:
                     saved = save(step)
                 if ends:
-                    checkpointer.wait()
+                    checkpointer.wait(final=True)
                 if config.eval_every and not stopped and (ends or step % config.eval_every == 0):
                     evaluate(step)
             if stopped and step < max_steps:

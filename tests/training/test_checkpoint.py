@@ -166,7 +166,9 @@ def test_truncated_missing_and_empty_files_are_named(saved, tmp_path):
             shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "scheduler.PKL", "deep/inside/rng.pickle"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "optimizer.pt", "scheduler.PKL", "deep/inside/rng.pickle", "optimizer/.metadata"]
+)
 def test_a_planted_pickle_is_refused_by_name(saved, name):
     checkpointer, path = saved
     (path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,8 @@ class Checkpointer:
         self._ours: set[Path] = set()  # saved by this object, or resumed from
         self._damaged: set[Path] = set()  # passed over by it
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # of the thread
+        self._unsaved: UserError | None = None  # of the last save, when training goes on without it
         # A group of its own: the thread's messages must not come between those of the training.
         self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
         pinned = torch.cuda.is_available()
@@ -120,6 +121,7 @@ class Checkpointer:
                 older checkpoints are untouched; or another run's checkpoint of this step is there.
         """
         self.wait()
+        self._unsaved = None
         target = self.folder / f"step-{step:08d}"
         hidden = self.folder / f"{HIDDEN}{target.name}"
         optimizer_tensors, optimizer_state = flatten_optimizer(optimizer, model)
@@ -151,11 +153,14 @@ class Checkpointer:
             self.wait()
         return target
 
-    def wait(self) -> None:
+    def wait(self, final: bool = False) -> None:
         """Returns when the last save is on the disk.
 
+        Args:
+            final: nothing comes after: a failed save is an error then, with on_error="continue", too.
+
         Raises:
-            UserError: with on_error="stop": it failed.
+            UserError: with on_error="stop", or `final`: it failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -163,10 +168,13 @@ class Checkpointer:
         error, self._error = self._error, None
         if error is not None:
             self._failed(error)
+        if final and self._unsaved:
+            raise self._unsaved
 
     def _failed(self, error: BaseException) -> None:
         if self.on_error == "stop" or not isinstance(error, UserError):
             raise error
+        self._unsaved = error
         print(f"not saved, training goes on (on_save_error=continue): {error}", flush=True)
 
     def _begin(self, target: Path, hidden: Path, needed: int) -> bool:

@@ -13,7 +13,17 @@ import xxhash
 from torchrecipes import __version__
 
 FORMAT = "torchrecipes-checkpoint-1"
-PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib"}
+PICKLES = {
+    ".pt",
+    ".pth",
+    ".bin",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".joblib",
+    ".distcp",
+    ".metadata",
+}  # suffixes, and a whole name
 
 
 def flush(folder: Path, names: Iterable[str]) -> dict[str, dict]:
@@ -77,7 +87,9 @@ def verify(path: Path, checksums: bool = True) -> list[str]:
     problems = [problem for name, entry in files.items() if (problem := _problem(path, name, entry, checksums))]
     if (named := re.fullmatch(r"step-(\d+)", path.name)) and int(named[1]) != manifest["step"]:
         problems.append(f"manifest.json is of step {manifest['step']}")
-    added = {str(file.relative_to(path)) for file in path.rglob("*") if file.suffix.lower() in PICKLES}
+    added = {
+        str(file.relative_to(path)) for file in path.rglob("*") if {file.suffix.lower(), file.name.lower()} & PICKLES
+    }
     return problems + [f"{name} does not belong there: pickles can run code" for name in sorted(added)]
 
 

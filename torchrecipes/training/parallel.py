@@ -68,7 +68,8 @@ def parallelize(model: nn.Module, strategy: str, run: Run, dtype: torch.dtype) -
     if strategy == "auto":
         strategy = _choose(model, run, nodes)
     numbers = str(dtype).removeprefix("torch.")
-    print(f"{run.world_size} processes on {nodes} nodes, {run.device.type}: {strategy}, {numbers}", flush=True)
+    where = f"{run.world_size} processes" + (f" on {nodes} nodes" if nodes > 1 else "")
+    print(f"{where}, {run.device.type}: {strategy}, {numbers}", flush=True)
     shape = {
         "ddp": (run.world_size, 1),
         "fsdp": (run.world_size,),
