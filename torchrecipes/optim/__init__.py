@@ -2,11 +2,14 @@
 
 from torchrecipes.optim.adamw import adamw
 from torchrecipes.optim.groups import decay_groups, group_table
+from torchrecipes.optim.low_bit import adamw_4bit, adamw_8bit
 from torchrecipes.optim.schedules import Schedule, constant, cosine, linear, warmup_stable_decay
 
 __all__ = [
     "Schedule",
     "adamw",
+    "adamw_4bit",
+    "adamw_8bit",
     "constant",
     "cosine",
     "decay_groups",

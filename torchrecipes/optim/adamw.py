@@ -1,12 +1,9 @@
 """AdamW with weight decay on matrices only."""
 
-import math
-
 import torch
 from torch import nn
 
-from torchrecipes.errors import UserError
-from torchrecipes.optim.groups import decay_groups
+from torchrecipes.optim.adamw_groups import adamw_groups
 
 
 def adamw(
@@ -34,20 +31,5 @@ def adamw(
         UserError: a value is out of range, or nothing in the model is trainable.
     """
     betas = tuple(betas)
-    problems = []
-    if not 0 <= lr < math.inf:
-        problems.append(f"lr: {lr} must be 0 or more, such as 1e-3")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        problems.append(f"betas: {list(betas)} must be two numbers from 0 up to, not including, 1, such as [0.9, 0.98]")
-    if not 0 <= eps < math.inf:
-        problems.append(f"eps: {eps} must be 0 or more, such as 1e-8")
-    if not 0 <= weight_decay < math.inf:
-        problems.append(f"weight_decay: {weight_decay} must be 0 or more, such as 0.01")
-    groups = decay_groups(model, weight_decay)
-    if not groups:
-        problems.append("model: no parameter is trainable. Set requires_grad=True on what the optimizer shall change")
-    if problems:
-        raise UserError("\n".join(f"optimizer {problem}." for problem in problems))
-    for group in groups:
-        group["initial_lr"] = lr
+    groups = adamw_groups(model, lr, betas, eps, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
