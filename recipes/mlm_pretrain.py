@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -52,7 +53,7 @@ class Data:
 
 @dataclass
 class Parallel:
-    strategy: str = "auto"  # auto | none | ddp | fsdp | hsdp: what the processes of a run share
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"  # what the processes of a run share
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Config:
 
     seq_len: int = 256  # tokens per row
     rows_per_step: int = 16  # rows per optimizer step in the whole run
-    rows_per_micro_batch: int | str = 16  # at most, per forward pass of a process; for memory and speed, not the result
+    rows_per_micro_batch: int | Literal["auto"] = 16  # at most, per forward pass of a process; auto: what fits
     max_steps: int | None = None  # optimizer steps; set one of these three
     total_tokens: int | None = None  # tokens to train on, as in 10B
     epochs: float | None = None  # times that every row is seen
@@ -78,9 +79,9 @@ class Config:
     optimizer: Component = component("torchrecipes.optim.adamw", runtime=("model",), lr=1e-3)  # makes the groups, too
     schedule: Component = component("torchrecipes.optim.cosine", runtime=("max_steps",))  # warm-up and decay
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
-    precision: str = "auto"  # auto | bf16 | fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of forward and backward; weights stay in fp32
     compile: bool = False  # torch.compile of every block: a minute once, faster after
-    activation_checkpointing: str = "none"  # none | selective | full: less memory, more time
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory, more time
     parallel: Parallel = field(default_factory=Parallel)
     guard: Component = component("torchrecipes.training.guard.Guard")  # skips what is not finite, tells of spikes
 
@@ -90,7 +91,7 @@ class Config:
     save_every: int | None = 500  # steps; the last step is always saved
     keep_last: int = 3  # checkpoints
     async_save: bool = True  # training goes on while a copy in the CPU's memory is written
-    on_save_error: str = "stop"  # stop | continue: when a disk is full
+    on_save_error: Literal["stop", "continue"] = "stop"  # when a disk is full
     resume: str = "auto"  # auto | never | path of a checkpoint
     metrics: list[Component] = component([], runtime=("output_dir",))  # writers beside metrics.jsonl
 

@@ -45,7 +45,6 @@ def test_dates_stay_text():
         ("OFF", "write false"),
         ("no", "write false"),
         ("None", "write null"),
-        ("none", "write null"),
     ],
 )
 def test_what_yaml_twists_is_refused_with_the_remedy(text, remedy):

@@ -349,8 +349,8 @@ def test_another_runs_folder_is_refused(train):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rows_per_micro_batch=some"], "'some' is neither a number nor auto"),
-        (["parallel.strategy=pipeline"], "'pipeline' is not one of auto, none, ddp, fsdp, hsdp"),
+        (["rows_per_micro_batch=some"], "expected a whole number or one of 'auto', got the text 'some'"),
+        (["parallel.strategy=pipeline"], "expected one of 'auto', 'none', 'ddp', 'fsdp', 'hsdp', got the text 'pipeline'"),
         (["parallel.strategy=hsdp"], "there is one node only"),
         (["seq_len=128"], "max_position_embeddings"),
         (["max_steps=null"], "none of max_steps, total_tokens, epochs is set"),

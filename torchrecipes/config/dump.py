@@ -82,7 +82,7 @@ def _inline(value: Any) -> str:
 def _word(text: str) -> str:
     # Text in YAML: plain where it reads back as the same text, quoted otherwise.
     try:
-        plain = bool(_PLAIN_TEXT.fullmatch(text)) and read_scalar(text) == text
+        plain = bool(_PLAIN_TEXT.fullmatch(text)) and type(read_scalar(text)) is str
     except AmbiguousScalar:
         plain = False
     return text if plain else yaml.safe_dump(text, default_style='"', allow_unicode=True, width=2**31).strip()

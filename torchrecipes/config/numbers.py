@@ -24,6 +24,10 @@ class AmbiguousScalar(Exception):
     """An unquoted word that YAML 1.1 reads as something else than it looks like; the message holds the remedy."""
 
 
+class PlainNone(str):
+    """`none` without quotes: text where a key has it among its choices, and a mistake for `null` elsewhere."""
+
+
 def read_scalar(text: str) -> bool | int | float | str | None:
     """Return what the unquoted YAML word `text` stands for; a word that is nothing else is text.
 
@@ -38,8 +42,10 @@ def read_scalar(text: str) -> bool | int | float | str | None:
     if word in {"yes", "on", "no", "off"}:
         meant = "true" if word in {"yes", "on"} else "false"
         raise AmbiguousScalar(f"{text} is {meant} to YAML: write {meant}, or '{text}' in quotes for text")
+    if text == "none":
+        return PlainNone(text)
     if word == "none":
-        raise AmbiguousScalar(f"{text} is text to YAML: write null to switch off, or '{text}' in quotes for text")
+        raise AmbiguousScalar(none_is_text(text))
     if _SEXAGESIMAL.fullmatch(text):
         remedy = "write the number in full, or put it in quotes for text"
         raise AmbiguousScalar(f"{text} is a number in base 60 to YAML: {remedy}")
@@ -55,6 +61,11 @@ def read_scalar(text: str) -> bool | int | float | str | None:
     if match := _NOT_FINITE.fullmatch(text):
         return float(match[1] + match[2])
     return text
+
+
+def none_is_text(text: str) -> str:
+    """The remedy for a `none` that is none of a key's choices."""
+    return f"{text} is text to YAML: write null to switch off, or '{text}' in quotes for text"
 
 
 def read_number(text: str) -> int | float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from torchrecipes.config.component import Component
-from torchrecipes.config.numbers import read_number
+from torchrecipes.config.numbers import PlainNone, none_is_text, read_number
 from torchrecipes.config.suggest import closest
 
 UNION = Union
@@ -68,6 +68,10 @@ def to_scalar(value: Any, annotation: Any) -> Any:
         WrongType: it is something else.
     """
     kind, arguments = split(annotation)
+    if isinstance(value, PlainNone):
+        if kind is not Literal or "none" not in arguments:
+            raise WrongType(none_is_text(value))
+        return str(value)
     expected = f"expected {describe(annotation)}, got {got(value)}"
     if kind is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
