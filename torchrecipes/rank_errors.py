@@ -49,18 +49,25 @@ def tells_launcher() -> bool:
     return bool(os.environ.get("TORCHELASTIC_ERROR_FILE"))
 
 
-def tell(error: BaseException, message: str | None, *, debug: bool = False) -> None:
+def tell(error: BaseException, message: str | None, *, debug: bool = False) -> int:
     """Tell the error that ends this process, one of several: to the launcher's file, or else on stderr.
+
+    With a launcher's file it does not return: the process ends here, because Python's own end may wait long for a
+    network whose other ends have gone.
 
     Args:
         error: the error, being handled.
         message: what to say if it is a user's mistake; None: it is a bug, told with its traceback.
         debug: a mistake is told with its traceback, too.
+
+    Returns:
+        The exit code: 2 for a mistake, 1 for a bug.
     """
+    code = 1 if message is None else 2
     text = message if message is not None and not debug else traceback.format_exc().rstrip()
     if not tells_launcher():
         print(f"[rank {os.environ['RANK']}] {text}", file=sys.stderr)
-        return
+        return code
     lost_peer = message is None and (
         type(error).__name__ in _LOST_PEER_TYPES or any(part in str(error) for part in _LOST_PEER_TEXTS)
     )
@@ -72,6 +79,9 @@ def tell(error: BaseException, message: str | None, *, debug: bool = False) -> N
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         json.dump({"message": said, "torchrecipes": ours}, file)
     os.replace(f"{path}.part", path)  # the launcher may read it at any moment
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def read(path: str) -> RankError | None:

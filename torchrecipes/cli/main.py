@@ -34,6 +34,13 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code; a bug propagates as its exception."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -66,8 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module.main(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 1
@@ -75,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_one_of_many():
             from torchrecipes.rank_errors import tell
 
-            tell(error, message, debug=args.debug)
-            return 1 if message is None else 2
+            return tell(error, message, debug=args.debug)
         if message is None:
             raise
         if args.debug:
