@@ -3,6 +3,7 @@
 from torchrecipes.optim.adamw import adamw
 from torchrecipes.optim.groups import decay_groups, group_table
 from torchrecipes.optim.low_bit import adamw_4bit, adamw_8bit
+from torchrecipes.optim.offload import adamw_cpu_offload
 from torchrecipes.optim.schedules import Schedule, constant, cosine, linear, warmup_stable_decay
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "adamw",
     "adamw_4bit",
     "adamw_8bit",
+    "adamw_cpu_offload",
     "constant",
     "cosine",
     "decay_groups",
