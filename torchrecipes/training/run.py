@@ -16,6 +16,11 @@ from torchrecipes.errors import UserError
 from torchrecipes.training import ranks
 from torchrecipes.training.memory import keep_freed_memory
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # Keys that change how a run is watched, kept or spread, its numbers in their rounding only, and when the guard acts: a
 # run may be continued with other values.
 MAY_CHANGE = (
@@ -35,6 +40,9 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.tokenize_workers",
 )
+
+
+_locks: list = []  # files that stay open, and so locked, as long as the process lives
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ def _prepare(folder: Path, config_yaml: str, resume: str) -> None:
     config_file = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
         has_checkpoints = any((folder / "checkpoints").glob("step-*"))
         if has_checkpoints and resume == "never":
             raise UserError(
@@ -134,6 +143,22 @@ def _prepare(folder: Path, config_yaml: str, resume: str) -> None:
         os.replace(temporary, config_file)
     except OSError as error:
         raise UserError(f"output_dir: cannot write {folder}: {error.strerror}. Give another output_dir=...") from error
+
+
+def _lock(folder: Path) -> None:
+    """Keeps other processes from training into the same folder, until this one ends, however it ends."""
+    if fcntl is None:
+        return
+    file = (folder / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"output_dir: another process trains into {folder}. Wait for it or stop it, or give another output_dir=..."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _locks.append(file)
 
 
 def _check_same_settings(config_file: Path, config_yaml: str) -> None:
