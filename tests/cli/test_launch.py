@@ -98,7 +98,6 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--nproc-per-node gpu", "--nproc-per-node gpu: torch finds no GPU on this machine. Give a number, or cpu."),
         ("--nproc-per-node two", "--nproc-per-node two: give a number from 1, or gpu, cpu or auto"),
         ("--nproc-per-node 0", "--nproc-per-node 0: give a number from 1"),
         ("--nnodes 2", "--nnodes 2 needs --rdzv-endpoint HOST:PORT, the same on every node"),
@@ -121,12 +120,19 @@ def free_port() -> int:
         ("--grace-period -1", "--grace-period -1.0: give 0 seconds or more."),
     ],
 )
-def test_flags_that_make_no_launch_are_one_message(words, message, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_flags_that_make_no_launch_are_one_message(words, message, capsys):
     for verb in ("run", "validate"):
         assert main([verb, "tiny.py", *words.split()]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1, err
+
+
+def test_gpus_are_looked_for_where_the_run_is(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["validate", "tiny.py", "--nproc-per-node", "gpu"]) == 0
+    assert main(["run", "tiny.py", "--nproc-per-node", "gpu"]) == 2
+    told = "--nproc-per-node gpu: torch finds no GPU on this machine. Give a number, or cpu.\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_launch_inside_a_launch_is_refused(monkeypatch, capsys):

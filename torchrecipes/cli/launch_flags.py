@@ -68,8 +68,12 @@ def asked_for(args: argparse.Namespace) -> bool:
     return any(getattr(args, name) is not None for name in names.split())
 
 
-def check(args: argparse.Namespace) -> Launch:
+def check(args: argparse.Namespace, *, here: bool = True) -> Launch:
     """Return what the flags ask for.
+
+    Args:
+        args: the parsed arguments.
+        here: whether it is for this machine; else its GPUs are not looked for, and `nproc_per_node` may be 0.
 
     Raises:
         UserError: they do not make a launch.
@@ -107,7 +111,7 @@ def check(args: argparse.Namespace) -> Launch:
     else:  # this node alone: any free port, no name to look up
         endpoint, run_id, local_addr = "localhost:0", args.rdzv_id or uuid.uuid4().hex, local_addr or "localhost"
     return Launch(
-        nproc_per_node=_processes(args.nproc_per_node or "1"),
+        nproc_per_node=_processes(args.nproc_per_node or "1", here),
         min_nodes=min_nodes,
         max_nodes=max_nodes,
         backend=backend,
@@ -162,13 +166,15 @@ def _static_endpoint(args: argparse.Namespace, min_nodes: int, max_nodes: int) -
     return f"{args.master_addr or 'localhost'}:{port}"
 
 
-def _processes(text: str) -> int:
+def _processes(text: str, here: bool) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     if text not in ("gpu", "cpu", "auto"):
         raise UserError(
             f"--nproc-per-node {text}: give a number from 1, or gpu, cpu or auto (a process per GPU or core)."
         )
+    if not here:
+        return 0
     import torch
 
     gpus = torch.cuda.device_count() if text != "cpu" and torch.cuda.is_available() else 0
