@@ -1,8 +1,11 @@
+import os
+
 import pytest
 import torch
 
 from torchrecipes.errors import UserError
-from torchrecipes.training.precision import autocast, choose_precision
+from torchrecipes.models import neobert_tiny
+from torchrecipes.training.precision import autocast, choose_precision, make_deterministic
 
 CPU = torch.device("cpu")
 
@@ -21,7 +24,7 @@ def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch, feature):
 
 
 def test_unknown_precision_names_the_choices():
-    with pytest.raises(UserError, match="auto, bf16 or fp32"):
+    with pytest.raises(UserError, match="Use auto, bf16, fp32, float8, float8_rowwise"):
         choose_precision("fp16", CPU)
 
 
@@ -31,3 +34,35 @@ def test_autocast_computes_in_the_format_that_was_chosen():
         assert (a @ a).dtype == torch.bfloat16
     with autocast(CPU, torch.float32):
         assert (a @ a).dtype == torch.float32
+
+
+@pytest.fixture
+def nondeterministic_afterwards(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nondeterministic_afterwards")
+def test_deterministic_refuses_what_depends_on_the_order_of_threads():
+    order, values = torch.tensor([0, 0]), torch.tensor([1.0, 2.0])
+    torch.zeros(2).put_(order, values)  # the last one wins, whichever that is
+    for _ in range(2):
+        make_deterministic()
+        with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+            torch.zeros(2).put_(order, values)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("nondeterministic_afterwards")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_trains_deterministically(dtype):
+    make_deterministic()
+    model = neobert_tiny(64).train()
+    documents = torch.tensor([0, 10, 32, 64], dtype=torch.int32)
+    with autocast(CPU, dtype):
+        hidden = model(torch.arange(64).view(2, 32), cu_seqlens=documents, max_seqlen=32)
+    hidden.float().pow(2).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
