@@ -156,6 +156,43 @@ def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, model, wor
         assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_optimizer_state_of_few_bits_goes_on_to_the_last_bit(train, tmp_path, bits):
+    settings = [f"optimizer._component_=torchrecipes.optim.adamw_{bits}bit", "model.hidden_size=64"]
+    whole = train("whole", *settings)
+    resumed = stop_at(whole, 4, tmp_path / "resumed")
+    train("resumed", *settings)
+    assert_same_weights(whole, resumed)
+    assert losses(resumed) == losses(whole)
+
+
+def test_the_guard_goes_back_past_the_bad_data_and_a_resumed_run_does_so_too(train, tmp_path, capsys):
+    """The data of step 10 makes its loss NaN: the run goes back to step 8, and leaves the data of 9 and 10 behind."""
+    settings = ["guard.on_nonfinite=rollback", "guard.max_skips=1", "keep_last=10"]
+    recipe = load_recipe(RECIPE)
+    real, seen = recipe.masked_lm_loss, []
+
+    def poisoned(hidden, head, positions, labels, **options):
+        loss = real(hidden, head, positions, labels, **options)
+        key = labels.sum().item()
+        seen.append(key)
+        return loss * float("nan") if key == bad else loss
+
+    bad = None
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("torchrecipes.losses.masked_lm_loss", poisoned)
+        train("clean", *settings)
+        bad = seen[9]
+        whole = train("whole", *settings)
+        assert "back to the weights of" in (out := capsys.readouterr().out) and "step 10: loss is nan" in out
+        # Steps 9 and 10 are done again, with the data of steps 11 and 12.
+        assert seen[STEPS + 10 : STEPS + 12] == seen[10:12] and bad not in seen[STEPS + 10 :]
+        assert lines(whole)[-1]["rollbacks"] == 1 and list(losses(whole)) == list(range(1, STEPS + 1))
+        resumed = stop_at(whole, 8, tmp_path / "resumed")
+        train("resumed", *settings)
+    assert_same_weights(whole, resumed)
+
+
 def test_a_damaged_checkpoint_costs_only_the_steps_behind_it(train, tmp_path, capsys):
     whole = train("whole")
     resumed = stop_at(whole, 8, tmp_path / "resumed")
@@ -175,10 +212,13 @@ def test_a_named_checkpoint_goes_on_in_another_folder(train):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_model_has_the_same_losses(train):
+def test_a_compiled_model_has_the_same_losses_and_is_compiled_once(train):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain, compiled = losses(train("plain", "max_steps=4")), losses(train("compiled", "max_steps=4", "compile=true"))
     for step, loss in plain.items():
         assert compiled[step] == pytest.approx(loss, abs=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for two blocks
 
 
 def test_a_finished_run_is_not_trained_again(train, capsys):
@@ -350,7 +390,7 @@ def test_another_runs_folder_is_refused(train):
     ("overrides", "message"),
     [
         (["rows_per_micro_batch=some"], "expected a whole number or one of 'auto', got the text 'some'"),
-        (["parallel.strategy=pipeline"], "expected one of 'auto', 'none', 'ddp', 'fsdp', 'hsdp', got the text 'pipeline'"),
+        (["parallel.strategy=pipeline"], "expected one of 'auto', 'none', 'ddp', 'fsdp', 'hsdp', got the text"),
         (["parallel.strategy=hsdp"], "there is one node only"),
         (["seq_len=128"], "max_position_embeddings"),
         (["max_steps=null"], "none of max_steps, total_tokens, epochs is set"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchrecipes.errors import UserError
+from torchrecipes.training.quantized_state import from_plain, to_plain
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
@@ -33,7 +34,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
                 continue
             if value.dim() == 0:
                 scalars.append(key)
-            tensors[key] = value.detach().reshape(value.shape or (1,)).contiguous()
+            tensors[key] = to_plain(value.detach()).reshape(value.shape or (1,)).contiguous()
     groups = [
         {key: _json_value(value) for key, value in group.items() if key != "params"}
         | {"parameters": {name: list(parameter.shape) for name, parameter in _named(optimizer, model, number)}}
@@ -106,7 +107,9 @@ def unflatten_optimizer(
     scalars = set(description["scalars"])
     for key, value in (tensors | description["values"]).items():
         kind, _, name = key.partition(".")
-        states.setdefault(name, {})[kind] = value.view(()) if key in scalars else value
+        if isinstance(value, Tensor):
+            value = value.view(()) if key in scalars else from_plain(optimizer, parameters[name], kind, value)
+        states.setdefault(name, {})[kind] = value
     numbered = {number: states[name] for number, name in enumerate(parameters) if name in states}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
