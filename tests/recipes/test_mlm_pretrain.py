@@ -184,7 +184,7 @@ def test_the_guard_goes_back_past_the_bad_data_and_a_resumed_run_does_so_too(tra
         train("clean", *settings)
         bad = seen[9]
         whole = train("whole", *settings)
-        assert "back to the weights of" in (out := capsys.readouterr().out) and "step 10: loss is nan" in out
+        assert "on with the data behind this step" in (out := capsys.readouterr().out) and "step 10: loss is nan" in out
         # Steps 9 and 10 are done again, with the data of steps 11 and 12.
         assert seen[STEPS + 10 : STEPS + 12] == seen[10:12] and bad not in seen[STEPS + 10 :]
         assert lines(whole)[-1]["rollbacks"] == 1 and list(losses(whole)) == list(range(1, STEPS + 1))
