@@ -1,10 +1,9 @@
 """Starts the processes of a run on this node and stays with them until all have ended.
 
 PyTorch's elastic agent (what torchrun is made of) does the meeting of the nodes, the numbering of the ranks and the
-restarts. Its own way of handling processes, `LocalElasticAgent`, could not be kept: it ends the others of a failed
-process and answers a signal with a fixed wait of 30 s (a parameter since torch 2.12 only), restarts what was preempted,
-and prints a report of its own. So the four methods that the elastic agent leaves to its subclasses are written here:
-start, watch, stop and shut down processes.
+restarts. Its own way of handling processes, `LocalElasticAgent`, could not be kept: after a signal it waits 30 s, which
+is a parameter in newer versions of torch only, it starts again what was preempted, and it prints a report of its own.
+So the four methods that torch documents for agents of one's own are written here: start, watch, stop and shut down.
 
 Between nodes, one small store says what all have to know: which of them got a signal, which one failed.
 """
@@ -200,10 +199,10 @@ class _Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._catch_signals()
-        self.met = True
         self._starts += 1
         self._nodes = worker_group.group_world_size
         host, port = self._open_board(worker_group)
+        self.met = True
         self._workers = []
         for worker in worker_group.workers:
             error_file = str(self._folder / f"{self._starts}-{worker.global_rank}.json")
@@ -287,7 +286,7 @@ class _Agent(SimpleElasticAgent):
         self._die_of_signals()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:  # noqa: ARG002
-        # The timeout is there since torch 2.12; ours holds for both.
+        # Newer versions of torch pass a timeout; ours holds for all.
         self._end(death_sig, AFTER_FAILURE if self.preempted is None else self._grace_period)
 
     # Ends
@@ -403,8 +402,8 @@ class _Agent(SimpleElasticAgent):
         seconds = LAST_WORDS if self.preempted is None else self._grace_period
         deadline = time.monotonic() + seconds
         with contextlib.suppress(Exception):
-            left = self._board.add("left", 1)
-            while left < self._nodes and time.monotonic() < deadline:
+            left, heard = self._board.add("left", 1), len(self._signals)
+            while left < self._nodes and time.monotonic() < deadline and len(self._signals) == heard:
                 time.sleep(POLL)
                 left = self._board.add("left", 0)
 

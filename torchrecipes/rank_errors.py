@@ -72,8 +72,10 @@ def tell(error: BaseException, message: str | None, *, debug: bool = False) -> i
         type(error).__name__ in _LOST_PEER_TYPES or any(part in str(error) for part in _LOST_PEER_TEXTS)
     )
     now = time.time()
-    # The shape that torchelastic reads; its timestamp has whole seconds. `torchrecipes` is for our own launcher.
-    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}}
+    # The shape that torchelastic reads, `torchrecipes` is for our own launcher. torchrun shows the error with the
+    # earliest timestamp, in whole seconds: what is a consequence has to come later.
+    timestamp = int(now) + 60 * lost_peer
+    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(timestamp)}}
     ours = {"mistake": message is not None, "lost_peer": lost_peer, "time": now}
     path = os.environ["TORCHELASTIC_ERROR_FILE"]
     with open(f"{path}.part", "w", encoding="utf-8") as file:

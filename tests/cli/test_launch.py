@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     if config.fails != "at startup":
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: received.append(number))
-    print(f"rank {rank} is there", flush=True)
+    print(f"{os.getpid()} is rank {rank}", flush=True)
     if config.fails == "gloo":
         import torch
         import torch.distributed as dist
@@ -84,9 +84,22 @@ def launcher(*words: str, **settings) -> subprocess.Popen:
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
 
 
-def wait_for(process: subprocess.Popen, ranks: int) -> None:
-    for _ in range(ranks):
-        assert process.stdout.readline().endswith("is there\n")
+def wait_for(process: subprocess.Popen, ranks: int) -> dict[int, int]:
+    """The process number of each rank, as soon as they all listen to signals."""
+    lines = [process.stdout.readline().split() for _ in range(ranks)]
+    return {int(line[-1]): int(line[0]) for line in lines}
+
+
+def end_of(process: subprocess.Popen) -> tuple[int, str]:
+    """Its exit code and what it said on stderr; what hangs is killed."""
+    try:
+        err = process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()  # its ranks, which hold the pipes, notice
+        process.stdout.close()
+        process.stderr.close()
+        pytest.fail("the launcher did not end")
+    return process.returncode, err
 
 
 def free_port() -> int:
@@ -203,8 +216,15 @@ def test_sigterm_reaches_every_rank_once_and_they_leave_after_saving():
     process = launcher("--nproc-per-node", "2", "--max-restarts", "1")
     wait_for(process, 2)
     process.terminate()
-    _, err = process.communicate()
-    assert (process.returncode, err) == (143, "")
+    assert end_of(process) == (143, "")
+    assert [Path(f"out/saved-{rank}").read_text() for rank in (0, 1)] == ["15", "15"]
+    assert not Path("out/start-1-rank-0").exists()
+
+
+def test_sigterm_to_one_rank_alone_ends_all_after_saving():
+    process = launcher("--nproc-per-node", "2", "--max-restarts", "1")
+    os.kill(wait_for(process, 2)[1], signal.SIGTERM)
+    assert end_of(process) == (143, "")
     assert [Path(f"out/saved-{rank}").read_text() for rank in (0, 1)] == ["15", "15"]
     assert not Path("out/start-1-rank-0").exists()
 
@@ -214,8 +234,8 @@ def test_a_rank_that_does_not_leave_is_killed_after_the_grace_period():
     process = launcher("--nproc-per-node", "2", "--grace-period", "1", "fails=stubborn", process_group=0)
     wait_for(process, 2)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
+    code, err = end_of(process)
+    assert code == 130
     assert err.startswith("rank 1 had not ended 1 s after the signal and was killed") and err.count("\n") == 1
     assert Path("out/saved-0").read_text() == "2"
 
@@ -224,7 +244,7 @@ def test_ranks_end_when_their_launcher_is_killed():
     process = launcher("--nproc-per-node", "2")
     wait_for(process, 2)
     process.kill()
-    process.communicate()  # until the last rank has closed the pipe
+    end_of(process)  # when the last rank has closed the pipe
     for rank in (0, 1):  # the kernel tells of each thread of the launcher
         assert set(Path(f"out/saved-{rank}").read_text().split()) == {"15"}
 
@@ -236,8 +256,8 @@ def two_nodes(*words: str) -> list[subprocess.Popen]:
 
 def test_a_mistake_on_one_node_ends_the_other():
     nodes = two_nodes("fails=mistake")
-    errs = [node.communicate()[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [2, 2]
+    codes, errs = zip(*[end_of(node) for node in nodes], strict=True)
+    assert codes == (2, 2)
     told = sorted(err.splitlines()[-1] for err in errs)
     assert told[1] == "rank 1: x.txt: line 3 is empty. Fill it."
     assert told[0] == f"ended: {told[1]} (on {socket.gethostname()})"
@@ -248,8 +268,8 @@ def test_a_signal_to_one_node_ends_both_after_saving():
     for node in nodes:
         wait_for(node, 1)
     nodes[0].terminate()
-    errs = [node.communicate()[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [143, 143]
+    codes, errs = zip(*[end_of(node) for node in nodes], strict=True)
+    assert codes == (143, 143)
     assert all(re.fullmatch(r"meeting 2 nodes at \S+ \.\.\.\n", err) for err in errs), errs
     assert [Path(f"out/saved-{rank}").read_text() for rank in (0, 1)] == ["15", "15"]
 

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
         _launch(args)
     else:
         if _LAUNCHER in os.environ:
-            _end_with_launcher(int(os.environ[_LAUNCHER]))
+            _end_with_launcher(int(os.environ.pop(_LAUNCHER)))
         recipe, config = load_recipe_and_config(args)
         recipe.main(config)
 
