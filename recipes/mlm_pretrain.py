@@ -29,11 +29,12 @@ from torchrecipes.models import check_fit, load_hf
 from torchrecipes.training import ranks
 from torchrecipes.training.budget import budget_steps
 from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
+from torchrecipes.training.float8 import convert_to_float8
 from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
 from torchrecipes.training.metrics import Metrics
 from torchrecipes.training.parallel import clip_gradients, materialize, parallelize, sync_gradients
-from torchrecipes.training.precision import autocast, choose_precision
+from torchrecipes.training.precision import autocast, choose_precision, make_deterministic
 from torchrecipes.training.run import start_run
 from torchrecipes.training.signals import Signals
 
@@ -79,7 +80,9 @@ class Config:
     optimizer: Component = component("torchrecipes.optim.adamw", runtime=("model",), lr=1e-3)  # makes the groups, too
     schedule: Component = component("torchrecipes.optim.cosine", runtime=("max_steps",))  # warm-up and decay
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of forward and backward; weights stay in fp32
+    precision: Literal["auto", "bf16", "fp32", "float8", "float8_rowwise"] = "auto"  # of matrix products
+    emulate_float8: bool = False  # on a device without it: slow, for tests
+    deterministic: bool = False  # a GPU's numbers repeat to the last bit, slower; a CPU's do anyway
     compile: bool = False  # torch.compile of every block: a minute once, faster after
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory, more time
     parallel: Parallel = field(default_factory=Parallel)
@@ -105,7 +108,9 @@ class Config:
 
 def main(config: Config) -> None:
     run = start_run(config.output_dir, seed=config.seed, config_yaml=to_yaml(config), resume=config.resume)
-    precision = choose_precision(config.precision, run.device)
+    if config.deterministic:
+        make_deterministic()
+    precision = choose_precision(config.precision, run.device, config.emulate_float8)
     compute = partial(autocast, run.device, precision)
     guard = build(config.guard)
 
@@ -148,6 +153,7 @@ def main(config: Config) -> None:
             model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
     check_fit(model, tokenizer, config.seq_len)
     model.train()
+    convert_to_float8(model, config.precision, device=run.device, emulate=config.emulate_float8)
     checkpoint_activations(model.blocks, config.activation_checkpointing)
     if config.compile:
         for block in model.blocks:
