@@ -1,12 +1,15 @@
+import math
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.models import neobert_base
 from torchrecipes.optim import adamw, adamw_4bit, adamw_8bit, linear
 
 BOTH = pytest.mark.parametrize("make", [adamw_8bit, adamw_4bit])
@@ -98,6 +101,20 @@ def test_what_the_averages_take(make, bytes_per_value):
     net.weight.grad = torch.ones_like(net.weight)
     optimizer.step()
     assert state_bytes(optimizer) == bytes_per_value * net.weight.numel()
+
+
+def test_the_page_says_what_the_averages_take():
+    page = (Path(__file__).parents[2] / "docs/precision-and-memory.md").read_text(encoding="utf-8")
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in neobert_base().parameters()]
+
+    def average(size, code, block_size):
+        return size * code + size / block_size * 4 if size >= 4096 and size % block_size == 0 else size * 4
+
+    for name, code, block_size in (("adamw", 4, math.inf), ("adamw_8bit", 1, 256), ("adamw_4bit", 0.5, 128)):
+        total = 2 * sum(average(size, code, block_size) for size in sizes)
+        assert f"| `{name}` | {total / sum(sizes):.2f} | {total / 2**30:.2f} GiB |" in page
+    assert f"NeoBERT base ({sum(sizes):,} parameters)" in page
 
 
 @BOTH
