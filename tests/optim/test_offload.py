@@ -1,8 +1,12 @@
 import copy
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from torchrecipes.errors import UserError
 from torchrecipes.optim import adamw, adamw_cpu_offload, linear
@@ -97,3 +101,32 @@ def test_on_a_gpu_the_averages_are_on_the_cpu_and_stay_there():
     for parameter, other in zip(net.parameters(), expected.parameters(), strict=True):
         assert torch.equal(parameter.cpu(), other)
         assert {value.device.type for value in optimizer.state[parameter].values()} == {"cpu"}
+
+
+def two_ranks(rank, store, answers):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    net, expected = model(), model()
+    fully_shard(net)
+    optimizer, reference = offloaded(net), adamw(expected, **SETTINGS)
+    same = True
+    for _ in range(3):
+        for parameter, other in zip(net.parameters(), expected.parameters(), strict=True):
+            other.grad = torch.randn_like(other)
+            parameter.grad = distribute_tensor(other.grad, parameter.device_mesh, parameter.placements)
+        optimizer.step()
+        reference.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter, other in zip(net.parameters(), expected.parameters(), strict=True):
+        same = same and torch.equal(parameter.full_tensor(), other)
+        ours, theirs = optimizer.state[parameter]["exp_avg"], reference.state[other]["exp_avg"]
+        same = same and ours.placements == parameter.placements and torch.equal(ours.full_tensor(), theirs)
+    answers.put(same)
+    dist.barrier()
+    os._exit(0)  # gloo's threads sometimes abort a process whose interpreter is being torn down
+
+
+def test_sharded_weights(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"), answers), nprocs=2)
+    assert [answers.get(), answers.get()] == [True, True]
