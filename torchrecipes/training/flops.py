@@ -26,6 +26,21 @@ PEAKS = {
 }
 
 
+# What people call them on a command line, with the memory that a process can have, in GiB.
+DEVICES = {
+    "b200": ("B200", 178),
+    "h200": ("H200", 139),
+    "h100": ("H100", 79),
+    "a100-80": ("A100", 79),
+    "a100-40": ("A100", 39),
+    "l40s": ("L40S", 44),
+    "a10": ("A10", 22),
+    "l4": ("L4", 22),
+    "4090": ("RTX 4090", 23),
+    "3090": ("RTX 3090", 23),
+}
+
+
 def mlm_flops_per_token(model: nn.Module, seq_len: int, mlm_probability: float) -> float:
     """Training FLOPs (forward and backward) per token of a masked language model.
 

@@ -1,0 +1,170 @@
+"""What a training step takes of a device's memory, found out by taking the step on tensors without data.
+
+`FakeTensorMode` runs the model's own code, its loss, backward pass and optimizer on tensors that have shapes and no
+memory. Counting the storages that live, and in which part of the step they were made, gives the peak and what it is
+made of: for any model, with activation checkpointing, with any optimizer, in seconds and on any machine. How processes
+share it is arithmetic.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from torchrecipes.modules import plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one process at its peak, in bytes, by what made them.
+
+    Attributes:
+        weights: the parameters.
+        optimizer: its state.
+        activations: the forward pass, for the backward pass; autocast's copies of weights among them.
+        loss: logits of a chunk, and the gradients that the loss computes at once.
+        gradients: the backward pass: gradients, and what it needs for a moment.
+        block: weights of the largest block.
+        blocks: weights of all blocks.
+    """
+
+    weights: int
+    optimizer: int
+    activations: int
+    loss: int
+    gradients: int
+    block: int
+    blocks: int
+
+    @property
+    def peak(self) -> int:
+        """The bytes that live at the peak."""
+        return self.weights + self.optimizer + self.activations + self.loss + self.gradients
+
+
+def trace_step(
+    build_model: Callable[[], nn.Module],
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    forward: Callable[[nn.Module], Tensor],
+    loss: Callable[[nn.Module, Tensor], Tensor],
+    *,
+    autocast: Callable[[], AbstractContextManager],
+    device: str,
+    micro_batches: int,
+) -> Step:
+    """Takes two optimizer steps without data, and looks at the second.
+
+    Args:
+        build_model: makes the model, with all that changes what its blocks keep.
+        build_optimizer: makes its optimizer.
+        forward: model -> final hidden states of a micro-batch.
+        loss: model and hidden states -> the loss.
+        autocast: makes the context to compute in; of the CPU, where the tensors would be.
+        device: `cuda` or `cpu`: whose attention kernels are meant.
+        micro_batches: in a step; two stand for more.
+    """
+    warm_up = build_optimizer(nn.Linear(64, 64))  # torchao's optimizers make tables, once, which need data
+    for group in warm_up.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    warm_up.step()
+    with FakeTensorMode(), _kernels_of(device), _Live() as live:
+        model = build_model()
+        in_blocks = [sum(p.nbytes for p in block.parameters()) for block in model.blocks]
+        optimizer = build_optimizer(model)
+        for _ in range(2):
+            live.forget_peak()
+            for _ in range(min(2, micro_batches)):
+                with autocast():
+                    live.part = "activations"
+                    hidden = forward(model)
+                    live.part = "loss"
+                    value = loss(model, hidden)
+                live.part = "gradients"
+                value.backward()
+                del hidden, value
+            live.part = "optimizer"
+            optimizer.step()
+            optimizer.zero_grad()
+        parts = {name: live.at_peak[name] for name in ("weights", "optimizer", "activations", "loss", "gradients")}
+    return Step(**parts, block=max(in_blocks), blocks=sum(in_blocks))
+
+
+def on_rank(step: Step, *, shards: int, half: bool, micro_batches: int) -> Step:
+    """What one rank of several has of it.
+
+    Args:
+        step: of one process.
+        shards: ranks that weights, gradients and optimizer state are split over; 1: each has them whole.
+        half: whether weights are gathered in bf16.
+        micro_batches: with several, the gradients of the whole model wait on every rank for the last.
+    """
+    if shards == 1:
+        return step
+    root, gathered = step.weights - step.blocks, 2 if half else 1
+    copies = step.blocks // 2 if half else 0  # autocast's: the weights that are gathered are bf16 already
+    return Step(
+        # Gathered are the root and two blocks, one of which computes while the next is on its way.
+        weights=step.weights // shards + (root + 2 * step.block) // gathered,
+        optimizer=step.optimizer // shards,
+        activations=max(0, step.activations - copies),
+        loss=step.loss,
+        gradients=step.gradients
+        if micro_batches > 1
+        else step.gradients // shards + (root + 2 * step.block) // gathered,
+        block=step.block,
+        blocks=step.blocks,
+    )
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that live, by the part in which each was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "weights"
+        self.bytes: Counter[str] = Counter()
+        self._storages: dict[int, tuple[str, int]] = {}
+        self.forget_peak()
+
+    def forget_peak(self) -> None:
+        self.total = self.peak = self.bytes.total()
+        self.at_peak = self.bytes.copy()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(FakeTensor, self._see, out)
+        return out
+
+    def _see(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._storages:
+            size = storage.nbytes()
+            self._storages[key] = self.part, size
+            weakref.finalize(storage, self._gone, key)
+            self.bytes[self.part] += size
+            self.total += size
+            if self.total > self.peak:
+                self.peak, self.at_peak = self.total, self.bytes.copy()
+        return tensor
+
+    def _gone(self, key: int) -> None:
+        part, size = self._storages.pop(key)
+        self.bytes[part] -= size
+        self.total -= size
+
+
+@contextmanager
+def _kernels_of(device: str) -> Iterator[None]:
+    # A GPU's attention keeps queries, keys, values and outputs, as the CPU's flash kernel does, and never the scores.
+    with mock.patch.object(plan, "MATH_LONGEST_ROW", plan.MATH_LONGEST_ROW if device == "cpu" else 0):
+        yield
