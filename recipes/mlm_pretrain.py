@@ -18,8 +18,9 @@ import torch
 
 from torchrecipes.config import MISSING, Component, build, component, parse, to_yaml
 from torchrecipes.config.checks import check_common_keys
+from torchrecipes.data.batch import Batch
 from torchrecipes.data.corpus import prepare_corpus
-from torchrecipes.data.loader import Loader, evaluation_batches
+from torchrecipes.data.loader import Loader, evaluation_batches, share_of_step
 from torchrecipes.data.masking import Masking
 from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.data.tokenizers import load_tokenizer
@@ -27,8 +28,10 @@ from torchrecipes.evaluation.mlm import evaluate_mlm, unigram
 from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models import check_fit, load_hf
 from torchrecipes.training import ranks
+from torchrecipes.training.auto_rows import choose_rows, free_memory
 from torchrecipes.training.budget import budget_steps
 from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
+from torchrecipes.training.estimate_run import step_fits
 from torchrecipes.training.float8 import convert_to_float8
 from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
@@ -136,13 +139,9 @@ def main(config: Config) -> None:
     if validation_corpus:
         baseline = unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size)
     max_steps = budget_steps(
-        max_steps=config.max_steps,
-        total_tokens=config.total_tokens,
-        epochs=config.epochs,
-        rows_per_step=config.rows_per_step,
-        num_rows=rows.num_rows,
-        tokens_per_row=rows.tokens_per_row,
+        rows, config.rows_per_step, max_steps=config.max_steps, total_tokens=config.total_tokens, epochs=config.epochs
     )
+    rows_per_rank = share_of_step(config.rows_per_step, run.world_size)
     epochs = max_steps * config.rows_per_step / rows.num_rows
     print(f"training text: {rows}\nto train: {max_steps:,} steps, {epochs:.2f} epochs", flush=True)
 
@@ -173,18 +172,35 @@ def main(config: Config) -> None:
         return checkpoint.step
 
     resumed = checkpointer.resume(config.resume)
-    saved = resumed.path if resumed else None
-    step, skipped_steps = 0, 0  # done; steps whose data a rollback has left behind
+    step, skipped_steps, saved = 0, 0, None  # done; whose data a rollback has left behind; the last checkpoint
     if resumed:
         check_same_data(resumed, train_corpus, config.resume)
-        step, skipped_steps = restore(resumed), resumed.state["skipped_steps"]
+        step, skipped_steps, saved = restore(resumed), resumed.state["skipped_steps"], resumed.path
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        with compute():
+            hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            positions, labels = batch.masked_positions, batch.masked_labels
+            return masked_lm_loss(hidden, model.head, positions, labels, masked_logits_only=config.masked_logits_only)
+
+    def try_step(rows_per_batch: int) -> None:
+        try:
+            for batch in evaluation_batches(rows, masking, rows_per_batch, limit=rows_per_batch, device=run.device):
+                loss_of(batch).backward()
+        finally:
+            optimizer.zero_grad()
+
+    micro_rows = resumed.state["rows_per_micro_batch"] if resumed else config.rows_per_micro_batch
+    if micro_rows == "auto":
+        fits = step_fits(config, run, free_memory(run.device, run.local_world_size))
+        micro_rows = choose_rows(fits, rows_per_rank=rows_per_rank, try_step=try_step, agree=ranks.smallest)
 
     loader = Loader(
         rows,
         masking,
         seed=config.seed,
         rows_per_step=config.rows_per_step,
-        rows_per_micro_batch=config.rows_per_micro_batch,
+        rows_per_micro_batch=micro_rows,
         max_steps=max_steps,
         rank=run.rank,
         world_size=run.world_size,
@@ -209,26 +225,25 @@ def main(config: Config) -> None:
             model=model,
             optimizer=optimizer,
             tokenizer=tokenizer,
-            state={"corpus": train_corpus.fingerprint, "skipped_steps": skipped_steps, "guard": guard.state()},
+            state={
+                "corpus": train_corpus.fingerprint,
+                "rows_per_micro_batch": micro_rows,
+                "skipped_steps": skipped_steps,
+                "guard": guard.state(),
+            },
             config_yaml=to_yaml(config),
             recipe_text=Path(__file__).read_text(encoding="utf-8"),
         )
 
     def evaluate(step: int) -> None:
         batches = evaluation_batches(
-            make_rows(validation_corpus),
-            masking,
-            config.rows_per_micro_batch,
-            limit=config.eval_rows,
-            rank=run.rank,
-            world_size=run.world_size,
-            device=run.device,
+            make_rows(validation_corpus), masking, micro_rows, config.eval_rows, run.rank, run.world_size, run.device
         )
         found = evaluate_mlm(model, batches, tokenizer.real_vocab_size, baseline, compute)
         metrics.write_eval(step, "validation", found)
 
     guard.tell = metrics.tell
-    with checkpointer, metrics, Signals() as signals, out_of_memory_advice(config.rows_per_micro_batch):
+    with checkpointer, metrics, Signals() as signals, out_of_memory_advice(micro_rows):
         if config.eval_every and not resumed:
             with metrics.pause():
                 evaluate(step=0)
@@ -241,20 +256,7 @@ def main(config: Config) -> None:
             loss_sum = torch.zeros((), device=run.device)
             for batch in batches:
                 sync_gradients(model, last=batch is batches[-1])
-                with compute():
-                    hidden = model(
-                        batch.input_ids,
-                        position_ids=batch.position_ids,
-                        cu_seqlens=batch.cu_seqlens,
-                        max_seqlen=batch.max_seqlen,
-                    )
-                    loss = masked_lm_loss(
-                        hidden,
-                        model.head,
-                        batch.masked_positions,
-                        batch.masked_labels,
-                        masked_logits_only=config.masked_logits_only,
-                    )
+                loss = loss_of(batch)
                 (loss * (run.world_size / targets)).backward()  # gradients are averaged over the processes
                 loss_sum += loss.detach()
             ranks.add_up(loss_sum)

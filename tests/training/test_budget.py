@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 
 from torchrecipes.errors import UserError
 from torchrecipes.training.budget import budget_steps
 
-CORPUS = {"rows_per_step": 16, "num_rows": 1000, "tokens_per_row": 250.0}
+CORPUS = {"rows": SimpleNamespace(num_rows=1000, tokens_per_row=250.0), "rows_per_step": 16}
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,16 @@ def test_a_file_in_the_folders_place_is_named(tmp_path):
 
 
 def test_two_processes_do_not_train_into_one_folder(tmp_path):
-    start(tmp_path)
     script = (
         "import sys\nfrom torchrecipes.training.run import start_run\n"
         "start_run(sys.argv[1], seed=0, config_yaml='', resume='auto')"
     )
-    other = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert other.returncode == 1 and f"another process trains into {tmp_path}" in other.stderr
-    start(tmp_path)  # this one may begin again
+
+    def other():
+        return subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+
+    run = start(tmp_path)
+    refused = other()
+    assert refused.returncode == 1 and f"another process trains into {tmp_path}" in refused.stderr
+    del run
+    assert other().returncode == 0

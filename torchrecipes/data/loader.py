@@ -62,12 +62,7 @@ class Loader:
                 f"{rows.corpus.folder}: {rows.corpus.num_tokens} tokens do not fill one row of seq_len={rows.seq_len}. "
                 "Give more text, or lower seq_len."
             )
-        if rows_per_step < 1 or rows_per_step % world_size:
-            raise UserError(
-                f"rows_per_step={rows_per_step} is not a multiple of {world_size} processes: take a multiple, such as "
-                f"{max(1, -(-rows_per_step // world_size)) * world_size}, or another number of processes."
-            )
-        share = rows_per_step // world_size
+        share = share_of_step(rows_per_step, world_size)
         size = largest_micro_batch(share, rows_per_micro_batch)
         self._data = _Steps(rows, masking, seed, rows_per_step, rank * share, share, size)
         self._max_steps, self._num_workers, self._device = max_steps, num_workers, device
@@ -108,6 +103,20 @@ class Loader:
         return batches if self._device is None else [batch.to(self._device) for batch in batches]
 
 
+def share_of_step(rows_per_step: int, world_size: int) -> int:
+    """A rank's rows of an optimizer step.
+
+    Raises:
+        UserError: the ranks cannot share them equally.
+    """
+    if rows_per_step < 1 or rows_per_step % world_size:
+        raise UserError(
+            f"rows_per_step={rows_per_step} is not a multiple of {world_size} processes: take a multiple, such as "
+            f"{max(1, -(-rows_per_step // world_size)) * world_size}, or another number of processes."
+        )
+    return rows_per_step // world_size
+
+
 def largest_micro_batch(rows_per_rank: int, at_most: int) -> int:
     """The largest number of rows that divides a rank's share of a step and is not more than `at_most`."""
     if at_most < 1:
@@ -119,7 +128,6 @@ def evaluation_batches(
     rows: PackedRows | DocumentRows,
     masking: Masking,
     rows_per_batch: int,
-    *,
     limit: int | None = None,
     rank: int = 0,
     world_size: int = 1,

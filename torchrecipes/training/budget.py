@@ -6,21 +6,15 @@ from torchrecipes.errors import UserError
 
 
 def budget_steps(
-    *,
-    max_steps: int | None,
-    total_tokens: int | None,
-    epochs: float | None,
-    rows_per_step: int,
-    num_rows: int,
-    tokens_per_row: float,
+    rows, rows_per_step: int, *, max_steps: int | None, total_tokens: int | None, epochs: float | None
 ) -> int:
     """The number of optimizer steps that a budget pays for, rounded up.
 
     Args:
-        max_steps, total_tokens, epochs: exactly one is given.
+        rows: of the training corpus: has `num_rows`, those of one epoch, and `tokens_per_row`, the mean number of
+            tokens in a row that are not padding.
         rows_per_step: rows of one optimizer step, over all ranks and micro-batches.
-        num_rows: rows of the training corpus, one epoch.
-        tokens_per_row: mean number of tokens in a row that are not padding.
+        max_steps, total_tokens, epochs: exactly one is given.
 
     Raises:
         UserError: none or several are given, or the budget is not positive.
@@ -42,5 +36,5 @@ def budget_steps(
     if name == "max_steps":
         return value
     if name == "total_tokens":
-        return math.ceil(value / (rows_per_step * tokens_per_row))
-    return math.ceil(value * num_rows / rows_per_step)
+        return math.ceil(value / (rows_per_step * rows.tokens_per_row))
+    return math.ceil(value * rows.num_rows / rows_per_step)

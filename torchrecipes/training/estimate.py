@@ -6,11 +6,12 @@ made of: for any model, with activation checkpointing, with any optimizer, in se
 share it is arithmetic.
 """
 
+import importlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -32,6 +33,8 @@ class Step:
         activations: the forward pass, for the backward pass; autocast's copies of weights among them.
         loss: logits of a chunk, and the gradients that the loss computes at once.
         gradients: the backward pass: gradients, and what it needs for a moment.
+        gathered: weights of other ranks, and gradients for them.
+        saved: what a checkpoint holds of the optimizer's state: fp32, whatever it is in memory. Not part of the peak.
         block: weights of the largest block.
         blocks: weights of all blocks.
     """
@@ -41,13 +44,15 @@ class Step:
     activations: int
     loss: int
     gradients: int
+    gathered: int
+    saved: int
     block: int
     blocks: int
 
     @property
     def peak(self) -> int:
         """The bytes that live at the peak."""
-        return self.weights + self.optimizer + self.activations + self.loss + self.gradients
+        return self.weights + self.optimizer + self.activations + self.loss + self.gradients + self.gathered
 
 
 def trace_step(
@@ -68,7 +73,7 @@ def trace_step(
         forward: model -> final hidden states of a micro-batch.
         loss: model and hidden states -> the loss.
         autocast: makes the context to compute in; of the CPU, where the tensors would be.
-        device: `cuda` or `cpu`: whose attention kernels are meant.
+        device: `cuda` or `cpu`: whose kernels, and sizes of chunks, are meant.
         micro_batches: in a step; two stand for more.
     """
     warm_up = build_optimizer(nn.Linear(64, 64))  # torchao's optimizers make tables, once, which need data
@@ -80,9 +85,9 @@ def trace_step(
         model = build_model()
         in_blocks = [sum(p.nbytes for p in block.parameters()) for block in model.blocks]
         optimizer = build_optimizer(model)
-        for _ in range(2):
+        for count in (1, min(2, micro_batches)):  # the first is there to make the optimizer's state
             live.forget_peak()
-            for _ in range(min(2, micro_batches)):
+            for _ in range(count):
                 with autocast():
                     live.part = "activations"
                     hidden = forward(model)
@@ -95,7 +100,11 @@ def trace_step(
             optimizer.step()
             optimizer.zero_grad()
         parts = {name: live.at_peak[name] for name in ("weights", "optimizer", "activations", "loss", "gradients")}
-    return Step(**parts, block=max(in_blocks), blocks=sum(in_blocks))
+        averages = [
+            value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
+        saved = 4 * sum(value.numel() for value in averages if value.ndim)
+    return Step(**parts, gathered=0, saved=saved, block=max(in_blocks), blocks=sum(in_blocks))
 
 
 def on_rank(step: Step, *, shards: int, half: bool, micro_batches: int) -> Step:
@@ -109,19 +118,18 @@ def on_rank(step: Step, *, shards: int, half: bool, micro_batches: int) -> Step:
     """
     if shards == 1:
         return step
-    root, gathered = step.weights - step.blocks, 2 if half else 1
+    narrow = 2 if half else 1
+    # Gathered are the root and two blocks, one of which computes while the next is on its way.
+    gathered = (step.weights - step.blocks + 2 * step.block) // narrow
     copies = step.blocks // 2 if half else 0  # autocast's: the weights that are gathered are bf16 already
-    return Step(
-        # Gathered are the root and two blocks, one of which computes while the next is on its way.
-        weights=step.weights // shards + (root + 2 * step.block) // gathered,
+    waits = micro_batches > 1
+    return replace(
+        step,
+        weights=step.weights // shards,
         optimizer=step.optimizer // shards,
         activations=max(0, step.activations - copies),
-        loss=step.loss,
-        gradients=step.gradients
-        if micro_batches > 1
-        else step.gradients // shards + (root + 2 * step.block) // gathered,
-        block=step.block,
-        blocks=step.blocks,
+        gradients=step.gradients if waits else step.gradients // shards,
+        gathered=gathered if waits else 2 * gathered,
     )
 
 
@@ -165,6 +173,27 @@ class _Live(TorchDispatchMode):
 
 @contextmanager
 def _kernels_of(device: str) -> Iterator[None]:
-    # A GPU's attention keeps queries, keys, values and outputs, as the CPU's flash kernel does, and never the scores.
-    with mock.patch.object(plan, "MATH_LONGEST_ROW", plan.MATH_LONGEST_ROW if device == "cpu" else 0):
+    """The tensors are the CPU's, whatever the device; what differs between the two is replaced here."""
+    with ExitStack() as stack:
+        if device != "cpu":
+            # A GPU's attention keeps queries, keys, values and outputs, as the CPU's flash kernel does without a mask
+            # and dropout, and never the scores.
+            stack.enter_context(mock.patch.object(plan, "AttentionPlan", _flash))
+            for name in ("default_chunk_size", "_scratch_bytes"):
+                chosen = _for_device(getattr(_LOSS, name), torch.device(device))
+                stack.enter_context(mock.patch.object(_LOSS, name, chosen))
         yield
+
+
+_LOSS = importlib.import_module("torchrecipes.losses.linear_cross_entropy")  # the package has a function of this name
+
+
+_PLAN = plan.AttentionPlan
+
+
+def _flash(_kernel: str, *, causal: bool = False, **_masks_and_dropout) -> plan.AttentionPlan:
+    return _PLAN("sdpa", causal=causal)
+
+
+def _for_device(function: Callable, device: torch.device) -> Callable:
+    return lambda *args: function(*args[:-1], device)  # the device is the last argument of both

@@ -1,38 +1,56 @@
-"""The estimate of a whole run from its config: parameters, memory per rank, arithmetic, time and disk."""
+"""The estimate of a whole run from its config: parameters, memory per rank, arithmetic, time and disk.
+
+What is particular to masked language modelling is in two functions: `_loss_of` and `_flops_per_token`.
+"""
 
 import math
 import os
-import resource
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchrecipes.config import build
-from torchrecipes.config.suggest import did_you_mean
+from torchrecipes.config.component import parameters, resolve
+from torchrecipes.config.suggest import closest
 from torchrecipes.data.corpus import open_corpus
 from torchrecipes.data.loader import largest_micro_batch
+from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.errors import UserError
 from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models.hub import hf_network
+from torchrecipes.training.auto_rows import SHARE
 from torchrecipes.training.estimate import Step, on_rank, trace_step
 from torchrecipes.training.flops import DEVICES, PEAKS, mlm_flops_per_token, peak_flops
 from torchrecipes.training.memory import checkpoint_activations
 from torchrecipes.training.parallel import BYTES_PER_PARAMETER, SHARE_FOR_DDP
 from torchrecipes.training.precision import autocast, choose_precision
+from torchrecipes.training.run import Run
 
 GIB = 2**30
-CUDA_CONTEXT = GIB  # what a process has on a GPU before its first tensor, and what its allocator cannot use
-FIT = 0.9  # of the memory may be estimated: more is too close
+PROCESS = {"cuda": GIB, "cpu": int(0.3 * GIB)}  # what torch and its libraries take before the first tensor
+# Of what a step makes and frees, the share that the C library's heap takes on top: freed pieces that do not fit the
+# next tensor (measured with glibc 2.36).
+HEAP = 0.7
+
+
+class Device(NamedTuple):
+    """`name` for people, `kind` cuda or cpu, the bytes `memory` of a process, `peak` FLOP/s in the run's precision."""
+
+    name: str
+    kind: str
+    memory: int
+    peak: float | None
 
 
 def estimate_run(
     config: Any, *, device: str | None = None, world_size: int = 1, per_node: int = 8, mfu: float = 0.4
 ) -> dict[str, Any]:
-    """Estimates a run of masked language modelling.
+    """Estimates a run of masked language modelling, without its text and without memory for its weights.
 
     Args:
         config: a recipe's config, checked.
@@ -42,209 +60,253 @@ def estimate_run(
         mfu: share of the device's peak that is reached, for the time.
 
     Returns:
-        JSON values: `parameters` (by part), `memory` (bytes on a rank, by part, and `total`), `flops_per_token`,
-        `tokens_per_step`, `steps`, `hours`, `checkpoint_bytes`, ...
+        JSON values: `parameters` (by part), `memory` (bytes on a rank at the peak of a step, by part, and `total`),
+        `rows_per_micro_batch`, `largest_rows_per_micro_batch` (None: not one row fits), `flops_per_token`,
+        `tokens_per_step`, `steps` (None: it depends on a corpus that is not there yet), `hours` (None: of these, or of
+        a peak that is not known), `checkpoint_bytes`, `kept_bytes`, and what it was estimated for.
 
     Raises:
-        UserError: an unknown device; more than the processes can share.
+        UserError: an unknown device, or numbers of processes and rows that do not go together.
     """
-    kind, memory, peak = _device(device)
-    if world_size < 1 or config.rows_per_step % world_size:
-        raise UserError(
-            f"--world-size {world_size} does not divide rows_per_step={config.rows_per_step}: take another one of "
-            "the two."
+    problems = []
+    if world_size < 1 or per_node < 1:
+        problems.append(f"--world-size {world_size}, --nproc-per-node {per_node}: they are 1 or more.")
+    elif config.rows_per_step % world_size:
+        problems.append(
+            f"--world-size {world_size} does not divide rows_per_step={config.rows_per_step}. Take a multiple, such as "
+            f"rows_per_step={-(-config.rows_per_step // world_size) * world_size}, or another number of processes."
         )
-    share = config.rows_per_step // world_size
-    dtype = _dtype(config.precision, kind)
+    if not 0 < mfu <= 1:
+        problems.append(f"--mfu {mfu}: it is a share of the device's peak, between 0 and 1.")
+    if problems:
+        raise UserError("\n".join(problems))
+    here = _device(device, config.precision, min(world_size, per_node))
+    dtype = _dtype(config.precision, here.kind)
     with torch.device("meta"):
         network = _network(config)
-    parameters = {
-        name: sum(p.numel() for p in child.parameters())
-        for name, child in network.named_children()
-        if any(True for _ in child.parameters())
-    }
-    total = sum(parameters.values())
-    strategy, shards = _shards(config.parallel.strategy, total, memory, world_size, per_node)
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in network.named_children()}
+    total = sum(counts.values())
+    strategy, shards = _shards(config.parallel.strategy, total, here.memory, world_size, per_node)
 
-    def on_a_rank(rows: int) -> dict[str, int]:
-        step = _trace(config, rows, share // rows, kind, dtype)
-        step = on_rank(step, shards=shards, half=dtype == torch.bfloat16, micro_batches=share // rows)
-        found = {name: getattr(step, name) for name in ("weights", "optimizer", "gradients", "activations", "loss")}
-        if kind == "cpu":
-            if config.data.packing and rows:  # who sees whom, for all layers
-                found["activations"] += rows * config.seq_len**2 * dtype.itemsize
-            if config.async_save:
-                found["checkpoint copy"] = 4 * total // shards + step.optimizer
-        found["process"] = _process(kind)
-        return found
-
-    largest = _largest(on_a_rank, share, FIT * memory)
+    rows_per_rank = config.rows_per_step // world_size
+    step_of = cache(partial(_step, config, rows_per_rank, here.kind, dtype, shards))
+    memory_of = partial(_memory, config, here.kind, dtype)
+    divisors = [rows for rows in range(1, rows_per_rank + 1) if rows_per_rank % rows == 0]
+    room = SHARE * here.memory
+    largest = _last(divisors, lambda rows: sum(memory_of(step_of(rows), rows).values()) <= room)
     asked = config.rows_per_micro_batch
-    rows = largest_micro_batch(share, asked) if asked != "auto" else largest or 1
-    parts = on_a_rank(rows)
-    flops = mlm_flops_per_token(network, config.seq_len, config.data.mlm_probability)
-    tokens = config.rows_per_step * config.seq_len
-    steps = _steps(config, tokens)
-    state = parts["optimizer"] * shards
+    rows = largest or 1 if asked == "auto" else largest_micro_batch(rows_per_rank, asked)
+    step = step_of(rows)
+    memory = memory_of(step, rows)
+
+    flops = _flops_per_token(config, network)
+    tokens, steps = config.rows_per_step * config.seq_len, _steps(config)
+    checkpoint = 4 * total + step.saved
+    known = steps is not None and here.peak is not None
     return {
-        "parameters": parameters | {"total": total, "active": total},
-        "device": device or kind,
-        "device_memory": memory,
+        "device": here.name,
+        "device_bytes": here.memory,
         "world_size": world_size,
         "strategy": strategy,
         "precision": str(dtype).removeprefix("torch."),
         "rows_per_micro_batch": rows,
-        "micro_batches": share // rows,
+        "micro_batches": rows_per_rank // rows,
         "largest_rows_per_micro_batch": largest,
-        "memory": parts | {"total": sum(parts.values())},
+        "parameters": {name: count for name, count in counts.items() if count} | {"total": total, "active": total},
+        "memory": memory | {"total": sum(memory.values())},
         "flops_per_token": flops,
         "tokens_per_step": tokens,
         "steps": steps,
         "mfu": mfu,
-        "hours": steps * tokens * flops / (mfu * peak * world_size) / 3600 if steps and peak else None,
-        "checkpoint_bytes": 4 * total + state,
-        "kept_bytes": (config.keep_last + 1) * (4 * total + state),
+        "hours": steps * tokens * flops / (mfu * here.peak * world_size) / 3600 if known else None,
+        "checkpoint_bytes": checkpoint,
+        "kept_bytes": (config.keep_last + 1) * checkpoint,
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The estimate as a table to read."""
-    parameters, memory = dict(found["parameters"]), dict(found["memory"])
-    total, _ = parameters.pop("total"), parameters.pop("active")
-    lines = [f"parameters        {total:>15,}  " + ", ".join(f"{name} {n:,}" for name, n in parameters.items())]
-    where = f"{found['world_size']} x {found['device']}, {found['strategy']}, {found['precision']}"
-    lines += ["", f"memory per rank   {where}, {found['rows_per_micro_batch']} rows x {found['micro_batches']}"]
-    peak = memory.pop("total")
-    lines += [f"  {name:<16}{size / GIB:>10.2f} GiB" for name, size in memory.items()]
-    of = f"  of {found['device_memory'] / GIB:.0f}" if found["device_memory"] else ""
-    lines += [f"  {'total':<16}{peak / GIB:>10.2f} GiB{of}"]
-    largest = found["largest_rows_per_micro_batch"]
-    if largest:
-        lines += [f"  largest rows_per_micro_batch that fits: {largest}"]
-    elif found["device_memory"]:
-        lines += ["  not even one row fits: use more processes with parallel.strategy=fsdp, or less seq_len"]
-    steps = f"{found['steps']:,}" if found["steps"] else "as many as the corpus gives, which is not made yet"
-    lines += ["", f"work              {found['flops_per_token'] / 1e9:.3f} GFLOP per token, "]
-    lines[-1] += f"{found['tokens_per_step']:,} tokens per step, steps: {steps}"
-    if found["hours"] is not None:
-        lines += [f"time              {_hours(found['hours'])} at an MFU of {found['mfu']:.0%} (--mfu)"]
-    disk = f"{found['checkpoint_bytes'] / GIB:.2f} GiB per checkpoint, {found['kept_bytes'] / GIB:.2f} GiB in all"
-    lines += [f"disk              {disk}, while one is written"]
-    return "\n".join(lines)
+def step_fits(config: Any, run: Run, free: int) -> Callable[[int], bool]:
+    """For `choose_rows`: rows -> whether a step of so many is estimated to fit into `SHARE` of `free`.
+
+    Ask it when the model is on its device, and the optimizer has no state yet.
+
+    Args:
+        config: the recipe's config.
+        run: says on which device, and among how many processes.
+        free: bytes that the process can still take: `auto_rows.free_memory`.
+    """
+    kind, rows_per_rank = run.device.type, config.rows_per_step // run.world_size
+    dtype = choose_precision(config.precision, run.device, config.emulate_float8)
+    with torch.device("meta"):
+        total = sum(p.numel() for p in _network(config).parameters())
+    _, shards = _shards(
+        config.parallel.strategy,
+        total,
+        _device(None, config.precision, run.local_world_size).memory,
+        run.world_size,
+        run.local_world_size,
+    )
+
+    @cache
+    def fits(rows: int) -> bool:
+        step = _step(config, rows_per_rank, kind, dtype, shards, rows)
+        parts = _memory(config, kind, dtype, step, rows)
+        return sum(parts.values()) - parts["weights"] - parts["process"] <= SHARE * free
+
+    return fits
 
 
-def process_bytes() -> int:
-    """What this process takes of the machine's memory at the moment."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _loss_of(config: Any, rows: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The recipe's loss of a micro-batch."""
+    slots = rows * math.ceil(config.data.mlm_probability * config.seq_len)
+
+    def loss(model: nn.Module, hidden: Tensor) -> Tensor:
+        targets = torch.zeros(slots, dtype=torch.long)
+        return masked_lm_loss(hidden, model.head, targets, targets, masked_logits_only=config.masked_logits_only)
+
+    return loss
 
 
-def _device(name: str | None) -> tuple[str, int | None, float | None]:
-    """(cuda or cpu, bytes, peak FLOP/s) of a device by its name, or of this machine's."""
-    if name is None and torch.cuda.is_available():
-        here = torch.device("cuda")
-        return "cuda", torch.cuda.get_device_properties(here).total_memory, peak_flops(here, torch.bfloat16)
-    if name in (None, "cpu"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        here = torch.device("cpu")
-        return "cpu", memory, peak_flops(here, choose_precision("auto", here))
-    if name not in DEVICES:
-        raise UserError(f"--device {name} is not known: {did_you_mean(name, [*DEVICES, 'cpu'], 'there are')}")
-    full, gib = DEVICES[name]
-    return "cuda", gib * GIB, PEAKS[full]
+def _flops_per_token(config: Any, network: nn.Module) -> float:
+    return mlm_flops_per_token(network, config.seq_len, config.data.mlm_probability)
 
 
-def _dtype(precision: str, kind: str) -> torch.dtype:
-    if precision == "auto" and kind == "cuda":
-        return torch.bfloat16
-    if precision.startswith("float8"):
-        return torch.bfloat16
-    return choose_precision(precision, torch.device("cpu"))
-
-
-def _network(config: Any) -> nn.Module:
-    if config.init_from:
-        return hf_network(config.init_from)
-    return build(config.model, vocab_size=_vocab_size(config), seed=config.seed)
-
-
-def _vocab_size(config: Any) -> int:
-    """That of a tokenizer to be trained, rounded up as it will be; a ready one is loaded."""
-    args = config.tokenizer.args
-    if "vocab_size" in args or config.tokenizer.path.rpartition(".")[2].startswith("train_"):
-        from torchrecipes.config.component import parameters, resolve
-
-        defaults = {name: p.default for name, p in parameters(resolve(config.tokenizer.path)).items()}
-        size, multiple = (args.get(key, defaults.get(key)) for key in ("vocab_size", "vocab_multiple"))
-        return -(-size // (multiple or 1)) * (multiple or 1)
-    return build(config.tokenizer).vocab_size
-
-
-def _shards(strategy: str, total: int, memory: int | None, world_size: int, per_node: int) -> tuple[str, int]:
-    """The strategy, as `parallelize` chooses it, and over how many ranks it splits a weight."""
-    nodes = -(-world_size // per_node)
-    if world_size == 1:
-        return "none", 1
-    if strategy == "auto":
-        small = memory is not None and BYTES_PER_PARAMETER * total < SHARE_FOR_DDP * memory
-        strategy = "ddp" if small else "hsdp" if nodes > 1 else "fsdp"
-    return strategy, {"ddp": 1, "fsdp": world_size, "hsdp": min(world_size, per_node)}[strategy]
-
-
-def _trace(config: Any, rows: int, micro_batches: int, kind: str, dtype: torch.dtype) -> Step:
-    targets = rows * math.ceil(config.data.mlm_probability * config.seq_len)
+def _step(config: Any, rows_per_rank: int, kind: str, dtype: torch.dtype, shards: int, rows: int) -> Step:
+    """The memory of a step on one rank."""
+    micro_batches = rows_per_rank // rows
+    offloaded = config.optimizer.path == "torchrecipes.optim.adamw_cpu_offload" and kind == "cuda"
 
     def build_model() -> nn.Module:
-        if config.init_from:
-            model = type(hf_network(config.init_from))(hf_network(config.init_from).config)
-        else:
-            model = _network(config)
+        model = _network(config)
         checkpoint_activations(model.blocks, config.activation_checkpointing)
         return model.train()
 
-    def forward(model: nn.Module) -> Tensor:
-        return model(torch.zeros(rows, config.seq_len, dtype=torch.long))
+    def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        if offloaded:  # it is for models that are on a GPU, and has nothing there
+            return torch.optim.SGD(model.parameters())
+        return build(config.optimizer, model=model)
 
-    def loss(model: nn.Module, hidden: Tensor) -> Tensor:
-        labels = torch.zeros(targets, dtype=torch.long)
-        return masked_lm_loss(hidden, model.head, labels, labels, masked_logits_only=config.masked_logits_only)
-
-    return trace_step(
+    step = trace_step(
         build_model,
-        lambda model: build(config.optimizer, model=model),
-        forward,
-        loss,
+        build_optimizer,
+        lambda model: model(torch.zeros(rows, config.seq_len, dtype=torch.long)),
+        _loss_of(config, rows),
         autocast=partial(autocast, torch.device("cpu"), dtype),
         device=kind,
         micro_batches=micro_batches,
     )
+    if offloaded:
+        step = replace(step, saved=2 * step.weights)
+    return on_rank(step, shards=shards, half=dtype == torch.bfloat16, micro_batches=micro_batches)
 
 
-def _process(kind: str) -> int:
-    return CUDA_CONTEXT if kind == "cuda" else process_bytes()
+def _memory(config: Any, kind: str, dtype: torch.dtype, step: Step, rows: int) -> dict[str, int]:
+    """The bytes of a rank by part: those of the step, and those around it."""
+    parts = {name: getattr(step, name) for name in ("weights", "optimizer", "gradients", "activations", "loss")}
+    if step.gathered:
+        parts["gathered"] = step.gathered
+    if kind == "cpu" or dtype == torch.float32:  # where no kernel takes documents, a mask keeps them apart
+        parts["activations"] += rows * config.seq_len**2 * dtype.itemsize
+    if kind == "cpu":
+        parts["heap"] = int(HEAP * (parts["gradients"] + parts["activations"] + parts["loss"]))
+        if config.async_save:
+            parts["copy to save"] = parts["weights"] + parts["optimizer"]
+    return parts | {"process": PROCESS[kind]}
 
 
-def _largest(on_a_rank: Callable[[int], dict[str, int]], share: int, room: float) -> int | None:
-    """The largest divisor of a rank's rows whose memory is not more than `room`; memory is a line over the rows."""
-    few, more = 1, min(share, 4)
-    at_few, at_more = (sum(on_a_rank(rows).values()) for rows in (few, more))
-    per_row = (at_more - at_few) / max(1, more - few)
-    fitting = [rows for rows in range(1, share + 1) if share % rows == 0 and at_few + per_row * (rows - few) <= room]
-    return max(fitting, default=None)
+def _last(divisors: list[int], fits: Callable[[int], bool]) -> int | None:
+    """The last that fits: what fits is at the beginning."""
+    first, end = 0, len(divisors)
+    while first < end:
+        middle = (first + end) // 2
+        if fits(divisors[middle]):
+            first = middle + 1
+        else:
+            end = middle
+    return divisors[first - 1] if first else None
 
 
-def _steps(config: Any, tokens_per_step: int) -> int | None:
-    """Optimizer steps; None: by `epochs` of a corpus that is not made yet."""
-    if config.max_steps:
-        return config.max_steps
-    if config.total_tokens:
-        return math.ceil(config.total_tokens / tokens_per_step)
+def _device(name: str | None, precision: str, processes: int) -> Device:
+    """A device by its name, or this machine's; `processes` share the memory of a CPU."""
+    if name is None and torch.cuda.is_available():
+        here = torch.device("cuda")
+        memory, peak = torch.cuda.get_device_properties(here).total_memory, peak_flops(here, _dtype(precision, "cuda"))
+        return Device(torch.cuda.get_device_name(here), "cuda", memory, peak)
+    if name in (None, "cpu"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device("cpu", "cpu", memory // processes, peak_flops(torch.device("cpu"), _dtype(precision, "cpu")))
+    if name not in DEVICES:
+        known = [*DEVICES, "cpu"]
+        near = closest(name, known)
+        hint = f" Did you mean '{near}'?" if near else ""
+        raise UserError(f"--device {name} is not known. There are: {', '.join(known)}.{hint}")
+    full_name, gib = DEVICES[name]
+    return Device(name, "cuda", gib * GIB, PEAKS[full_name] if _dtype(precision, "cuda") == torch.bfloat16 else None)
+
+
+def _dtype(precision: str, kind: str) -> torch.dtype:
+    if precision == "auto" and kind == "cpu":
+        return choose_precision(precision, torch.device("cpu"))
+    return torch.float32 if precision == "fp32" else torch.bfloat16  # float8 keeps activations in bf16
+
+
+def _network(config: Any) -> nn.Module:
+    """The model as the recipe makes it, on the default device, with weights that nobody reads."""
+    if config.init_from:
+        with torch.device("meta"):
+            network = hf_network(config.init_from)
+        return network.to_empty(device=torch.get_default_device())
+    return build(config.model, vocab_size=_vocab_size(config), seed=config.seed)
+
+
+def _vocab_size(config: Any) -> int:
+    """That of a tokenizer that is to be trained, as long as text allows, or of one that is loaded."""
+    given = parameters(resolve(config.tokenizer.path))
+    if "source" not in given:
+        return _loaded_vocab_size(config)
+    values = {name: argument.default for name, argument in given.items()} | config.tokenizer.args
+    return -(-values["vocab_size"] // values["vocab_multiple"]) * values["vocab_multiple"]
+
+
+def _loaded_vocab_size(config: Any) -> int:
+    # Its rows are counted in tensors that have data, outside of the mode that takes the step.
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        return build(config.tokenizer).vocab_size
+
+
+def _shards(strategy: str, total: int, memory: int, world_size: int, per_node: int) -> tuple[str, int]:
+    """The strategy, as `parallelize` chooses it, and over how many ranks it splits a weight."""
+    if strategy == "none" and world_size > 1:
+        raise UserError(f"parallel.strategy=none, and --world-size is {world_size}. Use auto, ddp, fsdp or hsdp.")
+    if world_size == 1:
+        return "none", 1
+    several = world_size > per_node
+    if strategy == "hsdp" and not several:
+        raise UserError(
+            f"parallel.strategy=hsdp, and --world-size {world_size} is one machine of {per_node} processes at most. "
+            "Use fsdp, or say --nproc-per-node."
+        )
+    if several and world_size % per_node:
+        raise UserError(
+            f"--world-size {world_size} is no multiple of the {per_node} processes of a machine: see --nproc-per-node."
+        )
+    if strategy == "auto":
+        small = BYTES_PER_PARAMETER * total < SHARE_FOR_DDP * memory
+        strategy = "ddp" if small else "hsdp" if several and per_node > 1 else "fsdp"
+    return strategy, {"ddp": 1, "fsdp": world_size, "hsdp": per_node}[strategy]
+
+
+def _steps(config: Any) -> int | None:
+    """Optimizer steps; None: epochs of a corpus that is not made yet."""
     folder = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus") / "train"
-    if not (folder / "corpus.json").exists():
-        return None
-    rows = -(-open_corpus(folder).num_tokens // config.seq_len)
-    return math.ceil(config.epochs * rows / config.rows_per_step)
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+    num_rows, tokens_per_row = None, config.seq_len  # full rows, where nobody knows better
+    if (folder / "corpus.json").exists():
+        kind = PackedRows if config.data.packing else DocumentRows
+        rows = kind(open_corpus(folder), config.seq_len, pad_id=0)
+        num_rows, tokens_per_row = rows.num_rows, rows.tokens_per_row
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.total_tokens is not None:
+        return math.ceil(config.total_tokens / (config.rows_per_step * tokens_per_row))
+    return math.ceil(config.epochs * num_rows / config.rows_per_step) if num_rows else None

@@ -42,9 +42,6 @@ MAY_CHANGE = (
 )
 
 
-_locks: list = []  # files that stay open, and so locked, as long as the process lives
-
-
 @dataclass(frozen=True)
 class Run:
     """What a run stands on.
@@ -54,6 +51,7 @@ class Run:
         device: where this process' model lives: its GPU if there is one, else the CPU.
         rank, world_size: this process among all.
         local_world_size: processes on this machine.
+        lock: keeps other processes from training into the folder as long as this object lives.
     """
 
     output_dir: Path
@@ -61,6 +59,7 @@ class Run:
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    lock: object = None
 
     @property
     def is_main(self) -> bool:
@@ -96,14 +95,15 @@ def start_run(output_dir: str | Path, *, seed: int, config_yaml: str, resume: st
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lives as long as the process
 
     folder = Path(output_dir)
-    ranks.from_main(lambda: _prepare(folder, config_yaml, resume))
+    locks: list = []
+    ranks.from_main(lambda: _prepare(folder, config_yaml, resume, locks))
 
     random.seed(seed + rank)
     numpy.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
     if device.type == "cpu":
         keep_freed_memory()
-    return Run(folder, device, rank, world_size, local_world_size)
+    return Run(folder, device, rank, world_size, local_world_size, locks)
 
 
 def _leave() -> None:
@@ -125,11 +125,11 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _prepare(folder: Path, config_yaml: str, resume: str) -> None:
+def _prepare(folder: Path, config_yaml: str, resume: str, locks: list) -> None:
     config_file = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder)
+        locks += _lock(folder)
         has_checkpoints = any((folder / "checkpoints").glob("step-*"))
         if has_checkpoints and resume == "never":
             raise UserError(
@@ -145,10 +145,13 @@ def _prepare(folder: Path, config_yaml: str, resume: str) -> None:
         raise UserError(f"output_dir: cannot write {folder}: {error.strerror}. Give another output_dir=...") from error
 
 
-def _lock(folder: Path) -> None:
-    """Keeps other processes from training into the same folder, until this one ends, however it ends."""
+def _lock(folder: Path) -> list:
+    """Keeps other processes from training into the same folder while the file that it returns is open.
+
+    The kernel closes it however the process ends.
+    """
     if fcntl is None:
-        return
+        return []
     file = (folder / ".lock").open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,8 +160,8 @@ def _lock(folder: Path) -> None:
             f"output_dir: another process trains into {folder}. Wait for it or stop it, or give another output_dir=..."
         ) from None
     except OSError:  # a file system without locks
-        pass
-    _locks.append(file)
+        return []
+    return [file]
 
 
 def _check_same_settings(config_file: Path, config_yaml: str) -> None:
