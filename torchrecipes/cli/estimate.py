@@ -86,6 +86,7 @@ def _size(number: int) -> str:
 
 
 def _time(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    for least, unit, length in ((48, "days", 24), (1, "hours", 1), (1 / 60, "minutes", 1 / 60)):
+        if hours >= least:
+            return f"{hours / length:,.1f} {unit}"
+    return f"{3600 * hours:.1f} seconds"
