@@ -1,5 +1,6 @@
 """`rows_per_micro_batch: auto`: the most rows that fit into the device's memory, by an estimate and one trial."""
 
+import itertools
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from torchrecipes.errors import UserError
+from torchrecipes.training import ranks
 
 SHARE = 0.9  # of the free memory that a step may take: the rest is for what no estimate sees, such as fragmentation
 
@@ -25,28 +27,35 @@ def choose_rows(
     generators of random numbers are afterwards where they were: a run that has found its number is, to the last bit, a
     run that was given it.
 
+    With several processes a failed trial is an error, which says what to set: a backward pass that ends halfway leaves
+    a sharded model with wrong gradients from then on, and a rank that fails alone leaves the others waiting.
+
     Args:
         fits: rows -> whether a step with so many is estimated to fit: into `SHARE` of `free_memory`, say. Where not
             even 1 does, 1 is tried: an estimate can be wrong.
         rows_per_rank: a rank's share of the rows of an optimizer step.
         try_step: takes a forward and backward pass over so many rows, and throws the gradients away, also when memory
-            runs out. With several ranks all call it together; one that fails alone must not leave the others waiting.
+            runs out. All ranks call it together.
         agree: number -> the least of all ranks' numbers (`training.ranks.smallest`).
 
     Raises:
-        UserError: memory runs out with one row.
+        UserError: memory runs out with one row, or, with several processes, at all.
     """
     divisors = [rows for rows in range(rows_per_rank, 0, -1) if rows_per_rank % rows == 0]
     start = agree(next((rows for rows in divisors if fits(rows)), 1))
-    for rows in divisors[divisors.index(start) :]:
-        if agree(int(_runs(try_step, rows))):
+    candidates = divisors[divisors.index(start) :]
+    for rows, smaller in itertools.zip_longest(candidates, candidates[1:]):
+        if _runs(try_step, rows):
             print(f"rows_per_micro_batch=auto: {rows} of a rank's {rows_per_rank} rows per step", flush=True)
             return rows
-        print(f"rows_per_micro_batch=auto: memory runs out with {rows}", flush=True)
+        said = f"rows_per_micro_batch=auto: memory runs out with {rows}"
+        if smaller and ranks.world_size() > 1:
+            raise UserError(f"{said}, which was estimated to fit. Set rows_per_micro_batch={smaller}.")
+        print(said, flush=True)
     raise UserError(
         "rows_per_micro_batch=auto: memory runs out with a single row. Use activation_checkpointing=selective, or "
-        "full, a smaller seq_len or model, an optimizer with less state (torchrecipes.optim.adamw_8bit), or more processes "
-        "with parallel.strategy=fsdp."
+        "full, a smaller seq_len or model, an optimizer with less state (torchrecipes.optim.adamw_8bit), or more "
+        "processes with parallel.strategy=fsdp."
     )
 
 
