@@ -111,7 +111,7 @@ def check(args: argparse.Namespace, *, here: bool = True) -> Launch:
     else:  # this node alone: any free port, no name to look up
         endpoint, run_id, local_addr = "localhost:0", args.rdzv_id or uuid.uuid4().hex, local_addr or "localhost"
     return Launch(
-        nproc_per_node=_processes(args.nproc_per_node or "1", here),
+        nproc_per_node=processes(args.nproc_per_node or "1", here),
         min_nodes=min_nodes,
         max_nodes=max_nodes,
         backend=backend,
@@ -166,7 +166,8 @@ def _static_endpoint(args: argparse.Namespace, min_nodes: int, max_nodes: int) -
     return f"{args.master_addr or 'localhost'}:{port}"
 
 
-def _processes(text: str, here: bool) -> int:
+def processes(text: str, here: bool) -> int:
+    """The number that `--nproc-per-node` asks for; 0 for a name, such as gpu, that another machine has to answer."""
     if text.isdecimal() and int(text) > 0:
         return int(text)
     if text not in ("gpu", "cpu", "auto"):

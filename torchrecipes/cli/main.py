@@ -26,6 +26,7 @@ VERBS = {
     "cp": ("torchrecipes.cli.cp", "copy a recipe or a config, to change it"),
     "validate": ("torchrecipes.cli.validate", "check a config against a recipe, and run nothing"),
     "estimate": ("torchrecipes.cli.estimate", "tell what a run will take of memory, time and disk"),
+    "preflight": ("torchrecipes.cli.preflight", "try everything that can go wrong in a run, in minutes"),
     "run": ("torchrecipes.cli.run", "run a recipe, a shipped one or your own"),
     "launcher": ("torchrecipes.cli.launcher", "print a job script for Slurm, Kubernetes or plain machines"),
     "fill-mask": ("torchrecipes.cli.fill_mask", "ask a trained encoder what it puts in the place of [MASK]"),
