@@ -89,7 +89,7 @@ def test_commands_exist_and_their_settings_are_right(words, tmp_path, monkeypatc
     else:  # these want a run: only whether the words are arguments
         parser = argparse.ArgumentParser(prog=f"tune-style {verb}", exit_on_error=False)
         importlib.import_module(VERBS[verb][0]).add_arguments(parser)
-        parser.parse_args(rest)
+        parser.parse_intermixed_args(rest)
 
 
 def test_targets_of_make_exist():
@@ -131,7 +131,9 @@ def keys_table(recipe):
             if kind in classes:
                 yield from rows(classes[kind], f"{name}.")
                 continue
-            yield f"| `{name}` | {default(field.value)} | {comment(field)} |"
+            choices = re.search(r"Literal\[(.*?)\]", kind)
+            said = f"one of {choices[1].replace(chr(39), '`')}: " if choices and kind.startswith("Literal") else ""
+            yield f"| `{name}` | {default(field.value)} | {said}{comment(field)} |"
 
     def default(value):
         if isinstance(value, ast.Call) and value.func.id == "component":
@@ -158,7 +160,7 @@ def test_the_table_of_keys_is_the_config_dataclass():
 COMPONENTS = {
     "torchrecipes.models.": "neobert neobert_base neobert_100m neobert_tiny bert bert_base bert_small bert_mini "
     "bert_tiny",
-    "torchrecipes.optim.": "adamw cosine linear constant warmup_stable_decay",
+    "torchrecipes.optim.": "adamw adamw_8bit adamw_4bit adamw_cpu_offload cosine linear constant warmup_stable_decay",
     "torchrecipes.data.sources.": "files",
     "torchrecipes.data.python_docs.": "python_docs",
     "torchrecipes.data.tokenizers.": "train_wordpiece train_bpe train_unigram load_tokenizer",
