@@ -24,7 +24,7 @@ from torchrecipes.errors import UserError
 from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models.hub import hf_network
 from torchrecipes.training.auto_rows import SHARE
-from torchrecipes.training.estimate import Step, on_rank, trace_step
+from torchrecipes.training.estimate import on_rank, trace_step
 from torchrecipes.training.flops import DEVICES, PEAKS, mlm_flops_per_token, peak_flops
 from torchrecipes.training.memory import checkpoint_activations
 from torchrecipes.training.parallel import BYTES_PER_PARAMETER, SHARE_FOR_DDP
@@ -32,10 +32,10 @@ from torchrecipes.training.precision import autocast, choose_precision
 from torchrecipes.training.run import Run
 
 GIB = 2**30
-PROCESS = {"cuda": GIB, "cpu": int(0.3 * GIB)}  # what torch and its libraries take before the first tensor
-# Of what a step makes and frees, the share that the C library's heap takes on top: freed pieces that do not fit the
-# next tensor (measured with glibc 2.36).
-HEAP = 0.7
+PROCESS = {"cuda": GIB, "cpu": int(0.35 * GIB)}  # what torch and its libraries take before the first tensor
+# On a CPU: what the C library's heap takes on top of what a step makes and frees, as a share of it: freed pieces that
+# do not fit the next tensor. Measured with glibc 2.36, to within a fifth.
+HEAP = {"none": 0.7, "selective": 0.7, "full": 1.8}
 
 
 class Device(NamedTuple):
@@ -89,19 +89,17 @@ def estimate_run(
     strategy, shards = _shards(config.parallel.strategy, total, here.memory, world_size, per_node)
 
     rows_per_rank = config.rows_per_step // world_size
-    step_of = cache(partial(_step, config, rows_per_rank, here.kind, dtype, shards))
-    memory_of = partial(_memory, config, here.kind, dtype)
+    memory_of = cache(partial(_memory, config, rows_per_rank, here.kind, dtype, shards))
     divisors = [rows for rows in range(1, rows_per_rank + 1) if rows_per_rank % rows == 0]
     room = SHARE * here.memory
-    largest = _last(divisors, lambda rows: sum(memory_of(step_of(rows), rows).values()) <= room)
+    largest = _last(divisors, lambda rows: sum(memory_of(rows)[0].values()) <= room)
     asked = config.rows_per_micro_batch
     rows = largest or 1 if asked == "auto" else largest_micro_batch(rows_per_rank, asked)
-    step = step_of(rows)
-    memory = memory_of(step, rows)
+    memory, saved = memory_of(rows)
 
     flops = _flops_per_token(config, network)
     tokens, steps = config.rows_per_step * config.seq_len, _steps(config)
-    checkpoint = 4 * total + step.saved
+    checkpoint = 4 * total + saved
     known = steps is not None and here.peak is not None
     return {
         "device": here.name,
@@ -148,8 +146,7 @@ def step_fits(config: Any, run: Run, free: int) -> Callable[[int], bool]:
 
     @cache
     def fits(rows: int) -> bool:
-        step = _step(config, rows_per_rank, kind, dtype, shards, rows)
-        parts = _memory(config, kind, dtype, step, rows)
+        parts, _ = _memory(config, rows_per_rank, kind, dtype, shards, rows)
         return sum(parts.values()) - parts["weights"] - parts["process"] <= SHARE * free
 
     return fits
@@ -170,8 +167,10 @@ def _flops_per_token(config: Any, network: nn.Module) -> float:
     return mlm_flops_per_token(network, config.seq_len, config.data.mlm_probability)
 
 
-def _step(config: Any, rows_per_rank: int, kind: str, dtype: torch.dtype, shards: int, rows: int) -> Step:
-    """The memory of a step on one rank."""
+def _memory(
+    config: Any, rows_per_rank: int, kind: str, dtype: torch.dtype, shards: int, rows: int
+) -> tuple[dict[str, int], int]:
+    """The bytes of a rank at the peak of a step, by part, and those of the optimizer in a checkpoint of all."""
     micro_batches = rows_per_rank // rows
     offloaded = config.optimizer.path == "torchrecipes.optim.adamw_cpu_offload" and kind == "cuda"
 
@@ -196,21 +195,20 @@ def _step(config: Any, rows_per_rank: int, kind: str, dtype: torch.dtype, shards
     )
     if offloaded:
         step = replace(step, saved=2 * step.weights)
-    return on_rank(step, shards=shards, half=dtype == torch.bfloat16, micro_batches=micro_batches)
-
-
-def _memory(config: Any, kind: str, dtype: torch.dtype, step: Step, rows: int) -> dict[str, int]:
-    """The bytes of a rank by part: those of the step, and those around it."""
+    saved = step.saved
+    step = on_rank(step, shards=shards, half=dtype == torch.bfloat16, micro_batches=micro_batches)
     parts = {name: getattr(step, name) for name in ("weights", "optimizer", "gradients", "activations", "loss")}
     if step.gathered:
         parts["gathered"] = step.gathered
     if kind == "cpu" or dtype == torch.float32:  # where no kernel takes documents, a mask keeps them apart
         parts["activations"] += rows * config.seq_len**2 * dtype.itemsize
     if kind == "cpu":
-        parts["heap"] = int(HEAP * (parts["gradients"] + parts["activations"] + parts["loss"]))
+        lasting = parts["weights"] if micro_batches > 1 else 0  # gradients that wait for the last micro-batch
+        made = parts["gradients"] + parts["activations"] + parts["loss"] - lasting
+        parts["heap"] = int(HEAP[config.activation_checkpointing] * max(0, made))
         if config.async_save:
             parts["copy to save"] = parts["weights"] + parts["optimizer"]
-    return parts | {"process": PROCESS[kind]}
+    return parts | {"process": PROCESS[kind]}, saved
 
 
 def _last(divisors: list[int], fits: Callable[[int], bool]) -> int | None:
