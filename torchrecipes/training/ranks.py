@@ -105,16 +105,20 @@ def main_first(what: str) -> Iterator[None]:
     store, key = dist.distributed_c10d._get_default_store(), f"torchrecipes/{what}"
     if rank() > 0:
         store.wait([key], PREPARING)
-        if message := store.get(key).decode():
+        kind, _, message = store.get(key).decode().partition(":")
+        if kind == "mistake":
             raise UserError(message)
+        if kind == "bug":  # to be told as a lost peer's, so that rank 0's own error is what is shown
+            raise dist.DistNetworkError(f"rank 0 has ended: {message}")
         yield
         return
     try:
         yield
     except BaseException as error:
-        store.set(key, str(error) or type(error).__name__)
+        kind = "mistake" if isinstance(error, UserError) else "bug"
+        store.set(key, f"{kind}:{error}")
         raise
-    store.set(key, "")
+    store.set(key, "done")
 
 
 def environment() -> tuple[int, int, int, int]:
