@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +71,10 @@ def test_mistakes_are_one_message(words, message, capsys):
     assert message in err
     assert "Traceback" not in err
     assert len(err.splitlines()) <= 2
+
+
+def test_the_example_of_the_page_is_what_is_printed(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "estimate.md").read_text()
+    command, shown = re.search(r"```bash\ntune-style (.*?)\n```\n\n```text\n(.*?)```", page, re.DOTALL).groups()
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == shown
