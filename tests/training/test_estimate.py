@@ -3,6 +3,7 @@
 import gc
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from torchrecipes import optim
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
 from torchrecipes.config.files import find_recipe
+from torchrecipes.data.documents import Document
+from torchrecipes.data.tokenizers import train_wordpiece
 from torchrecipes.errors import UserError
 from torchrecipes.losses import masked_lm_loss
-from torchrecipes.models import bert, neobert
-from torchrecipes.training.estimate_run import estimate_run
+from torchrecipes.models import bert, neobert, save_hf
+from torchrecipes.training.estimate_run import estimate_run, step_fits
 from torchrecipes.training.flops import mlm_flops_per_token
 from torchrecipes.training.memory import checkpoint_activations
+from torchrecipes.training.run import Run
 
 CPU = torch.device("cpu")
 TENSORS = ("weights", "optimizer", "gradients", "activations", "loss")  # what the allocator sees of the memory's parts
@@ -122,6 +126,34 @@ def test_optimizer_state_by_optimizer(name, bytes_per_parameter):
     assert found["memory"]["optimizer"] == pytest.approx(
         bytes_per_parameter * found["parameters"]["total"], rel=0.01, abs=30_000
     )
+
+
+def test_an_optimizer_on_the_cpu_takes_nothing_of_a_gpu():
+    found = estimate_run(config_of("optimizer._component_=torchrecipes.optim.adamw_cpu_offload"), device="h200")
+    assert found["memory"]["optimizer"] == 0
+    assert found["checkpoint_bytes"] == 12 * found["parameters"]["total"]
+
+
+def test_model_and_tokenizer_from_a_folder(tmp_path):
+    tokenizer = train_wordpiece([Document("one two three four", "here")], vocab_size=320)
+    model = bert(tokenizer.vocab_size, 128, 2, 2, 256)
+    save_hf(model, tmp_path, tokenizer)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    loaded = estimate_run(config_of(f"init_from={tmp_path}"), device="h200")
+    assert loaded["parameters"]["total"] == count
+    path = f"tokenizer={{_component_: torchrecipes.data.tokenizers.load_tokenizer, path: {tmp_path}}}"
+    assert estimate_run(config_of(path), device="h200")["parameters"]["embedding"] == tokenizer.vocab_size * 128
+
+
+def test_what_fits_beside_a_model_is_a_question_of_the_free_memory():
+    config = config_of("precision=bf16", "async_save=false")
+    memory = estimate_run(config, device="cpu")["memory"]
+    needed = (memory["total"] - memory["weights"] - memory["process"]) / 0.9
+    run = Run(Path("nowhere"), CPU)
+    assert step_fits(config, run, int(1.001 * needed))(16)
+    too_little = step_fits(config, run, int(0.999 * needed))
+    assert not too_little(16)
+    assert too_little(8)
 
 
 def test_fully_sharded_state_is_split_over_all_ranks_and_hybrid_within_a_machine():

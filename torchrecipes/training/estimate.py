@@ -65,7 +65,7 @@ def trace_step(
     device: str,
     micro_batches: int,
 ) -> Step:
-    """Takes two optimizer steps without data, and looks at the second.
+    """Takes an optimizer step without data, when the optimizer has its state, and looks at its peak.
 
     Args:
         build_model: makes the model, with all that changes what its blocks keep.
@@ -85,20 +85,23 @@ def trace_step(
         model = build_model()
         in_blocks = [sum(p.nbytes for p in block.parameters()) for block in model.blocks]
         optimizer = build_optimizer(model)
-        for count in (1, min(2, micro_batches)):  # the first is there to make the optimizer's state
-            live.forget_peak()
-            for _ in range(count):
-                with autocast():
-                    live.part = "activations"
-                    hidden = forward(model)
-                    live.part = "loss"
-                    value = loss(model, hidden)
-                live.part = "gradients"
-                value.backward()
-                del hidden, value
-            live.part = "optimizer"
-            optimizer.step()
-            optimizer.zero_grad()
+        live.part = "optimizer"
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        optimizer.zero_grad()
+        live.forget_peak()
+        for _ in range(min(2, micro_batches)):
+            with autocast():
+                live.part = "activations"
+                hidden = forward(model)
+                live.part = "loss"
+                value = loss(model, hidden)
+            live.part = "gradients"
+            value.backward()
+            del hidden, value
+        live.part = "optimizer"
+        optimizer.step()
         parts = {name: live.at_peak[name] for name in ("weights", "optimizer", "activations", "loss", "gradients")}
         averages = [
             value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)

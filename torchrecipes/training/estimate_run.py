@@ -250,9 +250,8 @@ def _dtype(precision: str, kind: str) -> torch.dtype:
 def _network(config: Any) -> nn.Module:
     """The model as the recipe makes it, on the default device, with weights that nobody reads."""
     if config.init_from:
-        with torch.device("meta"):
-            network = hf_network(config.init_from)
-        return network.to_empty(device=torch.get_default_device())
+        described = hf_network(config.init_from)  # on the meta device
+        return type(described)(described.config)
     return build(config.model, vocab_size=_vocab_size(config), seed=config.seed)
 
 
