@@ -163,7 +163,13 @@ def test_fully_sharded_state_is_split_over_all_ranks_and_hybrid_within_a_machine
     }
     assert by["fsdp"]["optimizer"] == pytest.approx(by["ddp"]["optimizer"] / 16, rel=0.01)
     assert by["hsdp"]["optimizer"] == pytest.approx(by["ddp"]["optimizer"] / 8, rel=0.01)
-    assert by["fsdp"]["weights"] < by["hsdp"]["weights"] < by["ddp"]["weights"]
+    assert by["fsdp"]["weights"] == pytest.approx(by["ddp"]["weights"] / 16, rel=0.001)
+    assert by["hsdp"]["weights"] == pytest.approx(by["ddp"]["weights"] / 8, rel=0.001)
+    assert 0 < by["fsdp"]["gathered"] < by["ddp"]["weights"]
+    # Measured: the copies that `fully_shard` computes with are autocast's in bf16, and all weights again in fp32.
+    assert "gathered" not in by["ddp"]
+    in_fp32 = estimate_run(config_of("parallel.strategy=ddp", "precision=fp32"), device="h200", world_size=16)["memory"]
+    assert in_fp32["gathered"] == in_fp32["weights"]
 
 
 def test_checkpointing_keeps_the_inputs_of_blocks():

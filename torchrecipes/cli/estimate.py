@@ -12,7 +12,7 @@ MEANINGS = {  # of the parts of a rank's memory
     "gradients": "of what the backward pass has behind it at the peak, and temporary tensors",
     "activations": "kept for the backward pass",
     "loss": "logits of a chunk, gradients that are ready before the backward pass",
-    "gathered": "other ranks' weights, while a block computes",
+    "gathered": "weights that several processes compute with, beside those that they keep",
     "heap": "freed pieces that the C library cannot use again",
     "copy to save": "of weights and optimizer (async_save)",
     "process": "torch and its libraries",

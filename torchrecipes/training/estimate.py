@@ -33,7 +33,7 @@ class Step:
         activations: the forward pass, for the backward pass; autocast's copies of weights among them.
         loss: logits of a chunk, and the gradients that the loss computes at once.
         gradients: the backward pass: gradients, and what it needs for a moment.
-        gathered: weights of other ranks, and gradients for them.
+        gathered: weights that several processes compute with, beside those that they keep, and gradients for them.
         saved: what a checkpoint holds of the optimizer's state: fp32, whatever it is in memory. Not part of the peak.
         block: weights of the largest block.
         blocks: weights of all blocks.
@@ -110,17 +110,20 @@ def trace_step(
     return Step(**parts, gathered=0, saved=saved, block=max(in_blocks), blocks=sum(in_blocks))
 
 
-def on_rank(step: Step, *, shards: int, half: bool, micro_batches: int) -> Step:
+def on_rank(step: Step, *, ranks: int, shards: int, half: bool, micro_batches: int) -> Step:
     """What one rank of several has of it.
 
     Args:
         step: of one process.
+        ranks: processes in all.
         shards: ranks that weights, gradients and optimizer state are split over; 1: each has them whole.
         half: whether weights are gathered in bf16.
         micro_batches: with several, the gradients of the whole model wait on every rank for the last.
     """
-    if shards == 1:
+    if ranks == 1 or (shards == 1 and half):  # autocast's copies stand for those that `fully_shard` computes with
         return step
+    if shards == 1:
+        return replace(step, gathered=step.weights)
     narrow = 2 if half else 1
     # Gathered are the root and two blocks, one of which computes while the next is on its way.
     gathered = (step.weights - step.blocks + 2 * step.block) // narrow

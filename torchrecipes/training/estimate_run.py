@@ -196,7 +196,8 @@ def _memory(
     if offloaded:
         step = replace(step, saved=2 * step.weights)
     saved = step.saved
-    step = on_rank(step, shards=shards, half=dtype == torch.bfloat16, micro_batches=micro_batches)
+    ranks = config.rows_per_step // rows_per_rank
+    step = on_rank(step, ranks=ranks, shards=shards, half=dtype == torch.bfloat16, micro_batches=micro_batches)
     parts = {name: getattr(step, name) for name in ("weights", "optimizer", "gradients", "activations", "loss")}
     if step.gathered:
         parts["gathered"] = step.gathered
