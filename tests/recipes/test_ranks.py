@@ -42,9 +42,8 @@ eval_rows: 7
 save_every: 10
 """
 MAIN = """
-import sys
-from torchrecipes.cli.main import main
-sys.exit(main(sys.argv[1:]))
+from torchrecipes.cli.main import _as_process
+_as_process()
 """
 
 

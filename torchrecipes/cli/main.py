@@ -122,5 +122,19 @@ tune-style COMMAND --help tells more about one of them. To begin:
   tune-style run mlm_pretrain --config neobert/quickstart output_dir=runs/first"""
 
 
+def _as_process() -> None:
+    try:
+        code = main()
+    except SystemExit as end:
+        if not _is_one_of_many():
+            raise
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    if _is_one_of_many():
+        from torchrecipes.rank_errors import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _as_process()

@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchrecipes.errors import UserError
@@ -79,8 +79,8 @@ class Checkpointer:
         self._unsaved: UserError | None = None  # of the last save, when training goes on without it
         # A group of its own: the thread's messages must not come between those of the training.
         self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._copies: dict[str, Tensor] = {}  # the CPU's memory for them, used again by every save
+        self._cpu_meshes: dict[DeviceMesh, DeviceMesh] = {}
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -133,17 +133,20 @@ class Checkpointer:
             self._failed(error)
             return target
         model_files, weight_map = _my_model_files(model)
-        rng = {"python": random.getstate(), "numpy": _numpy_rng()}
-        stored = {"step": step, "state": state, "optimizer": optimizer_state, "rng": rng}
+        generators = {"python": random.getstate(), "numpy": _numpy_rng()}
+        stored = {"step": step, "state": state, "optimizer": optimizer_state, "rng": generators}
         texts = {"state.json": json.dumps(stored) + "\n", "config.yaml": config_yaml, "recipe.py": recipe_text}
         if weight_map:
             size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             texts["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
-        tensors = {"optimizer": optimizer_tensors, "model": model_files}
         if self.asynchronous:
-            tensors = self._stager.stage(tensors)
-        job = _Save(step, target, hidden, needed, model, tokenizer, texts, _torch_rng(), **tensors)
+            optimizer_tensors = self._copy(optimizer_tensors)
+            model_files = {file: self._copy(tensors) for file, tensors in model_files.items()}
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
+        rng = _torch_rng()
+        job = _Save(step, target, hidden, needed, model, tokenizer, texts, rng, model_files, optimizer_tensors)
         if self.asynchronous:
             # A daemon: a process that ends in an error must not wait for a peer that is gone.
             self._thread = threading.Thread(target=self._write, args=(job,), name="checkpoint", daemon=True)
@@ -152,6 +155,27 @@ class Checkpointer:
             self._write(job)
             self.wait()
         return target
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies tensors, or this rank's shards of them, into the CPU's memory; from a GPU without waiting for it."""
+        copies = {}
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+                copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=torch.cuda.is_available())
+                self._copies[name] = copy
+            copies[name] = copy.copy_(local, non_blocking=True)
+            if isinstance(tensor, DTensor):
+                mesh = tensor.device_mesh
+                if mesh.device_type != "cpu":
+                    if mesh not in self._cpu_meshes:
+                        self._cpu_meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+                    mesh = self._cpu_meshes[mesh]
+                copies[name] = DTensor.from_local(
+                    copy, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+                )
+        return copies
 
     def wait(self, final: bool = False) -> None:
         """Returns when the last save is on the disk.
