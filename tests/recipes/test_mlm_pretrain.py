@@ -392,6 +392,8 @@ def test_another_runs_folder_is_refused(train):
         (["rows_per_micro_batch=some"], "expected a whole number or one of 'auto', got the text 'some'"),
         (["parallel.strategy=pipeline"], "expected one of 'auto', 'none', 'ddp', 'fsdp', 'hsdp', got the text"),
         (["parallel.strategy=hsdp"], "there is one node only"),
+        (["precision=float8"], "needs an NVIDIA GPU of compute capability 8.9 .* emulate_float8=true"),
+        (["precision=float8", "emulate_float8=true", "seq_len=40"], "seq_len: 40 is not a multiple of 16"),
         (["seq_len=128"], "max_position_embeddings"),
         (["max_steps=null"], "none of max_steps, total_tokens, epochs is set"),
         (

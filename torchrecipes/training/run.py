@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "metrics",
     "guard",
     "parallel",
+    "activation_checkpointing",
     "rows_per_micro_batch",
     "data.num_workers",
     "data.tokenize_workers",
