@@ -83,3 +83,8 @@ def test_what_cannot_be_drawn_is_one_message(tmp_path, monkeypatch, capsys, case
         "unknown format": "cannot write",
     }
     assert expected[case] in capsys.readouterr().err
+
+
+def test_a_picture_without_a_suffix_is_told_under_the_name_it_has(tmp_path, figures, capsys):
+    assert main(["plot", str(write(tmp_path / "run")), "-o", str(tmp_path / "picture")]) == 0
+    assert f"drew {tmp_path / 'picture.png'}" in capsys.readouterr().out and (tmp_path / "picture.png").exists()

@@ -23,6 +23,7 @@ def main(args: argparse.Namespace) -> None:
     runs = {name: read_metrics(path) for name, path in _named(args.runs).items()}
     first = Path(args.runs[0])
     output = Path(args.output) if args.output else (first if first.is_dir() else first.parent) / "loss.png"
+    output = output if output.suffix else output.with_suffix(".png")  # as matplotlib does it
     draw(runs, output)
     print(f"drew {output}")
 
