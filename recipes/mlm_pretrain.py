@@ -190,8 +190,10 @@ def main(config: Config) -> None:
         finally:
             optimizer.zero_grad()
 
-    micro_rows = resumed.state["rows_per_micro_batch"] if resumed else config.rows_per_micro_batch
-    if micro_rows == "auto":
+    micro_rows = config.rows_per_micro_batch
+    if micro_rows == "auto" and resumed:
+        micro_rows = resumed.state["rows_per_micro_batch"]
+    elif micro_rows == "auto":
         fits = step_fits(config, run, free_memory(run.device, run.local_world_size))
         micro_rows = choose_rows(fits, rows_per_rank=rows_per_rank, try_step=try_step, agree=ranks.smallest)
 
@@ -220,17 +222,13 @@ def main(config: Config) -> None:
     )
 
     def save(step: int) -> Path:
+        state = {"corpus": train_corpus.fingerprint, "skipped_steps": skipped_steps, "guard": guard.state()}
         return checkpointer.save(
             step,
             model=model,
             optimizer=optimizer,
             tokenizer=tokenizer,
-            state={
-                "corpus": train_corpus.fingerprint,
-                "rows_per_micro_batch": micro_rows,
-                "skipped_steps": skipped_steps,
-                "guard": guard.state(),
-            },
+            state=state | {"rows_per_micro_batch": micro_rows},
             config_yaml=to_yaml(config),
             recipe_text=Path(__file__).read_text(encoding="utf-8"),
         )

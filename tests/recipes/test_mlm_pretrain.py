@@ -193,6 +193,20 @@ def test_the_guard_goes_back_past_the_bad_data_and_a_resumed_run_does_so_too(tra
     assert_same_weights(whole, resumed)
 
 
+def test_rows_per_micro_batch_may_change_and_what_auto_chose_stays(train, tmp_path, capsys):
+    whole = train("whole", "rows_per_micro_batch=auto")
+    assert "rows_per_micro_batch=auto: 8 of a rank's 8 rows per step" in capsys.readouterr().out
+    resumed = stop_at(whole, 8, tmp_path / "resumed")
+    train("resumed", "rows_per_micro_batch=auto")
+    assert "rows_per_micro_batch=auto" not in capsys.readouterr().out
+    assert_same_weights(whole, resumed)
+    smaller = stop_at(whole, 8, tmp_path / "smaller")
+    train("smaller", "rows_per_micro_batch=2")
+    state = json.loads((smaller / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())["state"]
+    assert state["rows_per_micro_batch"] == 2
+    assert losses(smaller) == pytest.approx(losses(whole), abs=1e-5)
+
+
 def test_a_damaged_checkpoint_costs_only_the_steps_behind_it(train, tmp_path, capsys):
     whole = train("whole")
     resumed = stop_at(whole, 8, tmp_path / "resumed")
