@@ -1,11 +1,19 @@
 """The readiness check as a user runs it."""
 
 import json
+import os
 import random
+import select
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from torchrecipes.cli.main import main
+from torchrecipes.data.corpus import open_corpus
+from torchrecipes.data.packing import DocumentRows
+from torchrecipes.training.preflight import ROWS
 
 SETTINGS = """
 tokenizer: {_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_size: 300}
@@ -20,6 +28,7 @@ max_steps: 1000
 schedule: {_component_: torchrecipes.optim.cosine, warmup_steps: 100}
 eval_every: 500
 """
+ONE = ("max_steps=null", "seq_len=64", "schedule.warmup_steps=2")
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +52,67 @@ def preflight(config, *overrides, code):
 
 
 def rows(output):
-    return {
-        line[9:27].strip(): (line.split()[0], line[27:])
+    found = {
+        line[9:23].strip(): (line.split()[0], line[25:])
         for line in output.splitlines()
         if line.startswith(("passed", "FAILED", "skipped"))
     }
+    assert "Traceback" not in output
+    return found
 
 
 def test_a_run_that_is_ready_passes_and_leaves_nothing_but_its_corpus(config, tmp_path, capsys):
-    preflight(config, f"output_dir={tmp_path / 'run'}", "data.num_workers=1", code=0)
+    output_dir = tmp_path / "my run"
+    preflight(config, f"output_dir={output_dir}", "data.num_workers=1", "data.packing=false", "epochs=1", *ONE, code=0)
     out = capsys.readouterr().out
     found = rows(out)
     assert {name: status for name, (status, _) in found.items()} == {
         "config": "passed",
         "output_dir": "passed",
-        "metrics writers": "skipped",
+        "resume": "passed",
+        "metrics": "skipped",
         "a real step": "passed",
         "checkpoint": "passed",
-        "data": "passed",
-        "budget": "passed",
         "loader workers": "passed",
+        "data": "passed",
+        "validation": "passed",
+        "budget": "passed",
         "time": "passed",
+        "disk": "passed",
     }
-    assert "1,000 steps see the" in found["budget"][1] and "to the last bit" in found["checkpoint"][1]
-    assert f"ready: tune-style run mlm_pretrain --config {config}" in out
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["corpus"]
+    assert "step 5 repeated to the last bit" in found["checkpoint"][1]
+    train = open_corpus(output_dir / "corpus" / "train")
+    assert train.num_documents == DocumentRows(train, 64, 0).num_rows  # each document has a row of its own
+    steps = -(-train.num_documents // 8)
+    said = f"{steps} steps see the {train.num_documents} rows of the corpus {steps * 8 / train.num_documents:.2f} times"
+    assert found["budget"][1] == said
+    assert f"\nready: tune-style run mlm_pretrain --config {config} 'output_dir={output_dir}'" in out
+    assert [path.name for path in output_dir.iterdir()] == ["corpus"]
+
+
+def test_a_run_that_goes_on_is_tried_from_its_checkpoint_which_stays_as_it_is(config, tmp_path, capsys):
+    run = f"output_dir={tmp_path / 'run'}"
+    main(
+        [
+            "run",
+            "mlm_pretrain",
+            "--config",
+            str(config),
+            run,
+            "max_steps=3",
+            "eval_every=null",
+            "schedule.warmup_steps=1",
+        ]
+    )
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    preflight(config, run, "max_steps=3", "eval_every=null", "schedule.warmup_steps=1", code=0)
+    found = rows(capsys.readouterr().out)
+    assert found["resume"] == ("passed", f"{checkpoint} is whole: the run goes on behind step 3")
+    assert "step 8 repeated to the last bit" in found["checkpoint"][1]
+    assert found["time"] == ("passed", "the run has made all its steps already")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_diverges_at_once_fails_with_the_remedy(config, tmp_path, capsys):
@@ -80,15 +125,67 @@ def test_a_run_that_cannot_start_fails_with_its_message(config, tmp_path, capsys
     preflight(config, f"output_dir={tmp_path / 'run'}", "seq_len=100", code=1)
     found = rows(capsys.readouterr().out)
     assert found["a real step"][0] == "FAILED" and "max_position_embeddings=64" in found["a real step"][1]
-    assert found["checkpoint"] == ("skipped", "because of the step")
-    assert "Traceback" not in str(found)
+    assert found["checkpoint"] == found["disk"] == ("skipped", "because of the step")
+    assert not list((tmp_path / "run").glob(".preflight-*"))
 
 
-def test_a_wrong_config_and_a_wrong_folder_fail_before_anything_runs(config, tmp_path, capsys):
+def test_sigterm_ends_the_trial_and_removes_its_folder(config, tmp_path):
+    os.mkfifo(tmp_path / "started")
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, signal\n"
+        "def source():\n"
+        "    pathlib.Path('started').write_text(str(os.getpid()))\n"
+        "    signal.pause()\n"
+    )
+    command = [sys.executable, "-P", "-m", "torchrecipes.cli.main", "preflight", "mlm_pretrain", "--config", config]
+    started = os.open(tmp_path / "started", os.O_RDONLY | os.O_NONBLOCK)
+    process = subprocess.Popen(
+        [*command, "output_dir=run", "data.source={_component_: slow.source}"],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ready, _, _ = select.select([started], [], [], 60)
+    trial = int(os.read(started, 99)) if ready else None
+    os.close(started)
+    process.terminate()
+    out, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    assert "resume" in rows(out) and "a real step" not in rows(out)
+    with pytest.raises(ProcessLookupError):
+        os.kill(trial, 0)
+    assert not list((tmp_path / "run").glob(".preflight-*"))
+
+
+def test_a_wrong_config_skips_all_else(config, tmp_path, capsys):
     preflight(config, f"output_dir={tmp_path / 'run'}", "optimizr.lr=1", "seed=x", code=1)
     out = capsys.readouterr().out
-    assert "FAILED   config" in out and "did you mean 'optimizer'?" in out and "skipped  all else" in out
+    found = rows(out)
+    assert found.pop("config")[0] == "FAILED" and "did you mean 'optimizer'?" in out
+    assert list(found) == list(ROWS) and set(found.values()) == {("skipped", "because of the config")}
+    assert not (tmp_path / "run").exists()
+    preflight(config, code=1)
+    assert "output_dir" in capsys.readouterr().out
+
+
+def test_an_unknown_recipe_is_a_failed_check_with_the_nearest_name(config, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["preflight", "mlm_pretrian", "--config", str(config)])
+    status, reason = rows(capsys.readouterr().out)["config"]
+    assert status == "FAILED" and "mlm_pretrain" in reason
+
+
+def test_a_folder_that_cannot_be_written_skips_all_that_needs_it(config, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     preflight(config, f"output_dir={tmp_path / 'file' / 'run'}", code=1)
     found = rows(capsys.readouterr().out)
-    assert found["output_dir"][0] == "FAILED" and found["a real step"] == ("skipped", "because of output_dir")
+    assert found["output_dir"][0] == "FAILED" and "Give another output_dir" in found["output_dir"][1]
+    assert found["a real step"] == found["disk"] == ("skipped", "because of output_dir")
+
+
+def test_one_process_of_many_does_not_start_it(config, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["preflight", "mlm_pretrain", "--config", str(config)]) == 2
+    assert "Start preflight once" in capsys.readouterr().err

@@ -1,11 +1,17 @@
 """`tune-style preflight`: the readiness check before a long run."""
 
 import argparse
+import contextlib
+import os
+import shlex
+import signal
 import sys
+from collections.abc import Iterator
 
 from torchrecipes.errors import UserError
 
 _MARK = {"passed": "passed ", "failed": "FAILED ", "skipped": "skipped"}
+_CLEAR = "\r\033[K"  # the line, on a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,33 +29,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print a table of checks, each as it is done; exit with 1 if one failed."""
+    with _signals_end_it():
+        _main(args)
+
+
+def _main(args: argparse.Namespace) -> None:
     from torchrecipes.cli.run import load_recipe_and_config
 
     world_size = _processes(args.nproc_per_node)
     try:
         _, config = load_recipe_and_config(args)
     except UserError as error:
+        from torchrecipes.training.preflight import ROWS
+
         _show("config", "failed", str(error))
-        _show("all else", "skipped", "because of the config")
-        raise SystemExit(1) from None
+        for name in ROWS:
+            _show(name, "skipped", "because of the config")
+        _end(1)
     _show("config", "passed", "every key and argument is known and of the right type")
 
     from torchrecipes.training.preflight import preflight
+    from torchrecipes.training.trial import GRACE_PERIOD
 
-    command = [sys.executable, "-P", "-m", "torchrecipes.cli.main", "run"]
-    command += ["--nproc-per-node", str(world_size)] if args.nproc_per_node else []
-    command += [args.recipe, *(["--config", args.config] if args.config else []), *args.overrides]
+    words = [args.recipe, *(["--config", args.config] if args.config else []), *args.overrides]
+    several = ["--nproc-per-node", str(world_size)] if args.nproc_per_node else []
+    # -P: as with the installed command, a file of the working folder does not pass for a module of Python's.
+    command = [sys.executable, "-P", "-m", "torchrecipes.cli.main", "run", *several]
+    command += ["--grace-period", str(GRACE_PERIOD)] if several else []
     failed = 0
-    for check in preflight(config, command, world_size=world_size):
+    for check in preflight(config, [*command, *words], world_size=world_size, tell=_tell):
         _show(check.name, check.status, check.reason)
         failed += check.status == "failed"
     if failed:
-        print(f"\n{failed} of the checks failed: the run is not ready.")
-        raise SystemExit(1)
-    print("\nready: tune-style run " + " ".join(command[5:]))
+        _end(failed)
+    print("\nready: tune-style run " + shlex.join([*several, *words]))
+
+
+def _end(failed: int) -> None:
+    print(f"\n{failed} of the checks failed: the run is not ready.")
+    raise SystemExit(1)
 
 
 def _processes(asked: str | None) -> int:
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "This process is one of several that a launcher started (WORLD_SIZE is set). Start preflight once, by "
+            "itself: it starts the processes of the run, as many as --nproc-per-node says."
+        )
     if asked is None:
         return 1
     from torchrecipes.cli.launch_flags import processes
@@ -57,8 +83,33 @@ def _processes(asked: str | None) -> int:
     return processes(asked, here=True)
 
 
+@contextlib.contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as Ctrl+C does: what it has begun is stopped, and its folder removed."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # ignored under nohup
+            before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(what: str) -> None:
+    if sys.stdout.isatty():
+        print(f"{_CLEAR}...      {what}", end="", flush=True)
+
+
 def _show(name: str, status: str, reason: str) -> None:
+    if sys.stdout.isatty():
+        print(_CLEAR, end="")
     first, *more = reason.splitlines() or [""]
-    print(f"{_MARK[status]}  {name:<16}  {first}", flush=True)
+    print(f"{_MARK[status]}  {name:<14}  {first}", flush=True)
     for line in more:
-        print(f"{'':<27}{line}", flush=True)
+        print(f"{'':<25}{line}", flush=True)

@@ -1,33 +1,40 @@
 """Everything that can be known to go wrong in a long run, tried in minutes before it is started.
 
-A run is tried by running it: two steps with the real model, data, batch and processes, a checkpoint after each; then
-the second checkpoint is taken away, and the same command has to resume from the first and make the second once more, to
-the last bit. That shows at once that a step works on every rank, that a checkpoint is saved, loaded and complete, and
-that the run can be repeated.
+What needs the run itself is tried by running it: see trial.py. The rest is asked of the parts that will be asked then:
+the checkpointer for the checkpoint to resume from, the corpus, the schedule, the writers.
 """
 
-import json
+import contextlib
+import io
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-from safetensors import safe_open
-
-from torchrecipes.config import build
-from torchrecipes.data.corpus import open_corpus
+from torchrecipes.config import Component, build, to_yaml
+from torchrecipes.data.corpus import Corpus, open_corpus
+from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.errors import UserError, explain
+from torchrecipes.training.budget import budget_steps
+from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
 from torchrecipes.training.estimate_run import estimate_run
-from torchrecipes.training.manifest import verify
+from torchrecipes.training.run import _check_same_settings, _lock
+from torchrecipes.training.trial import STEPS, Trial, size
 
 GIB = 2**30
 MANY_EPOCHS = 4  # repeating text more often than this helps little (Muennighoff et al. 2023, 2305.16264)
-TRY = ".preflight"  # the folder inside output_dir that is used, and removed
+TRIES = ".preflight-"  # begins the name of the folder inside output_dir that is used, and removed
+ROWS = (
+    *("output_dir", "resume", "metrics", "a real step", "checkpoint", "loader workers"),
+    *("data", "validation", "budget", "time", "disk"),
+)
+KEYS = (  # of a recipe's config, which are read or set here
+    *("output_dir", "data.corpus_dir", "data.packing", "data.num_workers", "seq_len", "rows_per_step"),
+    *("max_steps", "total_tokens", "epochs", "schedule", "deterministic", "log_every", "eval_every", "save_every"),
+    *("keep_last", "resume", "metrics"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,200 +46,323 @@ class Check:
     reason: str
 
 
-def preflight(config: Any, command: list[str], *, world_size: int = 1) -> Iterator[Check]:
+def preflight(
+    config: Any, command: list[str], *, world_size: int = 1, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[Check]:
     """Checks a run, one thing after another.
 
     Args:
         config: the recipe's config, checked.
         command: what starts the run, without settings of its own for what is tried here.
         world_size: the processes that the command starts.
+        tell: is told what begins to be tried, before what takes long.
 
     Yields:
         A check as soon as it is done. What could not be tried because of an earlier failure is skipped.
     """
-    output_dir = Path(config.output_dir)
-    corpus_dir = Path(config.data.corpus_dir or output_dir / "corpus")
-    try:
-        found = estimate_run(config, world_size=world_size)
-    except UserError as error:
-        found = None
-        yield Check("estimate", "failed", str(error))
-    yield (folder := _folder(output_dir, found))
-    for number, writer in enumerate(config.metrics):
-        yield _writer(number, writer)
-    if not config.metrics:
-        yield Check("metrics writers", "skipped", "metrics names none; metrics.jsonl is always written")
-    if folder.status == "failed":
-        yield Check("a real step", "skipped", "because of output_dir")
+    if lacking := [key for key in KEYS if not _has(config, key)]:
+        reason = (
+            f"its config has no {', '.join(lacking)}, which preflight needs to try it: see tune-style cat mlm_pretrain"
+        )
+        yield Check("recipe", "failed", reason)
+        yield from skipped(ROWS, "the recipe")
         return
+    output_dir = Path(config.output_dir)
+    estimate = _estimate(config, world_size)
+    yield (writable := _writable(output_dir, estimate, config.keep_last + 1))
+    if writable.status == "failed":
+        yield from skipped(ROWS[1:], "output_dir")
+        return
+    tell("reading the checkpoint to resume from")
+    resume, resumed = _resume(config)
+    yield resume
+    if not config.metrics:
+        yield Check("metrics", "skipped", "metrics names no writer; metrics.jsonl is always written")
+    for number, writer in enumerate(config.metrics):
+        tell(f"writing a value with {writer.path}")
+        yield _writer(number, writer)
+    with _own_folder(output_dir) as folder:
+        corpus_dir = Path(config.data.corpus_dir or output_dir / "corpus")
+        trial = Trial(command, folder / "run", corpus_dir)
+        if resumed:
+            trial = replace(trial, resume=resumed.path, past=resumed.step)
+        yield from _try(config, trial, resumed, estimate, tell)
 
-    trial = output_dir / TRY
-    shutil.rmtree(trial, ignore_errors=True)
+
+def skipped(names: tuple[str, ...], because_of: str) -> Iterator[Check]:
+    """Rows for what cannot be tried."""
+    for name in names:
+        yield Check(name, "skipped", f"because of {because_of}")
+
+
+def _try(
+    config: Any, trial: Trial, resumed: Checkpoint | None, estimate: dict[str, Any], tell: Callable[[str], None]
+) -> Iterator[Check]:
+    """The checks that need the run, and those that need its corpus, which is there after that."""
+    tell("making the tokenizer and the corpus if they are not there, then five steps of the run")
     try:
-        yield from _try(config, command, trial, corpus_dir, found)
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
+        lines = trial.steps()
+    except UserError as error:
+        yield Check("a real step", "failed", str(error))
+        yield from skipped(ROWS[4:], "the step")
+        return
+    checkpoint_bytes = trial.checkpoint_bytes()
+    yield (step := _step(lines, estimate.get("device_bytes")))
+    if step.status == "failed":
+        yield from skipped(("checkpoint",), "the step")
+    else:
+        tell("the last step once more, from the checkpoint before it")
+        yield _repeated(trial, checkpoint_bytes, config.deterministic, tell)
+    if workers := config.data.num_workers:
+        yield Check("loader workers", "passed", f"{workers} per process have made the batches of these steps")
+    else:
+        yield Check("loader workers", "skipped", "data.num_workers is 0: batches are made in the process itself")
+
+    train = open_corpus(trial.corpus_dir / "train")
+    rows = (PackedRows if config.data.packing else DocumentRows)(train, config.seq_len, pad_id=0)
+    yield _data(config, train, resumed)
+    yield _validation(config, trial.corpus_dir / "validation")
+    budget, steps = _budget(config, rows)
+    yield budget
+    if steps:
+        yield _time(steps - trial.past, _typical(lines))
+    else:
+        yield from skipped(("time",), "the budget")
+    if checkpoint_bytes:
+        freed = size(trial.folder.parent)
+        yield _room("disk", Path(config.output_dir), checkpoint_bytes, config.keep_last + 1, freed=freed)
+    else:  # what is not finite is not saved
+        yield from skipped(("disk",), "the step")
 
 
-def differing_tensors(first: Path, second: Path) -> list[str]:
-    """The names of the tensors that differ between two checkpoints, bit by bit; empty when none does.
-
-    It does not matter which rank has written a tensor, or its shards.
-    """
-    ours, theirs = _digests(first), _digests(second)
-    return [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-
-
-def _digests(folder: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for file in folder.rglob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            names = tensors.keys()
-            for name in names:
-                tensor = tensors.get_tensor(name)
-                content = xxhash.xxh3_128_hexdigest(tensor.contiguous().view(torch.uint8).numpy())
-                found.setdefault(name, []).append(f"{tensor.dtype} {list(tensor.shape)} {content}")
-    return {name: sorted(digests) for name, digests in found.items()}
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not hasattr(config, part):
+            return False
+        config = getattr(config, part)
+    return True
 
 
-def _folder(output_dir: Path, found: dict[str, Any] | None) -> Check:
-    """Whether the folder can be written, and has room for the checkpoints."""
+def _estimate(config: Any, world_size: int) -> dict[str, Any]:
+    """What is known before there is a checkpoint; empty where nothing is."""
+    try:
+        return estimate_run(config, world_size=world_size)
+    except Exception:  # a recipe of another kind, or what the trial will tell in better words
+        return {}
+
+
+def _writable(output_dir: Path, estimate: dict[str, Any], number: int) -> Check:
+    """Whether the folder can be written, is nobody else's, and has room for the checkpoints."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
             file.write(b"x")
-        free = shutil.disk_usage(output_dir).free
     except OSError as error:
         return Check("output_dir", "failed", f"{output_dir}: {error.strerror}. Give another output_dir=...")
+    try:
+        if (output_dir / ".lock").exists():
+            for lock in _lock(output_dir):
+                lock.close()
+    except UserError as error:
+        return Check("output_dir", "failed", str(error))
+    if not estimate:
+        return Check("output_dir", "passed", f"{output_dir} can be written")
+    return _room("output_dir", output_dir, estimate["checkpoint_bytes"], number)
+
+
+def _room(name: str, output_dir: Path, checkpoint_bytes: int, number: int, *, freed: int = 0) -> Check:
+    """Whether so many checkpoints find room; those that are there are among them. `freed` bytes will be free."""
+    room = shutil.disk_usage(output_dir).free + freed + size(output_dir / "checkpoints")
+    needed = number * checkpoint_bytes
+    said = (
+        f"{number} checkpoints (keep_last, and one being written) of {_amount(checkpoint_bytes)} take "
+        f"{_amount(needed)}; there is room for {_amount(room)}"
+    )
+    if room < needed:
+        return Check(name, "failed", f"{said}. Make room, lower keep_last, or give another output_dir=...")
+    return Check(name, "passed", said)
+
+
+def _resume(config: Any) -> tuple[Check, Checkpoint | None]:
+    """Whether the folder is that of this run, and its checkpoint whole; and that checkpoint."""
+    output_dir = Path(config.output_dir)
+    there = any((output_dir / "checkpoints").glob("step-*"))
+    told = io.StringIO()
+    try:
+        if there and config.resume == "never":
+            raise UserError(
+                f"{output_dir} holds the checkpoints of a run, and resume=never would write over them. Give another "
+                "output_dir=..., or delete the folder, or continue the run with resume=auto."
+            )
+        if there and (output_dir / "config.yaml").exists():
+            _check_same_settings(output_dir / "config.yaml", to_yaml(config))
+        with contextlib.redirect_stdout(told):
+            found = Checkpointer(output_dir, config.keep_last).resume(config.resume)
+    except UserError as error:
+        return Check("resume", "failed", str(error)), None
     if found is None:
-        return Check("output_dir", "passed", f"{output_dir} can be written; {free / GIB:,.1f} GiB are free")
-    needed = found["kept_bytes"]
-    room = f"{needed / GIB:,.2f} GiB for keep_last checkpoints and one being written, {free / GIB:,.1f} GiB are free"
-    if free < needed:
-        return Check("output_dir", "failed", f"{room}: make room, lower keep_last, or give another output_dir=...")
-    return Check("output_dir", "passed", room)
+        return Check("resume", "passed", "there is no checkpoint: the run begins at step 1"), None
+    damaged = [line for line in told.getvalue().splitlines() if "damaged" in line]
+    reason = "\n".join([f"{found.path} is whole: the run goes on behind step {found.step:,}", *damaged])
+    return Check("resume", "passed", reason), found
 
 
-def _writer(number: int, writer: Any) -> Check:
-    """Whether a metrics writer can be built, and takes a value."""
+def _writer(number: int, writer: Component) -> Check:
+    """Whether a metrics writer can be built, and takes a value; nothing is left where the run's own values go."""
     name = f"metrics.{number}"
-    with tempfile.TemporaryDirectory() as folder:
+    arguments = dict(writer.args)
+    more = ""
+    if writer.path == "torchrecipes.training.writers.TensorBoard":
+        arguments.pop("folder", None)
+    if writer.path == "torchrecipes.training.writers.WandB" and arguments.get("mode", "online") == "online":
+        arguments["mode"] = "offline"
+        more = ", offline: its server and your login are not tried"
+    # Not a folder that vanishes: a writer's thread may write once more after close.
+    with tempfile.TemporaryDirectory(prefix="preflight-", ignore_cleanup_errors=True) as folder:
         try:
-            built = build(writer, output_dir=folder)
-            built.log({"step": 0, "preflight": 1.0}, 0)
-            built.close()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                built = build(replace(writer, args=arguments), output_dir=folder)
+                built.log({"step": 0, "preflight": 1.0}, 0)
+                built.close()
         except Exception as error:  # whatever a logger's package raises when it cannot reach its server
-            return Check(name, "failed", f"{writer.path}: {explain(error) or repr(error)}")
-    return Check(name, "passed", f"{writer.path} has taken a value")
+            return Check(name, "failed", f"{writer.path}: {explain(error) or f'{type(error).__name__}: {error}'}")
+    return Check(name, "passed", f"{writer.path} has taken a value{more}")
 
 
-def _try(
-    config: Any, command: list[str], trial: Path, corpus_dir: Path, found: dict[str, Any] | None
-) -> Iterator[Check]:
-    settings = [
-        f"output_dir={trial}",
-        f"data.corpus_dir={corpus_dir}",
-        *("max_steps=2", "total_tokens=null", "epochs=null", "save_every=1", "log_every=1", "eval_every=null"),
-        *("keep_last=2", "resume=auto", "metrics=[]"),
-        # A warm-up of more steps than there are is refused.
-        *("schedule._component_=torchrecipes.optim.constant", "schedule.warmup_steps=null"),
-    ]
-    problem = _run([*command, *settings])
-    rest = ["checkpoint", "data", "budget", "loader workers", "time"]
-    if problem:
-        yield Check("a real step", "failed", problem)
-        for name in rest:
-            yield Check(name, "skipped", "because of the step")
-        return
-    lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
-    first, second = lines[0], lines[-1]
+@contextlib.contextmanager
+def _own_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder for this try, removed at the end; those that killed ones have left are removed, too."""
+    for old in output_dir.glob(f"{TRIES}*"):
+        with contextlib.suppress(UserError):  # locked: another preflight is at work
+            if locks := _lock(old):
+                shutil.rmtree(old, ignore_errors=True)
+                for lock in locks:
+                    lock.close()
+    folder = Path(tempfile.mkdtemp(prefix=TRIES, dir=output_dir))
+    locks = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for lock in locks:
+            lock.close()
+
+
+def _step(lines: list[dict], device_bytes: int | None) -> Check:
+    """What the first steps have shown."""
     bad = [line for line in lines if line["loss"] is None or line["grad_norm"] is None]
-    seconds = found["tokens_per_step"] / second["tokens_per_second"] if found else None
     if bad:
         remedy = "Lower optimizer.lr, lengthen the warm-up or try precision=fp32"
-        yield Check("a real step", "failed", f"step {bad[0]['step']}: loss or gradient is not finite. {remedy}")
-    else:
-        said = f"loss {first['loss']:.3f}, then {second['loss']:.3f}; peak memory {second['memory_gib']:.2f} GiB"
-        yield Check("a real step", "passed", said + (f"; {seconds:.2f} s per step" if seconds else ""))
-
-    yield _repeat([*command, *settings], trial)
-    corpora = {name: corpus_dir / name for name in ("train", "validation")}
-    train = open_corpus(corpora["train"])
-    yield _data(config, train.fingerprint, corpora["validation"])
-    yield _budget(config, train.num_tokens, found)
-    workers = config.data.num_workers
-    if workers:
-        yield Check("loader workers", "passed", f"{workers} per process have made the batches of both steps")
-    else:
-        yield Check("loader workers", "skipped", "data.num_workers is 0: batches are made in the process itself")
-    steps = _steps_after(config, found)
-    if steps and seconds:
-        mfu = f", MFU {second['mfu']:.1%}" if second.get("mfu") else ""
-        hours = steps * seconds / 3600
-        long = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
-        disk = f"{found['kept_bytes'] / GIB:,.2f} GiB of disk"
-        yield Check("time", "passed", f"{steps:,} steps of {seconds:.2f} s: {long}{mfu}; {disk}")
-    else:
-        yield Check("time", "skipped", "the number of steps is not known")
+        return Check("a real step", "failed", f"step {bad[0]['step']}: loss or gradient is not finite. {remedy}")
+    losses = ", ".join(f"{line['loss']:.3f}" for line in lines)
+    of = f" of {device_bytes / GIB:.0f}" if device_bytes else ""
+    memory = f"{lines[-1]['memory_gib']:.2f}{of} GiB"
+    return Check(
+        "a real step",
+        "passed",
+        f"losses {losses}; gradient norm {lines[-1]['grad_norm']:.2f}; peak memory {memory}; "
+        f"{_seconds(_typical(lines)):.2f} s per step",
+    )
 
 
-def _repeat(command: list[str], trial: Path) -> Check:
-    """Whether the run resumes from its first checkpoint and makes the second once more."""
-    target = trial / "checkpoints" / "step-00000002"
-    kept = trial / "second"
-    if problems := verify(target):
-        return Check("checkpoint", "failed", "; ".join(problems))
-    target.rename(kept)
-    if problem := _run(command):
-        return Check("checkpoint", "failed", f"the run does not resume: {problem}")
-    differing = differing_tensors(kept, target)
-    if differing:
-        shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
-        remedy = "A resumed run would go another way; on a GPU deterministic=true may help"
-        return Check("checkpoint", "failed", f"step 2, resumed from step 1, differs: {shown}. {remedy}")
-    size = sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())
-    return Check("checkpoint", "passed", f"saved, loaded, and step 2 repeated to the last bit ({size / GIB:.2f} GiB)")
+def _typical(lines: list[dict]) -> dict:
+    """The line of the step in the middle, by time, of those in which nothing begins and nothing is saved."""
+    return sorted(lines[1:-1], key=_seconds)[(len(lines) - 2) // 2]
 
 
-def _data(config: Any, fingerprint: str, validation: Path) -> Check:
-    """Whether the text is that of the checkpoint to resume from, and can be evaluated on."""
-    if config.eval_every and not (validation / "corpus.json").exists():
-        return Check("data", "failed", "eval_every is set, and there is no validation text")
-    found = f"{open_corpus(validation).num_tokens:,} tokens for validation" if config.eval_every else "no evaluation"
-    newest = max((Path(config.output_dir) / "checkpoints").glob("step-*"), default=None)
-    if newest is None:
-        return Check("data", "passed", f"opens; {found}; no checkpoint yet, the run begins at step 1")
-    if problems := verify(newest, checksums=False):
-        return Check("data", "failed", f"{newest}: {'; '.join(problems)}")
-    stored = json.loads((newest / "state.json").read_text(encoding="utf-8"))["state"].get("corpus")
-    if stored != fingerprint:
-        return Check("data", "failed", f"it is not the corpus that {newest} was trained on: bring the old one back")
-    return Check("data", "passed", f"opens; {found}; it is that of {newest}, from which the run goes on")
+def _seconds(line: dict) -> float:
+    """Seconds of the step that a line is of."""
+    return line["tokens"] / line["step"] / line["tokens_per_second"]
 
 
-def _budget(config: Any, tokens: int, found: dict[str, Any] | None) -> Check:
-    """How often each text is seen."""
-    steps = _steps_after(config, found)
-    if not steps:
-        return Check("budget", "skipped", "the number of steps is not known")
-    epochs = steps * config.rows_per_step * config.seq_len / tokens
-    said = f"{steps:,} steps see the {tokens:,} tokens of the corpus {epochs:,.2f} times"
+def _repeated(trial: Trial, checkpoint_bytes: int, deterministic: bool, tell: Callable[[str], None]) -> Check:
+    """Whether the run resumes and makes its last step once more."""
+    try:
+        names = trial.repeat()
+    except UserError as error:
+        return Check("checkpoint", "failed", f"the run does not resume: {error}")
+    step, taken = trial.past + STEPS, _amount(checkpoint_bytes)
+    if not names:
+        return Check("checkpoint", "passed", f"saved ({taken}), loaded, and step {step} repeated to the last bit")
+    shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+    differs = f"step {step}, resumed from step {step - 1}, differs: {shown}"
+    if deterministic:
+        return Check("checkpoint", "failed", f"{differs}. A resumed run would go another way")
+    # Kernels of a GPU add up in any order. Whether it is that, or something a checkpoint lacks, shows without them.
+    tell("the same with deterministic=true, as some kernels do not repeat their last bits")
+    again = replace(trial, folder=trial.folder.with_name("deterministic"), deterministic=True)
+    try:
+        again.steps()
+        names = again.repeat()
+    except UserError as error:
+        return Check("checkpoint", "failed", f"{differs}; and deterministic=true, which would show why, ends: {error}")
+    if names:
+        return Check("checkpoint", "failed", f"{differs}; with deterministic=true, too. A resumed run goes another way")
+    return Check(
+        "checkpoint",
+        "passed",
+        f"saved ({taken}), loaded; step {step} is repeated to the last bit with deterministic=true. Without it, as the "
+        "config has it, some kernels round in another order each time",
+    )
+
+
+def _data(config: Any, train: Corpus, resumed: Checkpoint | None) -> Check:
+    """Whether the text is that of the checkpoint to resume from. That it fills a row, the step has shown."""
+    if resumed:
+        try:
+            check_same_data(resumed, train, config.resume)
+        except UserError as error:
+            return Check("data", "failed", str(error))
+    of = f"; the corpus of {resumed.path}" if resumed and config.resume == "auto" else ""
+    return Check("data", "passed", f"{train.num_documents:,} documents, {train.num_tokens:,} tokens{of}")
+
+
+def _validation(config: Any, folder: Path) -> Check:
+    """Whether there is something to evaluate on."""
+    if not config.eval_every:
+        return Check("validation", "skipped", "eval_every is null")
+    try:
+        corpus = open_corpus(folder)
+    except UserError as error:
+        return Check("validation", "failed", f"eval_every={config.eval_every}, and: {error}")
+    rows = (PackedRows if config.data.packing else DocumentRows)(corpus, config.seq_len, pad_id=0)
+    return Check("validation", "passed", f"{rows.num_rows:,} rows, {corpus.num_tokens:,} tokens")
+
+
+def _budget(config: Any, rows: PackedRows | DocumentRows) -> tuple[Check, int | None]:
+    """How often each row is seen, and the run's steps. The schedule of so many, which the trial replaces, is made."""
+    try:
+        steps = budget_steps(
+            rows,
+            config.rows_per_step,
+            max_steps=config.max_steps,
+            total_tokens=config.total_tokens,
+            epochs=config.epochs,
+        )
+        build(config.schedule, max_steps=steps)
+    except UserError as error:
+        return Check("budget", "failed", str(error)), None
+    epochs = steps * config.rows_per_step / rows.num_rows
+    said = f"{steps:,} steps see the {rows.num_rows:,} rows of the corpus {epochs:,.2f} times"
     if epochs > MANY_EPOCHS:
-        said += f": more than {MANY_EPOCHS} repetitions teach little; more text would"
-    return Check("budget", "passed", said)
+        said += (
+            f". Warning: more than {MANY_EPOCHS} times teaches little; more text, or a smaller budget, would be better"
+        )
+    return Check("budget", "passed", said), steps
 
 
-def _steps_after(config: Any, found: dict[str, Any] | None) -> int | None:
-    """The run's steps; known for `epochs` only now that the corpus is there."""
-    if found is None or found["steps"]:
-        return found and found["steps"]
-    return estimate_run(config)["steps"]
+def _time(steps: int, line: dict) -> Check:
+    """How long the run will take, without evaluation and what saving adds."""
+    if steps <= 0:
+        return Check("time", "passed", "the run has made all its steps already")
+    seconds = _seconds(line)
+    total = steps * seconds
+    long = f"{total / 3600:,.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes"
+    mfu = f", MFU {line['mfu']:.1%}" if line.get("mfu") else ""
+    return Check(
+        "time", "passed", f"{steps:,} steps of {seconds:.2f} s: {long}{mfu}; evaluation and saving come on top"
+    )
 
 
-def _run(command: list[str]) -> str:
-    """Runs a command to its end. Returns its message if it fails, else nothing."""
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode == 0:
-        return ""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    return "\n".join(lines[-5:]) or f"it ended with exit code {result.returncode}"
+def _amount(count: int) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
