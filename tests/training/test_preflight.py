@@ -116,9 +116,15 @@ def test_kernels_that_round_at_random_are_told_from_checkpoints_that_lack_someth
     assert folders == ([tmp_path / "deterministic"] if with_it is not None else [])
 
 
-def test_a_writer_that_fails_is_named():
+@pytest.mark.parametrize("error", [ConnectionError("no server"), SystemExit("log in"), UserError("no package")])
+def test_a_writer_that_fails_is_named_with_its_message(monkeypatch, error):
+    def build(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module, "build", build)
     check = module._writer(1, Component("here.Writer", {}))
-    assert (check.name, check.status) == ("metrics.1", "failed") and "here.Writer" in check.reason
+    assert (check.name, check.status) == ("metrics.1", "failed") and str(error) in check.reason
+    assert check.reason.startswith("here.Writer: ")
 
 
 def test_a_writer_takes_its_value_away_from_the_run_and_from_the_network(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def _estimate(config: Any, world_size: int) -> dict[str, Any]:
     """What is known before there is a checkpoint; empty where nothing is."""
     try:
         return estimate_run(config, world_size=world_size)
-    except Exception:  # a recipe of another kind, or what the trial will tell in better words
+    except (Exception, SystemExit):  # a recipe of another kind, or what the trial will tell in better words
         return {}
 
 
@@ -224,7 +224,7 @@ def _writer(number: int, writer: Component) -> Check:
                 built = build(replace(writer, args=arguments), output_dir=folder)
                 built.log({"step": 0, "preflight": 1.0}, 0)
                 built.close()
-        except Exception as error:  # whatever a logger's package raises when it cannot reach its server
+        except (Exception, SystemExit) as error:  # whatever a logger's package raises without its server or a login
             return Check(name, "failed", f"{writer.path}: {explain(error) or f'{type(error).__name__}: {error}'}")
     return Check(name, "passed", f"{writer.path} has taken a value{more}")
 
