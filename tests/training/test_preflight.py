@@ -64,7 +64,7 @@ def lines(*seconds, **more):
 
 
 def test_the_time_is_that_of_the_middle_step_without_the_first_and_the_last():
-    typical = module._typical(lines(60, 2, 30, 3, 50))
+    typical = module._typical(lines(1, 2, 30, 3, 1.5))
     assert typical["step"] == 4
     assert module._time(1200, typical).reason.startswith("1,200 steps of 3.00 s: 1.0 hours; ")
     assert module._time(10, typical | {"mfu": 0.5}).reason.startswith("10 steps of 3.00 s: 0.5 minutes, MFU 50.0%")
