@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from torchrecipes.data.corpus import prepare_corpus
-from torchrecipes.data.loader import Loader, evaluation_batches, make_batch
+from torchrecipes.data.loader import Loader, evaluation_batches
 from torchrecipes.data.masking import Masking
 from torchrecipes.data.order import key_of
 from torchrecipes.data.packing import DocumentRows, PackedRows
@@ -143,7 +143,7 @@ def test_too_many_documents_for_the_batch_are_refused(parts):
     rows = PackedRows(corpus, 32, tokenizer.pad_id)
     rows.max_segments = 1
     with pytest.raises(ValueError, match="documents in a batch that is made for"):
-        make_batch(rows, masking, np.arange(8), key_of(np.arange(8)))
+        masking.batch(rows, np.arange(8), key_of(np.arange(8)))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchrecipes.data.batch import Batch
 from torchrecipes.data.masking import Masking
+from torchrecipes.data.next_tokens import NextTokens
 from torchrecipes.data.order import key_of, permute, rows_at
 from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.errors import UserError
@@ -28,7 +29,8 @@ class Loader:
 
     Args:
         rows: `PackedRows` or `DocumentRows`.
-        masking: hides the targets.
+        targets: makes batches of rows, with what is to be predicted: `Masking`, `NextTokens`, or anything with their
+            `batch`.
         seed: chooses order and masks.
         rows_per_step: rows of an optimizer step, over all ranks and micro-batches.
         rows_per_micro_batch: rows of a forward pass on one rank, at most: see `largest_micro_batch`.
@@ -45,7 +47,7 @@ class Loader:
     def __init__(
         self,
         rows: PackedRows | DocumentRows,
-        masking: Masking,
+        targets: Masking | NextTokens,
         *,
         seed: int,
         rows_per_step: int,
@@ -64,7 +66,7 @@ class Loader:
             )
         share = share_of_step(rows_per_step, world_size)
         size = largest_micro_batch(share, rows_per_micro_batch)
-        self._data = _Steps(rows, masking, seed, rows_per_step, rank * share, share, size)
+        self._data = _Steps(rows, targets, seed, rows_per_step, rank * share, share, size)
         self._max_steps, self._num_workers, self._device = max_steps, num_workers, device
         self.go_to(first_step)
 
@@ -126,7 +128,7 @@ def largest_micro_batch(rows_per_rank: int, at_most: int) -> int:
 
 def evaluation_batches(
     rows: PackedRows | DocumentRows,
-    masking: Masking,
+    targets: Masking | NextTokens,
     rows_per_batch: int,
     limit: int | None = None,
     rank: int = 0,
@@ -136,7 +138,7 @@ def evaluation_batches(
     """Every row once, with masks that are the same every time.
 
     Args:
-        rows, masking: as for `Loader`.
+        rows, targets: as for `Loader`.
         rows_per_batch: rows of a batch; the last is filled up with rows of padding.
         limit: rows at most; a random choice, the same every time. None: all.
         rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th. All take as many: a
@@ -149,43 +151,15 @@ def evaluation_batches(
     numbers = np.pad(numbers, (0, -len(numbers) % (world_size * rows_per_batch)), constant_values=-1)
     for start in range(rank * rows_per_batch, len(numbers), world_size * rows_per_batch):
         chosen = numbers[start : start + rows_per_batch]
-        batch = make_batch(rows, masking, chosen, key_of(EVALUATION, chosen))
+        batch = targets.batch(rows, chosen, key_of(EVALUATION, chosen))
         yield batch if device is None else batch.to(device)
-
-
-def make_batch(rows: PackedRows | DocumentRows, masking: Masking, numbers: np.ndarray, row_keys: np.ndarray) -> Batch:
-    """The rows with these numbers as a batch for masked language modelling.
-
-    Args:
-        numbers: `[B]` int64; -1 is a row of padding.
-        row_keys: `[B]` uint64, for the masks.
-    """
-    block = rows.rows(numbers)
-    size = block.tokens.size
-    capacity = len(numbers) * rows.max_segments + 1
-    if len(block.boundaries) >= capacity:
-        raise ValueError(f"{len(block.boundaries)} documents in a batch that is made for {capacity - 1}")
-    cu_seqlens = np.full(capacity, size, dtype=np.int32)
-    cu_seqlens[: len(block.boundaries)] = block.boundaries
-    lengths = np.diff(block.boundaries, append=size)
-    position_ids = (np.arange(size) - np.repeat(block.boundaries, lengths)).reshape(block.tokens.shape)
-    positions, labels, num_targets = masking(block.tokens, row_keys)
-    return Batch(
-        input_ids=torch.from_numpy(block.tokens),
-        position_ids=torch.from_numpy(position_ids),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=rows.seq_len,
-        num_targets=num_targets,
-        masked_positions=torch.from_numpy(positions),
-        masked_labels=torch.from_numpy(labels),
-    )
 
 
 class _Steps(Dataset):
     """steps[s]: the micro-batches of step s."""
 
-    def __init__(self, rows, masking, seed, rows_per_step, first_row, num_rows, rows_per_micro_batch):
-        self.rows, self.masking, self.seed = rows, masking, seed
+    def __init__(self, rows, targets, seed, rows_per_step, first_row, num_rows, rows_per_micro_batch):
+        self.rows, self.targets, self.seed = rows, targets, seed
         self.rows_per_step, self.first_row, self.num_rows = rows_per_step, first_row, num_rows
         self.rows_per_micro_batch = rows_per_micro_batch
         # The arithmetic of the order costs as much for thousands of rows as for a few: it is done for a block of steps.
@@ -202,7 +176,7 @@ class _Steps(Dataset):
             self.block = block
         size = self.rows_per_micro_batch
         return [
-            make_batch(self.rows, self.masking, self.numbers[within, i : i + size], self.keys[within, i : i + size])
+            self.targets.batch(self.rows, self.numbers[within, i : i + size], self.keys[within, i : i + size])
             for i in range(0, self.num_rows, size)
         ]
 

@@ -13,8 +13,11 @@
 import math
 
 import numpy as np
+import torch
 
+from torchrecipes.data.batch import Batch, document_fields
 from torchrecipes.data.order import key_of
+from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.data.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
@@ -49,6 +52,19 @@ class Masking:
     def slots(self, seq_len: int) -> int:
         """Places for targets in every row of `seq_len` tokens."""
         return math.ceil(self.mlm_probability * seq_len)
+
+    def batch(self, rows: PackedRows | DocumentRows, numbers: np.ndarray, row_keys: np.ndarray) -> Batch:
+        """The rows with these numbers, `[B]`, -1 being a row of padding, with targets drawn for `row_keys`, `[B]`."""
+        block = rows.rows(numbers)
+        documents = document_fields(block.boundaries, block.tokens.shape, rows.max_segments)
+        positions, labels, num_targets = self(block.tokens, row_keys)
+        return Batch(
+            input_ids=torch.from_numpy(block.tokens),
+            num_targets=num_targets,
+            masked_positions=torch.from_numpy(positions),
+            masked_labels=torch.from_numpy(labels),
+            **documents,
+        )
 
     def __call__(self, tokens: np.ndarray, row_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """Hides the targets in `tokens`, in place.

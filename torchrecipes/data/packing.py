@@ -13,16 +13,18 @@ from torchrecipes.data.corpus import Corpus
 
 @dataclass(frozen=True)
 class RowBlock:
-    """B rows of S tokens.
+    """B rows of S tokens, or of S + lookahead.
 
     Attributes:
         tokens: `[B, S]` int64.
         boundaries: int64, sorted: the flat positions in `[0, B * S)` at which a document (or padding) starts; the
             start of every row is among them.
+        lengths: `[B]` int64: what is in a row before its padding, in tokens.
     """
 
     tokens: np.ndarray
     boundaries: np.ndarray
+    lengths: np.ndarray
 
 
 class PackedRows:
@@ -32,6 +34,7 @@ class PackedRows:
         corpus: the documents.
         seq_len: S, tokens per row.
         pad_id: the padding token.
+        lookahead: tokens behind a row that `rows` shows with it: 1 for a model that predicts the next token.
 
     Attributes:
         num_rows: rows in the corpus.
@@ -39,8 +42,8 @@ class PackedRows:
         tokens_per_row: mean number of tokens that are not padding.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, pad_id: int):
-        self.corpus, self.seq_len, self.pad_id = corpus, seq_len, pad_id
+    def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
+        self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
         self.num_rows = -(-corpus.num_tokens // seq_len)
         self.max_segments = corpus.max_documents_in(seq_len) + 1
         self.tokens_per_row = corpus.num_tokens / self.num_rows
@@ -52,11 +55,11 @@ class PackedRows:
         self._first = np.array([offset for _, _, offset in self._shards])
 
     def rows(self, numbers: np.ndarray) -> RowBlock:
-        """The rows with these numbers, `[B]`; -1 is a row of padding."""
-        row_len = self.seq_len
+        """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
+        row_len = self.seq_len + self.lookahead
         tokens = np.empty((len(numbers), row_len), dtype=np.int64)
         boundaries = [np.arange(len(numbers)) * row_len]
-        starts = numbers * row_len
+        starts = numbers * self.seq_len
         of_shard = self._first.searchsorted(starts, "right") - 1
         for index in set(of_shard.tolist()):
             ids, offsets, first = self._shards[max(index, 0)]
@@ -73,7 +76,8 @@ class PackedRows:
             of_shard[where] = -2  # done
         for row in (of_shard != -2).nonzero()[0].tolist():  # the few that cross into the next shard, the last, padding
             boundaries.append(self._read_slowly(tokens[row], int(numbers[row])) + row * row_len)
-        return RowBlock(tokens, np.sort(np.concatenate(boundaries)))
+        lengths = np.where(numbers < 0, 0, np.clip(self.corpus.num_tokens - starts, 0, row_len))
+        return RowBlock(tokens, np.sort(np.concatenate(boundaries)), lengths)
 
     def _read_slowly(self, out: np.ndarray, number: int) -> np.ndarray:
         """Writes a row into `out` and gives the boundaries inside it."""
@@ -81,10 +85,10 @@ class PackedRows:
             out[:] = self.pad_id
             return np.empty(0, dtype=np.int64)
         start = number * self.seq_len
-        stop = min(start + self.seq_len, self.corpus.num_tokens)
+        stop = min(start + len(out), self.corpus.num_tokens)
         out[: stop - start] = self.corpus.read(start, stop)
         out[stop - start :] = self.pad_id
-        padding = [stop - start] if stop - start < self.seq_len else []
+        padding = [stop - start] if stop - start < len(out) else []
         return np.concatenate([self.corpus.boundaries(start, stop) - start, padding]).astype(np.int64)
 
     def __str__(self) -> str:
@@ -97,8 +101,8 @@ class DocumentRows:
     Arguments and attributes are those of `PackedRows`.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, pad_id: int):
-        self.corpus, self.seq_len, self.pad_id = corpus, seq_len, pad_id
+    def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
+        self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
         self.max_segments = 2
         self._last_row = None  # of each document, exclusive; only where some document takes several rows
         if corpus.longest_document > seq_len:
@@ -108,15 +112,15 @@ class DocumentRows:
         self.tokens_per_row = corpus.num_tokens / self.num_rows
 
     def rows(self, numbers: np.ndarray) -> RowBlock:
-        """The rows with these numbers, `[B]`; -1 is a row of padding."""
-        row_len = self.seq_len
+        """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
+        row_len = self.seq_len + self.lookahead
         if self._last_row is None:
             documents, part = np.maximum(numbers, 0), 0
         else:
             documents = self._last_row.searchsorted(np.maximum(numbers, 0), "right")
             part = numbers - np.where(documents > 0, self._last_row[documents - 1], 0)
         starts, stops = self.corpus.spans(documents)
-        starts = starts + part * row_len
+        starts = starts + part * self.seq_len
         length = np.where(numbers < 0, 0, np.minimum(stops - starts, row_len))
         tokens = np.full((len(numbers), row_len), self.pad_id, dtype=np.int64)
         for row, (start, size) in enumerate(zip(starts.tolist(), length.tolist(), strict=True)):
@@ -124,7 +128,7 @@ class DocumentRows:
                 tokens[row, :size] = self.corpus.read(start, start + size)
         row_starts = np.arange(len(numbers)) * row_len
         padded = (length > 0) & (length < row_len)
-        return RowBlock(tokens, np.sort(np.concatenate([row_starts, (row_starts + length)[padded]])))
+        return RowBlock(tokens, np.sort(np.concatenate([row_starts, (row_starts + length)[padded]])), length)
 
     def __str__(self) -> str:
         return _describe(self)

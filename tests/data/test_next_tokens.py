@@ -1,0 +1,115 @@
+"""Labels, positions and boundaries of causal batches, against plain loops over the documents."""
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken, models, pre_tokenizers, processors
+
+from torchrecipes.data.corpus import prepare_corpus
+from torchrecipes.data.loader import Loader, evaluation_batches
+from torchrecipes.data.next_tokens import NextTokens
+from torchrecipes.data.packing import DocumentRows, PackedRows
+from torchrecipes.data.sources import files
+from torchrecipes.data.tokenizer import make_tokenizer
+
+WORDS = ["one", "two", "three", "four"]
+
+
+def word_tokenizer(bos, eos):
+    """Ids of words; `bos text`, and `eos` behind it where the two differ."""
+    vocabulary = {name: i for i, name in enumerate(dict.fromkeys([bos, eos, *WORDS]))}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=bos))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    form = f"{bos} $A" if bos == eos else f"{bos} $A {eos}"
+    backend.post_processor = processors.TemplateProcessing(
+        form, special_tokens=[(n, vocabulary[n]) for n in (bos, eos)]
+    )
+    special = {role: AddedToken(name, special=True) for role, name in (("bos", bos), ("eos", eos), ("pad", eos))}
+    return make_tokenizer(backend, special, vocab_multiple=1)
+
+
+@pytest.fixture(scope="module", params=["E E", "B E"])
+def made(request, tmp_path_factory):
+    """A corpus of several small shards, its tokenizer, and its documents as lists of ids."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("made")
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 60))) for _ in range(150)]
+    (folder / "text.txt").write_text("\n".join(texts))
+    source, tokenizer = files(str(folder / "text.txt")), word_tokenizer(*request.param.split())
+    corpus, _ = prepare_corpus(folder / "c", source, tokenizer, validation_fraction=0, num_workers=0, shard_tokens=700)
+    assert len(corpus.shards) > 3
+    return corpus, tokenizer, [tokenizer.encode(text) for text in texts]
+
+
+def batch_of_all(made, kind, row_len, cross):
+    corpus, tokenizer, documents = made
+    rows = kind(corpus, row_len, tokenizer.pad_id, lookahead=1)
+    numbers = np.append(np.arange(rows.num_rows), -1)
+    targets = NextTokens(tokenizer.eos_id, cross_document_attention=cross)
+    return targets.batch(rows, numbers, None), tokenizer.eos_id, documents
+
+
+def labels_of(document, eos):
+    """What the tokens of one document predict."""
+    return [*document[1:], -100 if document[-1] == eos else eos]
+
+
+@pytest.mark.parametrize("row_len", [4, 7, 16, 64, 1000])
+@pytest.mark.parametrize("kind", [PackedRows, DocumentRows])
+def test_every_token_predicts_the_next_of_its_document(made, kind, row_len):
+    batch, eos, documents = batch_of_all(made, kind, row_len, cross=False)
+    if kind is PackedRows:
+        tokens = [token for document in documents for token in document]
+        labels = [label for document in documents for label in labels_of(document, eos)]
+        filled = -len(tokens) % row_len
+        expected_tokens, expected_labels = tokens + [eos] * filled, labels + [-100] * filled
+    else:
+        expected_tokens, expected_labels = [], []
+        for document in documents:
+            filled = -len(document) % row_len
+            expected_tokens += document + [eos] * filled
+            expected_labels += labels_of(document, eos) + [-100] * filled
+    assert batch.input_ids.flatten().tolist() == expected_tokens + [eos] * row_len
+    assert batch.labels.flatten().tolist() == expected_labels + [-100] * row_len
+    assert batch.num_targets == sum(label != -100 for label in expected_labels)
+
+
+@pytest.mark.parametrize("row_len", [4, 7, 64])
+def test_documents_have_positions_and_boundaries_of_their_own(made, row_len):
+    batch, _, documents = batch_of_all(made, PackedRows, row_len, cross=False)
+    starts = np.cumsum([0, *(len(document) for document in documents)])
+    size = batch.input_ids.numel()
+    expected = sorted(set(starts.tolist()) | set(range(0, size + 1, row_len)))
+    bounds = batch.cu_seqlens.tolist()
+    assert sorted(set(bounds)) == expected and bounds == sorted(bounds)
+    lengths = np.diff(expected)
+    assert batch.position_ids.flatten().tolist() == [i for length in lengths for i in range(length)]
+
+
+@pytest.mark.parametrize("row_len", [4, 7, 64])
+def test_across_documents_a_row_is_one_and_predicts_the_stream(made, row_len):
+    batch, eos, documents = batch_of_all(made, PackedRows, row_len, cross=True)
+    stream = [token for document in documents for token in document]
+    last = [-100 if stream[-1] == eos else eos]
+    labels = batch.labels.flatten().tolist()
+    assert labels[: len(stream)] == stream[1:] + last and set(labels[len(stream) :]) == {-100}
+    assert batch.cu_seqlens is None and batch.max_seqlen == row_len
+    assert torch.equal(batch.position_ids, torch.arange(row_len).expand(len(batch.input_ids), row_len))
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_the_loader_gives_every_target_of_an_epoch_once_on_any_number_of_ranks(made, cross):
+    corpus, tokenizer, _ = made
+    rows = PackedRows(corpus, 32, tokenizer.pad_id, lookahead=1)
+    targets = NextTokens(tokenizer.eos_id, cross)
+    settings = {"seed": 1, "rows_per_step": 2, "rows_per_micro_batch": 1, "max_steps": rows.num_rows // 2}
+    alone = Loader(rows, targets, **settings)
+    ranks = [Loader(rows, targets, rank=rank, world_size=2, **settings) for rank in range(2)]
+    for step in range(1, settings["max_steps"] + 1):
+        expected = alone.step(step)
+        for batch, other in zip(expected, [b for rank in ranks for b in rank.step(step)], strict=True):
+            assert torch.equal(batch.input_ids, other.input_ids) and torch.equal(batch.labels, other.labels)
+    seen = sum(batch.num_targets for batch in evaluation_batches(rows, targets, 4))
+    whole = targets.batch(rows, np.arange(rows.num_rows), None)
+    assert seen == whole.num_targets
