@@ -14,6 +14,8 @@ How memory and time are kept low:
 Computing the gradient in the forward pass is the method of Liger Kernel (Hsu et al., 2024, arXiv:2410.10989).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,10 @@ def linear_cross_entropy(
     labels: Tensor,
     bias: Tensor | None = None,
     chunk_size: int | None = None,
-) -> Tensor:
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    return_cross_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The sum of `cross_entropy(hidden @ weight.T + bias, labels)` over the rows that have a label.
 
     Gives the number and the gradients of `F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`,
@@ -44,25 +49,36 @@ def linear_cross_entropy(
             indexing kernel, because looking at the values here would make the host wait.
         bias: `[V]`, or None.
         chunk_size: rows whose logits are held at once. None chooses it by the memory that they take.
+        z_loss: coefficient of `logsumexp(logits) ** 2`, added in every row that counts; it keeps logits from drifting
+            away (PaLM, Chowdhery et al., 2022, arXiv:2204.02311, section 5, takes 1e-4).
+        label_smoothing: the share of every target that is spread evenly over the vocabulary, as in
+            `F.cross_entropy` (Szegedy et al., 2015, arXiv:1512.00567, section 7), in [0, 1].
+        return_cross_entropy: also return the plain cross-entropy, without `z_loss` and `label_smoothing`, at no cost:
+            the number to log, which compares with other runs and with evaluation.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 inputs). With no row to count it is 0, with gradients that are 0.
+        The loss to train on: a scalar, fp32 (fp64 for fp64 inputs). With no row to count it is 0, with gradients that
+        are 0. With `return_cross_entropy` a pair of it and the plain sum of cross-entropies, which has no gradient.
 
         The gradients are ready when this returns and take their memory until `backward`, which scales them in place:
         a graph can be run backward once (`retain_graph=True` does not help, except in fp64), and there is no second
         derivative.
 
     Raises:
-        ValueError: shapes, dtypes or `chunk_size` do not fit.
+        ValueError: shapes, dtypes, `chunk_size`, `z_loss` or `label_smoothing` do not fit.
         RuntimeError: from `backward`, when it is run a second time or with `create_graph=True`.
     """
-    _check(hidden, weight, labels, bias, chunk_size)
+    extra = _Extra(z_loss, label_smoothing)
+    _check(hidden, weight, labels, bias, chunk_size, extra)
     dtype = _matmul_dtype(hidden, weight)
     if chunk_size is None:
         chunk_size = default_chunk_size(hidden.shape[0], weight.shape[0], dtype, hidden.device)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, chunk_size)
-    return _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, (False, False, False))[0]
+        loss, plain = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, chunk_size, extra)
+    else:
+        needs = (False, False, False)
+        loss, plain, _ = _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, needs)
+    return (loss, plain) if return_cross_entropy else loss
 
 
 def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -78,15 +94,23 @@ def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, devic
     return max(1, -(-num_rows // num_chunks))
 
 
+class _Extra(NamedTuple):
+    """What is trained on beside the cross-entropy."""
+
+    z_loss: float
+    label_smoothing: float
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, dtype, chunk_size):
+    def forward(ctx, hidden, weight, bias, labels, dtype, chunk_size, extra):
         needs = ctx.needs_input_grad[:3]
-        loss, ctx.gradients = _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, needs)
-        return loss
+        loss, plain, ctx.gradients = _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, needs)
+        ctx.mark_non_differentiable(plain)
+        return loss, plain
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         if torch.is_grad_enabled():  # that is create_graph=True: the stored gradients would pass for constants
             raise RuntimeError("linear_cross_entropy: there is no second derivative. Use F.cross_entropy for it.")
         if ctx.gradients is None:
@@ -96,13 +120,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         gradients = ctx.gradients
         if grad_loss.dtype == torch.float64:  # for checks such as gradcheck, which run backward many times
-            return *(None if g is None else g * grad_loss for g in gradients), None, None, None
+            return *(None if g is None else g * grad_loss for g in gradients), None, None, None, None
         ctx.gradients = None
-        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
+        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None
 
 
-def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, needs):
-    """The loss, and its gradients for (hidden, weight, bias), None where `needs` says that nobody asked."""
+def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, needs):
+    """Loss, plain loss, and the loss' gradients for (hidden, weight, bias), None where `needs` says not asked for."""
     device = hidden.device
     (num_rows, _), vocab_size = hidden.shape, weight.shape[0]
     softmax_dtype = torch.promote_types(dtype, torch.float32)
@@ -127,7 +151,8 @@ def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, needs):
         if dtype != softmax_dtype:
             rows = min(rows_per_tile, chunk_size, num_rows)
             tile_buffer = torch.empty(rows, vocab_size, dtype=softmax_dtype, device=device)
-        loss_N1 = torch.empty(num_rows, 1, dtype=softmax_dtype, device=device)
+        plain_N1 = torch.empty(num_rows, 1, dtype=softmax_dtype, device=device)
+        extra_N1 = torch.empty_like(plain_N1) if any(extra) else None
 
         for start in range(0, num_rows, chunk_size):
             chunk = slice(start, min(start + chunk_size, num_rows))
@@ -135,7 +160,7 @@ def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, needs):
             torch.mm(hidden_ND[chunk], weight_VD.t(), out=logits_CV)
             for first in range(start, chunk.stop, rows_per_tile):
                 tile = slice(first, min(first + rows_per_tile, chunk.stop))
-                loss_N1[tile] = _tile_loss(
+                plain_N1[tile], extra_R1 = _tile_loss(
                     logits_CV[tile.start - start : tile.stop - start],
                     tile_buffer,
                     bias_V,
@@ -143,7 +168,10 @@ def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, needs):
                     count_N1[tile],
                     any(needs),
                     grad_bias,
+                    extra,
                 )
+                if extra_N1 is not None:
+                    extra_N1[tile] = extra_R1
             if needs_hidden:
                 grad_hidden[chunk] = logits_CV @ weight_VD
             if needs_weight:
@@ -151,31 +179,58 @@ def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, needs):
         if needs_weight and num_rows == 0:
             grad_weight.zero_()
 
-    return loss_N1.sum(), (
-        grad_hidden,
-        grad_weight.to(weight.dtype) if needs_weight else None,
-        grad_bias.to(bias.dtype) if needs_bias else None,
+    plain = plain_N1.sum()
+    loss = plain.clone() if extra_N1 is None else plain + extra_N1.sum()
+    return (
+        loss,
+        plain,
+        (
+            grad_hidden,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(bias.dtype) if needs_bias else None,
+        ),
     )
 
 
-def _tile_loss(logits_RV, buffer, bias_V, label_R1, count_R1, needs_gradient, grad_bias):
-    """The losses `[R, 1]` of a few rows; where `needs_gradient`, `logits_RV` is overwritten by its gradient."""
+def _tile_loss(logits_RV, buffer, bias_V, label_R1, count_R1, needs_gradient, grad_bias, extra):
+    """The cross-entropies `[R, 1]` of a few rows, and what `extra` adds to them, None where it is off.
+
+    Where `needs_gradient`, `logits_RV` is overwritten by the gradient of both together.
+    """
     x_RV = logits_RV if buffer is None else buffer[: len(logits_RV)].copy_(logits_RV)
     if bias_V is not None:
         x_RV.add_(bias_V)
-    x_RV.sub_(x_RV.amax(dim=1, keepdim=True))
+    largest_R1 = x_RV.amax(dim=1, keepdim=True)
+    x_RV.sub_(largest_R1)
     at_label_R1 = x_RV.gather(1, label_R1)
+    mean_R1 = x_RV.mean(dim=1, keepdim=True) if extra.label_smoothing else None
     x_RV.exp_()
     total_R1 = x_RV.sum(dim=1, keepdim=True)
+    log_total_R1 = total_R1.log()
+    logsumexp_R1 = log_total_R1 + largest_R1 if extra.z_loss else None
     if needs_gradient:
         # d loss / d logits = softmax - one_hot(label), and 0 in rows without a target.
-        x_RV.mul_(count_R1 / total_R1)
-        x_RV.scatter_add_(1, label_R1, -count_R1)
+        scale_R1 = count_R1 / total_R1
+        if extra.z_loss:
+            scale_R1 = scale_R1 * (1 + 2 * extra.z_loss * logsumexp_R1)
+        x_RV.mul_(scale_R1)
+        if extra.label_smoothing:
+            x_RV.sub_(count_R1 * (extra.label_smoothing / x_RV.shape[1]))
+        x_RV.scatter_add_(1, label_R1, (extra.label_smoothing - 1) * count_R1)
         if grad_bias is not None:
             grad_bias.add_(x_RV.sum(dim=0))
         if buffer is not None:
             logits_RV.copy_(x_RV)
-    return torch.where(count_R1 > 0, total_R1.log() - at_label_R1, 0)
+    has_target_R1 = count_R1 > 0
+    extra_R1 = None
+    if any(extra):
+        extra_R1 = torch.zeros_like(log_total_R1)
+        if extra.z_loss:
+            extra_R1 = extra_R1 + extra.z_loss * logsumexp_R1.square()
+        if extra.label_smoothing:
+            extra_R1 = extra_R1 + extra.label_smoothing * (at_label_R1 - mean_R1)
+        extra_R1 = torch.where(has_target_R1, extra_R1, 0)
+    return torch.where(has_target_R1, log_total_R1 - at_label_R1, 0), extra_R1
 
 
 def _add_outer(sum_VD, grad_CV, hidden_CD, is_first):
@@ -218,7 +273,7 @@ def _matmul_dtype(hidden, weight):
     return hidden.dtype
 
 
-def _check(hidden, weight, labels, bias, chunk_size):
+def _check(hidden, weight, labels, bias, chunk_size, extra):
     problems = []
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
         problems.append(f"hidden [N, D] and weight [V, D] do not fit: {list(hidden.shape)} and {list(weight.shape)}")
@@ -228,5 +283,9 @@ def _check(hidden, weight, labels, bias, chunk_size):
         problems.append(f"bias must be [{weight.shape[0]}], not {list(bias.shape)}")
     if chunk_size is not None and chunk_size < 1:
         problems.append(f"chunk_size must be at least 1, not {chunk_size}")
+    if not 0 <= extra.z_loss < float("inf"):
+        problems.append(f"z_loss must be 0 or more, not {extra.z_loss}")
+    if not 0 <= extra.label_smoothing <= 1:
+        problems.append(f"label_smoothing must be in [0, 1], not {extra.label_smoothing}")
     if problems:
         raise ValueError("linear_cross_entropy: " + "; ".join(problems))

@@ -1,0 +1,58 @@
+"""The causal language model's loss: of every token the next one.
+
+Names carry their shape: B rows, S tokens per row, D hidden size, V vocabulary.
+"""
+
+from torch import Tensor, nn
+
+from torchrecipes.losses.linear_cross_entropy import linear_cross_entropy
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+    return_cross_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of the next tokens, while the logits of one chunk of tokens are held only.
+
+    Labels are the next tokens already: nothing is shifted here, so that the loader can look beyond a row's end and can
+    leave out what a document's end must not predict. Divide the sum by the targets of the whole optimizer step before
+    `backward`.
+
+    Args:
+        hidden: `[B, S, D]`, what the decoder gives.
+        head: the output layer: has `weight` `[V, D]`, `bias` `[V]` or None, and, if any, `transform(hidden)`, which is
+            applied before them. An `nn.Linear` serves as it is.
+        labels: `[B, S]` int64: the token that follows each, or -100 where there is none to predict.
+        z_loss: coefficient of `logsumexp(logits) ** 2` (see `linear_cross_entropy`); 0 is off.
+        label_smoothing: share of a target that is spread over the vocabulary, as in `F.cross_entropy`; 0 is off.
+        chunk_size: tokens whose logits are held at once (see `linear_cross_entropy`); None chooses.
+        return_cross_entropy: also return the plain sum of cross-entropies, at no cost: what to log as the loss.
+
+    Returns:
+        The loss to train on, a scalar, fp32 (fp64 for fp64 inputs); with `return_cross_entropy` a pair of it and the
+        plain one, which has no gradient and is the same number where `z_loss` and `label_smoothing` are 0.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers do not fit.
+    """
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+        shapes = f"{list(hidden.shape)} and {list(labels.shape)}"
+        raise ValueError(f"causal_lm_loss: hidden must be [B, S, D] and labels [B, S], not {shapes}")
+    transform = getattr(head, "transform", None)
+    if transform is not None:
+        hidden = transform(hidden)
+    return linear_cross_entropy(
+        hidden.flatten(0, 1),
+        head.weight,
+        labels.flatten(),
+        head.bias,
+        chunk_size,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        return_cross_entropy=return_cross_entropy,
+    )
