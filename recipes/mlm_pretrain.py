@@ -8,7 +8,6 @@ The quickstart config takes about 4 minutes on 2 CPU cores. Every checkpoint is 
 `AutoModelForMaskedLM.from_pretrained` loads, and a point from which the same command resumes to the last bit.
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models import check_fit, load_hf
 from torchrecipes.training import ranks
 from torchrecipes.training.auto_rows import choose_rows, free_memory
-from torchrecipes.training.budget import budget_steps
+from torchrecipes.training.budget import budget_steps, describe_budget
 from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
 from torchrecipes.training.estimate_run import step_fits
 from torchrecipes.training.float8 import convert_to_float8
@@ -117,33 +116,28 @@ def main(config: Config) -> None:
     compute = partial(autocast, run.device, precision)
     guard = build(config.guard)
 
-    source = build(config.data.source)
-    corpus_dir = Path(config.data.corpus_dir or run.output_dir / "corpus")
+    data = config.data
+    source, validation_source = build(data.source), build(data.validation_source)
+    corpus_dir = Path(data.corpus_dir or run.output_dir / "corpus")
     with ranks.main_first("tokenizer and corpus"):
         if config.init_from:
             tokenizer = load_tokenizer(config.init_from, vocab_multiple=1)
         else:
             tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
         train_corpus, validation_corpus = prepare_corpus(
-            corpus_dir,
-            source,
-            tokenizer,
-            validation_fraction=config.data.validation_fraction,
-            validation_source=build(config.data.validation_source),
-            num_workers=config.data.tokenize_workers,
+            corpus_dir, source, tokenizer, data.validation_fraction, validation_source, data.tokenize_workers
         )
-    kind = PackedRows if config.data.packing else DocumentRows
+    kind = PackedRows if data.packing else DocumentRows
     make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id)
     rows = make_rows(train_corpus)
-    masking = Masking(tokenizer, config.data.mlm_probability, mask_all=config.data.mask_all)
+    masking = Masking(tokenizer, data.mlm_probability, mask_all=data.mask_all)
     if validation_corpus:
         baseline = unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size)
     max_steps = budget_steps(
         rows, config.rows_per_step, max_steps=config.max_steps, total_tokens=config.total_tokens, epochs=config.epochs
     )
     rows_per_rank = share_of_step(config.rows_per_step, run.world_size)
-    epochs = max_steps * config.rows_per_step / rows.num_rows
-    print(f"training text: {rows}\nto train: {max_steps:,} steps, {epochs:.2f} epochs", flush=True)
+    print(f"training text: {rows}\nto train: {describe_budget(rows, config.rows_per_step, max_steps)}", flush=True)
 
     if config.init_from:
         model = load_hf(config.init_from, seed=config.seed)
@@ -184,18 +178,17 @@ def main(config: Config) -> None:
             return masked_lm_loss(hidden, model.head, positions, labels, masked_logits_only=config.masked_logits_only)
 
     def try_step(rows_per_batch: int) -> None:
-        try:
-            for batch in evaluation_batches(rows, masking, rows_per_batch, limit=rows_per_batch, device=run.device):
-                loss_of(batch).backward()
-        finally:
-            optimizer.zero_grad()
+        for batch in evaluation_batches(rows, masking, rows_per_batch, limit=rows_per_batch, device=run.device):
+            loss_of(batch).backward()
 
     micro_rows = config.rows_per_micro_batch
     if micro_rows == "auto" and resumed:
         micro_rows = resumed.state["rows_per_micro_batch"]
     elif micro_rows == "auto":
         fits = step_fits(config, run, free_memory(run.device, run.local_world_size))
-        micro_rows = choose_rows(fits, rows_per_rank=rows_per_rank, try_step=try_step, agree=ranks.smallest)
+        micro_rows = choose_rows(
+            fits, rows_per_rank=rows_per_rank, try_step=try_step, clean_up=optimizer.zero_grad, agree=ranks.smallest
+        )
 
     loader = Loader(
         rows,
@@ -206,7 +199,7 @@ def main(config: Config) -> None:
         max_steps=max_steps,
         rank=run.rank,
         world_size=run.world_size,
-        num_workers=config.data.num_workers,
+        num_workers=data.num_workers,
         device=run.device,
     )
     loader.go_to(step + 1, skipped_steps)
@@ -215,7 +208,7 @@ def main(config: Config) -> None:
         max_steps,
         device=run.device,
         tokens_per_step=config.rows_per_step * rows.tokens_per_row,
-        flops_per_token=mlm_flops_per_token(model, config.seq_len, config.data.mlm_probability),
+        flops_per_token=mlm_flops_per_token(model, config.seq_len, data.mlm_probability),
         peak_flops=peak_flops(run.device, precision),
         first_step=step + 1,
         writers=[build(writer, output_dir=str(run.output_dir)) for writer in config.metrics] if run.is_main else [],
@@ -223,15 +216,9 @@ def main(config: Config) -> None:
 
     def save(step: int) -> Path:
         state = {"corpus": train_corpus.fingerprint, "skipped_steps": skipped_steps, "guard": guard.state()}
-        return checkpointer.save(
-            step,
-            model=model,
-            optimizer=optimizer,
-            tokenizer=tokenizer,
-            state=state | {"rows_per_micro_batch": micro_rows},
-            config_yaml=to_yaml(config),
-            recipe_text=Path(__file__).read_text(encoding="utf-8"),
-        )
+        state["rows_per_micro_batch"] = micro_rows
+        kept = {"config_yaml": to_yaml(config), "recipe_text": Path(__file__).read_text(encoding="utf-8")}
+        return checkpointer.save(step, model, optimizer, tokenizer, state=state, **kept)
 
     def evaluate(step: int) -> None:
         batches = evaluation_batches(
@@ -259,7 +246,7 @@ def main(config: Config) -> None:
                 loss_sum += loss.detach()
             ranks.add_up(loss_sum)
 
-            grad_norm = clip_gradients(model, config.max_grad_norm or math.inf)
+            grad_norm = clip_gradients(model, config.max_grad_norm or float("inf"))
             schedule.apply(optimizer, step)
             skipped = guard.step(optimizer, loss_sum / targets, grad_norm)
             optimizer.zero_grad()
@@ -290,8 +277,8 @@ def main(config: Config) -> None:
                 print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
                 raise SystemExit(128 + stopped)
 
-    print(f"finished {max_steps:,} steps: {saved}")
-    print(f"load it with transformers: AutoModelForMaskedLM.from_pretrained({str(saved)!r})")
+    load = f"AutoModelForMaskedLM.from_pretrained({str(saved)!r})"
+    print(f"finished {max_steps:,} steps: {saved}\nload it with transformers: {load}")
 
 
 if __name__ == "__main__":

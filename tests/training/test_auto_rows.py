@@ -14,12 +14,15 @@ class Device:
     """Fakes a device: a step with more than `most` rows runs out of memory."""
 
     def __init__(self, most, error=torch.OutOfMemoryError):
-        self.most, self.error, self.tried = most, error, []
+        self.most, self.error, self.tried, self.cleaned = most, error, [], 0
 
     def try_step(self, rows):
         self.tried.append(rows)
         if rows > self.most:
             raise self.error("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def clean_up(self):
+        self.cleaned += 1
 
 
 def out_of_memory_of_the_cpu():
@@ -31,7 +34,9 @@ def out_of_memory_of_the_cpu():
 
 def test_what_the_estimate_lets_pass_is_tried_once(capsys):
     device = Device(most=16)
-    assert choose_rows(lambda rows: rows <= 13, rows_per_rank=24, try_step=device.try_step) == 12
+    assert (
+        choose_rows(lambda rows: rows <= 13, rows_per_rank=24, try_step=device.try_step, clean_up=device.clean_up) == 12
+    )
     assert device.tried == [12]
     assert capsys.readouterr().out == "rows_per_micro_batch=auto: 12 of a rank's 24 rows per step\n"
 
@@ -39,8 +44,9 @@ def test_what_the_estimate_lets_pass_is_tried_once(capsys):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, lambda _: out_of_memory_of_the_cpu()])
 def test_after_a_failure_the_next_smaller_divisor_is_tried_and_told(error, capsys):
     device = Device(most=5, error=error)
-    assert choose_rows(lambda rows: True, rows_per_rank=24, try_step=device.try_step) == 4
+    assert choose_rows(lambda rows: True, rows_per_rank=24, try_step=device.try_step, clean_up=device.clean_up) == 4
     assert device.tried == [24, 12, 8, 6, 4]
+    assert device.cleaned == 5
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert lines[0] == "rows_per_micro_batch=auto: memory runs out with 24"
@@ -49,7 +55,7 @@ def test_after_a_failure_the_next_smaller_divisor_is_tried_and_told(error, capsy
 
 def test_one_row_is_tried_even_if_the_estimate_is_against_it():
     device = Device(most=1)
-    assert choose_rows(lambda rows: False, rows_per_rank=8, try_step=device.try_step) == 1
+    assert choose_rows(lambda rows: False, rows_per_rank=8, try_step=device.try_step, clean_up=device.clean_up) == 1
     assert device.tried == [1]
 
 
@@ -57,14 +63,14 @@ def test_one_row_is_tried_even_if_the_estimate_is_against_it():
 def test_when_one_row_does_not_fit_the_message_has_remedies(estimate):
     device = Device(most=0)
     with pytest.raises(UserError, match=r"single row\. Use activation_checkpointing=selective, or full"):
-        choose_rows(lambda rows: estimate, rows_per_rank=4, try_step=device.try_step)
+        choose_rows(lambda rows: estimate, rows_per_rank=4, try_step=device.try_step, clean_up=device.clean_up)
     assert device.tried == ([4, 2, 1] if estimate else [1])
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     device = Device(most=0, error=RuntimeError)
     with pytest.raises(RuntimeError, match="Tried to allocate"):
-        choose_rows(lambda rows: True, rows_per_rank=4, try_step=device.try_step)
+        choose_rows(lambda rows: True, rows_per_rank=4, try_step=device.try_step, clean_up=device.clean_up)
 
 
 def test_all_ranks_take_what_is_estimated_to_fit_on_each():
@@ -79,8 +85,10 @@ def test_all_ranks_take_what_is_estimated_to_fit_on_each():
             barrier.wait(5)
             return min(said.values())
 
-        fits, try_step = (lambda rows: rows <= room[number]), devices[number].try_step
-        chosen[number] = choose_rows(fits, rows_per_rank=32, try_step=try_step, agree=agree)
+        fits, device = (lambda rows: rows <= room[number]), devices[number]
+        chosen[number] = choose_rows(
+            fits, rows_per_rank=32, try_step=device.try_step, clean_up=device.clean_up, agree=agree
+        )
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -101,7 +109,9 @@ def test_with_several_processes_a_failed_trial_ends_the_run_and_says_what_to_set
         return value
 
     with pytest.raises(UserError, match=r"memory runs out with 12, which was .* Set rows_per_micro_batch=8\."):
-        choose_rows(lambda rows: rows <= 12, rows_per_rank=24, try_step=device.try_step, agree=agree)
+        choose_rows(
+            lambda rows: rows <= 12, rows_per_rank=24, try_step=device.try_step, clean_up=device.clean_up, agree=agree
+        )
     assert device.tried == [12]
     assert told == [12]
 
@@ -116,7 +126,7 @@ def test_trials_draw_no_random_numbers_of_the_run():
         if rows > 2:
             raise torch.OutOfMemoryError
 
-    assert choose_rows(lambda rows: True, rows_per_rank=4, try_step=try_step) == 2
+    assert choose_rows(lambda rows: True, rows_per_rank=4, try_step=try_step, clean_up=lambda: None) == 2
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -132,7 +142,7 @@ def test_a_failed_trial_leaves_nothing_in_memory():
 
     gc.disable()
     try:
-        assert choose_rows(lambda rows: True, rows_per_rank=8, try_step=try_step) == 1
+        assert choose_rows(lambda rows: True, rows_per_rank=8, try_step=try_step, clean_up=lambda: None) == 1
     finally:
         gc.enable()
 

@@ -19,6 +19,7 @@ def choose_rows(
     *,
     rows_per_rank: int,
     try_step: Callable[[int], None],
+    clean_up: Callable[[], object],
     agree: Callable[[int], int] = lambda number: number,
 ) -> int:
     """The number of rows per micro-batch: a divisor of `rows_per_rank`, the same on every rank.
@@ -34,8 +35,8 @@ def choose_rows(
         fits: rows -> whether a step with so many is estimated to fit: into `SHARE` of `free_memory`, say. Where not
             even 1 does, 1 is tried: an estimate can be wrong.
         rows_per_rank: a rank's share of the rows of an optimizer step.
-        try_step: takes a forward and backward pass over so many rows, and throws the gradients away, also when memory
-            runs out. All ranks call it together.
+        try_step: takes a forward and backward pass over so many rows. All ranks call it together.
+        clean_up: throws the gradients away, whether or not memory ran out: `optimizer.zero_grad`.
         agree: number -> the least of all ranks' numbers (`training.ranks.smallest`).
 
     Raises:
@@ -45,7 +46,7 @@ def choose_rows(
     start = agree(next((rows for rows in divisors if fits(rows)), 1))
     candidates = divisors[divisors.index(start) :]
     for rows, smaller in itertools.zip_longest(candidates, candidates[1:]):
-        if _runs(try_step, rows):
+        if _runs(try_step, clean_up, rows):
             print(f"rows_per_micro_batch=auto: {rows} of a rank's {rows_per_rank} rows per step", flush=True)
             return rows
         said = f"rows_per_micro_batch=auto: memory runs out with {rows}"
@@ -90,7 +91,7 @@ _LIMITS = (  # of a container: control groups, version 2 and 1
 )
 
 
-def _runs(try_step: Callable[[int], None], rows: int) -> bool:
+def _runs(try_step: Callable[[int], None], clean_up: Callable[[], object], rows: int) -> bool:
     """Whether a step of so many rows finds enough memory."""
     cuda = torch.cuda.is_initialized()
     try:
@@ -102,6 +103,8 @@ def _runs(try_step: Callable[[int], None], rows: int) -> bool:
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
+    finally:
+        clean_up()
     # Outside of the `except`: the error holds the frames of the failed step, and they hold its tensors.
     if cuda:
         torch.cuda.empty_cache()  # pieces for other sizes would be in the way

@@ -38,3 +38,12 @@ def budget_steps(
     if name == "total_tokens":
         return math.ceil(value / (rows_per_step * rows.tokens_per_row))
     return math.ceil(value * rows.num_rows / rows_per_step)
+
+
+def describe_budget(rows, rows_per_step: int, max_steps: int) -> str:
+    """A budget in steps, tokens and epochs, as text: the same arguments as `budget_steps`, and what it gave."""
+    tokens_per_step = rows_per_step * rows.tokens_per_row
+    return (
+        f"{max_steps:,} steps of {round(tokens_per_step):,} tokens, {round(max_steps * tokens_per_step):,} in all, "
+        f"{max_steps * rows_per_step / rows.num_rows:.2f} epochs"
+    )

@@ -96,10 +96,10 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        *,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         tokenizer,
+        *,
         state: dict,
         config_yaml: str,
         recipe_text: str,

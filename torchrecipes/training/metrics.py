@@ -156,6 +156,15 @@ class Metrics:
         self._record({"step": step} | {f"eval/{name}/{key}": value for key, value in values.items()}, step)
         self.tell(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
 
+    def write_samples(self, step: int, texts: Sequence[str], prompts: Sequence[str]) -> None:
+        """Shows what a language model writes, and keeps it in `<output_dir>/samples.jsonl`, on rank 0."""
+        if not self.is_main:
+            return
+        with self.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
+            for prompt, text in zip(prompts, texts, strict=True):
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                self.tell(f"step {step}: sample: {prompt}{text}")
+
     def close(self) -> None:
         """Closes the file, the bar and the writers."""
         if self.is_main:
