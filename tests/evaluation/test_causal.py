@@ -1,0 +1,134 @@
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests import ranks
+from torchrecipes.data.batch import Batch
+from torchrecipes.evaluation.causal import evaluate_causal
+from torchrecipes.evaluation.mlm import Unigram
+
+VOCAB, REAL = 50, 45
+
+
+class Model(nn.Module):
+    """Predicts from the token and its position in the document; random, and different in training."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.head = nn.Linear(16, VOCAB)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen):
+        hidden = self.embedding(input_ids) + position_ids.unsqueeze(-1) / max_seqlen
+        return hidden * 2 if self.training else hidden
+
+
+def batches(count=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        labels = torch.randint(5, REAL, (2, 12), generator=generator)
+        labels[torch.rand(2, 12, generator=generator) < 0.1 * i] = -100
+        yield Batch(
+            input_ids=torch.randint(0, REAL, (2, 12), generator=generator),
+            position_ids=torch.arange(12).expand(2, 12),
+            cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32),
+            max_seqlen=12,
+            num_targets=int((labels >= 0).sum()),
+            labels=labels,
+        )
+
+
+def baseline():
+    shares = torch.arange(1, VOCAB + 1).double()
+    return Unigram((shares / shares.sum()).log().float(), most_frequent=VOCAB - 1)
+
+
+def evaluate(model, these):
+    return evaluate_causal(model, these, real_vocab_size=REAL, baseline=baseline(), autocast=nullcontext)
+
+
+def test_scores_equal_a_loop_over_targets_in_float64():
+    model = Model()
+    scores = evaluate(model, batches())
+    model.eval()
+    loss, right, unigram_loss, count = 0.0, 0, 0.0, 0
+    for batch in batches():
+        logits = model.head(model(batch.input_ids, batch.position_ids, batch.cu_seqlens, 12)).double().flatten(0, 1)
+        for row, label in zip(logits, batch.labels.flatten().tolist(), strict=True):
+            if label >= 0:
+                loss -= row.log_softmax(-1)[label].item()
+                right += row[:REAL].argmax().item() == label
+                unigram_loss -= math.log((label + 1) / (VOCAB * (VOCAB + 1) / 2))
+                count += 1
+    assert scores.keys() == {"loss", "perplexity", "accuracy", "unigram_loss"}
+    assert scores["loss"] == pytest.approx(loss / count, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+    assert scores["accuracy"] == pytest.approx(right / count)
+    assert scores["unigram_loss"] == pytest.approx(unigram_loss / count, rel=1e-5)
+
+
+def test_inert_tokens_are_never_predicted():
+    model = Model()
+    nn.init.zeros_(model.head.weight)
+    with torch.no_grad():
+        model.head.bias.zero_()[49] = 9.0
+        model.head.bias[20] = 5.0
+    batch = next(batches())
+    batch.labels.fill_(20)
+    assert evaluate(model, [batch])["accuracy"] == 1
+
+
+def test_a_label_that_the_baseline_never_saw_counts_as_its_rarest_token():
+    guess = Unigram(torch.full((VOCAB,), 0.25).log(), most_frequent=1)
+    guess.log_probability[3] = math.log(0.01)
+    guess.log_probability[7] = -math.inf
+    batch = next(batches())
+    batch.labels.fill_(7)
+    scores = evaluate_causal(Model(), [batch], real_vocab_size=REAL, baseline=guess, autocast=nullcontext)
+    assert scores["unigram_loss"] == pytest.approx(-math.log(0.01))
+
+
+def test_large_vocabularies_go_in_chunks_to_the_same_numbers(monkeypatch):
+    whole = evaluate(Model(), batches())
+    monkeypatch.setattr("torchrecipes.evaluation.causal.default_chunk_size", lambda *_: 7)
+    assert evaluate(Model(), batches()) == pytest.approx(whole, rel=1e-6)
+
+
+def test_autocast_is_used():
+    scores = evaluate(Model(), batches())
+    rounded = evaluate_causal(Model(), batches(), REAL, baseline(), lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert scores["loss"] != rounded["loss"] == pytest.approx(scores["loss"], rel=0.01)
+
+
+def test_nothing_of_the_training_is_touched():
+    model = Model().train()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    evaluate(model, batches())
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_ranks_with_different_numbers_of_targets_agree_with_one_process():
+    alone = evaluate(Model(), batches())
+    for out in ranks.run(Path(__file__), 2):
+        assert json.loads(out) == pytest.approx(alone, rel=1e-6)
+
+
+def main():
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    print(json.dumps(evaluate(Model(), list(batches())[rank::size])))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
