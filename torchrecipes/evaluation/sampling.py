@@ -1,0 +1,78 @@
+"""From logits to the next token: which tokens may follow, with which probabilities, and the draw itself.
+
+1. `warp` is what `transformers` does with `temperature`, `top_k` and `top_p`, in its order.
+2. A token is drawn by turning a number from [0, 1) into the token at which the sum of the probabilities passes it. So
+   the random numbers can be made before the model runs, a sequence of them for every text; no generator is shared.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import xxhash
+from torch import Tensor
+
+from torchrecipes.errors import UserError
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Checks the settings of `warp`.
+
+    Raises:
+        UserError: one is out of its range; the message names it.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}; it is 0 (the likeliest token, always) or more.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}; it is 1 or more tokens to choose from, or None for all.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it is a probability, more than 0 and at most 1, or None for all tokens.")
+
+
+def warp(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits to sample from: divided by the temperature, then those of tokens that may not follow set to -inf.
+
+    Args:
+        logits_BV: fp32.
+        temperature: more than 0.
+        top_k: keep the k likeliest tokens, and those that are as likely as the last of them. None: all.
+        top_p: keep the likeliest tokens whose probabilities come to this (Holtzman et al., 2019, arXiv:1904.09751), the
+            token that passes it included. None: all.
+    """
+    logits_BV = logits_BV / temperature
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        least = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ascending, order = logits_BV.sort(descending=False)
+        remove = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        remove[:, -1] = False
+        logits_BV = logits_BV.masked_fill(remove.scatter(1, order, remove), float("-inf"))
+    return logits_BV
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Tokens `[B]`, each with the probability that its row's softmax gives it, where `uniform_B` is from [0, 1).
+
+    The sum is in float64: in fp32 it would be wrong by more than the probability of a rare token.
+    """
+    total_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    sum_B1 = total_BV[:, -1:]
+    # Rounded up to the sum itself, a number would be past the last token.
+    number_B1 = (uniform_B[:, None] * sum_B1).minimum(sum_B1.nextafter(torch.zeros_like(sum_B1)))
+    return torch.searchsorted(total_BV, number_B1, right=True).squeeze(1)
+
+
+def uniform_numbers(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Tensor:
+    """Random numbers from [0, 1), `[prompts, count]` float64 on the CPU.
+
+    A row depends on the seed and its own prompt alone, so a prompt is continued in the same way whatever else is in the
+    batch. A prompt that comes again has numbers of its own: two samples.
+    """
+    numbers, seen = torch.empty(len(prompts), count, dtype=torch.float64), Counter()
+    for row, ids in zip(numbers, prompts, strict=True):
+        prompt = tuple(map(int, ids))
+        key = xxhash.xxh3_64_intdigest(f"{seed} {seen[prompt]} {prompt}".encode())
+        seen[prompt] += 1
+        row.uniform_(generator=torch.Generator().manual_seed(key))
+    return numbers
