@@ -1,0 +1,172 @@
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from torchrecipes.errors import UserError
+from torchrecipes.evaluation.perplexity import Tokens, encode_documents, perplexity, windows
+from torchrecipes.modules.head import LMHead
+
+VOCAB = 11
+
+
+class Counting(nn.Module):
+    """Knows nothing but how many tokens it has seen: with n of them it gives every token but 0 the logit -n / 10."""
+
+    def __init__(self, positions=16):
+        super().__init__()
+        self.config = SimpleNamespace(max_position_embeddings=positions, vocab_size=VOCAB)
+        self.head = LMHead(1, VOCAB)
+        self.seen = []
+        with torch.no_grad():
+            self.head.decoder.weight.fill_(-0.1)
+            self.head.decoder.weight[0] = 0
+
+    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen):
+        self.seen.append(input_ids.shape)
+        ends = cu_seqlens.tolist()
+        assert ends[0] == 0 and ends[-1] == input_ids.numel() and all(a < b for a, b in pairwise(ends))
+        restarts = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])
+        assert torch.equal(position_ids.flatten(), restarts) and max(restarts) < max_seqlen
+        return (position_ids + 1.0)[:, :, None]
+
+
+def nats(tokens_before, token):
+    logits = torch.full((VOCAB,), -0.1 * tokens_before, dtype=torch.float64)
+    logits[0] = 0
+    return -logits.log_softmax(-1)[token].item()
+
+
+def documents(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Tokens(torch.randint(VOCAB, (n,), generator=generator).tolist(), 3 * n) for n in lengths]
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():
+    model = Counting()
+    nn.init.zeros_(model.head.decoder.weight)
+    found = perplexity(model, documents(5, 1, 40, 17), stride=3)
+    assert (found.documents, found.tokens, found.bytes) == (4, 4 + 0 + 39 + 16, 3 * 63)
+    assert found.perplexity == pytest.approx(VOCAB, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(59 * math.log2(VOCAB) / 189, rel=1e-6)
+    assert found.as_dict()["bytes_per_token"] == pytest.approx(189 / 59)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 16), (16, 1), (7, 3), (1, 1), (5, 5), (None, None)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_token_is_scored_once_with_enough_before_it(window, stride, rows):
+    given = documents(2, 60, 33, 1, 16, 17, 18, 3, 5)
+    found = perplexity(Counting(), iter(given), window=window, stride=stride, rows=rows)
+    window, stride = window or 16, stride or 8
+    expected, scored = 0.0, 0
+    for ids, _ in given:
+        for i in range(1, len(ids)):
+            # A window holds the tokens [start, start + window]; the first that reaches token i scores it.
+            start = 0 if i <= window else stride * math.ceil((i - window) / stride)
+            assert i - start >= min(i, window - stride + 1)
+            expected += nats(i - start, ids[i])
+            scored += 1
+    assert found.tokens == scored
+    assert found.nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_windows_of_a_long_document():
+    found = list(windows(list(range(10)), window=4, stride=2))
+    assert found == [([0, 1, 2, 3, 4], 1), ([2, 3, 4, 5, 6], 3), ([4, 5, 6, 7, 8], 3), ([6, 7, 8, 9], 3)]
+
+
+def test_short_documents_share_rows():
+    model = Counting()
+    perplexity(model, documents(*[5] * 64), rows=2)
+    assert sum(rows for rows, _ in model.seen) == 16  # four documents of four tokens that are read fill a row of 16
+    assert {width for _, width in model.seen} == {16}
+
+
+def test_the_order_of_documents_and_the_batches_do_not_matter():
+    given = documents(*range(1, 60))
+    one = perplexity(Counting(), given, rows=1).nats
+    assert perplexity(Counting(), given[::-1], rows=50).nats == pytest.approx(one, rel=1e-6)
+
+
+def test_it_tells_how_far_it_is():
+    told = []
+    found = perplexity(Counting(), documents(*[40] * 200), rows=2, tell=lambda *numbers: told.append(numbers))
+    assert len(told) > 10
+    assert [sum(numbers) for numbers in zip(*told, strict=True)] == [found.documents, found.bytes, found.tokens]
+
+
+def test_training_goes_on_as_before():
+    model = Counting().train()
+    before = torch.get_rng_state()
+    perplexity(model, documents(5))
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    perplexity(model.eval(), documents(5))
+    assert not model.training
+
+
+def test_nothing_to_score_is_no_number():
+    found = perplexity(Counting(), [])
+    assert found.tokens == 0 and math.isnan(found.perplexity) and math.isnan(found.bits_per_byte)
+    assert math.isnan(perplexity(Counting(), documents(1)).nats_per_token)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 17}, "at most the model's 16 positions"),
+        ({"window": 0}, "the window is 0"),
+        ({"window": 8, "stride": 9}, "at most the window, 8"),
+        ({"stride": 0}, "the stride is 0"),
+        ({"rows": 0}, "0 rows"),
+    ],
+)
+def test_settings_out_of_range_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        perplexity(Counting(), documents(5), **settings)
+
+
+def test_ids_of_another_tokenizer_are_told():
+    with pytest.raises(UserError, match="has the id 11"):
+        perplexity(Counting(), [Tokens([1, 11], 2)])
+
+
+class Template:
+    """A tokenizer of letters (a is 10) that puts `before` and `after` around a text."""
+
+    def __init__(self, before, after, **ids):
+        self.before, self.after = before, after
+        self.bos_id = self.eos_id = self.cls_id = self.sep_id = None
+        vars(self).update(ids)
+
+    def encode_batch(self, texts):
+        return [[*self.before, *(ord(letter) - 87 for letter in text), *self.after] for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "begin"),
+    [
+        (Template([1], [], bos_id=1, eos_id=1), 1),
+        (Template([1], [2], bos_id=1, eos_id=2), 1),
+        (Template([], [2], bos_id=None, eos_id=2), 2),
+        (Template([], [], bos_id=1, eos_id=2), 1),
+        (Template([3], [4], cls_id=3, sep_id=4), 3),
+    ],
+)
+def test_a_text_is_read_after_what_begins_it_and_without_what_ends_it(tokenizer, begin):
+    texts = ["abc", "", "a"]
+    found = list(encode_documents(tokenizer, texts, at_once=2))
+    assert found == [([begin, 10, 11, 12], 3), ([begin], 0), ([begin, 10], 1)]
+
+
+def test_bytes_are_those_of_the_text():
+    tokenizer = Template([1], [], eos_id=1)
+    tokenizer.encode_batch = lambda texts: [[1, 5]] * len(texts)
+    assert [document.num_bytes for document in encode_documents(tokenizer, ["é", "水a"])] == [2, 4]
+
+
+def test_a_tokenizer_without_a_beginning_is_told():
+    with pytest.raises(UserError, match="neither a bos nor an eos token"):
+        list(encode_documents(Template([], []), ["a"]))
