@@ -131,8 +131,7 @@ def main(config: Config) -> None:
     make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id)
     rows = make_rows(train_corpus)
     masking = Masking(tokenizer, data.mlm_probability, mask_all=data.mask_all)
-    if validation_corpus:
-        baseline = unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size)
+    baseline = unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size) if validation_corpus else None
     max_steps = budget_steps(
         rows, config.rows_per_step, max_steps=config.max_steps, total_tokens=config.total_tokens, epochs=config.epochs
     )
