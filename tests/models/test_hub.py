@@ -83,7 +83,7 @@ def test_nothing_in_the_folder_is_unpickled(tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "messages"),
     [
-        ("neobert", {"model_type": "llama"}, ["model_type is 'llama'; supported are bert, eurobert"]),
+        ("neobert", {"model_type": "mistral"}, ["model_type is 'mistral'; supported are bert, eurobert, "]),
         ("neobert", {"model_type": "REMOVED"}, ["model_type is None"]),
         ("neobert", {"hidden_act": "gelu"}, ["hidden_act: 'gelu' is not supported; only 'silu' is"]),
         ("neobert", {"mlp_bias": True, "attention_bias": True}, ["mlp_bias: True", "attention_bias: True"]),

@@ -319,7 +319,7 @@ def _normalize_name(name: str) -> str | None:
 HF_MAP = HFMap(
     architecture="BertForMaskedLM",
     config_class=BertConfig,
-    model_class=Bert,
+    network=Bert,
     layout=_layout,
     normalize_name=_normalize_name,
     tied=("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),

@@ -1,20 +1,24 @@
 """What a family says about its Hugging Face layout: all that `torchrecipes.models.hub` needs to read and write it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+# For every parameter of ours the tensors of the Hugging Face layout that it stacks: (name, rows) in order.
+Layout = dict[str, list[tuple[str, int]]]
 
 
 @dataclass(frozen=True)
 class HFMap:
-    """The two-way map of one family: it renames, stacks and splits, and nothing else.
+    """The two-way map of one family: it renames, stacks, splits and transposes, and nothing else.
 
     Attributes:
         architecture: the class of `transformers` that the folder is for.
         config_class: our config, a dataclass whose fields are the keys of config.json that we follow.
-        model_class: our model, built from the config alone.
+        network: config -> our model.
         layout: config -> for every parameter of ours the tensors that it stacks, (Hugging Face name, rows) in order.
         normalize_name: a stored tensor's name as `layout` spells it, whatever class saved it; None: not used here.
         tied: (name, source): where the layout is without `name`, its head is tied, and `name` is a copy of `source`.
@@ -22,15 +26,36 @@ class HFMap:
         write_keys: config -> the keys of config.json that describe the network.
         fixed: keys that we have no setting for -> the values that mean what our network does.
         ignored: keys that say nothing about the network.
+        transposed: Hugging Face name -> whether that tensor is stored with its two dimensions exchanged.
+        head: what the head is called in messages.
     """
 
     architecture: str
     config_class: type
-    model_class: type[nn.Module]
-    layout: Callable[[Any], dict[str, list[tuple[str, int]]]]
+    network: Callable[[Any], nn.Module]
+    layout: Callable[[Any], Layout]
     normalize_name: Callable[[str], str | None]
     tied: tuple[str, str]
     read_keys: Callable[[dict], dict]
     write_keys: Callable[[Any], dict]
     fixed: dict[str, tuple]
     ignored: frozenset[str]
+    transposed: Callable[[str], bool] = lambda _name: False
+    head: str = "masked-LM head"
+
+    def split(self, tensor: Tensor, parts: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+        """A tensor of ours as the stored tensors that `layout` makes of it: views of it."""
+        pieces = tensor.split([rows for _, rows in parts])
+        return {
+            name: piece.t() if self.transposed(name) else piece for (name, _), piece in zip(parts, pieces, strict=True)
+        }
+
+    def join(self, parts: Sequence[tuple[str, int]], read: Callable[[str], Tensor]) -> Tensor:
+        """The inverse of `split`; `read` gives a stored tensor by its name."""
+        pieces = [read(name).t() if self.transposed(name) else read(name) for name, _ in parts]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+
+    def stored_shape(self, part: tuple[str, int], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which a part of a tensor of ours of this shape is stored."""
+        name, rows = part
+        return (*shape[1:], rows) if self.transposed(name) else (rows, *shape[1:])

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torchrecipes.errors import UserError
 from torchrecipes.models.bert import HF_MAP as BERT
 from torchrecipes.models.hf_map import HFMap
+from torchrecipes.models.llama import HF_MAP as LLAMA
 from torchrecipes.models.neobert import HF_MAP as NEOBERT
+from torchrecipes.models.qwen3 import HF_MAP as QWEN3
 from torchrecipes.modules import initial_value
 
 INDEX = "model.safetensors.index.json"  # names the files where there are several
-_FAMILIES = {"bert": BERT, "eurobert": NEOBERT}
+_FAMILIES = {"bert": BERT, "eurobert": NEOBERT, "llama": LLAMA, "qwen3": QWEN3}
 
 # Keys with the only values that we can follow, in any family's config.json.
 _FIXED = {
@@ -55,9 +57,9 @@ _IGNORED = frozenset(
 
 
 def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = print) -> nn.Module:
-    """A model from a Hugging Face folder: `model_type` `eurobert` (a `NeoBert`) or `bert` (a `Bert`), in fp32.
+    """A model from a Hugging Face folder, in fp32. `model_type` says which: see the table in `docs/models.md`.
 
-    Folders saved without their masked-LM head load too: the head is then initialized, and reported. Pooler and
+    Folders saved without their language-model head load too: the head is then initialized, and reported. Pooler and
     next-sentence head of a BERT are dropped, and reported.
 
     Args:
@@ -79,25 +81,25 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
     problems, state = [], {}
     headless = {ours for ours in layout if ours.startswith("head.")}
     if headless and not any(name in theirs for ours in headless for name, _ in layout[ours]):
-        report(f"{folder} has no masked-LM head: {', '.join(sorted(headless))} start from seed {seed}")
+        report(f"{folder} has no {family.head}: {', '.join(sorted(headless))} start from seed {seed}")
     else:
         headless = set()
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
         if name in headless:
             state[name] = initial_value(name, shape, seed=seed, std=config.initializer_range)
             continue
-        parts = []
-        for their_name, rows in layout[name]:
-            expected = (rows, *shape[1:])
+        unfit = []
+        for part in layout[name]:
+            their_name, expected = part[0], family.stored_shape(part, shape)
             if their_name not in theirs:
-                problems.append(f"{their_name} is missing")
+                unfit.append(f"{their_name} is missing")
             elif tuple(theirs[their_name].shape) != expected:
                 found = tuple(theirs[their_name].shape)
-                problems.append(f"{their_name} has the shape {found}; config.json makes it {expected}")
-            else:
-                parts.append(theirs[their_name].float())
-        state[name] = torch.cat(parts) if parts else None
+                unfit.append(f"{their_name} has the shape {found}; config.json makes it {expected}")
+        if not unfit:
+            state[name] = family.join(layout[name], theirs.__getitem__).float()
+        problems += unfit
     problems += [f"{their_name} is not expected" for their_name in theirs if their_name not in known]
     if problems:
         raise UserError(
@@ -117,7 +119,7 @@ def hf_network(path: str | Path) -> nn.Module:
     """
     config = _read_config(Path(path))
     with torch.device("meta"):
-        return _FAMILIES[config.model_type].model_class(config)
+        return _FAMILIES[config.model_type].network(config)
 
 
 def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
@@ -126,7 +128,7 @@ def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
     Tied weights are stored once. Each file is complete or not there.
 
     Args:
-        model: a `NeoBert` or `Bert`, not sharded.
+        model: of one of the families here, not sharded.
         path: the folder; made where it does not exist.
         tokenizer: has `save(folder)` and the ids of its special tokens (a `torchrecipes.data` Tokenizer), or None.
     """
@@ -159,16 +161,16 @@ def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> d
     """The model's tensors under their Hugging Face names: views, detached, no tied weight twice.
 
     Args:
-        model: a `NeoBert` or `Bert`.
+        model: of one of the families here.
         state: tensors by our names where they are not the model's own (gathered from shards, averaged, ...); all of
             them or some.
     """
-    layout = _FAMILIES[model.config.model_type].layout(model.config)
+    family = _FAMILIES[model.config.model_type]
+    layout = family.layout(model.config)
     state = model.state_dict() if state is None else state
     tensors = {}
     for name, tensor in state.items():
-        pieces = tensor.detach().split([rows for _, rows in layout[name]])
-        tensors |= {their_name: piece for (their_name, _), piece in zip(layout[name], pieces, strict=True)}
+        tensors |= family.split(tensor.detach(), layout[name])
     return tensors
 
 
@@ -179,12 +181,12 @@ def stored_tensors(model: nn.Module, path: str | Path) -> Iterator[tuple[str, Te
         model: of the same config as the stored one; its tensors are not looked at.
         path: the folder.
     """
-    layout = _FAMILIES[model.config.model_type].layout(model.config)
+    family = _FAMILIES[model.config.model_type]
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in _tensor_files(Path(path))}
         where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118, it is no dict
-        for name, parts in layout.items():
-            yield name, torch.cat([where[their_name].get_tensor(their_name) for their_name, _ in parts])
+        for name, parts in family.layout(model.config).items():
+            yield name, family.join(parts, lambda their_name: where[their_name].get_tensor(their_name))
 
 
 def hf_config(model: nn.Module, tokenizer=None) -> dict:
@@ -312,6 +314,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     if pickles:
         raise UserError(
             f"{folder} holds its weights in {pickles[0]} only, which is a pickle: reading one can run code. "
-            "Convert it where you trust it: AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)."
+            "Convert it where you trust it, with the class that config.json names under architectures: "
+            "from_pretrained(folder).save_pretrained(folder)."
         )
     raise UserError(f"{folder} has no model.safetensors. Name a folder that save_hf() or save_pretrained() wrote.")

@@ -278,7 +278,7 @@ def _normalize_name(name: str) -> str:
 HF_MAP = HFMap(
     architecture="EuroBertForMaskedLM",
     config_class=NeoBertConfig,
-    model_class=NeoBert,
+    network=NeoBert,
     layout=_layout,
     normalize_name=_normalize_name,
     tied=("lm_head.weight", "model.embed_tokens.weight"),

@@ -11,6 +11,7 @@ Tensors are named by the letters of their dimensions where that helps (`x_BSD`, 
 """
 
 from torchrecipes.modules.attention import SelfAttention, attention
+from torchrecipes.modules.cache import KVCache
 from torchrecipes.modules.embedding import BertEmbedding
 from torchrecipes.modules.feed_forward import GeluMLP, SwiGLU
 from torchrecipes.modules.head import LMHead, MLMTransform
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionPlan",
     "BertEmbedding",
     "GeluMLP",
+    "KVCache",
     "LMHead",
     "MLMTransform",
     "PostNormBlock",

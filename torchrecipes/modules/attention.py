@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from torchrecipes.modules.cache import LayerCache
+from torchrecipes.modules.norm import RMSNorm
 from torchrecipes.modules.plan import AttentionPlan, attention_plan
 from torchrecipes.modules.rotary import apply_rotary
 
@@ -104,7 +106,8 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values.
 
-    Parameters: `qkv_proj` (rows: all query heads, then key heads, then value heads) and `o_proj`.
+    Parameters: `qkv_proj` (rows: all query heads, then key heads, then value heads) and `o_proj`; with `qk_norm` also
+    `q_norm` and `k_norm`.
 
     Args:
         hidden_size: D.
@@ -112,6 +115,9 @@ class SelfAttention(nn.Module):
         num_kv_heads: K, key and value heads; divides N. None: N.
         head_dim: H. None: D / N.
         bias: whether both projections have one.
+        qk_norm: RMSNorm of queries and keys before the rotation: `head`, over each head (Qwen3), or `all`, over all
+            heads together (OLMoE; Muennighoff et al. 2024, arXiv:2409.02060). None: no norm.
+        norm_eps: of these norms.
     """
 
     def __init__(
@@ -122,6 +128,8 @@ class SelfAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -135,13 +143,46 @@ class SelfAttention(nn.Module):
         heads = num_heads + 2 * self.num_kv_heads
         self.qkv_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
+        if qk_norm not in (None, "head", "all"):
+            raise ValueError(f"qk_norm is {qk_norm!r}; it is 'head', 'all' or None")
+        self.qk_norm = qk_norm
+        if qk_norm:
+            of_q, of_k = (1, 1) if qk_norm == "head" else (num_heads, self.num_kv_heads)
+            self.q_norm = RMSNorm(of_q * self.head_dim, norm_eps)
+            self.k_norm = RMSNorm(of_k * self.head_dim, norm_eps)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
-        """Args: x_BSD; `rotary` from `rotary_tables`, None without rotation; `plan` from `attention_plan`."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        plan: AttentionPlan,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attends, and with a cache also to what it holds.
+
+        Args:
+            x_BSD: hidden states.
+            rotary: from `rotary_tables`; None without rotation.
+            plan: from `attention_plan`; with a cache from `KVCache.at`.
+            cache: this layer's, from `KVCache.at`.
+        """
         qkv = self.qkv_proj(x_BSD).unflatten(-1, (-1, self.head_dim))
         # Queries and keys stay together through the rotation: one pass instead of two.
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        if self.qk_norm:
+            qk = self._normalized(qk)
         if rotary is not None:
             qk = apply_rotary(qk, *rotary)
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        if cache is not None:
+            k, v = cache.update(k, v)
         return self.o_proj(attention(q, k, v, plan=plan).flatten(2))
+
+    def _normalized(self, qk: Tensor) -> Tensor:
+        """Queries and keys, `[B, S, N + K, H]`, each with its norm."""
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return torch.cat((q, k), dim=2)

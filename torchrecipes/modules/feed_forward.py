@@ -7,13 +7,13 @@ from torch import Tensor, nn
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202), gate and up in one projection.
 
-    Parameters: `gate_up_proj` (rows: gate, then up) and `down_proj`, without biases.
+    Parameters: `gate_up_proj` (rows: gate, then up) and `down_proj`, with biases if `bias`.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False):
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x `[..., D]`."""
@@ -22,13 +22,19 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """`down(gelu(up(x)))` with biases, the exact GELU of BERT."""
+    """`down(gelu(up(x)))` with biases.
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    Args:
+        hidden_size, intermediate_size: D and I.
+        approximate: `none` is the exact GELU of BERT, `tanh` the approximation of GPT-2 (`gelu_new`).
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, approximate: str = "none"):
         super().__init__()
+        self.approximate = approximate
         self.up_proj = nn.Linear(hidden_size, intermediate_size)
         self.down_proj = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x `[..., D]`."""
-        return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))

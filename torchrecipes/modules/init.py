@@ -1,9 +1,12 @@
 """Initial values of parameters: a function of (seed, parameter name), so equal on every device and mesh."""
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor, nn
+
+_INTO_RESIDUAL = re.compile(r"\b(o_proj|down_proj)(\.weight)?$")
 
 
 def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
@@ -28,15 +31,24 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, *, seed: int, std: float) -> None:
-    """Sets every parameter of the model to its initial value; parameters on the meta device stay as they are.
+def initialize(model: nn.Module, *, seed: int, std: float, residual_std: float | None = None) -> None:
+    """Sets every parameter of the model to its initial value, and buffers to 0; what is on the meta device stays.
 
     A parameter that `fully_shard` has split gets its own part of the same full value, without communication.
+
+    Args:
+        model: changed in place.
+        seed, std: see `initial_value`.
+        residual_std: instead of `std` for projections into the residual stream (`o_proj` and `down_proj`): GPT-2's
+            `std / sqrt(2 L)` keeps what 2 L of them add up to independent of the number of layers L. None: `std`.
     """
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
-        value = initial_value(name, tuple(parameter.shape), seed=seed, std=std)
+        into_residual = residual_std is not None and _INTO_RESIDUAL.search(name)
+        value = initial_value(name, tuple(parameter.shape), seed=seed, std=residual_std if into_residual else std)
         if hasattr(parameter, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor  # 0.3 s that only sharded models need
 

@@ -118,6 +118,20 @@ def attention_plan(
     return AttentionPlan(kernel, dropout_p=dropout_p, mask=mask, gather=gather, scatter=scatter)
 
 
+def cached_plan(position_ids: Tensor, num_keys: int, dtype: torch.dtype) -> AttentionPlan:
+    """How tokens attend to the slots of a `KVCache`: one at position p sees the slots 0 to p.
+
+    Args:
+        position_ids: `[B, S]`.
+        num_keys: slots looked at, the first ones.
+        dtype: of the queries.
+    """
+    slots = torch.arange(num_keys, device=position_ids.device)
+    unseen = slots > position_ids[:, None, :, None]
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=position_ids.device).masked_fill_(unseen, float("-inf"))
+    return AttentionPlan("sdpa" if position_ids.shape[1] > 1 else "math", mask=mask)
+
+
 def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.modules.cache import LayerCache
 from torchrecipes.modules.plan import AttentionPlan
 
 
@@ -14,19 +15,39 @@ def activation_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class PreNormBlock(nn.Module):
-    """`x + self_attn(norm(x))`, then `x + mlp(norm(x))`; the names are those of LLaMA in `transformers`."""
+    """`x + self_attn(norm(x))`, then `x + mlp(norm(x))`; the names are those of LLaMA in `transformers`.
 
-    def __init__(self, *, self_attn: nn.Module, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module):
+    Args:
+        dropout_p: probability of dropping an element of what attention and feed-forward add, in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        self_attn: nn.Module,
+        mlp: nn.Module,
+        attention_norm: nn.Module,
+        mlp_norm: nn.Module,
+        dropout_p: float = 0.0,
+    ):
         super().__init__()
         self.input_layernorm = attention_norm
         self.self_attn = self_attn
         self.post_attention_layernorm = mlp_norm
         self.mlp = mlp
+        self.dropout_p = dropout_p
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
-        """Args: x_BSD; `rotary` and `plan` as in `SelfAttention.forward`."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, plan)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        plan: AttentionPlan,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Args: x_BSD; `rotary`, `plan` and `cache` as in `SelfAttention.forward`."""
+        attended = self.self_attn(self.input_layernorm(x_BSD), rotary, plan, cache)
+        x_BSD = x_BSD + F.dropout(attended, self.dropout_p, self.training)
+        return x_BSD + F.dropout(self.mlp(self.post_attention_layernorm(x_BSD)), self.dropout_p, self.training)
 
 
 class PostNormBlock(nn.Module):
