@@ -24,7 +24,8 @@ from torchrecipes.errors import UserError
 from torchrecipes.losses import linear_cross_entropy
 from torchrecipes.losses.linear_cross_entropy import IGNORED
 
-ROWS_COLLECTED = 16  # batches of windows that are sorted by length together, so that rows are full
+TOKENS_AT_ONCE = 16_384  # per forward pass, unless a number of rows is given
+BATCHES_COLLECTED = 16  # of windows that are sorted by length together, so that rows are full
 
 
 class Tokens(NamedTuple):
@@ -84,7 +85,7 @@ def perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
-    rows: int = 8,
+    rows: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     tell: Callable[[int, int, int], None] | None = None,
 ) -> Perplexity:
@@ -95,14 +96,14 @@ def perplexity(
         documents: may be a generator; some batches of them are in memory at a time.
         window: tokens that the model sees at once. None: its `max_position_embeddings`.
         stride: tokens between the beginnings of two windows. None: half a window.
-        rows: of `window` tokens each, per forward pass.
+        rows: of `window` tokens each, per forward pass. None: as many as make about 16,384 tokens.
         autocast: makes the context to compute in.
         tell: called now and then with the documents, bytes and scored tokens since the last call.
 
     Raises:
         UserError: a window, stride or number of rows out of range, an id that the model does not have.
     """
-    window, stride = _check_windows(model, window, stride, rows)
+    window, stride, rows = _check_windows(model, window, stride, rows)
     device = next(model.parameters()).device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     nats = torch.zeros((), dtype=dtype, device=device)
@@ -110,7 +111,7 @@ def perplexity(
     was_training = model.training
     model.eval()
     try:
-        for group, num_documents, num_bytes in _collect(documents, window, stride, ROWS_COLLECTED * rows * window):
+        for group, num_documents, num_bytes in _collect(documents, window, stride, BATCHES_COLLECTED * rows * window):
             packed = _pack(group, window)
             for first in range(0, len(packed), rows):
                 pieces = packed[first : first + rows]
@@ -179,7 +180,7 @@ def encode_documents(tokenizer, texts: Iterable[str], at_once: int = 64) -> Iter
             yield Tokens(ids, len(text.encode("utf-8")))
 
 
-def _check_windows(model: nn.Module, window: int | None, stride: int | None, rows: int) -> tuple[int, int]:
+def _check_windows(model: nn.Module, window: int | None, stride: int | None, rows: int | None) -> tuple[int, int, int]:
     positions = model.config.max_position_embeddings
     window = positions if window is None else window
     if not 1 <= window <= positions:
@@ -189,9 +190,10 @@ def _check_windows(model: nn.Module, window: int | None, stride: int | None, row
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise UserError(f"the stride is {stride} tokens; it is 1 or more, and at most the window, {window}.")
+    rows = max(1, TOKENS_AT_ONCE // window) if rows is None else rows
     if rows < 1:
         raise UserError(f"{rows} rows per batch; it is 1 or more.")
-    return window, stride
+    return window, stride, rows
 
 
 def _in_groups(items: Iterable, size: int) -> Iterator[list]:

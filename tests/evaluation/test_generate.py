@@ -1,0 +1,237 @@
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests import ranks
+from torchrecipes import models
+from torchrecipes.errors import UserError
+from torchrecipes.evaluation.generate import LOOK_EVERY, generate
+from torchrecipes.models import save_hf
+from torchrecipes.training.precision import autocast
+
+VOCAB, POSITIONS = 97, 48
+# Weights large enough that the likeliest token is another one at every position.
+SIZES = {
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.5},
+    "llama": {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.3,
+    },
+}
+SIZES["qwen3"] = SIZES["llama"] | {"head_dim": 32}
+SIZES["qwen3_moe"] = SIZES["llama"] | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SIZES["olmoe"] = SIZES["llama"] | {"num_experts": 4, "num_experts_per_tok": 2}
+FAMILIES = [
+    pytest.param(family, marks=pytest.mark.skipif(not hasattr(models, family), reason="there is no such family"))
+    for family in SIZES
+]
+
+
+def make(family="llama", vocab_size=VOCAB, seed=1):
+    return getattr(models, family)(vocab_size, **SIZES[family], seed=seed)
+
+
+def prompts_of(*lengths, vocab_size=VOCAB):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_likeliest_tokens_are_those_of_transformers(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make(family)
+    save_hf(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompts = prompts_of(1, 9, 20, 3)
+    found = generate(model, prompts, max_new_tokens=25, temperature=0)
+    expected = [
+        theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=25, eos_token_id=None, pad_token_id=0)[
+            0, len(prompt) :
+        ].tolist()
+        for prompt in prompts
+    ]
+    assert found == expected
+    assert len({token for tokens in found for token in tokens}) > 10
+
+    eos = found[1][6]
+    ended = generate(model, prompts, max_new_tokens=25, temperature=0, eos_id=eos)
+    padded = torch.tensor([[0] * (20 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (20 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    expected = theirs.generate(
+        padded, attention_mask=mask, do_sample=False, max_new_tokens=25, eos_token_id=eos, pad_token_id=0
+    )
+    for ours, reference in zip(ended, expected[:, 20:].tolist(), strict=True):
+        assert ours == reference[: len(ours)]
+        assert len(ours) == 25 or ours[-1] == eos
+        assert eos not in ours[:-1] and not any(reference[len(ours) :])
+    assert ended[1] == found[1][: found[1].index(eos) + 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(family):
+    model = make(family)
+    prompts = prompts_of(4, 20, 1, 9)
+    sample = partial(generate, model, max_new_tokens=20, temperature=0.7, top_k=50, top_p=0.95)
+    together = sample(prompts, seed=5)
+    assert [sample([prompt], seed=5)[0] for prompt in prompts] == together
+    assert sample(prompts[::-1], seed=5) == together[::-1]
+    assert sample(prompts, seed=6) != together
+    twice = sample([prompts[0], prompts[0]], seed=5)
+    assert twice[0] == together[0] and twice[1] != twice[0]
+
+
+def test_samples_come_as_often_as_the_model_says():
+    model = make(vocab_size=8)
+    draws, prompt = 3000, [3, 1]
+    settings = {"temperature": 1.5, "top_k": 5}
+    found = torch.tensor(generate(model, [prompt] * draws, max_new_tokens=2, seed=1, **settings))
+    counts = torch.zeros(8, 8).index_put_((found[:, 0], found[:, 1]), torch.ones(draws), accumulate=True)
+    with torch.no_grad():
+        expected = torch.zeros(8, 8, dtype=torch.float64)
+        for first, p_first in enumerate(top_k_probabilities(model, prompt, **settings)):
+            expected[first] = p_first * top_k_probabilities(model, [*prompt, first], **settings)
+    expected *= draws
+    assert counts[expected == 0].sum() == 0
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    chi_square = ((observed - wanted) ** 2 / wanted).sum().item()
+    degrees = len(wanted) - 1
+    assert degrees > 8
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def top_k_probabilities(model, ids, temperature, top_k):
+    logits = model.head(model(torch.tensor([ids])))[0, -1].double() / temperature
+    logits[logits < logits.sort(descending=True).values[top_k - 1]] = float("-inf")
+    return logits.softmax(-1)
+
+
+def test_a_text_ends_with_the_positions():
+    prompts = prompts_of(POSITIONS - 1, POSITIONS - 4, 2)
+    found = generate(make(), prompts, max_new_tokens=100, temperature=0)
+    assert [len(tokens) for tokens in found] == [1, 4, POSITIONS - 2]
+    assert found[2] == generate(make(), prompts[2:], max_new_tokens=100, temperature=0)[0]
+
+
+def test_padding_of_the_vocabulary_is_never_chosen():
+    prompts = prompts_of(*[3] * 20)
+    real = 11
+    chosen = generate(make(), prompts, max_new_tokens=20, temperature=3.0)
+    assert max(map(max, chosen)) >= real
+    for temperature in (0, 3.0):
+        chosen = generate(make(), prompts, max_new_tokens=20, temperature=temperature, real_vocab_size=real)
+        assert max(map(max, chosen)) < real
+
+
+def test_work_is_one_token_at_a_time_and_stops_when_all_have_ended():
+    model = make()
+    widths = []
+    model.register_forward_pre_hook(lambda module, args: widths.append(tuple(args[0].shape)))
+    prompts = prompts_of(5, 2)
+    first = generate(model, prompts, max_new_tokens=40, temperature=0)
+    assert widths == [(2, 5)] + [(2, 1)] * 39
+    widths.clear()
+    eos = first[0][0]
+    generate(model, prompts[:1], max_new_tokens=40, temperature=0, eos_id=eos)
+    assert len(widths) == LOOK_EVERY
+
+
+def test_training_goes_on_as_before():
+    model = make().train()
+    before = torch.get_rng_state()
+    generate(model, prompts_of(3), max_new_tokens=3)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    generate(model.eval(), prompts_of(3), max_new_tokens=3)
+    assert not model.training
+
+
+def test_dropout_is_off():
+    model = models.llama(VOCAB, **SIZES["llama"], attention_dropout=0.9, seed=1).train()
+    found = generate(model, prompts_of(9), max_new_tokens=10, temperature=0)
+    assert found == generate(make(), prompts_of(9), max_new_tokens=10, temperature=0)
+
+
+def test_blocks_compiled_for_training_are_not_compiled_anew():
+    model = make()
+    expected = generate(model, prompts_of(3, 9), max_new_tokens=10, temperature=0)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    counters.clear()
+    assert generate(model, prompts_of(3, 9), max_new_tokens=10, temperature=0) == expected
+    assert not counters["frames"]
+    model(torch.tensor([[1, 2]]))
+    assert counters["frames"]["total"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_differs_in_rounding_only(family):
+    model, prompts = make(family), prompts_of(9, 2)
+    compute = partial(autocast, torch.device("cpu"), torch.bfloat16)
+    with torch.no_grad(), compute():
+        whole = model.head(model(torch.tensor(prompts[:1])))[0, -1]
+    found = generate(model, prompts, max_new_tokens=5, temperature=0, autocast=compute)
+    assert found[0][0] in whole.topk(2).indices
+    assert [len(tokens) for tokens in found] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "there is no prompt"),
+        ([[1], []], {}, "prompt 2 has no token"),
+        ([[1], [1] * POSITIONS], {}, "prompt 2 has 48 tokens, and the model 48 positions"),
+        ([[1, VOCAB]], {}, "ids 1 to 97"),
+        ([[-1]], {}, "ids -1 to -1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+    ],
+)
+def test_mistakes_are_told(prompts, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate(make(), prompts, **({"max_new_tokens": 5} | settings))
+
+
+SCRIPT = """
+import json, sys
+import torch
+from torchrecipes.evaluation.generate import generate
+from torchrecipes.models import llama
+from torchrecipes.rank_errors import leave
+from torchrecipes.training.parallel import materialize, parallelize
+from torchrecipes.training.run import start_run
+
+folder, sizes, prompts, eos = sys.argv[1], *map(json.loads, sys.argv[2:])
+run = start_run(folder, seed=0, config_yaml="", resume="auto")
+with torch.device("meta"):
+    model = llama(**sizes)
+parallelize(model, "fsdp", run, torch.float32)
+materialize(model, run.device, 1)
+model.train()
+found = [generate(model, prompts, max_new_tokens=20, temperature=t, seed=3, eos_id=eos) for t in (0, 0.7)]
+assert model.training
+model.head(model(torch.tensor([[1, 2]]))).sum().backward()  # training goes on
+with open(f"{folder}/{run.rank}.json", "w") as file:
+    json.dump(found, file)
+leave(0)
+"""
+
+
+def test_ranks_of_a_sharded_model_write_the_same_text(tmp_path):
+    model, prompts = make(), prompts_of(9, 2)
+    eos = generate(model, prompts, max_new_tokens=20, temperature=0)[0][9]
+    expected = [generate(model, prompts, max_new_tokens=20, temperature=t, seed=3, eos_id=eos) for t in (0, 0.7)]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    words = [json.dumps(value) for value in (SIZES["llama"] | {"vocab_size": VOCAB}, prompts, eos)]
+    ranks.run(script, 2, tmp_path / "run", *words)
+    assert [json.loads((tmp_path / "run" / f"{rank}.json").read_text()) for rank in range(2)] == [expected] * 2

@@ -1,0 +1,224 @@
+"""Text from a causal language model: prompts in, continuations out, with a cache of keys and values.
+
+Prompts of different lengths share a batch: they are filled up on their right. What padding leaves in the cache is never
+seen, because a token sees the positions up to its own, and those have been written over by then.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchrecipes.errors import UserError
+from torchrecipes.evaluation.sampling import check_sampling, draw, uniform_numbers, warp
+from torchrecipes.modules.cache import KVCache
+
+LOOK_EVERY = 8  # tokens between two looks whether all texts have ended: a look waits for the device
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a prompt goes on.
+
+    Attributes:
+        prompt: as it was given.
+        text: what the model has added; `prompt + text` is the whole.
+        num_tokens: that the model has added, the one that ends a text included.
+        ended: whether the model ended the text itself, and not the number of tokens or positions.
+    """
+
+    prompt: str
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+    real_vocab_size: int | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[list[int]]:
+    """Continues every prompt by at most `max_new_tokens` tokens, all of them in one batch.
+
+    A text also ends where the model has no more positions: prompt and continuation together are never longer than
+    `max_position_embeddings`. No global random generator is touched, and training mode is restored.
+
+    Under `fully_shard` every rank calls this with the same arguments.
+
+    Args:
+        model: a causal one: `model(input_ids, position_ids=..., cache=...)` and `model.head`.
+        prompts: ids of each, one at least.
+        max_new_tokens: 1 or more.
+        temperature: 0 takes the likeliest token always; less than 1 sharpens the model's distribution.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the likeliest tokens whose probabilities come to this.
+        seed: chooses the samples. A prompt's continuation does not depend on the others in the batch; given twice, it
+            is continued in two ways.
+        eos_id: the token that ends a text. None: none does.
+        real_vocab_size: ids from here on are padding of the vocabulary and are never chosen. None: there are none.
+        autocast: makes the context to compute in.
+
+    Returns:
+        The new tokens of every prompt, with `eos_id` as the last one where the model has ended the text.
+
+    Raises:
+        UserError: no prompt, an empty or too long one, an id that the model does not have, or a setting out of range.
+    """
+    prompts = [list(prompt) for prompt in prompts]
+    check_sampling(temperature, top_k, top_p)
+    _check_prompts(model, prompts, max_new_tokens)
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest, positions = int(lengths.max()), model.config.max_position_embeddings
+    steps = min(max_new_tokens, positions - int(lengths.min()))
+    uniform = uniform_numbers(prompts, steps, seed).to(device) if temperature else None
+
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in zip(input_ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    input_ids, next_position = input_ids.to(device), lengths.to(device)[:, None]
+    position_ids = torch.arange(longest, device=device).expand(len(prompts), -1)
+    last_index = next_position - 1  # of the token in the input whose hidden state gives the next one
+
+    new_tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(), _without_compile(model):
+            cache = _cache(model, len(prompts), min(longest + steps, positions), device)
+            for step in range(steps):
+                hidden = model(input_ids, position_ids=position_ids, cache=cache)
+                last_BD = hidden.gather(1, last_index[:, :, None].expand(-1, -1, hidden.shape[2])).squeeze(1)
+                logits = model.head(last_BD)[:, :real_vocab_size].float()
+                token_B = (
+                    draw(warp(logits, temperature, top_k, top_p), uniform[:, step])
+                    if temperature
+                    else logits.argmax(-1)
+                )
+                new_tokens[:, step] = token_B
+                ended |= next_position.squeeze(1) + 1 >= positions
+                if eos_id is not None:
+                    ended |= token_B == eos_id
+                if (step + 1) % LOOK_EVERY == 0 and _all_everywhere(ended, model):
+                    break
+                # A text that has ended goes on unseen; its position stays one that there is.
+                input_ids, position_ids = token_B[:, None], next_position.clamp(max=cache.max_len - 1)
+                next_position, last_index = next_position + 1, torch.zeros_like(next_position)
+    finally:
+        model.train(was_training)
+    return [
+        _up_to_the_end(tokens[: positions - len(prompt)], eos_id)
+        for prompt, tokens in zip(prompts, new_tokens[:, : step + 1].tolist(), strict=True)
+    ]
+
+
+def generate_text(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[Continuation]:
+    """`generate` from texts to texts; the arguments are the same.
+
+    Args:
+        model: as in `generate`.
+        tokenizer: a `torchrecipes.data` Tokenizer, loaded for causal models: a prompt begins as a document does, and
+            its end-of-sequence token ends a text.
+        prompts: texts. The empty one begins a document.
+    """
+    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    continued = generate(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+        real_vocab_size=tokenizer.real_vocab_size,
+        autocast=autocast,
+    )
+    return [
+        _continuation(tokenizer, prompt, ids, new)
+        for prompt, ids, new in zip(prompts, prompt_ids, continued, strict=True)
+    ]
+
+
+def _continuation(tokenizer, prompt: str, ids: list[int], new: list[int]) -> Continuation:
+    ended = new[-1] == tokenizer.eos_id
+    # Decoded together: a character may begin in the prompt's last token, and a first word has no space before it.
+    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new[: len(new) - ended])
+    same = 0
+    while same < len(before) and before[same] == whole[same : same + 1]:
+        same += 1
+    return Continuation(prompt, whole[same:], len(new), ended)
+
+
+def _check_prompts(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
+    positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it is 1 or more.")
+    if not prompts:
+        raise UserError("there is no prompt to continue. Give one at least.")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(f"prompt {number} has no token. Let it begin with the token that begins a document.")
+        if len(prompt) >= positions:
+            raise UserError(
+                f"prompt {number} has {len(prompt):,} tokens, and the model {positions:,} positions "
+                "(max_position_embeddings): there is no room for a new one. Shorten the prompt."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise UserError(
+                f"prompt {number} has the ids {min(prompt)} to {max(prompt)}, and the model {vocab_size:,} tokens. "
+                "Take the model's own tokenizer."
+            )
+
+
+def _cache(model: nn.Module, batch: int, max_len: int, device: torch.device) -> KVCache:
+    attention = model.blocks[0].self_attn
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        dtype = attention.qkv_proj.weight.dtype
+    return KVCache(len(model.blocks), batch, max_len, attention.num_kv_heads, attention.head_dim, dtype, device)
+
+
+def _all_everywhere(ended: Tensor, model: nn.Module) -> bool:
+    """Whether all texts have ended, on all ranks of a sharded model: each is needed to gather the others' weights."""
+    done = ended.all()
+    if isinstance(model, FSDPModule):
+        done = done.int()
+        torch.distributed.all_reduce(done, torch.distributed.ReduceOp.MIN)
+    return bool(done)
+
+
+def _without_compile(model: nn.Module) -> AbstractContextManager:
+    """Blocks that are compiled for training run as they are: every length of a prompt would compile them anew."""
+    if all(getattr(block, "_compiled_call_impl", None) is None for block in model.blocks):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _up_to_the_end(tokens: list[int], eos_id: int | None) -> list[int]:
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
