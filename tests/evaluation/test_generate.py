@@ -15,7 +15,13 @@ from torchrecipes.training.precision import autocast
 VOCAB, POSITIONS = 97, 48
 # Weights large enough that the likeliest token is another one at every position.
 SIZES = {
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS, "initializer_range": 0.5},
+    "gpt2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.3,
+    },
     "llama": {
         "hidden_size": 64,
         "num_hidden_layers": 3,

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from torchrecipes import models
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.perplexity import Tokens, encode_documents, perplexity, windows
+from torchrecipes.models import save_hf
 from torchrecipes.modules.head import LMHead
 
 VOCAB = 11
@@ -170,3 +172,56 @@ def test_bytes_are_those_of_the_text():
 def test_a_tokenizer_without_a_beginning_is_told():
     with pytest.raises(UserError, match="neither a bos nor an eos token"):
         list(encode_documents(Template([], []), ["a"]))
+
+
+SIZES = {
+    "llama": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 24,
+        "initializer_range": 0.3,
+    },
+    "gpt2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 24,
+        "initializer_range": 0.3,
+    },
+}
+SIZES["qwen3_moe"] = SIZES["llama"] | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.skipif(not hasattr(models, family), reason="there is no such family"))
+        for family in SIZES
+    ],
+)
+def test_the_figure_is_that_of_a_plain_loop_over_transformers(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = getattr(models, family)(53, **SIZES[family], seed=1)
+    save_hf(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+    given = [Tokens(torch.randint(53, (n,), generator=generator).tolist(), 2 * n) for n in (60, 2, 25, 24, 7, 1, 26)]
+    window, stride, expected, scored = 24, 10, 0.0, 0
+    for ids, _ in given:
+        known = 1  # tokens that need no score, or have theirs
+        for start in range(0, len(ids), stride):
+            inputs = torch.tensor([ids[start : start + window]])
+            with torch.no_grad():
+                log_p = theirs(inputs).logits[0].double().log_softmax(-1)
+            for i in range(known, min(start + window, len(ids) - 1) + 1):
+                expected -= log_p[i - 1 - start, ids[i]].item()
+                scored += 1
+            known = max(known, min(start + window, len(ids) - 1) + 1)
+    found = perplexity(model, given, window=window, stride=stride, rows=3)
+    assert found.tokens == scored == sum(len(ids) - 1 for ids, _ in given)
+    assert found.nats == pytest.approx(expected, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(expected / scored), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(expected / math.log(2) / sum(n for _, n in given), rel=1e-5)
