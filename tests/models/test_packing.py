@@ -1,14 +1,18 @@
-"""A packed batch is its documents, each alone: hidden states and gradients."""
+"""A packed batch is its documents, each alone: hidden states and gradients; and a cache is the whole, in pieces."""
 
 import itertools
 
 import pytest
 import torch
 
-from torchrecipes.models import bert, neobert
+from torchrecipes.models import bert, gpt2, llama, neobert, qwen3
+from torchrecipes.modules import KVCache
 
 ROW_LEN = 256
 # Rows of 256 of different documents, then one with padding at its end; the last entries repeat.
+FAMILIES = {"neobert": neobert, "bert": bert, "gpt2": gpt2, "llama": llama, "qwen3": qwen3}
+ROTARY_DECODERS = ("llama", "qwen3")
+DECODERS = ("gpt2", *ROTARY_DECODERS)
 LENGTHS = [100, 1, 90, 65, 256, 37, 64, 100, 55]
 
 
@@ -22,8 +26,9 @@ def packed():
 
 
 def model_of(family):
-    sizes = (67, 32, 2, 2, 40)
-    model = {"neobert": neobert, "bert": bert}[family](*sizes, max_position_embeddings=ROW_LEN, initializer_range=0.1)
+    sizes = (67, 32, 2, 4 if family in ROTARY_DECODERS else 2, 40)
+    more = {"num_key_value_heads": 2} if family in ROTARY_DECODERS else {}
+    model = FAMILIES[family](*sizes, max_position_embeddings=ROW_LEN, initializer_range=0.1, **more)
     # The last document stands for padding: nothing is asked of it.
     return model, len(LENGTHS) - 1
 
@@ -34,7 +39,7 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["neobert", "bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("row_len", [ROW_LEN, 3 * ROW_LEN])
 def test_packed_is_one_by_one(family, row_len):
     model, documents = model_of(family)
@@ -57,7 +62,7 @@ def test_packed_is_one_by_one(family, row_len):
         assert (found[name] - expected[name]).abs().max() <= 1e-5 * max(1, expected[name].abs().max()), name
 
 
-@pytest.mark.parametrize("family", ["neobert", "bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_stays_close(family):
     model, _ = model_of(family)
     rows = packed()[:3]
@@ -68,7 +73,7 @@ def test_autocast_stays_close(family):
     assert (hidden - expected).abs().mean() < 0.01 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("family", ["neobert", "bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_blocks_see_one_graph(family):
     torch.compiler.reset()
     model, _ = model_of(family)
@@ -79,3 +84,50 @@ def test_compiled_blocks_see_one_graph(family):
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(model(*rows), expected, atol=1e-5, rtol=0)
         model(rows[0], rows[1], torch.arange(0, 3 * ROW_LEN + 1, 64, dtype=torch.int32))
+
+
+def cache_of(model, max_len):
+    attention = model.blocks[0].self_attn
+    return KVCache(len(model.blocks), 3, max_len, attention.num_kv_heads, attention.head_dim)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_cache_gives_what_the_whole_gives(family):
+    """Prompts of different lengths, padded on the right, then token by token."""
+    model, _ = model_of(family)
+    input_ids = packed()[0][:, :40]
+    lengths = torch.tensor([1, 17, 30])
+    expected = model(input_ids)
+    cache = cache_of(model, 41)
+    padding = torch.arange(30) >= lengths[:, None]
+    found = model(input_ids[:, :30].masked_fill(padding, 66), cache=cache)
+    for row, length in enumerate(lengths):
+        assert (found[row, :length] - expected[row, :length]).abs().max() <= 1e-5
+    for _ in range(10):
+        rows = torch.arange(3)[:, None]
+        hidden = model(input_ids[rows, lengths[:, None]], position_ids=lengths[:, None], cache=cache)
+        assert (hidden - expected[rows, lengths[:, None]]).abs().max() <= 1e-5
+        lengths = lengths + 1
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_cache_takes_several_tokens_at_once(family):
+    model, _ = model_of(family)
+    input_ids = packed()[0][:, :40]
+    cache, pieces = cache_of(model, 40), []
+    for start, end in ((0, 11), (11, 12), (12, 40)):
+        pieces.append(model(input_ids[:, start:end], torch.arange(start, end)[None], cache=cache))
+    assert (torch.cat(pieces, 1) - model(input_ids)).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="position 40 is beyond the cache, which has 40"):
+        model(input_ids[:, :1], torch.tensor([[40]]), cache=cache)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_no_token_sees_a_later_one(family):
+    model, _ = model_of(family)
+    input_ids = packed()[0][:, :40]
+    changed = input_ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 67
+    expected, found = model(input_ids), model(changed)
+    assert torch.equal(expected[:, :20], found[:, :20])
+    assert (expected[:, 20:] - found[:, 20:]).abs().max() > 0.1

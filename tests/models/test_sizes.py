@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -16,6 +18,21 @@ from torchrecipes import models
         ("bert_small", {}, 28_795_194),
         ("bert_mini", {}, 11_201_594),
         ("bert_tiny", {}, 4_416_698),
+        ("gpt2_small", {}, 124_439_808),
+        ("gpt2_medium", {}, 354_823_168),
+        ("gpt2_large", {}, 774_030_080),
+        ("gpt2_xl", {}, 1_557_611_200),
+        ("gpt2_tiny", {}, 1_510_912),
+        ("gpt_750m", {}, 759_656_064),
+        ("gpt_750m", {"tie_word_embeddings": True}, 695_266_944),
+        ("gpt_750m", {"lm_head_bias": False}, 759_605_760),
+        ("gpt_750m_modern", {}, 698_911_104),
+        ("gpt_750m_modern", {"lm_head_bias": False}, 698_860_800),
+        ("llama", {"vocab_size": 32_000}, 6_738_415_616),
+        ("llama_tiny", {}, 1_411_712),
+        ("qwen3_0_6b", {}, 596_049_920),
+        ("qwen3_0_6b", {"tie_word_embeddings": False}, 751_632_384),
+        ("qwen3_tiny", {}, 1_411_840),
     ],
 )
 def test_named_sizes(name, arguments, parameters):
@@ -34,7 +51,23 @@ def test_builders_pass_every_argument_on():
     neobert |= {"rms_norm_eps": 0.5, "tie_word_embeddings": False, "initializer_range": 0.3}
     bert = {"intermediate_size": 24, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
     bert |= {"max_position_embeddings": 99, "type_vocab_size": 3, "layer_norm_eps": 0.5, "initializer_range": 0.3}
-    for builder, arguments in ((models.neobert, sizes | neobert), (models.bert, sizes | bert)):
+    common = {"intermediate_size": 24, "max_position_embeddings": 99, "tie_word_embeddings": False}
+    common |= {"initializer_range": 0.3, "attention_bias": True}
+    gpt2 = {"embd_pdrop": 0.2, "attn_pdrop": 0.3, "resid_pdrop": 0.4, "layer_norm_epsilon": 0.5, "lm_head_bias": True}
+    rope = {"num_key_value_heads": 1, "head_dim": 6, "rope_theta": 7.0, "rms_norm_eps": 0.5, "attention_dropout": 0.2}
+    rope["rope_scaling"] = {"rope_type": "linear", "factor": 3.0}
+    families = [
+        (models.neobert, neobert),
+        (models.bert, bert),
+        (models.gpt2, common | gpt2 | {"attention_bias": False}),
+    ]
+    families += [
+        (models.qwen3, common | rope),
+        (models.llama, common | rope | {"mlp_bias": True, "lm_head_bias": True}),
+    ]
+    for builder, keys in families:
+        arguments = sizes | keys
+        assert set(inspect.signature(builder).parameters) - {"seed"} == set(arguments), builder
         model = builder(**arguments, seed=3)
         assert {key: getattr(model.config, key) for key in arguments} == arguments
         again = builder(**arguments, seed=3)

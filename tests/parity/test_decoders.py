@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -13,7 +16,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from torchrecipes.models import hf_state_dict, llama, load_hf, qwen3, save_hf
+from torchrecipes.models import gpt2, hf_state_dict, llama, load_hf, qwen3, save_hf
 
 SIZES = {
     "vocab_size": 101,
@@ -37,8 +40,9 @@ THEIRS = {
         Qwen3Config,
         {"num_key_value_heads": 4, "head_dim": 12, "rope_parameters": ROPE},
     ),
+    "gpt2": (GPT2LMHeadModel, GPT2Model, GPT2Config, {}),
 }
-OURS = {"llama": (llama, {"rope_theta": 100.0}), "qwen3": (qwen3, {"rope_theta": 100.0})}
+OURS = {"llama": (llama, {"rope_theta": 100.0}), "qwen3": (qwen3, {"rope_theta": 100.0}), "gpt2": (gpt2, {})}
 CASES = [
     ("llama", {}),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
@@ -48,6 +52,8 @@ CASES = [
     ("qwen3", {}),
     ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 16}),
     ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "attention_bias": True}),
+    ("gpt2", {}),
+    ("gpt2", {"tie_word_embeddings": False}),
 ]
 
 
@@ -56,6 +62,8 @@ def their_model(family, changes, kind=0):
     keys = SIZES | defaults | changes
     if "rope_scaling" in keys:
         keys["rope_parameters"] = keys.pop("rope_scaling") | {"rope_theta": ROPE["rope_theta"]}
+    if family == "gpt2":  # whose config takes the other names as they are
+        keys["n_inner"] = keys.pop("intermediate_size")
     torch.manual_seed(0)
     return randomize(classes[kind](config_class(**keys)).eval())
 
@@ -110,12 +118,70 @@ def test_ours_loads_there(tmp_path, family, changes):
 
 @pytest.mark.parametrize("family", sorted(THEIRS))
 def test_a_decoder_without_head_gets_a_new_one(tmp_path, family):
-    theirs = their_model(family, {}, kind=1)
+    theirs = their_model(family, {"tie_word_embeddings": False}, kind=1)
     theirs.save_pretrained(tmp_path)
     reports = []
-    ours = load_hf(tmp_path, seed=4, report=reports.append)
+    ours = load_hf(tmp_path, seed=4, report=reports.append).eval()
     assert [line.removeprefix(str(tmp_path)) for line in reports] == [
         " has no language-model head: head.decoder.weight start from seed 4"
     ]
     input_ids = torch.arange(40).view(2, 20)
     assert (ours(input_ids) - theirs(input_ids=input_ids).last_hidden_state).abs().max() <= 1e-5
+
+
+def test_a_head_with_a_bias_is_kept_here_and_dropped_there(tmp_path):
+    """And attention without biases is attention with biases of 0."""
+    ours = randomize(gpt2(**SIZES, attention_bias=False, tie_word_embeddings=False, lm_head_bias=True))
+    save_hf(ours, tmp_path)
+    again = load_hf(tmp_path, report=pytest.fail)
+    assert again.config == ours.config
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"lm_head.bias"}
+    assert all(name.endswith(("c_attn.bias", "c_proj.bias")) for name in info["missing_keys"])
+    input_ids = torch.arange(40).view(2, 20)
+    logits = again.head(again.eval()(input_ids))
+    assert (logits - theirs.eval()(input_ids=input_ids).logits - ours.head.bias).abs().max() <= 1e-5
+    assert ours.head.bias.std() > 0.1
+
+
+def test_the_first_gpt2_folders(tmp_path):
+    """Without a prefix, with the causal masks, the weight of the tied head, and keys of other classes."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    theirs = their_model("gpt2", {})
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    old["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    for i in range(3):
+        old[f"h.{i}.attn.bias"], old[f"h.{i}.attn.masked_bias"] = torch.ones(1, 1, 4, 4), torch.tensor(-1e4)
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"n_ctx": 64, "summary_type": "cls_index"}))
+    reports = []
+    assert_same(load_hf(tmp_path, report=reports.append), theirs)
+    assert len(reports) == 1
+    assert "h.0.attn.bias" in reports[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_dropout_is_that_of_the_config(tmp_path, family):
+    if family == "gpt2":
+        changes = {"embd_pdrop": 0.2, "attn_pdrop": 0.4, "resid_pdrop": 0.3}
+    else:
+        changes = {"attention_dropout": 0.4}
+    theirs = their_model(family, changes)
+    theirs.save_pretrained(tmp_path)
+    ours = load_hf(tmp_path)
+    body = theirs.base_model.train()
+    input_ids = torch.arange(60).view(3, 20)
+    with torch.no_grad():  # the same spread of what many passes give
+        spread = [
+            torch.stack([run(input_ids) for _ in range(60)]).std(0).mean().item()
+            for run in (ours.train(), lambda ids: body(input_ids=ids).last_hidden_state)
+        ]
+        assert torch.equal(ours.eval()(input_ids), ours(input_ids))
+    assert spread[0] > 0.01
+    assert abs(spread[0] - spread[1]) < 0.03 * spread[1]

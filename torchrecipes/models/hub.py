@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.models.bert import HF_MAP as BERT
+from torchrecipes.models.gpt2 import HF_MAP as GPT2
 from torchrecipes.models.hf_map import HFMap
 from torchrecipes.models.llama import HF_MAP as LLAMA
 from torchrecipes.models.neobert import HF_MAP as NEOBERT
@@ -29,7 +30,7 @@ from torchrecipes.models.qwen3 import HF_MAP as QWEN3
 from torchrecipes.modules import initial_value
 
 INDEX = "model.safetensors.index.json"  # names the files where there are several
-_FAMILIES = {"bert": BERT, "eurobert": NEOBERT, "llama": LLAMA, "qwen3": QWEN3}
+_FAMILIES = {"bert": BERT, "eurobert": NEOBERT, "gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3}
 
 # Keys with the only values that we can follow, in any family's config.json.
 _FIXED = {
