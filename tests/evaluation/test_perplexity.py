@@ -22,17 +22,20 @@ class Counting(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(max_position_embeddings=positions, vocab_size=VOCAB)
         self.head = LMHead(1, VOCAB)
-        self.seen = []
+        self.seen, self.packed = [], []
         with torch.no_grad():
             self.head.decoder.weight.fill_(-0.1)
             self.head.decoder.weight[0] = 0
 
     def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen):
         self.seen.append(input_ids.shape)
-        ends = cu_seqlens.tolist()
-        assert ends[0] == 0 and ends[-1] == input_ids.numel() and all(a < b for a, b in pairwise(ends))
-        restarts = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])
-        assert torch.equal(position_ids.flatten(), restarts) and max(restarts) < max_seqlen
+        assert max_seqlen <= input_ids.shape[1]
+        if cu_seqlens is not None:
+            ends = cu_seqlens.tolist()
+            assert ends[0] == 0 and ends[-1] == input_ids.numel() and all(a < b for a, b in pairwise(ends))
+            restarts = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])
+            assert torch.equal(position_ids.flatten(), restarts) and max(restarts) < max_seqlen
+        self.packed.append(cu_seqlens is not None)
         return (position_ids + 1.0)[:, :, None]
 
 
@@ -84,7 +87,13 @@ def test_short_documents_share_rows():
     model = Counting()
     perplexity(model, documents(*[5] * 64), rows=2)
     assert sum(rows for rows, _ in model.seen) == 16  # four documents of four tokens that are read fill a row of 16
-    assert {width for _, width in model.seen} == {16}
+    assert {width for _, width in model.seen} == {16} and all(model.packed)
+
+
+def test_windows_that_have_a_row_for_themselves_need_no_boundaries():
+    model = Counting()
+    perplexity(model, documents(17, 17, 16, 100), rows=2, stride=16)
+    assert model.packed.count(True) <= 1
 
 
 def test_the_order_of_documents_and_the_batches_do_not_matter():

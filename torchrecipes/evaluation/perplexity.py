@@ -115,9 +115,9 @@ def perplexity(
             packed = _pack(group, window)
             for first in range(0, len(packed), rows):
                 pieces = packed[first : first + rows]
-                input_ids, position_ids, cu_seqlens, labels = _batch(pieces, window, model.config.vocab_size, device)
+                inputs, labels = _batch(pieces, window, model.config.vocab_size, device)
                 with autocast():
-                    hidden = model(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens, max_seqlen=window)
+                    hidden = model(**inputs)
                     hidden = model.head.transform(hidden.flatten(0, 1))
                     nats += linear_cross_entropy(hidden, model.head.weight, labels, model.head.bias)
                 tokens = sum(len(ids) - scored_from for row in pieces for ids, scored_from in row)
@@ -242,11 +242,12 @@ def _pack(group: list[Window], window: int) -> list[list[Window]]:
 
 def _batch(
     rows: list[list[Window]], window: int, vocab_size: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """input_ids, position_ids `[B, window]`, cu_seqlens, labels `[B * window]`; padding is a document of its own."""
+) -> tuple[dict[str, Tensor | int | None], Tensor]:
+    """What the model takes, `[B, window]`, and the labels, `[B * window]`."""
     input_ids = torch.zeros(len(rows), window, dtype=torch.int64)
     position_ids = torch.zeros(len(rows), window, dtype=torch.int64)
     labels = torch.full((len(rows), window), IGNORED, dtype=torch.int64)
+    longest = max(len(ids) - 1 for row in rows for ids, _ in row)
     ends = [0]
     for number, row in enumerate(rows):
         start = 0
@@ -258,13 +259,22 @@ def _batch(
             labels[number, start + scored_from - 1 : stop] = tokens[scored_from:]
             ends.append(number * window + stop)
             start = stop
-        if start < window:
-            position_ids[number, start:] = torch.arange(window - start)
-            ends.append((number + 1) * window)
+        while start < window:  # padding is documents, none longer than the others
+            stop = min(start + longest, window)
+            position_ids[number, start:stop] = torch.arange(stop - start)
+            ends.append(number * window + stop)
+            start = stop
     highest = max(int(input_ids.max()), int(labels.max()))
     if highest >= vocab_size:
         raise UserError(
             f"the text has the id {highest:,}, and the model {vocab_size:,} tokens. Take the model's own tokenizer."
         )
-    made = (input_ids, position_ids, torch.tensor(ends, dtype=torch.int32), labels.flatten())
-    return tuple(tensor.to(device) for tensor in made)
+    # A row that one window begins needs no boundaries: what follows is padding, which no earlier token sees.
+    alone = all(len(row) == 1 for row in rows)
+    inputs = {
+        "input_ids": input_ids.to(device),
+        "position_ids": position_ids.to(device),
+        "cu_seqlens": None if alone else torch.tensor(ends, dtype=torch.int32).to(device),
+        "max_seqlen": window if alone else longest,
+    }
+    return inputs, labels.flatten().to(device)
