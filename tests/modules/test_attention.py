@@ -70,11 +70,15 @@ def assert_close(found, expected, tolerance):
 MASKING = [(False, None), (True, None), (False, 3), (True, 3)]
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "math"])
+@pytest.mark.parametrize("kernel", ["sdpa", "math", "tiled"])
 @pytest.mark.parametrize(("causal", "window"), MASKING)
 @pytest.mark.parametrize("layout", ["dense", "rows", "regrouped"])
-@pytest.mark.parametrize("kv_heads", [HEADS, 1])
-def test_every_kernel_and_layout_is_the_loop_over_documents(kernel, causal, window, layout, kv_heads):
+@pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
+def test_every_kernel_and_layout_is_the_loop_over_documents(monkeypatch, kernel, causal, window, layout, kv_heads):
+    if kernel == "tiled" and not causal:
+        pytest.skip("tiles are for causal attention")
+    if kernel == "sdpa":
+        monkeypatch.setattr("torchrecipes.modules.plan.TILED_LONGEST_ROW", 0)
     rows, row_len, longest = 2, 400, 40
     tensors = inputs(rows, row_len, torch.float32, kv_heads)
     bounds = packing(rows, row_len, longest, seed=len(layout), padding=30)
@@ -102,7 +106,7 @@ def test_every_kernel_and_layout_is_the_loop_over_documents(kernel, causal, wind
 
 @pytest.mark.parametrize("longest", [None, 40])
 @pytest.mark.parametrize(("causal", "window"), MASKING)
-def test_bf16_on_the_cpu_uses_math_and_is_close(longest, causal, window):
+def test_bf16_on_the_cpu_is_close(longest, causal, window):
     tensors = inputs(2, 400, torch.bfloat16)
     bounds = packing(2, 400, 40, seed=1)
     arguments = {"cu_seqlens": bounds, "max_seqlen": longest, "causal": causal, "window": window}
@@ -115,14 +119,25 @@ def test_bf16_on_the_cpu_uses_math_and_is_close(longest, causal, window):
         device=tensors[0].device,
         dtype=torch.bfloat16,
     )
-    assert plan.kernel == "math"
+    assert plan.kernel == ("tiled" if causal else "math")
     found = results(lambda q, k, v: attention(q, k, v, **arguments), tensors)
     assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors), 3e-2)
 
 
 def test_long_rows_leave_scores_to_sdpa():
-    for row_len, kernel in ((1024, "math"), (1025, "sdpa")):
-        assert attention_plan(None, (1, row_len), device=torch.device("cpu"), dtype=torch.bfloat16).kernel == kernel
+    for row_len, kernel, causal in ((1024, "math", False), (1025, "sdpa", False), (2048, "tiled", True)):
+        plan = attention_plan(None, (1, row_len), causal=causal, device=torch.device("cpu"), dtype=torch.bfloat16)
+        assert plan.kernel == kernel
+    plan = attention_plan(None, (1, 2049), causal=True, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert (plan.kernel, plan.causal, plan.mask) == ("sdpa", True, None)
+
+
+@pytest.mark.parametrize("length", [2, 127, 128, 129, 300])
+def test_tiles_that_end_where_a_row_does_and_elsewhere(length):
+    tensors = inputs(2, length, torch.float64, kv_heads=2)
+    bounds = torch.tensor([0, length, 2 * length])
+    found = results(lambda q, k, v: attention(q, k, v, causal=True), tensors)
+    assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, True, None), tensors), 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from torchrecipes.modules.cache import LayerCache
+from torchrecipes.modules.causal_tiles import CausalTiles
 from torchrecipes.modules.norm import RMSNorm
 from torchrecipes.modules.plan import AttentionPlan, attention_plan
 from torchrecipes.modules.rotary import apply_rotary
@@ -63,7 +64,7 @@ def attention(
     elif cu_seqlens is not None or max_seqlen is not None or causal or window is not None or dropout_p:
         raise ValueError("give attention() a plan, or the arguments that a plan is made from, not both")
 
-    if k.shape[2] != q.shape[2]:
+    if k.shape[2] != q.shape[2] and plan.kernel != "tiled":
         # Not left to the kernels: only some take fewer key heads, and the others would be chosen silently.
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     if plan.kernel == "varlen":
@@ -76,6 +77,8 @@ def attention(
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Attention inside rows, `[B, S, N, H]`, with the plan's mask."""
+    if plan.kernel == "tiled":
+        return CausalTiles.apply(q, k, v, plan.mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if plan.kernel == "sdpa":
         out = F.scaled_dot_product_attention(
