@@ -1,0 +1,134 @@
+"""What training asks of a decoder: compiled blocks, recomputed activations, ranks that share it, equal starts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import ranks
+from torchrecipes.models import gpt2, llama, qwen3
+from torchrecipes.training.memory import checkpoint_activations
+
+FAMILIES = {"gpt2": gpt2, "llama": llama, "qwen3": qwen3}
+SIZES = (50, 16, 2, 2, 30)
+
+SCRIPT = """
+import sys
+import torch
+from safetensors.torch import save_file
+from torchrecipes.models import gpt2, llama, qwen3
+from torchrecipes.modules import KVCache
+from torchrecipes.rank_errors import leave
+from torchrecipes.training.memory import checkpoint_activations
+from torchrecipes.training.parallel import materialize, parallelize, sync_gradients
+from torchrecipes.training.run import start_run
+
+folder, family, strategy, mode = sys.argv[1:5]
+run = start_run(folder, seed=0, config_yaml="", resume="auto")
+with torch.device("meta"):
+    model = {"gpt2": gpt2, "llama": llama, "qwen3": qwen3}[family](50, 16, 2, 2, 30)
+checkpoint_activations(model.blocks, mode)
+parallelize(model, strategy, run, torch.float32)
+materialize(model, run.device, 3)
+for row in range(4):
+    if row % run.world_size == run.rank:
+        sync_gradients(model, last=row >= 4 - run.world_size)
+        ids = (torch.arange(24).view(2, 12) + 7 * row) % 50
+        loss = torch.nn.functional.cross_entropy(model.head(model(ids)).flatten(0, 1), (ids.flatten() + 1) % 50)
+        (loss * run.world_size / 4).backward()
+tensors = {name: parameter.grad.full_tensor().contiguous() for name, parameter in model.named_parameters()}
+with torch.no_grad():
+    ids = torch.arange(24).view(2, 12)
+    attention = model.blocks[0].self_attn
+    cache = KVCache(2, 2, 12, attention.num_kv_heads, attention.head_dim)
+    pieces = [model(ids[:, :5], cache=cache)]
+    pieces += [model(ids[:, i : i + 1], torch.tensor([[i]]), cache=cache) for i in range(5, 12)]
+    tensors["hidden"] = torch.cat(pieces, 1)
+if run.rank == 0:
+    save_file(tensors, f"{folder}/gradients.safetensors")
+torch.distributed.barrier()
+leave(0)
+"""
+
+
+def loss_of(model, ids):
+    return F.cross_entropy(model.head(model(ids)).flatten(0, 1), (ids.flatten() + 1) % 50)
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    loss_of(model, ids).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy", "mode"), [("llama", "fsdp", "selective"), ("gpt2", "ddp", "full"), ("qwen3", "fsdp", "none")]
+)
+def test_two_ranks_have_the_gradients_of_one_process(tmp_path, family, strategy, mode):
+    from safetensors.torch import load_file
+
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ranks.run(script, 2, tmp_path, family, strategy, mode)
+    found = load_file(tmp_path / "gradients.safetensors")
+    model = FAMILIES[family](*SIZES, seed=3)
+    hidden = found.pop("hidden")
+    assert (hidden - model(torch.arange(24).view(2, 12))).abs().max() <= 1e-5
+    model = model.double()
+    for row in range(4):
+        (loss_of(model, (torch.arange(24).view(2, 12) + 7 * row) % 50) / 4).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].double(), gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recomputed_activations_change_no_bit(family, mode, bf16):
+    ids = torch.arange(300).view(2, 150) % 50
+    arguments = {"resid_pdrop": 0.2, "attn_pdrop": 0.2} if family == "gpt2" else {"attention_dropout": 0.2}
+    found = []
+    for how in ("none", mode):
+        model = FAMILIES[family](*SIZES, **arguments)
+        checkpoint_activations(model.blocks, how)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found.append(gradients(model, ids))
+            model.eval()
+            found[-1] |= {f"{name} without dropout": grad for name, grad in gradients(model, ids).items()}
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_compiled_blocks_have_the_same_gradients_and_one_graph(family, mode):
+    torch.compiler.reset()
+    model = FAMILIES[family](*SIZES)
+    steps = [(torch.arange(300).view(2, 150) * step) % 50 for step in (1, 2, 3)]
+    expected = [gradients(model, ids) for ids in steps]
+    checkpoint_activations(model.blocks, mode)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ids, wanted in zip(steps, expected, strict=True):
+            for name, gradient in gradients(model, ids).items():
+                torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_goes_into_the_residual_stream_starts_smaller_with_depth(family):
+    layers = 8
+    model = FAMILIES[family](50, 64, layers, 2, 128, initializer_range=0.1)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            into = name.endswith(("o_proj.weight", "down_proj.weight"))
+            expected = 0.1 / math.sqrt(2 * layers) if into else 0.1
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, float(not name.endswith("bias")))), name
+    again = dict(FAMILIES[family](50, 64, layers, 2, 128, initializer_range=0.1).named_parameters())
+    assert all(torch.equal(parameter, again[name]) for name, parameter in model.named_parameters())
