@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.losses import linear_cross_entropy
-from torchrecipes.losses.linear_cross_entropy import IGNORED
 
 TOKENS_AT_ONCE = 16_384  # per forward pass, unless a number of rows is given
 BATCHES_COLLECTED = 16  # of windows that are sorted by length together, so that rows are full
@@ -115,10 +114,10 @@ def perplexity(
             packed = _pack(group, window)
             for first in range(0, len(packed), rows):
                 pieces = packed[first : first + rows]
-                inputs, labels = _batch(pieces, window, model.config.vocab_size, device)
+                inputs, scored, labels = _batch(pieces, window, model.config.vocab_size, device)
                 with autocast():
-                    hidden = model(**inputs)
-                    hidden = model.head.transform(hidden.flatten(0, 1))
+                    hidden = model(**inputs).flatten(0, 1).index_select(0, scored)
+                    hidden = model.head.transform(hidden)
                     nats += linear_cross_entropy(hidden, model.head.weight, labels, model.head.bias)
                 tokens = sum(len(ids) - scored_from for row in pieces for ids, scored_from in row)
                 total_tokens += tokens
@@ -242,11 +241,11 @@ def _pack(group: list[Window], window: int) -> list[list[Window]]:
 
 def _batch(
     rows: list[list[Window]], window: int, vocab_size: int, device: torch.device
-) -> tuple[dict[str, Tensor | int | None], Tensor]:
-    """What the model takes, `[B, window]`, and the labels, `[B * window]`."""
+) -> tuple[dict[str, Tensor | int | None], Tensor, Tensor]:
+    """What the model takes, `[B, window]`, and what is scored: flat positions and their labels."""
     input_ids = torch.zeros(len(rows), window, dtype=torch.int64)
     position_ids = torch.zeros(len(rows), window, dtype=torch.int64)
-    labels = torch.full((len(rows), window), IGNORED, dtype=torch.int64)
+    labels = torch.full((len(rows), window), -1)
     longest = max(len(ids) - 1 for row in rows for ids, _ in row)
     ends = [0]
     for number, row in enumerate(rows):
@@ -265,7 +264,7 @@ def _batch(
             ends.append(number * window + stop)
             start = stop
     highest = max(int(input_ids.max()), int(labels.max()))
-    if highest >= vocab_size:
+    if highest >= vocab_size:  # on a GPU this would end the process
         raise UserError(
             f"the text has the id {highest:,}, and the model {vocab_size:,} tokens. Take the model's own tokenizer."
         )
@@ -277,4 +276,5 @@ def _batch(
         "cu_seqlens": None if alone else torch.tensor(ends, dtype=torch.int32).to(device),
         "max_seqlen": window if alone else longest,
     }
-    return inputs, labels.flatten().to(device)
+    scored = (labels.flatten() >= 0).nonzero().squeeze(1)
+    return inputs, scored.to(device), labels.flatten()[scored].to(device)
