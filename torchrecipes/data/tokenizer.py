@@ -86,6 +86,14 @@ class Tokenizer:
         """Ids of a prompt, as `encode`, but `[MASK]` in it is the mask token, and so for the other special tokens."""
         return self.backend.encode(text).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of the beginning of a document, for a causal model to go on with: no token that ends it.
+
+        Names of special tokens in it are the tokens themselves.
+        """
+        ids = self.backend.encode(text).ids
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id != self.bos_id else ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their names."""
         return self.backend.decode(list(ids), skip_special_tokens=False)

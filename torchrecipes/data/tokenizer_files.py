@@ -44,8 +44,12 @@ SLOW_FILES = (
 )
 
 
-def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, AddedToken]]:
+def read_tokenizer(path: Path, causal: bool = False) -> tuple[tokenizers.Tokenizer, dict[str, AddedToken]]:
     """Reads a `tokenizer.json`, a Hugging Face folder, a BERT `vocab.txt` or a SentencePiece `.model`.
+
+    Args:
+        path: the file or folder.
+        causal: for a model that predicts the next token: a SentencePiece model gets none of BERT's special tokens.
 
     Returns:
         The tokenizer as it is in the file, without inert tokens, truncation and padding, and the special tokens by
@@ -68,7 +72,7 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, AddedTok
         backend = read_json(path)
         return backend, _roles(path, backend)
     if path.suffix == ".model":
-        return _read_sentencepiece(path)
+        return _read_sentencepiece(path, causal)
     raise UserError(
         f"{path}: not a tokenizer file that is known. Give a tokenizer.json, a folder with one, a BERT vocab.txt, or a "
         "SentencePiece .model."
@@ -200,8 +204,23 @@ def between(backend: tokenizers.Tokenizer, cls: str, sep: str) -> processors.Tem
     )
 
 
-def _read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, AddedToken]]:
+def begin_with(backend: tokenizers.Tokenizer, bos: str, eos: str) -> processors.TemplateProcessing:
+    """The post-processor of causal models: `bos text eos`, or `eos text` where both are one token.
+
+    One token is enough: it begins a document, and is what the last token of the one before has to predict.
+    """
+    around = (lambda text: f"{bos} {text}") if bos == eos else (lambda text: f"{bos} {text} {eos}")
+    return processors.TemplateProcessing(
+        single=around("$A"),
+        pair=f"{around('$A')} {around('$B')}",
+        special_tokens=[(name, backend.token_to_id(name)) for name in {bos: 0, eos: 0}],
+    )
+
+
+def _read_sentencepiece(path: Path, causal: bool) -> tuple[tokenizers.Tokenizer, dict[str, AddedToken]]:
     backend, names = load_sentencepiece(path)
+    if causal:
+        return backend, {role: special_token(names[role]) for role in ("bos", "eos", "pad", "unk") if role in names}
     # What masked language modelling needs and the model lacks gets BERT's names, behind the model's own ids. The mask
     # takes the blank before it along: "a [MASK] b" is then what "a word b" is with the word masked.
     roles = {role: special_token(name) for role, name in names.items()}

@@ -1,4 +1,4 @@
-"""Tokenizers trained on documents: WordPiece, byte-level BPE, Unigram.
+"""Tokenizers trained on documents: WordPiece, byte-level BPE, Unigram, characters.
 
 The same documents give the same vocabulary and the same fingerprint on every run and every machine. The trainers leave
 that open in two places, which are closed here: WordPiece numbers the characters in the order in which a hash table
@@ -23,10 +23,11 @@ from torchrecipes.data.documents import Source, require_documents
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sentencepiece_model import load_sentencepiece
 from torchrecipes.data.tokenizer import Tokenizer, make_tokenizer, one_thread
-from torchrecipes.data.tokenizer_files import USUAL_NAMES, bert_wordpiece, between, read_json, special_token
+from torchrecipes.data.tokenizer_files import USUAL_NAMES, begin_with, bert_wordpiece, between, read_json, special_token
 from torchrecipes.errors import UserError
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every tokenizer that is trained here
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every tokenizer of an encoder
+END = "<|endoftext|>"  # id 0 of every tokenizer of a causal model: begins a document, ends it, and pads
 
 
 def train_wordpiece(
@@ -88,15 +89,21 @@ def train_wordpiece(
 
 
 def train_bpe(
-    source: Source, vocab_size: int = 32_768, vocab_multiple: int = 64, folder: str | Path | None = None
+    source: Source,
+    vocab_size: int = 32_768,
+    causal: bool = False,
+    vocab_multiple: int = 64,
+    folder: str | Path | None = None,
 ) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer as GPT-2's (Radford et al. 2019), with the special tokens of BERT.
+    """Trains a byte-level BPE tokenizer as GPT-2's (Radford et al. 2019).
 
     Nothing is unknown to it, blanks and letter case are kept, and `decode` gives the text back (in Unicode's NFC form).
 
     Args:
         source: the documents; read once.
         vocab_size: ids in all, special tokens and 256 bytes included; fewer where the text does not give as many.
+        causal: for a model that predicts the next token: the one special token is `<|endoftext|>`, and documents are
+            `<|endoftext|> text`. False: the special tokens of BERT, and `[CLS] text [SEP]`.
         vocab_multiple: the number of ids is filled up to a multiple of this.
         folder: as for `train_wordpiece`.
 
@@ -105,9 +112,9 @@ def train_bpe(
     """
 
     def train() -> tokenizers.Tokenizer:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        if vocab_size < len(SPECIAL) + len(alphabet):
-            raise UserError(f"vocab_size={vocab_size:,} cannot hold 256 bytes and {len(SPECIAL)} special tokens.")
+        alphabet, special = sorted(pre_tokenizers.ByteLevel.alphabet()), (END,) if causal else SPECIAL
+        if vocab_size < len(special) + len(alphabet):
+            raise UserError(f"vocab_size={vocab_size:,} cannot hold 256 bytes and {len(special)} special tokens.")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -115,20 +122,21 @@ def train_bpe(
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=[special_token(name, lstrip=name == "[MASK]") for name in SPECIAL],
+            special_tokens=[special_token(name, lstrip=name == "[MASK]") for name in special],
             initial_alphabet=alphabet,
             show_progress=sys.stderr.isatty(),
         )
         _train(backend, source, trainer)
         return backend
 
-    return _kept(folder, {"type": "bpe", "vocab_size": vocab_size}, source, train, vocab_multiple)
+    return _kept(folder, {"type": "bpe", "vocab_size": vocab_size}, source, train, vocab_multiple, causal)
 
 
 def train_unigram(
     source: Source,
     vocab_size: int = 32_768,
     lowercase: bool = False,
+    causal: bool = False,
     vocab_multiple: int = 64,
     folder: str | Path | None = None,
 ) -> Tokenizer:
@@ -138,6 +146,7 @@ def train_unigram(
         source: the documents; read once.
         vocab_size: ids in all, special tokens included; fewer where the text does not give as many.
         lowercase: lower-cases the text.
+        causal: as for `train_bpe`; `<unk>` is a special token, too.
         vocab_multiple: the number of ids is filled up to a multiple of this.
         folder: as for `train_wordpiece`.
 
@@ -169,12 +178,7 @@ def train_unigram(
                     character_coverage=0.9999,  # rarer characters are unknown
                     num_threads=8,  # fixed: the sums over threads depend on it
                     minloglevel=2,
-                    **dict(zip(("pad_piece", "unk_piece", "bos_piece", "eos_piece"), SPECIAL, strict=False)),
-                    pad_id=0,
-                    unk_id=1,
-                    bos_id=2,
-                    eos_id=3,
-                    control_symbols=SPECIAL[4],
+                    **_CAUSAL_PIECES if causal else _PIECES,
                 )
             except RuntimeError as error:
                 raise UserError(f"vocab_size={vocab_size:,} does not fit this text. SentencePiece: {error}") from error
@@ -190,7 +194,55 @@ def train_unigram(
         return backend
 
     settings = {"type": "unigram", "vocab_size": vocab_size, "lowercase": lowercase}
-    return _kept(folder, settings, source, train, vocab_multiple)
+    return _kept(folder, settings, source, train, vocab_multiple, causal)
+
+
+# SentencePiece's names for its special pieces; an id of -1 is none.
+_PIECES = dict(zip(("pad_piece", "unk_piece", "bos_piece", "eos_piece"), SPECIAL, strict=False)) | {
+    "pad_id": 0,
+    "unk_id": 1,
+    "bos_id": 2,
+    "eos_id": 3,
+    "control_symbols": SPECIAL[4],
+}
+_CAUSAL_PIECES = {"eos_piece": END, "unk_piece": "<unk>", "eos_id": 0, "unk_id": 1, "pad_id": -1, "bos_id": -1}
+
+
+def train_char(
+    source: Source,
+    limit_alphabet: int = 1_000,
+    causal: bool = False,
+    vocab_multiple: int = 1,
+    folder: str | Path | None = None,
+) -> Tokenizer:
+    """Makes a tokenizer whose tokens are characters (code points): line ends and blanks are characters like others.
+
+    Args:
+        source: the documents; read once.
+        limit_alphabet: characters in the vocabulary, the most frequent ones; others are unknown.
+        causal: as for `train_bpe`; `<unk>` is a special token, too.
+        vocab_multiple: the number of ids is filled up to a multiple of this. The default adds none: there are few ids,
+            and what is added would be a large share of them.
+        folder: as for `train_wordpiece`.
+
+    Raises:
+        UserError: no documents; `folder` has another tokenizer.
+    """
+
+    def train() -> tokenizers.Tokenizer:
+        counts: Counter[str] = Counter()
+        for text in _texts(source, "counting characters"):
+            counts.update(text)
+        # Equally frequent ones in the order of their code points.
+        alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:limit_alphabet])
+        special = (END, "<unk>") if causal else SPECIAL
+        vocabulary = {name: number for number, name in enumerate([*special, *alphabet])}
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token=special[1]))  # without merges: characters
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens([special_token(name) for name in special])
+        return backend
+
+    return _kept(folder, {"type": "char", "limit_alphabet": limit_alphabet}, source, train, vocab_multiple, causal)
 
 
 def _kept(
@@ -199,19 +251,31 @@ def _kept(
     source: Source,
     train: Callable[[], tokenizers.Tokenizer],
     vocab_multiple: int,
+    causal: bool = False,
 ) -> Tokenizer:
     """The tokenizer that `folder` keeps, or else the one that `train` makes, kept in `folder` from then on."""
-    roles = {role: special_token(USUAL_NAMES[role][0]) for role in ("pad", "unk", "cls", "sep", "mask")}
-    if settings["type"] != "wordpiece":
-        # Here a blank is a part of the token behind it: the mask takes it along.
-        roles["mask"] = special_token("[MASK]", lstrip=True)
+    if causal:
+        roles = {role: special_token(END) for role in ("bos", "eos", "pad")}
+        if settings["type"] != "bpe":  # which knows every byte
+            roles["unk"] = special_token("<unk>")
+    else:
+        roles = {role: special_token(USUAL_NAMES[role][0]) for role in ("pad", "unk", "cls", "sep", "mask")}
+        if settings["type"] in ("bpe", "unigram"):
+            # Here a blank is a part of the token behind it: the mask takes it along.
+            roles["mask"] = special_token("[MASK]", lstrip=True)
+
+    def made() -> Tokenizer:
+        backend = train()
+        backend.post_processor = begin_with(backend, END, END) if causal else between(backend, "[CLS]", "[SEP]")
+        return make_tokenizer(backend, roles, vocab_multiple)
+
     if folder is None:
-        return make_tokenizer(_between(train()), roles, vocab_multiple)
+        return made()
     folder = Path(folder)
-    settings = {**settings, "source": source.fingerprint}
+    settings = {**settings, "causal": causal, "source": source.fingerprint}
     record = folder / "training.json"
     if not record.exists():
-        tokenizer = make_tokenizer(_between(train()), roles, vocab_multiple)
+        tokenizer = made()
         tokenizer.save(folder)
         write_atomically(record, [(json.dumps(settings, indent=2) + "\n").encode()])  # last: it says that all is there
         return tokenizer
@@ -223,11 +287,6 @@ def _kept(
             f"delete this one (and the corpus that was made with it) to train anew."
         )
     return make_tokenizer(read_json(folder / "tokenizer.json"), roles, vocab_multiple)
-
-
-def _between(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    backend.post_processor = between(backend, "[CLS]", "[SEP]")
-    return backend
 
 
 def _train(backend: tokenizers.Tokenizer, source: Source, trainer: trainers.Trainer) -> None:
