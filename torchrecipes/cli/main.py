@@ -29,6 +29,8 @@ VERBS = {
     "preflight": ("torchrecipes.cli.preflight", "try everything that can go wrong in a run, in minutes"),
     "run": ("torchrecipes.cli.run", "run a recipe, a shipped one or your own"),
     "launcher": ("torchrecipes.cli.launcher", "print a job script for Slurm, Kubernetes or plain machines"),
+    "generate": ("torchrecipes.cli.generate", "let a trained causal model continue a text"),
+    "perplexity": ("torchrecipes.cli.perplexity", "tell how well a trained causal model predicts a text"),
     "fill-mask": ("torchrecipes.cli.fill_mask", "ask a trained encoder what it puts in the place of [MASK]"),
     "plot": ("torchrecipes.cli.plot", "draw the loss of a run"),
 }

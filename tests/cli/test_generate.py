@@ -1,0 +1,142 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from torchrecipes.cli.main import main
+from torchrecipes.data.documents import Document
+from torchrecipes.data.tokenizers import train_bpe, train_wordpiece
+from torchrecipes.models import gpt2, neobert, save_hf
+from torchrecipes.training.manifest import flush, write_manifest
+
+TEXT = "the quick brown fox jumps over the lazy dog. Änderungen, 水 and 火! "
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with two checkpoints, the newer of another model."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_bpe([Document(TEXT * 3, "a")], vocab_size=300, causal=True)
+    for step in (5, 10):
+        path = folder / "checkpoints" / f"step-{step:08d}"
+        model = gpt2(tokenizer.vocab_size, 32, 2, 2, max_position_embeddings=40, initializer_range=0.3, seed=step)
+        save_hf(model, path, tokenizer)
+        write_manifest(path, step, flush(path, sorted(file.name for file in path.iterdir())))
+    return folder
+
+
+def generate(capsys, *words):
+    code = main(["generate", *map(str, words)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out, err
+
+
+def test_prompts_are_printed_with_what_follows_as_transformers_says(run, capsys):
+    transformers = pytest.importorskip("transformers")
+    newest = run / "checkpoints/step-00000010"
+    prompts = ["the quick", "the lazy dog.", ""]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    out, err = generate(capsys, run, *words, "--temperature", 0, "--max-new-tokens", 12, "--device", "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(newest)
+    model = transformers.AutoModelForCausalLM.from_pretrained(newest)
+    # Tokens that fill the vocabulary up are ruled out: transformers does not know of them.
+    inert = [i for name, i in tokenizer.get_vocab().items() if "inert" in name]
+    assert inert
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "suppress_tokens": inert}
+        whole = model.generate(ids, do_sample=False, max_new_tokens=12, **settings)[0]
+        expected.append(tokenizer.decode(whole, skip_special_tokens=True))
+    assert out == f"\n{'-' * 40}\n".join(expected) + "\n"
+    assert str(newest) in err and "per second" in err
+
+
+def test_a_seed_repeats_a_text_and_another_one_changes_it(run, capsys):
+    words = (run, "--prompt", "the", "--max-new-tokens", 20, "--seed")
+    first, _ = generate(capsys, *words, 1)
+    assert generate(capsys, *words, 1)[0] == first != generate(capsys, *words, 2)[0]
+
+
+def test_batches_make_no_difference_and_go_to_a_file(run, tmp_path, capsys):
+    prompts = ["the quick", "brown\nfox", "dog", "the"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "id": 1}) + "\n\n" for prompt in prompts))
+    outputs = []
+    for batch in (1, 4):
+        output = tmp_path / f"{batch}.jsonl"
+        words = ("--prompts-file", file, "--batch-size", batch, "--max-new-tokens", 9, "--top-k", 20, "--top-p", 0.9)
+        out, _ = generate(capsys, run, *words, "--output", output)
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [line["prompt"] for line in found] == prompts
+        assert out == f"\n{'-' * 40}\n".join(line["prompt"] + line["text"] for line in found) + "\n"
+        assert all(line["num_tokens"] == 9 or line["ended"] for line in found)
+        outputs.append(found)
+    assert outputs[0] == outputs[1]
+
+
+def test_lines_of_a_text_file_are_prompts(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("the fox\n\nthe dog\n")
+    out, _ = generate(capsys, run, "--prompts-file", tmp_path / "prompts.txt", "--prompt", "a", "--max-new-tokens", 1)
+    assert [text.split("\n")[0][:5] for text in out.split(f"{'-' * 40}\n")][1:] == ["the f", "the d"]
+    assert out.startswith("a")
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step-00000010/model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    _, err = generate(capsys, tmp_path / "run", "--prompt", "a", "--max-new-tokens", 1)
+    assert "passed over" in err and "step-00000005, cpu" in err
+    for manifest in (tmp_path / "run").glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "a"]) == 2
+    assert "every checkpoint" in capsys.readouterr().err
+
+
+def test_a_text_stops_at_the_model_s_positions(run, tmp_path, capsys):
+    output = tmp_path / "texts.jsonl"
+    generate(capsys, run, "--prompt", "", "--max-new-tokens", 1000, "--temperature", 0, "--output", output)
+    assert json.loads(output.read_text())["num_tokens"] <= 39
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no prompt. Give --prompt"),
+        (["--prompts-file", "missing.txt"], "missing.txt cannot be read: No such file"),
+        (["--prompts-file", "bad.jsonl"], 'bad.jsonl:2: not an object with a text under "prompt"'),
+        (["--prompts-file", "empty.txt"], "there is no prompt"),
+        (["--prompts-file", "latin.txt"], "latin.txt is not UTF-8"),
+        (["--prompt", "a", "--output", "missing/texts.jsonl"], "there is no such folder"),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size is 0"),
+        (["--prompt", "a", "--device", "nonsense"], "--device nonsense"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "the " * 60], "40 positions"),
+    ],
+)
+def test_mistakes_are_told(run, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    assert main(["generate", str(run), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["perplexity", "--data", "a.txt"]])
+def test_a_folder_that_is_none_is_told(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "empty").mkdir()
+    tokenizer = train_wordpiece([Document(TEXT, "a")], vocab_size=60)
+    save_hf(neobert(tokenizer.vocab_size, 16, 2, 2, 32), tmp_path / "encoder", tokenizer)
+    for folder, message in (
+        ("missing", "missing: no such folder"),
+        ("empty", "neither a model"),
+        ("encoder", "tune-style fill-mask encoder"),
+    ):
+        assert main([verb[0], folder, *verb[1:]]) == 2
+        assert message in capsys.readouterr().err

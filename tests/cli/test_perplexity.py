@@ -1,0 +1,118 @@
+import json
+import math
+
+import pytest
+import torch
+
+from torchrecipes.cli.main import main
+from torchrecipes.data.documents import Document
+from torchrecipes.data.tokenizers import train_bpe, train_char
+from torchrecipes.models import llama, save_hf
+
+DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "über 水", "the dog " * 30, "a"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe([Document(" ".join(DOCUMENTS), "a")], vocab_size=280, causal=True)
+    model = llama(tokenizer.vocab_size, 32, 2, 4, 48, max_position_embeddings=32, initializer_range=0.3, seed=1)
+    save_hf(model, folder, tokenizer)
+    (folder / "data.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in DOCUMENTS))
+    (folder / "data.txt").write_text("\n".join(DOCUMENTS))
+    return folder
+
+
+def measured(capsys, folder, *words):
+    code = main(["perplexity", str(folder), "--device", "cpu", "--json", "--data", *map(str, words)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+def expected(folder, documents, window=32, stride=16):
+    """Tokens and nats by transformers' tokenizer and model, in float64."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    nats = tokens = 0
+    for text in documents:
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids[1:]
+        for start in range(0, max(1, len(ids) - 1 - window + stride), stride):
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids[start : start + window]])).logits[0].log_softmax(-1)
+            first = 1 if start == 0 else start + window - stride + 1
+            for i in range(first, min(start + window, len(ids) - 1) + 1):
+                nats -= log_p[i - 1 - start, ids[i]].item()
+                tokens += 1
+    return tokens, nats
+
+
+def test_figures_are_those_of_transformers(folder, capsys):
+    found = measured(capsys, folder, folder / "data.jsonl", "--text-key", "body")
+    tokens, nats = expected(folder, DOCUMENTS)
+    num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
+    assert (found["documents"], found["tokens"], found["bytes"]) == (4, tokens, num_bytes)
+    assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert (found["window"], found["stride"]) == (32, 16)
+
+
+def test_options_are_taken(folder, capsys):
+    settings = ("--max-length", 20, "--stride", 3, "--batch-size", 2, "--limit", 3)
+    found = measured(capsys, folder, folder / "data.txt", *settings)
+    tokens, nats = expected(folder, DOCUMENTS[:3], window=20, stride=3)
+    assert (found["documents"], found["tokens"]) == (3, tokens)
+    assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    whole = measured(capsys, folder, folder / "data.txt", "--sample-by", "document")
+    assert whole["documents"] == 1 and whole["bytes"] == (folder / "data.txt").stat().st_size
+
+
+def test_bad_records_are_skipped_and_told_where_wanted(folder, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"text": "the dog"}\n{"text": 3}\n')
+    words = ["perplexity", str(folder), "--data", str(tmp_path / "data.jsonl"), "--on-bad-record", "skip", "--json"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["documents"] == 1 and "left out 1: the text is not a string" in err
+
+
+def test_unknown_characters_are_told(tmp_path, capsys):
+    tokenizer = train_char([Document("abc" * 9, "a")], causal=True)
+    save_hf(llama(tokenizer.vocab_size, 16, 1, 2, 16, max_position_embeddings=32), tmp_path / "model", tokenizer)
+    (tmp_path / "data.txt").write_text("abcäöü\nabc\n")
+    assert measured(capsys, tmp_path / "model", tmp_path / "data.txt")["unknown_tokens"] == 3
+    assert main(["perplexity", str(tmp_path / "model"), "--data", str(tmp_path / "data.txt")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["unknown", "3"]
+
+
+def test_figures_are_printed_for_people(folder, capsys):
+    assert main(["perplexity", str(folder), "--data", str(folder / "data.txt")]) == 0
+    out = capsys.readouterr().out
+    names = ["documents", "tokens", "loss", "perplexity", "bits per byte", "speed"]
+    assert [line[:14].strip() for line in out.splitlines()[2:]] == names
+    assert "windows of 32 tokens, stride 16" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing.txt"], "missing.txt"),
+        (["empty.txt"], "no documents in"),
+        (["data.txt", "--stride", "40"], "the stride is 40"),
+        (["data.txt", "--max-length", "33"], "32 positions"),
+        (["data.txt", "--limit", "0"], "--limit is 0"),
+        (["data.txt", "--sample-by", "sentence"], "sentence"),
+        (["data.jsonl"], "no key 'text'"),
+        (
+            ["data.jsonl"],
+            "name the text's key with --text-key, or count and skip such records with --on-bad-record skip",
+        ),
+    ],
+)
+def test_mistakes_are_told(folder, words, message, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / "empty.txt").write_text("\n")
+    assert main(["perplexity", str(folder), "--data", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""`tune-style perplexity`: how well a trained causal model predicts a text."""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+from torchrecipes.cli.trained_model import add_model_arguments, load_causal
+from torchrecipes.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `perplexity`."""
+    parser.epilog = (
+        "example: tune-style perplexity runs/gpt2 --data held_out.jsonl\n"
+        "         tune-style perplexity runs/gpt2 --data 'books/*.txt' --sample-by document --stride 256"
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders, patterns: text, .jsonl, .csv, .parquet",
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines and tables (default text)")
+    parser.add_argument(
+        "--sample-by", default="line", metavar="WHAT", help="a document of plain text: line, paragraph or document"
+    )
+    parser.add_argument(
+        "--on-bad-record", default="stop", metavar="WHAT", help="stop, or skip: count and pass over (default stop)"
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens seen at once (default: model's positions)")
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from one window to the next (default: half of --max-length)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="windows per forward pass (default: about 16,384 tokens)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="documents to look at (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the figures."""
+    try:
+        _main(args)
+    except UserError as error:
+        raise UserError(re.sub(r"data\.source\.(\w+)=?", _as_option, str(error))) from None
+
+
+def _as_option(key: re.Match) -> str:
+    # The source speaks of a config's keys.
+    return f"--{key[1].replace('_', '-')}{' ' if key[0].endswith('=') else ''}"
+
+
+def _main(args: argparse.Namespace) -> None:
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit} documents; it is 1 or more.")
+
+    from torchrecipes.data.progress import Progress
+    from torchrecipes.data.sources import files, require_documents
+
+    source = files(args.data, text_key=args.text_key, sample_by=args.sample_by, on_bad_record=args.on_bad_record)
+    folder, model, tokenizer, autocast = load_causal(args, "perplexity")
+
+    from torchrecipes.evaluation.perplexity import Tokens, encode_documents, perplexity
+
+    texts = (document.text for document in islice(source, args.limit))
+    unknown = 0
+
+    def documents() -> Iterator[Tokens]:
+        nonlocal unknown
+        for document in encode_documents(tokenizer, texts):
+            unknown += document.ids.count(tokenizer.unk_id)
+            yield document
+
+    progress = Progress("perplexity", None if args.limit else source.num_bytes)
+    begin = time.perf_counter()
+    try:
+        found = perplexity(
+            model,
+            documents(),
+            window=args.max_length,
+            stride=args.stride,
+            rows=args.batch_size,
+            autocast=autocast,
+            tell=progress.add,
+        )
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - begin
+    if not found.documents:
+        require_documents(source, source.report)
+    for line in source.report.lines()[1:]:
+        print(line, file=sys.stderr)
+    window = args.max_length or model.config.max_position_embeddings
+    settings = {"model": str(folder), "window": window, "stride": args.stride or max(1, window // 2)}
+    if args.json:
+        print(
+            json.dumps(settings | found.as_dict() | {"unknown_tokens": unknown, "seconds": round(seconds, 3)}, indent=2)
+        )
+        return
+    print(f"{folder} on {source.name}: windows of {window:,} tokens, stride {settings['stride']:,}\n")
+    for name, value, said in (
+        ("documents", f"{found.documents:,}", f"{found.bytes:,} bytes of text"),
+        ("tokens", f"{found.tokens:,}", f"scored; {found.bytes_per_token:.2f} bytes each"),
+        ("loss", f"{found.nats_per_token:.4f}", "nats per token"),
+        ("perplexity", f"{found.perplexity:,.3f}", "per token"),
+        ("bits per byte", f"{found.bits_per_byte:.4f}", "for models with other tokenizers, too"),
+        ("speed", f"{found.tokens / seconds:,.0f}", f"tokens per second, {seconds:.1f} s in all"),
+    ):
+        print(f"{name:<14} {value:>14}  {said}")
+    if unknown:
+        print(f"{'unknown':<14} {unknown:>14,}  tokens for text that the tokenizer does not have: figures are too good")
