@@ -12,6 +12,7 @@ from torchrecipes.data.next_tokens import NextTokens
 from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.data.sources import files
 from torchrecipes.data.tokenizer import make_tokenizer
+from torchrecipes.errors import UserError
 
 WORDS = ["one", "two", "three", "four"]
 
@@ -113,3 +114,8 @@ def test_the_loader_gives_every_target_of_an_epoch_once_on_any_number_of_ranks(m
     seen = sum(batch.num_targets for batch in evaluation_batches(rows, targets, 4))
     whole = targets.batch(rows, np.arange(rows.num_rows), None)
     assert seen == whole.num_targets
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    with pytest.raises(UserError, match=r"no end-of-sequence token.*causal: true"):
+        NextTokens(None)

@@ -10,6 +10,7 @@ import torch
 
 from torchrecipes.data.batch import Batch, document_fields
 from torchrecipes.data.packing import DocumentRows, PackedRows
+from torchrecipes.errors import UserError
 
 IGNORED = -100  # the label of a token that has nothing to predict
 
@@ -21,9 +22,17 @@ class NextTokens:
         eos_id: what the last token of a document has to predict, unless it is that token itself.
         cross_document_attention: a row is one document, whatever is in it: tokens attend to, and predict, what follows
             in the corpus. The classic way of GPT-2 and GPT-3, and the faster one where no kernel takes documents.
+
+    Raises:
+        UserError: there is no such token: it is a tokenizer for encoders.
     """
 
-    def __init__(self, eos_id: int, cross_document_attention: bool = False):
+    def __init__(self, eos_id: int | None, cross_document_attention: bool = False):
+        if eos_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-sequence token, so a model cannot learn where a text ends. Make it with "
+                "causal: true (train_bpe, train_unigram, train_char, load_tokenizer)."
+            )
         self.eos_id, self.cross_document_attention = eos_id, cross_document_attention
 
     def batch(self, rows: PackedRows | DocumentRows, numbers: np.ndarray, _row_keys: np.ndarray) -> Batch:
