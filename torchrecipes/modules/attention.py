@@ -64,7 +64,7 @@ def attention(
     elif cu_seqlens is not None or max_seqlen is not None or causal or window is not None or dropout_p:
         raise ValueError("give attention() a plan, or the arguments that a plan is made from, not both")
 
-    if k.shape[2] != q.shape[2] and plan.kernel != "tiled":
+    if k.shape[2] != q.shape[2] and plan.kernel in ("sdpa", "varlen"):
         # Not left to the kernels: only some take fewer key heads, and the others would be chosen silently.
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     if plan.kernel == "varlen":
@@ -85,13 +85,16 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
             q, k, v, attn_mask=plan.mask, dropout_p=plan.dropout_p, is_causal=plan.causal
         )
         return out.transpose(1, 2)
-    scores_BNSS = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    # The query heads of a key head are more rows of one product.
+    by_key_head = (q.shape[0], k.shape[1], -1, q.shape[3])
+    scores = torch.matmul((q * q.shape[-1] ** -0.5).reshape(by_key_head), k.transpose(-1, -2))
+    scores_BNSS = scores.view(*q.shape[:3], -1)
     if plan.mask is not None:
         scores_BNSS.add_(plan.mask)
     weights_BNSS = scores_BNSS.softmax(-1)
     if plan.dropout_p:
         weights_BNSS = F.dropout(weights_BNSS, plan.dropout_p)
-    return torch.matmul(weights_BNSS, v).transpose(1, 2)
+    return torch.matmul(weights_BNSS.view(scores.shape), v).view(q.shape).transpose(1, 2)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:

@@ -40,10 +40,12 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         self.max_len = max_len
-        # Zeros: what is masked is multiplied by 0, and memory as it comes may hold a NaN.
-        shape = (batch, max_len, num_kv_heads, head_dim)
+        # Zeros, since what is masked is multiplied by 0, and memory as it comes may hold a NaN.
+        # A head's slots lie side by side: the products of a step read them as they are.
+        shape = (batch, num_kv_heads, max_len, head_dim)
         self._memory = [
-            tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)) for _ in range(num_layers)
+            tuple(torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
+            for _ in range(num_layers)
         ]
         self._batch = batch
 
