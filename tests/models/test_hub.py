@@ -6,11 +6,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchrecipes.errors import UserError
-from torchrecipes.models import bert, hf_config, load_hf, neobert, save_hf
+from torchrecipes.models import bert, gpt2, hf_config, llama, load_hf, neobert, qwen3, qwen3_0_6b, save_hf
+from torchrecipes.models.hub import hf_network
+
+FAMILIES = {"neobert": neobert, "bert": bert, "gpt2": gpt2, "llama": llama, "qwen3": qwen3}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 
 def saved(folder, family="neobert", **arguments):
-    model = {"neobert": neobert, "bert": bert}[family](37, 16, 2, 2, 24, **arguments)
+    model = FAMILIES[family](37, 16, 2, 2, 24, **arguments)
     save_hf(model, folder)
     return model
 
@@ -35,7 +41,17 @@ def error_of(folder):
 
 @pytest.mark.parametrize(
     ("family", "arguments"),
-    [("neobert", {}), ("neobert", {"tie_word_embeddings": False, "num_key_value_heads": 1}), ("bert", {})],
+    [
+        ("neobert", {}),
+        ("neobert", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+        ("bert", {}),
+        ("gpt2", {}),
+        ("gpt2", {"tie_word_embeddings": False, "attention_bias": False, "lm_head_bias": True, "attn_pdrop": 0.1}),
+        ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+        ("llama", {"tie_word_embeddings": True, "lm_head_bias": True, "rope_scaling": LLAMA3}),
+        ("qwen3", {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": False}),
+        ("qwen3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention_dropout": 0.1}),
+    ],
 )
 def test_save_load_save_changes_no_byte(tmp_path, family, arguments):
     model = saved(tmp_path / "first", family, **arguments)
@@ -108,6 +124,28 @@ def test_nothing_in_the_folder_is_unpickled(tmp_path):
         ("bert", {"tie_word_embeddings": False}, ["tie_word_embeddings: False"]),
         ("bert", {"pruned_heads": {"0": [1]}}, ["pruned_heads: {'0': [1]}"]),
         ("bert", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ("gpt2", {"n_head": 3}, ["hidden_size (16) must be a multiple of num_attention_heads (3)"]),
+        ("gpt2", {"n_layer": 0}, ["num_hidden_layers=0: sizes are 1 or more"]),
+        ("gpt2", {"activation_function": "gelu"}, ["activation_function: 'gelu' is not supported; only 'gelu_new' is"]),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx: True"]),
+        ("gpt2", {"scale_attn_weights": False, "add_cross_attention": True}, ["scale_attn_weights", "add_cross"]),
+        ("gpt2", {"rope_theta": 1e4}, ["rope_theta: 10000.0 is a key that is not known here"]),
+        ("llama", {"hidden_act": "gelu"}, ["hidden_act: 'gelu' is not supported; only 'silu' is"]),
+        ("llama", {"rope_parameters": YARN}, ["rope_type 'yarn' is not supported; default, linear, llama3 are"]),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type 'dynamic' is not supported"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["rope_type linear: factor is missing"]),
+        ("llama", {"rope_parameters": LLAMA3 | {"factor": 0}}, ["llama3: factor: 0 is not a number above 0"]),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            ["partial_rotary_factor is not known here"],
+        ),
+        ("llama", {"head_dim": 7}, ["head_dim (7), must be even, for RoPE"]),
+        ("llama", {"num_attention_heads": 3, "head_dim": None}, ["hidden_size (16) must be a multiple of num_att"]),
+        ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads (3) must divide num_attention_heads (2)"]),
+        ("llama", {"sliding_window": 128}, ["sliding_window: 128 is a key that is not known here"]),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 128}, ["use_sliding_window: True is not supported"]),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, ["layer_types: ['sliding_attention'"]),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(tmp_path, family, changes, messages):
@@ -182,3 +220,53 @@ def test_damaged_folders(tmp_path):
     assert "is not an index of shards" in error_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "is not JSON" in error_of(tmp_path)
+
+
+LLAMA_3_2_1B = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size":
+2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+"mlp_bias": false, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+"num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor":
+32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+"rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype":
+"bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": true, "vocab_size": 128256}"""
+QWEN3_0_6B = """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+"hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 3072,
+"max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+"num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+"rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+"torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true,
+"use_sliding_window": false, "vocab_size": 151936}"""
+GPT2 = """{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+"bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+"layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+"n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": null,
+"summary_first_dropout": 0.1, "summary_proj_to_labels": true, "summary_type": "cls_index",
+"summary_use_proj": true, "task_specific_params": {"text-generation": {"do_sample": true,
+"max_length": 50}}, "vocab_size": 50257}"""
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(LLAMA_3_2_1B, 1_235_814_400), (QWEN3_0_6B, 596_049_920), (GPT2, 124_439_808)]
+)
+def test_published_configs_are_understood(tmp_path, config, parameters):
+    (tmp_path / "config.json").write_text(config)
+    model = hf_network(tmp_path)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    if config is LLAMA_3_2_1B:
+        assert model.config.rope_scaling == LLAMA3
+    if config is QWEN3_0_6B:
+        with torch.device("meta"):
+            assert model.config == qwen3_0_6b().config
+    if config is GPT2:
+        assert (model.config.attn_pdrop, model.config.max_position_embeddings) == (0.1, 1024)
+
+
+def test_a_headless_folder_of_a_model_with_a_head_bias_starts_it_at_zero(tmp_path):
+    saved(tmp_path, "llama", tie_word_embeddings=True, lm_head_bias=True)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop("lm_head.bias"))
+    reports = []
+    model = load_hf(tmp_path, report=reports.append)
+    assert reports == [f"{tmp_path} has no language-model head: head.bias start from seed 0"]
+    assert model.head.bias.tolist() == [0.0] * 37

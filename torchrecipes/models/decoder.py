@@ -147,9 +147,7 @@ def complete_attention_keys(config: Any) -> None:
 def _check_rope_scaling(scaling: dict) -> None:
     kind = scaling.get("rope_type")
     if kind not in ROPE_SCALING_KEYS:
-        raise UserError(
-            f"rope_scaling: rope_type {kind!r} is not supported; default, {' and '.join(ROPE_SCALING_KEYS)} are"
-        )
+        raise UserError(f"rope_scaling: rope_type {kind!r} is not supported; {', '.join(ROPE_SCALING_KEYS)} are")
     wanted = {"rope_type", *ROPE_SCALING_KEYS[kind]}
     wrong = [f"{key} is missing" for key in sorted(wanted - set(scaling))]
     wrong += [f"{key} is not known here" for key in sorted(set(scaling) - wanted)]

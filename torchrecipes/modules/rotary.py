@@ -7,6 +7,7 @@ from torch import Tensor
 
 # rope_type -> the keys that go with it, under the names of `transformers`.
 ROPE_SCALING_KEYS = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
@@ -34,7 +35,7 @@ def rotary_tables(
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     frequencies = 1.0 / theta**exponents
-    if scaling is not None:
+    if scaling is not None and scaling["rope_type"] != "default":
         frequencies = _scaled(frequencies, **scaling)
     angles = position_ids[..., None, None].float() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
