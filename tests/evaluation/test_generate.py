@@ -7,9 +7,12 @@ from torch._dynamo.utils import counters
 
 from tests import ranks
 from torchrecipes import models
+from torchrecipes.data.documents import Document
+from torchrecipes.data.tokenizers import train_unigram
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation.generate import LOOK_EVERY, generate
+from torchrecipes.evaluation.generate import LOOK_EVERY, generate, generate_text
 from torchrecipes.models import save_hf
+from torchrecipes.modules.head import LMHead
 from torchrecipes.training.precision import autocast
 
 VOCAB, POSITIONS = 97, 48
@@ -161,9 +164,9 @@ def test_training_goes_on_as_before():
 
 
 def test_dropout_is_off():
-    model = models.llama(VOCAB, **SIZES["llama"], attention_dropout=0.9, seed=1).train()
+    model = models.gpt2(VOCAB, **SIZES["gpt2"], embd_pdrop=0.5, resid_pdrop=0.5, seed=1).train()
     found = generate(model, prompts_of(9), max_new_tokens=10, temperature=0)
-    assert found == generate(make(), prompts_of(9), max_new_tokens=10, temperature=0)
+    assert found == generate(make("gpt2"), prompts_of(9), max_new_tokens=10, temperature=0)
 
 
 def test_blocks_compiled_for_training_are_not_compiled_anew():
@@ -205,6 +208,29 @@ def test_bf16_differs_in_rounding_only(family):
 def test_mistakes_are_told(prompts, settings, message):
     with pytest.raises(UserError, match=message):
         generate(make(), prompts, **({"max_new_tokens": 5} | settings))
+
+
+def test_texts_go_on_as_their_tokens_do():
+    # A Unigram tokenizer's first word has no space before it, so tokens cannot be decoded apart from their prompt.
+    words = "the quick brown fox jumps over the lazy dog and sees a bird in the tree "
+    tokenizer = train_unigram([Document(words * 20, "a")], vocab_size=60, causal=True)
+    model = make(vocab_size=tokenizer.vocab_size)
+    prompts = ["the quick", "", "a bird"]
+    found = generate_text(model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, seed=2)
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    settings = {"eos_id": tokenizer.eos_id, "real_vocab_size": tokenizer.real_vocab_size}
+    tokens = generate(model, ids, max_new_tokens=20, temperature=1.0, seed=2, **settings)
+    for prompt, before, new, said in zip(prompts, ids, tokens, found, strict=True):
+        ended = new[-1] == tokenizer.eos_id
+        assert (said.prompt, said.num_tokens, said.ended) == (prompt, len(new), ended)
+        whole = tokenizer.decode(before + new[: len(new) - ended])
+        assert tokenizer.decode(before) + said.text == whole
+    assert any(said.text.startswith(" ") for said in found)
+    eos = LMHead(64, tokenizer.vocab_size, bias=True)
+    eos.bias.data[tokenizer.eos_id] = 1e4
+    model.head = eos
+    (said,) = generate_text(model, tokenizer, ["the"], max_new_tokens=5)
+    assert (said.text, said.num_tokens, said.ended) == ("", 1, True)
 
 
 SCRIPT = """

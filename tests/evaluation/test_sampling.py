@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -61,11 +63,14 @@ def test_the_ends_of_the_unit_interval_are_tokens_that_may_follow():
     assert draw(many, torch.tensor([nearly_one], dtype=torch.float64)).item() == 49_999
 
 
-def test_rare_tokens_of_a_large_vocabulary_are_drawn():
-    # Each token has a probability of 5e-6, and its number lies in the middle of its share.
-    tokens = torch.tensor([0, 1, 99_999, 150_000, 199_999])
-    uniform = (tokens.double() + 0.5) / 200_000
-    assert torch.equal(draw(torch.zeros(5, 200_000), uniform), tokens)
+def test_rare_tokens_behind_a_likely_one_are_drawn():
+    # A thousand tokens of 1e-9 each; a number lies in the middle of its token's share.
+    logits = torch.zeros(1, 1001)
+    logits[0, 0] = math.log(1e9)
+    probability = logits[0].double().softmax(-1)
+    for token in (1, 2, 500, 1000):
+        uniform = probability[:token].sum() + probability[token] / 2
+        assert draw(logits, uniform[None]).item() == token
 
 
 def test_numbers_depend_on_seed_and_prompt_alone():

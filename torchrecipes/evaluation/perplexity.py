@@ -104,8 +104,7 @@ def perplexity(
     """
     window, stride, rows = _check_windows(model, window, stride, rows)
     device = next(model.parameters()).device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    nats = torch.zeros((), dtype=dtype, device=device)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
     total_documents = total_tokens = total_bytes = 0
     was_training = model.training
     model.eval()
