@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from torchrecipes.modules.cache import LayerCache
 from torchrecipes.modules.causal_tiles import CausalTiles
-from torchrecipes.modules.norm import RMSNorm
+from torchrecipes.modules.norm import RMSNorm, rms_norm
 from torchrecipes.modules.plan import AttentionPlan, attention_plan
 from torchrecipes.modules.rotary import apply_rotary
 
@@ -186,9 +186,8 @@ class SelfAttention(nn.Module):
 
     def _normalized(self, qk: Tensor) -> Tensor:
         """Queries and keys, `[B, S, N + K, H]`, each with its norm."""
+        if self.qk_norm == "head":  # in one pass: every head has the weight of its kind
+            weights = (self.q_norm.weight.expand(self.num_heads, -1), self.k_norm.weight.expand(self.num_kv_heads, -1))
+            return rms_norm(qk, torch.cat(weights), self.q_norm.eps)
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
-        if self.qk_norm == "all":
-            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-        else:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return torch.cat((q, k), dim=2)
+        return torch.cat((self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)), dim=2)

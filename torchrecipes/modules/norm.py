@@ -18,11 +18,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x `[..., D]`."""
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _EagerRMSNorm.apply(x, self.weight, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `RMSNorm` computes.
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`, or `[N, D]` for one of each row of `[..., N, D]`.
+        eps: added to the mean of squares.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _EagerRMSNorm.apply(x, weight, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight).to(x.dtype)
 
 
 class _EagerRMSNorm(torch.autograd.Function):
@@ -46,8 +57,8 @@ class _EagerRMSNorm(torch.autograd.Function):
         unit = x.to(scale.dtype) * scale
         grad = grad.to(scale.dtype)
         product = grad * unit
-        grad_weight = product.flatten(0, -2).sum(0)
+        grad_weight = product.flatten(0, -1 - weight.dim()).sum(0)
         # What a row's own length takes away: its gradient loses the part along the row.
-        along = (product @ weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
+        along = product.mul_(weight).mean(-1, keepdim=True)
         grad_x = (grad * weight).addcmul_(unit, along, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
