@@ -3,7 +3,15 @@ import itertools
 import pytest
 import torch
 
-from torchrecipes.modules import AttentionPlan, SelfAttention, attention, attention_plan, rotary_tables
+from torchrecipes.modules import (
+    AttentionPlan,
+    KVCache,
+    SelfAttention,
+    apply_rotary,
+    attention,
+    attention_plan,
+    rotary_tables,
+)
 
 HEADS, HEAD_DIM = 4, 16
 
@@ -258,3 +266,69 @@ def test_cuda_is_the_loop_over_documents(dtype, kv_heads, layout, causal, window
     found = results(on_cuda, tensors)
     expected = results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors)
     assert_close(found, expected, 3e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "all"])
+def test_queries_and_keys_are_normalized_before_the_rotation(qk_norm):
+    torch.manual_seed(0)
+    layer = SelfAttention(32, 4, num_kv_heads=2, qk_norm=qk_norm, norm_eps=0.1).double()
+    for norm in (layer.q_norm, layer.k_norm):
+        torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 10, 32, dtype=torch.float64)
+    rotary = rotary_tables(torch.arange(10)[None], 8, 100.0, torch.float64)
+    plan = attention_plan(None, (2, 10), device=x.device, dtype=x.dtype)
+    q, k, v = layer.qkv_proj(x).split([32, 16, 16], dim=-1)
+    normed = []
+    for y, norm in ((q, layer.q_norm), (k, layer.k_norm)):
+        width = 8 if qk_norm == "head" else y.shape[-1]
+        assert norm.weight.shape == (width,)
+        y = y.unflatten(-1, (-1, width))
+        y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 0.1) * norm.weight
+        normed.append(apply_rotary(y.flatten(2).unflatten(-1, (-1, 8)), *rotary))
+    expected = layer.o_proj(attention(*normed, v.unflatten(-1, (-1, 8))).flatten(2))
+    found = layer(x, rotary, plan)
+    torch.testing.assert_close(found, expected)
+    parameters = list(layer.parameters())
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), parameters, retain_graph=True),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_unknown_qk_norm_is_refused():
+    with pytest.raises(ValueError, match="qk_norm is 'heads'; it is 'head', 'all' or None"):
+        SelfAttention(32, 4, qk_norm="heads")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_cache_is_attention_to_the_positions_up_to_ones_own(dtype, tokens):
+    _, k, v = inputs(2, 20, dtype, kv_heads=2)
+    cache = KVCache(1, 2, 24, 2, HEAD_DIM, dtype)
+    _, (layer,) = cache.at(torch.arange(20)[None], dtype)
+    # Row 0 goes on at position 5, row 1 at 20: what lies beyond in row 0 is written over or never seen.
+    layer.update(k, v)
+    positions = torch.tensor([[5], [20]]) + torch.arange(tokens)
+    new_q, new_k, new_v = (x[:, :tokens] for x in inputs(2, tokens, dtype, kv_heads=2, seed=3))
+    plan, (layer,) = cache.at(positions, dtype)
+    found = attention(new_q, *layer.update(new_k, new_v), plan=plan)
+    for row, start in enumerate((5, 20)):
+        one = slice(row, row + 1)
+        whole_k, whole_v = (torch.cat((x[one, :start], y[one]), 1) for x, y in ((k, new_k), (v, new_v)))
+        end = start + tokens
+        whole_q = torch.cat((torch.zeros(1, start, HEADS, HEAD_DIM, dtype=dtype), new_q[one]), 1)
+        expected = reference(whole_q, whole_k, whole_v, torch.tensor([0, end]), True, None)[0, start:]
+        error = (found[row] - expected).abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_cache_keeps_no_graph():
+    layer = SelfAttention(32, 4)
+    cache = KVCache(1, 2, 10, 4, 8)
+    plan, (part,) = cache.at(torch.arange(6)[None], torch.float32)
+    layer(torch.randn(2, 6, 32), None, plan, part)
+    assert not part.keys.requires_grad
+    assert part.keys[:, :6].abs().min() > 0
+    assert part.keys[:, 6:].abs().max() == 0

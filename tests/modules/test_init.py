@@ -33,6 +33,18 @@ def test_kinds_of_parameters():
     assert abs(value.std().item() - 0.02) < 1e-4
 
 
+def test_projections_into_the_residual_stream_have_a_deviation_of_their_own():
+    model = Two()
+    model.experts = nn.Module()
+    model.experts.down_proj = nn.Parameter(torch.empty(3, 40, 40))
+    model.experts.register_buffer("bias", torch.full((3,), 5.0))
+    initialize(model, seed=1, std=0.02, residual_std=0.005)
+    assert abs(model.mlp.gate_up_proj.weight.std().item() - 0.02) < 1e-3
+    assert abs(model.mlp.down_proj.weight.std().item() - 0.005) < 3e-4
+    assert abs(model.experts.down_proj.std().item() - 0.005) < 3e-4
+    assert model.experts.bias.tolist() == [0.0] * 3
+
+
 def test_meta_parameters_stay():
     with torch.device("meta"):
         model = Two()

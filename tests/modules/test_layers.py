@@ -71,6 +71,30 @@ def test_rotary_turns_pairs_as_complex_numbers():
     torch.testing.assert_close(found[:, 5], expected[:, 5].float(), atol=2e-2, rtol=0)
 
 
+def test_rotary_scaling_lowers_frequencies():
+    """`linear` all of them, `llama3` those that turn fewer than low_freq_factor times, and some between."""
+    position = torch.tensor([[96]])
+    plain = 1 / 1000.0 ** (torch.arange(0, 32, 2) / 32)
+
+    def frequencies(**scaling):
+        _, sin = rotary_tables(torch.tensor([[1]]), 32, 1000.0, torch.float64, scaling)
+        return sin.flatten().asin().float()
+
+    torch.testing.assert_close(frequencies(rope_type="default"), plain)
+    torch.testing.assert_close(frequencies(rope_type="linear", factor=4.0), plain / 4)
+    stretched = rotary_tables(position, 32, 1000.0, torch.float32, {"rope_type": "linear", "factor": 4.0})
+    torch.testing.assert_close(stretched, rotary_tables(position // 4, 32, 1000.0, torch.float32))
+    keys = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    found = frequencies(rope_type="llama3", **keys)
+    turns = 64 * plain / (2 * torch.pi)
+    assert 0 < (turns > 4).sum() < (turns > 1).sum() < 16
+    torch.testing.assert_close(found[turns > 4], plain[turns > 4])
+    torch.testing.assert_close(found[turns < 1], plain[turns < 1] / 8, atol=2e-4, rtol=1e-3)
+    between = (turns > 1) & (turns < 4)
+    assert (found[between] < plain[between]).all()
+    assert (found[between] > plain[between] / 8).all()
+
+
 def test_rotary_scores_depend_on_the_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16).double()
