@@ -61,20 +61,38 @@ def test_a_seed_repeats_a_text_and_another_one_changes_it(run, capsys):
 
 
 def test_batches_make_no_difference_and_go_to_a_file(run, tmp_path, capsys):
-    prompts = ["the quick", "brown\nfox", "dog", "the"]
+    prompts = ["the quick", "brown\nfox", "dog\u2028", "the"]
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": prompt, "id": 1}) + "\n\n" for prompt in prompts))
+    file.write_text("".join(json.dumps({"prompt": prompt, "id": 1}, ensure_ascii=False) + "\n\n" for prompt in prompts))
     outputs = []
     for batch in (1, 4):
         output = tmp_path / f"{batch}.jsonl"
         words = ("--prompts-file", file, "--batch-size", batch, "--max-new-tokens", 9, "--top-k", 20, "--top-p", 0.9)
         out, _ = generate(capsys, run, *words, "--output", output)
-        found = [json.loads(line) for line in output.read_text().splitlines()]
+        found = [json.loads(line) for line in output.read_text().split("\n")[:-1]]
         assert [line["prompt"] for line in found] == prompts
         assert out == f"\n{'-' * 40}\n".join(line["prompt"] + line["text"] for line in found) + "\n"
         assert all(line["num_tokens"] == 9 or line["ended"] for line in found)
         outputs.append(found)
     assert outputs[0] == outputs[1]
+
+
+def test_one_prompt_is_printed_as_it_grows(run, tmp_path, monkeypatch, capsys):
+    printed = []
+
+    def note(text, end="\n", file=None, flush=False):
+        if file is None:
+            printed.append(text + end)
+
+    monkeypatch.setattr("builtins.print", note)
+    for seed in range(5):
+        words = ("--prompt", "水 the", "--max-new-tokens", 30, "--temperature", 2, "--seed", seed)
+        printed.clear()
+        generate(capsys, run, *words, "--output", tmp_path / "text.jsonl")
+        found = json.loads((tmp_path / "text.jsonl").read_text())
+        assert "".join(printed) == "水 the" + found["text"] + "\n"
+        assert printed[0].startswith("水 the") and len(printed) > 2
+        assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in printed[:-1])
 
 
 def test_lines_of_a_text_file_are_prompts(run, tmp_path, capsys):

@@ -154,6 +154,15 @@ def test_work_is_one_token_at_a_time_and_stops_when_all_have_ended():
     assert len(widths) == LOOK_EVERY
 
 
+def test_tokens_can_be_had_as_they_come():
+    model, told = make(), []
+    found = generate(model, prompts_of(5, 2), max_new_tokens=12, seed=1, tell=told.append)
+    assert [list(tokens) for tokens in zip(*told, strict=True)] == found
+    told.clear()
+    generate(model, prompts_of(5), max_new_tokens=12, seed=1, eos_id=found[0][2], tell=told.append)
+    assert [token for (token,) in told] == found[0][:3]
+
+
 def test_training_goes_on_as_before():
     model = make().train()
     before = torch.get_rng_state()

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print every prompt with its continuation, batch after batch."""
+    """Print every prompt with its continuation: one alone as it grows, several batch after batch."""
     prompts = args.prompt + (_read_prompts(Path(args.prompts_file)) if args.prompts_file else [])
     if not prompts:
         raise UserError('there is no prompt. Give --prompt "TEXT", or --prompts-file FILE.')
@@ -52,6 +52,14 @@ def main(args: argparse.Namespace) -> None:
     device = next(model.parameters()).device
     print(f"{folder}, {device}", file=sys.stderr, flush=True)
     tokens, seconds, lines = 0, 0.0, []
+    said = ""  # a prompt that is alone is printed as it grows
+
+    def say(piece: str) -> None:
+        nonlocal said
+        more = piece if said else prompts[0] + piece
+        print(more, end="", flush=True)
+        said += more
+
     for first in range(0, len(prompts), args.batch_size):
         begin = time.perf_counter()
         found = generate_text(
@@ -64,12 +72,13 @@ def main(args: argparse.Namespace) -> None:
             top_p=args.top_p,
             seed=args.seed,
             autocast=autocast,
+            tell=say if len(prompts) == 1 else None,
         )
         seconds += time.perf_counter() - begin
         for number, continuation in enumerate(found, start=first):
             if number:
                 print(LINE)
-            print(continuation.prompt + continuation.text, flush=True)
+            print((continuation.prompt + continuation.text)[len(said) :], flush=True)
             tokens += continuation.num_tokens
             lines.append(
                 {
@@ -87,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _read_prompts(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"--prompts-file {file} cannot be read: {error.strerror}. Give a file of prompts.") from None
     except UnicodeDecodeError:

@@ -49,6 +49,7 @@ def generate(
     eos_id: int | None = None,
     real_vocab_size: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    tell: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt by at most `max_new_tokens` tokens, all of them in one batch.
 
@@ -69,6 +70,8 @@ def generate(
         eos_id: the token that ends a text. None: none does.
         real_vocab_size: ids from here on are padding of the vocabulary and are never chosen. None: there are none.
         autocast: makes the context to compute in.
+        tell: called after every step with a token per prompt; what comes after a text's end means nothing. It makes the
+            host wait for each.
 
     Returns:
         The new tokens of every prompt, with `eos_id` as the last one where the model has ended the text.
@@ -112,7 +115,9 @@ def generate(
                 ended |= next_position.squeeze(1) + 1 >= positions
                 if eos_id is not None:
                     ended |= token_B == eos_id
-                if (step + 1) % LOOK_EVERY == 0 and _all_everywhere(ended, model):
+                if tell:
+                    tell(token_B.tolist())
+                if (tell or (step + 1) % LOOK_EVERY == 0) and _all_everywhere(ended, model):
                     break
                 # A text that has ended goes on unseen; its position stays one that there is.
                 input_ids, position_ids = token_B[:, None], next_position.clamp(max=cache.max_len - 1)
@@ -136,6 +141,7 @@ def generate_text(
     top_p: float | None = None,
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Continuation]:
     """`generate` from texts to texts; the arguments are the same.
 
@@ -144,6 +150,7 @@ def generate_text(
         tokenizer: a `torchrecipes.data` Tokenizer, loaded for causal models: a prompt begins as a document does, and
             its end-of-sequence token ends a text.
         prompts: texts. The empty one begins a document.
+        tell: called with each piece of the first prompt's text as soon as its characters are whole.
     """
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     continued = generate(
@@ -157,6 +164,7 @@ def generate_text(
         eos_id=tokenizer.eos_id,
         real_vocab_size=tokenizer.real_vocab_size,
         autocast=autocast,
+        tell=_in_pieces(tokenizer, prompt_ids[0], tell) if tell and prompt_ids else None,
     )
     return [
         _continuation(tokenizer, prompt, ids, new)
@@ -165,13 +173,33 @@ def generate_text(
 
 
 def _continuation(tokenizer, prompt: str, ids: list[int], new: list[int]) -> Continuation:
-    ended = new[-1] == tokenizer.eos_id
+    return Continuation(prompt, _added_text(tokenizer, ids, new), len(new), ended=new[-1] == tokenizer.eos_id)
+
+
+def _added_text(tokenizer, ids: list[int], new: list[int]) -> str:
+    """What `new` tokens, up to the one that ends a text, add to the text of `ids`."""
+    if tokenizer.eos_id in new:
+        new = new[: new.index(tokenizer.eos_id)]
     # Decoded together: a character may begin in the prompt's last token, and a first word has no space before it.
-    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new[: len(new) - ended])
+    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new)
     same = 0
     while same < len(before) and before[same] == whole[same : same + 1]:
         same += 1
-    return Continuation(prompt, whole[same:], len(new), ended)
+    return whole[same:]
+
+
+def _in_pieces(tokenizer, ids: list[int], tell: Callable[[str], None]) -> Callable[[list[int]], None]:
+    new, told = [], 0
+
+    def add(tokens: list[int]) -> None:
+        nonlocal told
+        new.append(tokens[0])
+        text = _added_text(tokenizer, ids, new)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
+            tell(text[told:])
+            told = len(text)
+
+    return add
 
 
 def _check_prompts(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
