@@ -3,10 +3,12 @@
 from torchrecipes.optim.adamw import adamw
 from torchrecipes.optim.groups import decay_groups, group_table
 from torchrecipes.optim.low_bit import adamw_4bit, adamw_8bit
+from torchrecipes.optim.muon import Muon, muon
 from torchrecipes.optim.offload import adamw_cpu_offload
 from torchrecipes.optim.schedules import Schedule, constant, cosine, linear, warmup_stable_decay
 
 __all__ = [
+    "Muon",
     "Schedule",
     "adamw",
     "adamw_4bit",
@@ -17,5 +19,6 @@ __all__ = [
     "decay_groups",
     "group_table",
     "linear",
+    "muon",
     "warmup_stable_decay",
 ]

@@ -1,0 +1,79 @@
+"""The nearest orthogonal matrix, by a polynomial iteration that is nothing but matrix products.
+
+A matrix `X = U S V^T` with singular values in (0, 1] is replaced several times by `a X + b (X X^T) X + c (X X^T)^2 X`,
+which does to every singular value what the polynomial `a s + b s^3 + c s^5` does to a number. The values come to about
+1, and `U V^T` is left. It need not be exact: Muon is as good with values between 0.7 and 1.2.
+"""
+
+import torch
+from torch import Tensor
+
+# Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the same polynomial every time; it lifts small values fast.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+# Amsel et al. 2025, arXiv:2505.16932, section 4: the best polynomial of each step, given what those before have done,
+# for singular values from 0.001 on. The last one stands for all that follow.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+_SAFETY = 1.01  # rounding must not carry a value past the end of the interval that the next polynomial is made for
+
+COEFFICIENTS = ("quintic", "polar_express")
+
+
+def polynomials(coefficients: str, steps: int) -> list[tuple[float, float, float]]:
+    """(a, b, c) of every step: of `quintic` or `polar_express`."""
+    if coefficients == "quintic":
+        return [QUINTIC] * steps
+    safe = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]]
+    safe.append(_POLAR_EXPRESS[-1])
+    return [safe[min(step, len(safe) - 1)] for step in range(steps)]
+
+
+def orthogonalize(
+    matrices: Tensor, steps: int = 5, coefficients: str = "polar_express", dtype: torch.dtype | None = None
+) -> Tensor:
+    """About `U V^T` of every matrix `U S V^T`, all of them in the same products.
+
+    Args:
+        matrices: `[..., R, C]`, of any scale; 0 stays 0.
+        steps: of the iteration.
+        coefficients: one of `COEFFICIENTS`.
+        dtype: to compute in; None: bf16 where the device multiplies it in hardware, else fp32.
+
+    Returns:
+        `[..., R, C]` of that dtype.
+    """
+    rows, columns = matrices.shape[-2:]
+    if dtype is None:
+        dtype = fast_dtype(matrices.device)
+    x = matrices.to(dtype).reshape(-1, rows, columns)
+    if rows > columns:
+        x = x.mT  # X X^T is then the smaller of the two Gram matrices
+    # The Frobenius norm is never less than the largest singular value.
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = x * (1 / (norm * _SAFETY + 1e-7)).to(dtype)
+    for a, b, c in polynomials(coefficients, steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if rows > columns:
+        x = x.mT
+    return x.view(matrices.shape) if x.is_contiguous() else x.reshape(matrices.shape)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it in hardware, else fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+            return torch.bfloat16
+    return torch.float32
