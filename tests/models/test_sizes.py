@@ -1,4 +1,6 @@
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,28 @@ def test_named_sizes(name, arguments, parameters):
     assert model.config.vocab_size == model.head.weight.shape[0]
     if not arguments:
         assert f"{parameters:,}" in builder.__doc__
+
+
+def test_the_documented_table_is_what_the_builders_make():
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) x ([\d,]+) \|(.*)\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) >= 10
+    for name, layers, width, others in rows:
+        heads, positions, vocabulary, parameters = (cell.strip() for cell in others.split("|"))
+        with torch.device("meta"):
+            model = getattr(models, name)()
+        config = model.config
+        found = [config.num_hidden_layers, config.hidden_size, config.max_position_embeddings, config.vocab_size]
+        found.append(sum(parameter.numel() for parameter in model.parameters()))
+        told = [int(cell.replace(",", "")) for cell in (layers, width, positions, vocabulary, parameters)]
+        assert told == found, name
+        attention = model.blocks[0].self_attn
+        expected = f"{attention.num_heads}"
+        if attention.num_kv_heads != attention.num_heads:
+            expected += f", {attention.num_kv_heads}"
+        if attention.head_dim * attention.num_heads != config.hidden_size:
+            expected += f" of {attention.head_dim}"
+        assert heads == expected, name
 
 
 def test_builders_pass_every_argument_on():
