@@ -3,7 +3,7 @@
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon); with decoupled weight decay and a scale that lets AdamW's
 learning rates be kept, Liu et al. 2025, arXiv:2502.16982.
 
-`torch.optim.Muon` takes matrices only, so that a model needs two optimizers; it takes fused matrices for one, multiplies
+`torch.optim.Muon` takes matrices only, so a model needs two optimizers; it takes fused matrices for one, multiplies
 one by one, and under `fully_shard` every rank repeats the work for the whole model. Here
 
 - one optimizer, with one state dict, has groups of both kinds;
