@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from torchrecipes.cli.trained_model import add_model_arguments, load_causal
+from torchrecipes.cli.trained_model import add_model_arguments, load_causal, wait_without_spinning
 from torchrecipes.errors import UserError
 
 LINE = "-" * 40
@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--batch-size is {args.batch_size}; it is 1 or more.")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no such folder. Make it first.")
+    wait_without_spinning()
     folder, model, tokenizer, autocast = load_causal(args, "generate")
 
     from torchrecipes.evaluation.generate import generate_text

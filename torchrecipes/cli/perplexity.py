@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
-from torchrecipes.cli.trained_model import add_model_arguments, load_causal
+from torchrecipes.cli.trained_model import add_model_arguments, load_causal, wait_without_spinning
 from torchrecipes.errors import UserError
 
 
@@ -60,6 +60,7 @@ def _as_option(key: re.Match) -> str:
 def _main(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit} documents; it is 1 or more.")
+    wait_without_spinning()
 
     from torchrecipes.data.progress import Progress
     from torchrecipes.data.sources import files, require_documents
