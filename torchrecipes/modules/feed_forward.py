@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.modules.gelu import gelu_tanh
+
 
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202), gate and up in one projection.
@@ -37,4 +39,5 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x `[..., D]`."""
-        return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
+        up = self.up_proj(x)
+        return self.down_proj(gelu_tanh(up) if self.approximate == "tanh" else F.gelu(up))
