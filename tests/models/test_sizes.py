@@ -1,11 +1,13 @@
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from torchrecipes import models
+from torchrecipes.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,14 @@ def test_builders_pass_every_argument_on():
         assert torch.equal(model.head.weight, again.head.weight)
         assert not torch.equal(model.head.weight, other.head.weight)
         assert abs(model.head.weight.std().item() - 0.3) < 0.02
+
+
+@pytest.mark.parametrize("family", ["bert", "neobert", "gpt2", "llama", "qwen3"])
+def test_a_model_that_does_not_go_with_rows_or_tokenizer_is_refused(family):
+    with torch.device("meta"):
+        model = getattr(models, f"{family}_tiny")(vocab_size=100, max_position_embeddings=32)
+    models.check_fit(model, SimpleNamespace(vocab_size=100), 32)
+    with pytest.raises(UserError, match="the tokenizer has 101 tokens and the model 100 rows"):
+        models.check_fit(model, SimpleNamespace(vocab_size=101), 32)
+    with pytest.raises(UserError, match="seq_len=33 is more than the model's max_position_embeddings=32"):
+        models.check_fit(model, SimpleNamespace(vocab_size=100), 33)
