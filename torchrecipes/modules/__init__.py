@@ -16,21 +16,27 @@ from torchrecipes.modules.embedding import BertEmbedding
 from torchrecipes.modules.feed_forward import GeluMLP, SwiGLU
 from torchrecipes.modules.head import LMHead, MLMTransform
 from torchrecipes.modules.init import initial_value, initialize
+from torchrecipes.modules.moe import Experts, MoE, Router, Routing
 from torchrecipes.modules.norm import RMSNorm
 from torchrecipes.modules.plan import AttentionPlan, attention_plan
 from torchrecipes.modules.rotary import apply_rotary, rotary_tables
-from torchrecipes.modules.transformer import PostNormBlock, PreNormBlock, activation_dtype
+from torchrecipes.modules.transformer import MoEBlock, PostNormBlock, PreNormBlock, activation_dtype
 
 __all__ = [
     "AttentionPlan",
     "BertEmbedding",
+    "Experts",
     "GeluMLP",
     "KVCache",
     "LMHead",
     "MLMTransform",
+    "MoE",
+    "MoEBlock",
     "PostNormBlock",
     "PreNormBlock",
     "RMSNorm",
+    "Router",
+    "Routing",
     "SelfAttention",
     "SwiGLU",
     "activation_dtype",

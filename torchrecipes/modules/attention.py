@@ -148,6 +148,8 @@ class SelfAttention(nn.Module):
             )
         heads = num_heads + 2 * self.num_kv_heads
         self.qkv_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
+        rows = (num_heads, self.num_kv_heads, self.num_kv_heads)
+        self.fused_rows = {"qkv_proj.weight": tuple(n * self.head_dim for n in rows)}  # three matrices, for Muon
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
         if qk_norm not in (None, "head", "all"):
             raise ValueError(f"qk_norm is {qk_norm!r}; it is 'head', 'all' or None")

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecipes.modules.cache import LayerCache
+from torchrecipes.modules.moe import Routing
 from torchrecipes.modules.plan import AttentionPlan
 
 
@@ -48,6 +49,33 @@ class PreNormBlock(nn.Module):
         attended = self.self_attn(self.input_layernorm(x_BSD), rotary, plan, cache)
         x_BSD = x_BSD + F.dropout(attended, self.dropout_p, self.training)
         return x_BSD + F.dropout(self.mlp(self.post_attention_layernorm(x_BSD)), self.dropout_p, self.training)
+
+
+class MoEBlock(nn.Module):
+    """`PreNormBlock` with a mixture of experts as its feed-forward part; it also returns what the router did.
+
+    That comes out with the hidden states, and is not kept in the block, because activation checkpointing runs `forward`
+    twice, and because `fully_shard` prepares the backward pass of what is returned, only.
+    """
+
+    def __init__(self, *, self_attn: nn.Module, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module):
+        super().__init__()
+        self.input_layernorm = attention_norm
+        self.self_attn = self_attn
+        self.post_attention_layernorm = mlp_norm
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        plan: AttentionPlan,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Args: x_BSD; `rotary`, `plan` and `cache` as in `SelfAttention.forward`."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, plan, cache)
+        mixed, routing = self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD + mixed, routing
 
 
 class PostNormBlock(nn.Module):

@@ -1,0 +1,261 @@
+"""A mixture of experts: every token goes through the few feed-forward layers that a router chooses for it.
+
+Dropless: no expert has a capacity, and no token is left out (Gale et al. 2022, arXiv:2211.15841). One sort brings the
+tokens of an expert together, and each of the two layers is one `grouped_mm` over all experts. Nothing loops over
+experts, and nothing waits for the device.
+
+Letters, beside those of the package: E experts, k of them for a token, I inside one, M = T k assignments of a token to
+an expert, sorted by expert.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from torchrecipes.modules.feed_forward import SwiGLU
+
+SCORES = ("softmax", "sigmoid")
+ROUTERS = ("linear", "mlp")
+MLP_WIDTH = 128  # of a router that is a small network
+
+
+class Routing(NamedTuple):
+    """What a router did with T tokens.
+
+    Attributes:
+        aux_loss: `[]`, see `load_balancing_loss`.
+        z_loss: `[]`, see `router_z_loss`.
+        tokens_per_expert: `[E]` fp32, assignments; their sum is T k.
+        entropy: `[]`, mean over the tokens of the entropy of the router's distribution, in nats; log E where it knows
+            nothing.
+    """
+
+    aux_loss: Tensor
+    z_loss: Tensor
+    tokens_per_expert: Tensor
+    entropy: Tensor
+
+
+def load_balancing_loss(probability_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+    """`E * sum over experts of (share of the tokens) * (mean probability)`: Switch Transformer's auxiliary loss.
+
+    Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6, for k experts per token: the shares add up to k, and the loss
+    is k where the load is even. Only the probabilities have a gradient: what an expert has too much of becomes less
+    probable. It is that of the tokens given; those of other micro-batches and ranks are balanced by themselves.
+
+    Args:
+        probability_TE: the router's distribution over the experts, for every token.
+        chosen_TE: 1 for the experts of a token, else 0.
+    """
+    return probability_TE.shape[-1] * (chosen_TE.mean(0) * probability_TE.mean(0)).sum()
+
+
+def router_z_loss(logits_TE: Tensor) -> Tensor:
+    """The mean over the tokens of `logsumexp(logits) ** 2`: logits stay small (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return logits_TE.logsumexp(-1).square().mean()
+
+
+class Router(nn.Module):
+    """Scores of every token for every expert, in fp32 whatever autocast says.
+
+    Parameters: `weight` `[E, D]`, or `[E, 128]` behind `proj` and SiLU. Buffer, where balance is by bias:
+    `e_score_correction_bias` `[E]`, which is added for the choice of experts only, not for their weights.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        kind: `linear` or `mlp`, a layer of 128 before it.
+        bias: whether there is one for the choice (DeepSeek-V3, arXiv:2412.19437, equation 16). It starts at 0.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, *, kind: str = "linear", bias: bool = False):
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, MLP_WIDTH, bias=False) if kind == "mlp" else None
+        self.weight = nn.Parameter(torch.empty(num_experts, MLP_WIDTH if kind == "mlp" else hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts) if bias else None)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Args: x_TD. Returns: logits `[T, E]`, fp32 at least."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+            if self.proj is not None:
+                x = F.silu(F.linear(x, self.proj.weight.to(x.dtype)))
+            return F.linear(x, self.weight.to(x.dtype))
+
+
+class Experts(nn.Module):
+    """E SwiGLU layers, stacked as `transformers` 5 holds them.
+
+    Parameters: `gate_up_proj` `[E, 2 I, D]` (rows: gate, then up) and `down_proj` `[E, D, I]`.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.fused_rows = {"gate_up_proj": (intermediate_size, intermediate_size)}  # two matrices, for Muon
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x_TD: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+        """The sum of the chosen experts' outputs, by their weights.
+
+        Args:
+            x_TD: tokens.
+            expert_Tk: the experts of each, int64.
+            weight_Tk: how much each counts.
+
+        Returns:
+            `[T, D]` in the dtype of a linear layer's output.
+        """
+        device = x_TD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        sorted_M, order_M = expert_Tk.flatten().sort(stable=True)
+        experts = torch.arange(len(self.down_proj), device=x_TD.device)
+        ends_E = torch.searchsorted(sorted_M, experts, right=True, out_int32=True)
+        place_M = torch.empty_like(order_M)
+        place_M[order_M] = torch.arange(len(order_M), device=x_TD.device)  # of an assignment among the sorted ones
+        with torch.autocast(device, enabled=False):
+            return _GroupedSwiGLU.apply(
+                x_TD.to(dtype),
+                weight_Tk.to(dtype),
+                self.gate_up_proj.to(dtype),
+                self.down_proj.to(dtype),
+                order_M,
+                place_M,
+                ends_E,
+            )
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """`sum over k of weight * down(silu(gate(x)) * up(x))`, each token with its own k experts.
+
+    The backward pass is written out: it needs neither the experts' outputs (the gradient of a weight is that of its
+    expert's inner activation times the activation), nor sums in an order that depends on threads.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_Tk, gate_up, down, order_M, place_M, ends_E):
+        num_chosen = weight_Tk.shape[1]
+        x_MD = x_TD.index_select(0, order_M // num_chosen)
+        gate_up_M2I = F.grouped_mm(x_MD, gate_up.mT, offs=ends_E)
+        gate_MI, up_MI = gate_up_M2I.chunk(2, dim=-1)
+        weight_M1 = weight_Tk.flatten()[order_M, None]
+        inner_MI = F.silu(gate_MI).mul_(up_MI).mul_(weight_M1)
+        out_MD = F.grouped_mm(inner_MI, down.mT, offs=ends_E)
+        ctx.save_for_backward(x_TD, weight_Tk, gate_up, down, order_M, place_M, ends_E, gate_up_M2I)
+        return out_MD.index_select(0, place_M).view(*weight_Tk.shape, -1).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD):
+        x_TD, weight_Tk, gate_up, down, order_M, place_M, ends_E, gate_up_M2I = ctx.saved_tensors
+        token_M = order_M // weight_Tk.shape[1]
+        weight_M1 = weight_Tk.flatten()[order_M, None]
+        grad_MD = grad_TD.contiguous().index_select(0, token_M)
+        gate_MI, up_MI = gate_up_M2I.chunk(2, dim=-1)
+        sigmoid_MI = torch.sigmoid(gate_MI)
+        silu_MI = gate_MI * sigmoid_MI
+
+        grad_inner_MI = F.grouped_mm(grad_MD, down, offs=ends_E)
+        inner_MI = silu_MI * up_MI
+        grad_weight_M = (grad_inner_MI * inner_MI).sum(-1, dtype=torch.float32)
+        grad_down = _grouped_outer(grad_MD, inner_MI.mul_(weight_M1), ends_E)
+        grad_inner_MI.mul_(weight_M1)
+        # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
+        grad_gate_MI = (sigmoid_MI + silu_MI * (1 - sigmoid_MI)).mul_(up_MI).mul_(grad_inner_MI)
+        grad_M2I = torch.cat((grad_gate_MI, silu_MI.mul_(grad_inner_MI)), dim=-1)
+        grad_gate_up = _grouped_outer(grad_M2I, x_TD.index_select(0, token_M), ends_E)
+        grad_x_MD = F.grouped_mm(grad_M2I, gate_up, offs=ends_E)
+        grad_x_TD = grad_x_MD.index_select(0, place_M).view(*weight_Tk.shape, -1).sum(1)
+        grad_weight_Tk = grad_weight_M[place_M].view(weight_Tk.shape).to(weight_Tk.dtype)
+        return grad_x_TD, grad_weight_Tk, grad_gate_up, grad_down, None, None, None
+
+
+def _grouped_outer(a_MR: Tensor, b_MC: Tensor, ends_E: Tensor) -> Tensor:
+    """`a.T @ b` of every group of rows: `[E, R, C]`."""
+    return F.grouped_mm(a_MR.t(), b_MC, offs=ends_E)
+
+
+class MoE(nn.Module):
+    """A router, its experts, and an expert for all tokens if there is one.
+
+    Args:
+        hidden_size: D, a multiple of 8.
+        moe_intermediate_size: I, inside an expert, a multiple of 8.
+        num_experts: E.
+        num_experts_per_tok: k, experts of a token.
+        norm_topk_prob: whether the weights of a token's experts are divided by their sum.
+        scoring_func: `softmax` over the experts, or `sigmoid` of each.
+        router: `linear` or `mlp`.
+        router_bias: whether the choice has a bias, by which `training.experts.ExpertBalance` balances the load.
+        shared_intermediate_size: inside the expert that every token goes through; None: there is none.
+
+    Raises:
+        ValueError: numbers that do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        *,
+        norm_topk_prob: bool = True,
+        scoring_func: str = "softmax",
+        router: str = "linear",
+        router_bias: bool = False,
+        shared_intermediate_size: int | None = None,
+    ):
+        super().__init__()
+        problems = []
+        if not 1 <= num_experts_per_tok <= num_experts:
+            problems.append(f"num_experts_per_tok={num_experts_per_tok} is not between 1 and {num_experts} experts")
+        if hidden_size % 8 or moe_intermediate_size % 8:
+            sizes = f"hidden_size={hidden_size} and moe_intermediate_size={moe_intermediate_size}"
+            problems.append(f"{sizes} must be multiples of 8, as grouped_mm needs them")
+        if scoring_func not in SCORES:
+            problems.append(f"scoring_func={scoring_func!r} is not one of {', '.join(SCORES)}")
+        if router not in ROUTERS:
+            problems.append(f"router={router!r} is not one of {', '.join(ROUTERS)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
+        self.norm_topk_prob, self.scoring_func = norm_topk_prob, scoring_func
+        self.gate = Router(hidden_size, num_experts, kind=router, bias=router_bias)
+        self.experts = Experts(hidden_size, moe_intermediate_size, num_experts)
+        shared = shared_intermediate_size
+        self.shared_expert = SwiGLU(hidden_size, shared) if shared else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """Args: x `[..., D]`. Returns: `[..., D]`, and what the router did."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        logits_TE = self.gate(x_TD)
+        softmax_TE = logits_TE.softmax(-1)
+        scores_TE = softmax_TE if self.scoring_func == "softmax" else logits_TE.sigmoid()
+        bias = self.gate.e_score_correction_bias
+        with torch.no_grad():
+            choice_TE = scores_TE if bias is None else scores_TE + bias
+            expert_Tk = choice_TE.topk(self.num_experts_per_tok, dim=-1).indices
+        weight_Tk = scores_TE.gather(1, expert_Tk)
+        if self.norm_topk_prob:
+            weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + 1e-20)
+        out = self.experts(x_TD, expert_Tk, weight_Tk).view(x.shape)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(x)
+        distribution_TE = softmax_TE if self.scoring_func == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
+        chosen_TE = torch.zeros_like(distribution_TE).scatter_(1, expert_Tk, 1.0)
+        with torch.no_grad():
+            entropy = -torch.xlogy(distribution_TE, distribution_TE).sum(-1).mean()
+        routing = Routing(
+            aux_loss=load_balancing_loss(distribution_TE, chosen_TE),
+            z_loss=router_z_loss(logits_TE),
+            tokens_per_expert=chosen_TE.sum(0),
+            entropy=entropy,
+        )
+        return out, routing
