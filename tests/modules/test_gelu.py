@@ -37,12 +37,12 @@ def test_equals_torch_in_float64(monkeypatch, dtype, tolerance, compiled, tile):
     assert torch.equal(alone, with_gradient(gelu_tanh, x)[0])
 
 
-def test_as_close_to_float64_in_bf16_as_torch():
+def test_in_bf16_about_as_close_to_float64_as_torch():
     x = make(torch.bfloat16, scale=1.0)
     exact = with_gradient(lambda y: F.gelu(y, approximate="tanh"), x.detach().double().requires_grad_())
     ours, theirs = (with_gradient(f, x) for f in (gelu_tanh, lambda y: F.gelu(y, approximate="tanh")))
-    for a, b, c in zip(ours, theirs, exact, strict=True):
-        assert (a.double() - c).norm() <= 1.5 * (b.double() - c).norm()
+    for a, b, c, times in zip(ours, theirs, exact, (1.01, 2.0), strict=True):  # the derivative is rounded, too
+        assert (a.double() - c).norm() <= times * (b.double() - c).norm()
 
 
 def test_gradcheck():
