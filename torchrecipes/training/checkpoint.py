@@ -577,6 +577,12 @@ def _same_network(path: Path, model: nn.Module) -> None:
             "max_position_embeddings",
             "hidden_dropout_prob",
             "attention_probs_dropout_prob",
+            "attention_dropout",
+            "attn_pdrop",
+            "embd_pdrop",
+            "resid_pdrop",
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
         )
         problems = [
             f"{key} is {there[key]} there and {here[key]} here"

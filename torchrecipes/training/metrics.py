@@ -108,14 +108,14 @@ class Metrics:
         self.finished = step - 1
         self._begin_interval(step)
 
-    def write(self, step: int, *, lr: float, grad_norm: Tensor, **more: float) -> dict[str, float]:
+    def write(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
         """Logs the steps since the last call; the loss is their mean over targets.
 
         Args:
             step: the step that is done.
             lr: its learning rate.
             grad_norm: its gradient's norm, before clipping.
-            more: other numbers for the line.
+            more: other numbers for the line; lists of numbers are kept in the file only.
 
         Returns:
             The line. Numbers that are not finite are in it as they are, in the file they are null.
@@ -156,12 +156,12 @@ class Metrics:
         self._record({"step": step} | {f"eval/{name}/{key}": value for key, value in values.items()}, step)
         self.tell(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
 
-    def write_samples(self, step: int, texts: Sequence[str], prompts: Sequence[str]) -> None:
-        """Shows what a language model writes, and keeps it in `<output_dir>/samples.jsonl`, on rank 0."""
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Shows how prompts go on, (prompt, text) each, and keeps it in `<output_dir>/samples.jsonl`."""
         if not self.is_main:
             return
         with self.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt, text in zip(prompts, texts, strict=True):
+            for prompt, text in samples:
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
                 self.tell(f"step {step}: sample: {prompt}{text}")
 
@@ -196,7 +196,9 @@ class Metrics:
     def _record(self, line: dict[str, float], step: int) -> None:
         if not self.is_main:
             return
-        finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
+        lists = {key: value for key, value in line.items() if isinstance(value, list)}
+        line = {key: value for key, value in line.items() if key not in lists}
+        finite = {key: value if math.isfinite(value) else None for key, value in line.items()} | lists
         finite |= {f"{key}_nonfinite": str(value) for key, value in line.items() if not math.isfinite(value)}
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
