@@ -56,9 +56,10 @@ def _gelu(x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
 def _tile(x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """The same in fp32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    square = wide.square()
-    gate = square.mul(SCALE * CUBIC).add_(SCALE).mul_(wide).sigmoid_()
+    scale = wide.new_full((), SCALE)
+    gate = torch.addcmul(scale, wide, wide, value=SCALE * CUBIC).mul_(wide).sigmoid_()
     out = wide * gate
     if not with_slope:
         return out, None
-    return out, square.mul_(3 * SCALE * CUBIC).add_(SCALE).mul_(out.addcmul(out, gate, value=-1)).add_(gate)
+    inner = torch.addcmul(scale, wide, wide, value=3 * SCALE * CUBIC)  # derivative of what the sigmoid is taken of
+    return out, inner.mul_(out.addcmul(out, gate, value=-1)).add_(gate)
