@@ -53,8 +53,9 @@ def group_table(optimizer: torch.optim.Optimizer) -> str:
         rate = float(group.get("initial_lr", group["lr"]))
         total = sum(p.numel() for p in parameters)
         decay = group.get("weight_decay", 0)
+        kind = f"{group['kind']}, " if "kind" in group else ""
         lines.append(
-            f"group {number}: lr {rate:g}, weight_decay {decay:g}, {len(parameters)} tensors, {total:,} parameters"
+            f"group {number}: {kind}lr {rate:g}, weight_decay {decay:g}, {len(parameters)} tensors, {total:,} parameters"
         )
         names = group.get("param_names") or ["(no name)"] * len(parameters)
         counts: dict[tuple[str, tuple], int] = {}

@@ -9,24 +9,27 @@ one by one, and under `fully_shard` every rank repeats the work for the whole mo
 - one optimizer, with one state dict, has groups of both kinds;
 - what is fused (queries, keys, values; gate and up) is made orthogonal part by part, what is stacked expert by expert;
 - matrices of one shape are multiplied as one batch;
-- the ranks of a run share the matrices out and send each other the results.
+- the ranks of a run share the matrices out and send each other the results (`torchrecipes.optim.shared_matrices`).
 """
 
 import math
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.conv import _ConvNd
 from torch.optim.adamw import adamw as adamw_step
 
 from torchrecipes.errors import UserError
 from torchrecipes.optim.groups import decay_groups
-from torchrecipes.optim.newton_schulz import COEFFICIENTS, fast_dtype, orthogonalize
+from torchrecipes.optim.newton_schulz import COEFFICIENTS, DTYPES, fast_dtype, orthogonalize
+from torchrecipes.optim.shared_matrices import Piece, SharedMatrices
 
 SCALES = ("spectral", "match_rms_adamw")
-_NOT_HIDDEN = ("head", "lm_head", "decoder", "score", "classifier", "gate", "router")  # modules: outputs and routers
+# Modules whose matrices make scores of tokens or classes, or choose experts.
+_NOT_HIDDEN = {"head", "lm_head", "score", "classifier", "gate", "router"}
 
 
 def muon(
@@ -42,12 +45,12 @@ def muon(
     adamw_betas: tuple[float, float] = (0.9, 0.95),
     adamw_eps: float = 1e-8,
     adamw_weight_decay: float | None = None,
+    adamw_names: Iterable[str] = (),
+    ns_dtype: str = "auto",
 ) -> "Muon":
     """Muon for the hidden matrices of a model, AdamW for its embeddings, output layer, norms, biases and routers.
 
-    Hidden matrices are parameters of two dimensions, or of three, which are stacks (experts), that are no embedding and
-    do not belong to a module named `head`, `lm_head`, `score`, `classifier`, `gate` or `router`. `group_table` shows
-    what went where.
+    `hidden_matrices` says which is which, and `group_table` shows what went where.
 
     Args:
         model: its parameters with `requires_grad=True` are trained; sharded by `fully_shard` or not.
@@ -63,65 +66,130 @@ def muon(
         adamw_betas, adamw_eps: of AdamW.
         adamw_weight_decay: of matrices that AdamW trains, such as an output layer of its own; embeddings, norms and
             biases are not decayed. None: `weight_decay`.
+        adamw_names: more parameters for AdamW, as patterns of names such as `encoder.*.out.weight`.
+        ns_dtype: what matrices are made orthogonal in: `auto` (bf16 where the device multiplies it in hardware, else
+            fp32), `bf16` or `fp32`.
 
     Raises:
-        UserError: a value is out of range, or nothing in the model is trainable.
+        UserError: a value is out of range, a pattern fits no parameter, or nothing in the model is trainable.
+    """
+    groups = muon_groups(
+        model,
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        ns_steps=ns_steps,
+        coefficients=coefficients,
+        scale=scale,
+        adamw_lr=adamw_lr,
+        adamw_betas=adamw_betas,
+        adamw_eps=adamw_eps,
+        adamw_weight_decay=adamw_weight_decay,
+        adamw_names=adamw_names,
+        ns_dtype=ns_dtype,
+    )
+    return Muon(groups, fused_rows(model))
+
+
+def muon_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    ns_steps: int,
+    coefficients: str,
+    scale: str,
+    adamw_lr: float | None,
+    adamw_betas: tuple[float, float],
+    adamw_eps: float,
+    adamw_weight_decay: float | None,
+    adamw_names: Iterable[str],
+    ns_dtype: str,
+    problems: Iterable[str] = (),
+) -> list[dict]:
+    """Groups for `Muon`, each with its `kind`, its settings and its peak learning rate as `initial_lr`.
+
+    Args:
+        problems: what is wrong with other settings, to be told together with what is wrong with these.
+        model, lr and so on: see `muon`.
+
+    Raises:
+        UserError: see `muon`.
     """
     if adamw_lr is None:
         adamw_lr = 0.1 * lr if scale == "spectral" else lr
     if adamw_weight_decay is None:
         adamw_weight_decay = weight_decay
+    betas, patterns = tuple(adamw_betas), tuple(adamw_names)
+    numbers = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "adamw_lr": adamw_lr,
+        "adamw_eps": adamw_eps,
+        "adamw_weight_decay": adamw_weight_decay,
+    }
     problems = [
-        f"{name}: {value} must be 0 or more"
-        for name, value in (
-            ("lr", lr),
-            ("weight_decay", weight_decay),
-            ("adamw_lr", adamw_lr),
-            ("adamw_eps", adamw_eps),
-            ("adamw_weight_decay", adamw_weight_decay),
-        )
-        if not 0 <= value < math.inf
+        *problems,
+        *(f"{name}: {value} must be 0 or more" for name, value in numbers.items() if not 0 <= value < math.inf),
     ]
-    betas = tuple(adamw_betas)
     if not 0 <= momentum < 1:
         problems.append(f"momentum: {momentum} must be from 0 up to, not including, 1, such as 0.95")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         problems.append(f"adamw_betas: {list(betas)} must be two numbers from 0 up to, not including, 1")
     if ns_steps < 1:
         problems.append(f"ns_steps: {ns_steps} must be 1 or more, such as 5")
-    for name, value, known in (("coefficients", coefficients, COEFFICIENTS), ("scale", scale, SCALES)):
+    choices = {"coefficients": (coefficients, COEFFICIENTS), "scale": (scale, SCALES), "ns_dtype": (ns_dtype, DTYPES)}
+    for name, (value, known) in choices.items():
         if value not in known:
             problems.append(f"{name}: {value!r} is not one of {', '.join(known)}")
-    if problems:
-        raise UserError("\n".join(f"optimizer {problem}." for problem in problems))
-
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            problems.append(f"adamw_names: {pattern!r} fits no parameter; they have names such as {names[:1]}")
+    matrices = [pair for pair in hidden_matrices(model) if not any(fnmatchcase(pair[0], p) for p in patterns)]
+    taken = {id(parameter) for _, parameter in matrices}
     hidden = {"kind": "muon", "lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "momentum": momentum}
     hidden |= {"nesterov": nesterov, "ns_steps": ns_steps, "coefficients": coefficients, "scale": scale}
-    others = {"kind": "adamw", "lr": adamw_lr, "initial_lr": adamw_lr, "betas": betas, "eps": adamw_eps}
-    matrices = hidden_matrices(model)
+    hidden |= {"ns_dtype": ns_dtype}
+    others = {"kind": "adamw", "lr": adamw_lr, "initial_lr": adamw_lr, "betas": betas, "eps": adamw_eps, "fused": True}
     groups = [hidden | {"params": matrices}] if matrices else []
-    taken = {id(parameter) for _, parameter in matrices}
     for group in decay_groups(model, adamw_weight_decay):
         rest = [pair for pair in group["params"] if id(pair[1]) not in taken]
         if rest:
             groups.append(others | {"params": rest, "weight_decay": group["weight_decay"]})
     if not groups:
-        raise UserError("optimizer model: no parameter is trainable. Set requires_grad=True on what it shall change.")
-    return Muon(groups, fused_rows(model))
+        problems.append("model: no parameter is trainable. Set requires_grad=True on what the optimizer shall change")
+    if problems:
+        raise UserError("\n".join(f"optimizer {problem}." for problem in problems))
+    return groups
 
 
 def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(Name, parameter) of what Muon trains, in the model's order."""
+    """(Name, parameter) of what Muon trains, in the model's order.
+
+    These are the trainable parameters of two dimensions, or of three, which are stacks (of experts), that are no
+    embedding and no norm's (`decay_groups`), do not belong to a module named `head`, `lm_head`, `score`, `classifier`,
+    `gate` or `router`, are not what `get_output_embeddings()` of `transformers` gives, and do not belong to a
+    convolution. What has more dimensions is left to AdamW, as are convolutions of any.
+    """
+    not_hidden = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters(recurse=False)}
+    if hasattr(model, "get_output_embeddings") and (head := model.get_output_embeddings()) is not None:
+        not_hidden |= {id(p) for p in head.parameters()}
     decayed = next((group["params"] for group in decay_groups(model, 1.0) if group["weight_decay"]), [])
     return [
         (name, parameter)
         for name, parameter in decayed
-        if parameter.ndim in (2, 3) and not set(name.split(".")[:-1]) & set(_NOT_HIDDEN)
+        if parameter.ndim in (2, 3) and id(parameter) not in not_hidden and not _NOT_HIDDEN & set(name.split(".")[:-1])
     ]
 
 
 def fused_rows(model: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
-    """The rows of the parts of parameters that hold several matrices, as their modules say it: `fused_rows`."""
+    """The rows of the parts of parameters that hold several matrices, as modules say it in an attribute `fused_rows`:
+    a dict from the parameter's name in the module to the rows of each part, from the first row on.
+    """
     return {
         module.get_parameter(name): rows
         for module in model.modules()
@@ -141,11 +209,16 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[dict], fused_rows: dict[nn.Parameter, tuple[int, ...]] | None = None):
         super().__init__(params, {})
-        self._fused_rows = {id(parameter): rows for parameter, rows in (fused_rows or {}).items()}
+        self._fused_rows = {id(parameter): tuple(rows) for parameter, rows in (fused_rows or {}).items()}
+        self._layouts: dict[tuple[int, ...], list[SharedMatrices]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Updates the parameters that have a gradient. In a process group all ranks call it together."""
+        """Updates the parameters that have a gradient. In a process group all ranks call it together.
+
+        Raises:
+            UserError: a matrix is sharded in another way than by `fully_shard`, along its first dimension.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -186,91 +259,33 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        gradients = [_local(p.grad) for p in params]
+        key = tuple(map(id, params))
+        if key not in self._layouts:
+            self._layouts = {key: SharedMatrices.of(params, [self._fused_rows.get(id(p)) for p in params])}
+        weights, gradients = [_local(p) for p in params], [_local(p.grad) for p in params]
         buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
+        momentum, rate = group["momentum"], group["lr"]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        dtype = DTYPES[group["ns_dtype"]] or fast_dtype(weights[0].device)
 
-        weights = [_local(p) for p in params]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        alike: dict[tuple, list[int]] = {}
-        for i, p in enumerate(params):
-            alike.setdefault((tuple(p.shape), self._rows(p), _whole_experts(p)), []).append(i)
-        for (shape, rows, whole_experts), members in alike.items():
-            chosen = [updates[i] for i in members]
-            if not whole_experts:
-                dtype = fast_dtype(chosen[0].device)
-                chosen = [_gather(update.to(dtype), params[i]) for update, i in zip(chosen, members, strict=True)]
-            done = _orthogonal_parts(chosen, rows, group, share=not whole_experts)
-            factors = [_factor(group["scale"], count, shape[-1]) for count in rows]
-            for i, parts in zip(members, done, strict=True):
-                scaled = [part.mul_(factor) for part, factor in zip(parts, factors, strict=True)]
-                update = torch.cat(scaled, dim=-2) if len(scaled) > 1 else scaled[0]
-                if not whole_experts:
-                    update = _my_part(update, params[i])
-                weights[i].add_(update.to(weights[i].dtype), alpha=-group["lr"])
+        def read(piece: Piece) -> Tensor:
+            average = piece.of(buffers[piece.number])
+            return piece.of(gradients[piece.number]).lerp(average, momentum) if group["nesterov"] else average
 
-    def _rows(self, p: Tensor) -> tuple[int, ...]:
-        return tuple(self._fused_rows.get(id(p), (p.shape[-2],)))
+        def compute(stack: Tensor) -> Tensor:
+            return orthogonalize(stack, group["ns_steps"], group["coefficients"], dtype)
 
-
-def _orthogonal_parts(updates: list[Tensor], rows: tuple[int, ...], group: dict, share: bool) -> list[list[Tensor]]:
-    """Of every update (alike in shape) its parts, each made orthogonal; `share`: the ranks share the work."""
-    by_part = [torch.stack(parts) for parts in zip(*(update.split(rows, dim=-2) for update in updates), strict=True)]
-    done = []
-    for stack in by_part:
-        matrices = stack.flatten(0, -3)
-        if share:
-            matrices = _shared(matrices, group)
-        else:
-            matrices = orthogonalize(matrices, group["ns_steps"], group["coefficients"])
-        done.append(matrices.view(stack.shape).unbind())
-    return [list(parts) for parts in zip(*done, strict=True)]
-
-
-def _shared(matrices: Tensor, group: dict) -> Tensor:
-    """`orthogonalize` of `[n, R, C]`, the same on every rank, of which each does n / ranks."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    if ranks == 1:
-        return orthogonalize(matrices, group["ns_steps"], group["coefficients"])
-    each = -(-len(matrices) // ranks)
-    first = dist.get_rank() * each
-    mine = orthogonalize(matrices[first : first + each], group["ns_steps"], group["coefficients"])
-    padded = mine.new_zeros(each, *matrices.shape[1:])
-    padded[: len(mine)] = mine
-    found = mine.new_empty(ranks * each, *matrices.shape[1:])
-    dist.all_gather_into_tensor(found, padded)
-    return found[: len(matrices)]
+        for matrices in self._layouts[key]:
+            for piece, found in matrices.map(read, compute, dtype):
+                factor = _factor(group["scale"], piece.rows, piece.columns)
+                piece.of(weights[piece.number]).add_(found, alpha=-rate * factor)
 
 
 def _factor(scale: str, rows: int, columns: int) -> float:
     if scale == "spectral":
         return math.sqrt(max(1.0, rows / columns))
     return 0.2 * math.sqrt(max(rows, columns))
-
-
-def _whole_experts(p: Tensor) -> bool:
-    """Whether a rank has some matrices of a stack, and those whole: then nothing has to be sent."""
-    return p.ndim == 3 and isinstance(p, DTensor) and p.to_local().shape != p.shape
-
-
-def _gather(local: Tensor, like: Tensor) -> Tensor:
-    """The whole of a tensor of which this rank has the part `local`, split as the parameter `like` is."""
-    if not isinstance(like, DTensor):
-        return local
-    whole = DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return whole.full_tensor()
-
-
-def _my_part(whole: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_gather`."""
-    if not isinstance(like, DTensor):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def _local(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 # Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the same polynomial every time; it lifts small values fast.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
-# Amsel et al. 2025, arXiv:2505.16932, section 4: the best polynomial of each step, given what those before have done,
+# Amsel et al. 2025, arXiv:2505.16932, algorithm 1: the best polynomial of each step, given what those before have done,
 # for singular values from 0.001 on. The last one stands for all that follow.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -26,6 +26,8 @@ _POLAR_EXPRESS = (
 _SAFETY = 1.01  # rounding must not carry a value past the end of the interval that the next polynomial is made for
 
 COEFFICIENTS = ("quintic", "polar_express")
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+_BATCH = 2**27  # elements that are multiplied at once: a bound on memory
 
 
 def polynomials(coefficients: str, steps: int) -> list[tuple[float, float, float]]:
@@ -44,7 +46,7 @@ def orthogonalize(
 
     Args:
         matrices: `[..., R, C]`, of any scale; 0 stays 0.
-        steps: of the iteration.
+        steps: of the iteration; each is three products.
         coefficients: one of `COEFFICIENTS`.
         dtype: to compute in; None: bf16 where the device multiplies it in hardware, else fp32.
 
@@ -52,20 +54,24 @@ def orthogonalize(
         `[..., R, C]` of that dtype.
     """
     rows, columns = matrices.shape[-2:]
-    if dtype is None:
-        dtype = fast_dtype(matrices.device)
+    dtype = dtype or fast_dtype(matrices.device)
     x = matrices.to(dtype).reshape(-1, rows, columns)
     if rows > columns:
         x = x.mT  # X X^T is then the smaller of the two Gram matrices
+    most = max(1, _BATCH // max(1, rows * columns))
+    done = [_iterate(batch, polynomials(coefficients, steps), coefficients) for batch in x.split(most)]
+    x = done[0] if len(done) == 1 else torch.cat(done)
+    return (x.mT if rows > columns else x).reshape(matrices.shape)
+
+
+def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]], coefficients: str) -> Tensor:
     # The Frobenius norm is never less than the largest singular value.
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = x * (1 / (norm * _SAFETY + 1e-7)).to(dtype)
-    for a, b, c in polynomials(coefficients, steps):
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    x = x / (norm * _SAFETY + 1e-7 if coefficients == "polar_express" else norm.clamp(min=1e-7))
+    for a, b, c in polynomials:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    if rows > columns:
-        x = x.mT
-    return x.view(matrices.shape) if x.is_contiguous() else x.reshape(matrices.shape)
+    return x
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
