@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from torchrecipes.modules.attention_logits import record_largest_logits
 from torchrecipes.modules.cache import LayerCache
 from torchrecipes.modules.causal_tiles import CausalTiles
 from torchrecipes.modules.norm import RMSNorm, rms_norm
@@ -115,6 +116,9 @@ class SelfAttention(nn.Module):
     Parameters: `qkv_proj` (rows: all query heads, then key heads, then value heads) and `o_proj`; with `qk_norm` also
     `q_norm` and `k_norm`.
 
+    Attributes:
+        max_logits: None, or `[N]` fp32: a forward pass in training raises it to each head's largest logit.
+
     Args:
         hidden_size: D.
         num_heads: N, query heads.
@@ -150,6 +154,7 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
         rows = (num_heads, self.num_kv_heads, self.num_kv_heads)
         self.fused_rows = {"qkv_proj.weight": tuple(n * self.head_dim for n in rows)}  # three matrices, for Muon
+        self.max_logits: Tensor | None = None
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
         if qk_norm not in (None, "head", "all"):
             raise ValueError(f"qk_norm is {qk_norm!r}; it is 'head', 'all' or None")
@@ -184,6 +189,8 @@ class SelfAttention(nn.Module):
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
         if cache is not None:
             k, v = cache.update(k, v)
+        if self.max_logits is not None and self.training:
+            record_largest_logits(self.max_logits, q, k, plan)
         return self.o_proj(attention(q, k, v, plan=plan).flatten(2))
 
     def _normalized(self, qk: Tensor) -> Tensor:

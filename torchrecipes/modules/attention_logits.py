@@ -1,0 +1,89 @@
+"""The largest attention logit of every head: what QK-clip watches (Kimi K2, arXiv:2507.20534, section 2.1)."""
+
+import torch
+from torch import Tensor
+
+from torchrecipes.modules.plan import AttentionPlan
+
+_SCORES = 2**25  # scores that exist at a time
+
+
+def largest_logits(q: Tensor, k: Tensor, plan: AttentionPlan) -> Tensor:
+    """The largest `q . k / sqrt(H)` of every query head, over all tokens and the keys that each of them sees.
+
+    Scores are made for a few queries at a time, and never all at once.
+
+    Args:
+        q: `[B, S, N, H]`, rotated, as `attention` takes it.
+        k: `[B, S, K, H]`.
+        plan: from `attention_plan`: documents, causality and window count as in `attention`, whatever the kernel.
+
+    Returns:
+        `[N]` fp32, without gradient; its precision is that of a product in q's dtype. A head whose scores are not
+        finite has -inf: there is nothing to learn from it.
+    """
+    found = torch.full((q.shape[2],), float("-inf"), device=q.device)
+    record_largest_logits(found, q, k, plan)
+    return found
+
+
+def record_largest_logits(largest: Tensor, q: Tensor, k: Tensor, plan: AttentionPlan) -> None:
+    """Raises `largest`, `[N]` fp32, in place to `largest_logits(q, k, plan)` where that is more.
+
+    `torch.compile` sees one operation.
+    """
+    causal = plan.causal or plan.kernel == "tiled"
+    left, right = plan.window_size
+    _record(largest, q.detach(), k.detach(), plan.mask, plan.gather, plan.cu_seqlens, causal, left, right)
+
+
+@torch.library.custom_op("torchrecipes::record_largest_logits", mutates_args=("largest",))
+def _record(
+    largest: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    gather: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    left: int,
+    right: int,
+) -> None:
+    if gather is not None:
+        q, k = (x.flatten(0, 1)[gather.flatten()].unflatten(0, gather.shape) for x in (q, k))
+    batch, length, heads, size = q.shape
+    key_heads, num_keys = k.shape[2], k.shape[1]
+    q = (q * size**-0.5).view(batch, length, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
+    k = k.permute(0, 2, 3, 1)[:, :, None]  # [B, K, 1, H, S]
+    if mask is not None and mask.shape[-2:] != (length, num_keys):
+        mask = None  # a tile on the diagonal, which says no more than `causal`
+    segments = None
+    if cu_seqlens is not None:
+        positions = torch.arange(batch * length, device=q.device, dtype=cu_seqlens.dtype)
+        segments = torch.searchsorted(cu_seqlens, positions, right=True).view(batch, length)
+    position = torch.arange(num_keys, device=q.device)
+    found = torch.full_like(largest, float("-inf"))
+    rows = max(1, _SCORES // (batch * heads * num_keys))
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        scores = torch.matmul(q[:, :, :, start:stop], k)  # [B, K, G, rows, S]
+        if mask is not None:
+            scores += mask[:, :, None, start:stop]
+        else:
+            distance = position[start:stop, None] - position[None, :]
+            hidden = torch.zeros_like(distance, dtype=torch.bool)
+            if causal or right == 0:
+                hidden = hidden | (distance < 0)
+            if left >= 0:
+                hidden = hidden | (distance > left)
+            if right > 0:
+                hidden = hidden | (distance < -right)
+            if segments is not None:
+                hidden = hidden | (segments[:, start:stop, None] != segments[:, None, :])
+                hidden = hidden[:, None, None]
+            scores.masked_fill_(hidden, float("-inf"))
+        found = torch.maximum(found, scores.amax(dim=(0, 3, 4)).flatten().float())
+    largest.copy_(torch.where(found.isfinite(), torch.maximum(largest, found), largest))
+
+
+_record.register_fake(lambda *_: None)
