@@ -4,11 +4,13 @@ from torchrecipes.optim.adamw import adamw
 from torchrecipes.optim.groups import decay_groups, group_table
 from torchrecipes.optim.low_bit import adamw_4bit, adamw_8bit
 from torchrecipes.optim.muon import Muon, muon
+from torchrecipes.optim.muon_clip import QKClip, muon_clip
 from torchrecipes.optim.offload import adamw_cpu_offload
 from torchrecipes.optim.schedules import Schedule, constant, cosine, linear, warmup_stable_decay
 
 __all__ = [
     "Muon",
+    "QKClip",
     "Schedule",
     "adamw",
     "adamw_4bit",
@@ -20,5 +22,6 @@ __all__ = [
     "group_table",
     "linear",
     "muon",
+    "muon_clip",
     "warmup_stable_decay",
 ]

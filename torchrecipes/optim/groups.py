@@ -54,9 +54,8 @@ def group_table(optimizer: torch.optim.Optimizer) -> str:
         total = sum(p.numel() for p in parameters)
         decay = group.get("weight_decay", 0)
         kind = f"{group['kind']}, " if "kind" in group else ""
-        lines.append(
-            f"group {number}: {kind}lr {rate:g}, weight_decay {decay:g}, {len(parameters)} tensors, {total:,} parameters"
-        )
+        size = f"{len(parameters)} tensors, {total:,} parameters"
+        lines.append(f"group {number}: {kind}lr {rate:g}, weight_decay {decay:g}, {size}")
         names = group.get("param_names") or ["(no name)"] * len(parameters)
         counts: dict[tuple[str, tuple], int] = {}
         for name, parameter in zip(names, parameters, strict=True):
