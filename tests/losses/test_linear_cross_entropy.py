@@ -275,7 +275,7 @@ SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("chunk_size", [16, None])
 def test_no_tensor_is_larger_than_a_chunk_and_nothing_synchronises(chunk_size, autocast):
-    num_rows, vocab_size, size = 2048, 256, 8
+    num_rows, vocab_size, size = 2048, 1024, 8
     hidden, weight, bias, labels = make(num_rows, vocab_size, size)
     rows = chunk_size or default_chunk_size(num_rows, vocab_size, torch.float32, hidden.device)
     with Watch() as watch:
@@ -294,3 +294,5 @@ def test_default_chunk_holds_at_most_256_mib_in_equal_chunks():
     assert default_chunk_size(832, 16_384, torch.bfloat16, cpu) == 416
     assert default_chunk_size(832, 1 << 30, torch.float64, cpu) == 1
     assert default_chunk_size(0, 16_384, torch.bfloat16, cpu) == 1
+    assert default_chunk_size(768, 65, torch.bfloat16, cpu) == 768
+    assert default_chunk_size(1 << 20, 64, torch.bfloat16, cpu) == 8192

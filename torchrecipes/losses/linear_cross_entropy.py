@@ -84,12 +84,13 @@ def linear_cross_entropy(
 def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk: logits of at most 256 MiB, in chunks of equal size.
 
-    On a CPU also at most 512 rows: a larger chunk saves nothing there, because the softmax runs in smaller tiles and
-    a matrix product of so many rows is as fast as it gets, while its buffer costs page faults in every call.
+    On a CPU also at most 512 rows, or 1 MiB of logits: a larger chunk saves nothing there, because the softmax runs in
+    smaller tiles and a matrix product of so many rows is as fast as it gets, while its buffer costs page faults in
+    every call. Logits of a few characters fit the cache whole, and the fewer chunks, the less it costs to start them.
     """
     rows = max(1, 256 * MIB // (vocab_size * dtype.itemsize))
     if device.type == "cpu":
-        rows = min(rows, 512)
+        rows = min(rows, max(512, MIB // (vocab_size * dtype.itemsize)))
     num_chunks = max(1, -(-num_rows // rows))
     return max(1, -(-num_rows // num_chunks))
 
