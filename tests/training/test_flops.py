@@ -1,10 +1,19 @@
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchrecipes.models import bert, neobert
-from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
+from torchrecipes.models import bert, decoder, gpt2, llama, neobert, qwen3
+from torchrecipes.models.active import active_parameters
+from torchrecipes.modules import AttentionPlan, MoE
+from torchrecipes.training.flops import causal_flops_per_token, mlm_flops_per_token, peak_flops
+
+gpt2_module = sys.modules["torchrecipes.models.gpt2"]  # the package has a function of this name
 
 
 @pytest.mark.parametrize("kind", [neobert, bert])
@@ -19,6 +28,33 @@ def test_the_formula_counts_what_a_step_does(kind):
         model.head(chosen).sum().backward()
     counted = counter.get_total_flops() / (rows * row_len)
     assert mlm_flops_per_token(model, row_len, masked) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [gpt2, llama, qwen3])
+def test_the_formula_of_decoders_counts_what_a_step_does(kind):
+    """Against PyTorch's own count of a dense step, whose plain attention computes the whole square of scores."""
+    model = kind(512, 64, 3, 4, 192)
+    rows, row_len = 2, 128
+    # Both forms of attention that PyTorch does not count are replaced: by the plain one, without a mask.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, plain_attention():
+        hidden = model(torch.randint(0, 512, (rows, row_len)))
+        model.head(hidden).sum().backward()
+    counted = counter.get_total_flops() / (rows * row_len)
+    assert causal_flops_per_token(model, row_len) == pytest.approx(counted, rel=0.05)
+
+
+def test_of_a_mixture_of_experts_the_chosen_count():
+    blocks = nn.ModuleList([nn.Linear(8, 8, bias=False), MoE(16, 24, num_experts=8, num_experts_per_tok=2)])
+    assert active_parameters(blocks) == 64 + 8 * 16 + 2 * 3 * 16 * 24
+
+
+@contextmanager
+def plain_attention():
+    def plan(*_args, **_settings):
+        return AttentionPlan("sdpa")
+
+    with mock.patch.object(decoder, "attention_plan", plan), mock.patch.object(gpt2_module, "attention_plan", plan):
+        yield
 
 
 def test_peaks_of_known_gpus_and_of_this_cpu(monkeypatch):

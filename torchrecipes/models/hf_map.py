@@ -28,6 +28,7 @@ class HFMap:
         ignored: keys that say nothing about the network.
         transposed: Hugging Face name -> whether that tensor is stored with its two dimensions exchanged.
         head: what the head is called in messages.
+        stack: stored tensors by name -> the same, with those put together that `layout` has as one.
     """
 
     architecture: str
@@ -42,6 +43,7 @@ class HFMap:
     ignored: frozenset[str]
     transposed: Callable[[str], bool] = lambda _name: False
     head: str = "masked-LM head"
+    stack: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda theirs: theirs
 
     def split(self, tensor: Tensor, parts: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
         """A tensor of ours as the stored tensors that `layout` makes of it: views of it."""

@@ -25,12 +25,17 @@ from torchrecipes.models.bert import HF_MAP as BERT
 from torchrecipes.models.gpt2 import HF_MAP as GPT2
 from torchrecipes.models.hf_map import HFMap
 from torchrecipes.models.llama import HF_MAP as LLAMA
+from torchrecipes.models.moe import HF_MAP as MOE
 from torchrecipes.models.neobert import HF_MAP as NEOBERT
+from torchrecipes.models.olmoe import HF_MAP as OLMOE
 from torchrecipes.models.qwen3 import HF_MAP as QWEN3
+from torchrecipes.models.qwen3_moe import HF_MAP as QWEN3_MOE
 from torchrecipes.modules import initial_value
 
 INDEX = "model.safetensors.index.json"  # names the files where there are several
-_FAMILIES = {"bert": BERT, "eurobert": NEOBERT, "gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3}
+_FAMILIES = {
+    family.config_class.model_type: family for family in (BERT, NEOBERT, GPT2, LLAMA, QWEN3, QWEN3_MOE, OLMOE, MOE)
+}
 
 # Keys with the only values that we can follow, in any family's config.json.
 _FIXED = {
@@ -77,7 +82,7 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
     config, family = model.config, _FAMILIES[model.config.model_type]
     layout = family.layout(config)
     known = {their_name for parts in layout.values() for their_name, _ in parts}
-    theirs = _read_tensors(folder, family, known, report)
+    theirs = family.stack(_read_tensors(folder, family, known, report))
 
     problems, state = [], {}
     headless = {ours for ours in layout if ours.startswith("head.")}
@@ -257,6 +262,8 @@ def _read_config(folder: Path) -> Any:
 
 def _is_a(value: object, wanted: type) -> bool:
     """Whether a JSON value has a config field's type; a bool is no int."""
+    if typing.get_origin(wanted) is tuple:
+        return isinstance(value, tuple) and all(type(item) is typing.get_args(wanted)[0] for item in value)
     if isinstance(wanted, types.UnionType):
         return any(_is_a(value, option) for option in typing.get_args(wanted))
     return type(value) is wanted

@@ -1,6 +1,6 @@
 """The estimate of a whole run from its config: parameters, memory per rank, arithmetic, time and disk.
 
-What is particular to masked language modelling is in two functions: `_loss_of` and `_flops_per_token`.
+What is particular to an objective is in two functions: `_loss_of` and `_flops_per_token`.
 """
 
 import math
@@ -21,11 +21,12 @@ from torchrecipes.data.corpus import open_corpus
 from torchrecipes.data.loader import largest_micro_batch
 from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.errors import UserError
-from torchrecipes.losses import masked_lm_loss
+from torchrecipes.losses import causal_lm_loss, masked_lm_loss
+from torchrecipes.models.active import active_parameters
 from torchrecipes.models.hub import hf_network
 from torchrecipes.training.auto_rows import SHARE
 from torchrecipes.training.estimate import on_rank, trace_step
-from torchrecipes.training.flops import DEVICES, PEAKS, mlm_flops_per_token, peak_flops
+from torchrecipes.training.flops import DEVICES, PEAKS, causal_flops_per_token, mlm_flops_per_token, peak_flops
 from torchrecipes.training.memory import checkpoint_activations
 from torchrecipes.training.parallel import BYTES_PER_PARAMETER, SHARE_FOR_DDP
 from torchrecipes.training.precision import autocast, choose_precision
@@ -50,7 +51,7 @@ class Device(NamedTuple):
 def estimate_run(
     config: Any, *, device: str | None = None, world_size: int = 1, per_node: int = 8, mfu: float = 0.4
 ) -> dict[str, Any]:
-    """Estimates a run of masked language modelling, without its text and without memory for its weights.
+    """Estimates a run of a pretraining recipe, without its text and without memory for its weights.
 
     Args:
         config: a recipe's config, checked.
@@ -110,7 +111,8 @@ def estimate_run(
         "rows_per_micro_batch": rows,
         "micro_batches": rows_per_rank // rows,
         "largest_rows_per_micro_batch": largest,
-        "parameters": {name: count for name, count in counts.items() if count} | {"total": total, "active": total},
+        "parameters": {name: count for name, count in counts.items() if count}
+        | {"total": total, "active": active_parameters(network)},
         "memory": memory | {"total": sum(memory.values())},
         "flops_per_token": flops,
         "tokens_per_step": tokens,
@@ -154,17 +156,28 @@ def step_fits(config: Any, run: Run, free: int) -> Callable[[int], bool]:
 
 def _loss_of(config: Any, rows: int) -> Callable[[nn.Module, Tensor], Tensor]:
     """The recipe's loss of a micro-batch."""
-    slots = rows * math.ceil(config.data.mlm_probability * config.seq_len)
 
-    def loss(model: nn.Module, hidden: Tensor) -> Tensor:
-        targets = torch.zeros(slots, dtype=torch.long)
+    def masked(model: nn.Module, hidden: Tensor) -> Tensor:
+        targets = torch.zeros(rows * math.ceil(config.data.mlm_probability * config.seq_len), dtype=torch.long)
         return masked_lm_loss(hidden, model.head, targets, targets, masked_logits_only=config.masked_logits_only)
 
-    return loss
+    def causal(model: nn.Module, hidden: Tensor) -> Tensor:
+        labels = torch.zeros(rows, config.seq_len, dtype=torch.long)
+        loss = causal_lm_loss(hidden, model.head, labels, config.z_loss, config.label_smoothing)
+        return loss + model.router_loss
+
+    return masked if _is_masked(config) else causal
 
 
 def _flops_per_token(config: Any, network: nn.Module) -> float:
-    return mlm_flops_per_token(network, config.seq_len, config.data.mlm_probability)
+    if _is_masked(config):
+        return mlm_flops_per_token(network, config.seq_len, config.data.mlm_probability)
+    return causal_flops_per_token(network, config.seq_len)
+
+
+def _is_masked(config: Any) -> bool:
+    """Whether the recipe predicts masked tokens; otherwise it predicts next ones."""
+    return hasattr(config.data, "mlm_probability")
 
 
 def _memory(

@@ -7,6 +7,8 @@ import time
 import torch
 from torch import nn
 
+from torchrecipes.models.active import active_parameters
+
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first that is a word of the device's name counts.
 PEAKS = {
     "GB200": 2500e12,
@@ -59,6 +61,25 @@ def mlm_flops_per_token(model: nn.Module, seq_len: int, mlm_probability: float) 
     head = config.vocab_size * config.hidden_size + sum(p.numel() for p in model.head.transform.parameters())
     attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
     return 6 * blocks + attention + 6 * mlm_probability * head
+
+
+def causal_flops_per_token(model: nn.Module, seq_len: int) -> float:
+    """Training FLOPs (forward and backward) per token of a causal language model.
+
+    `6 N + 12 L A S`: N parameters that compute with a token, those of the blocks and of the head (Kaplan et al. 2020,
+    2001.08361, section 2.1), of a mixture of experts only the chosen ones; attention of L layers, A = heads x their
+    size, over rows of S tokens (Chowdhery et al. 2022, 2204.02311, appendix B). That counts the whole square of scores,
+    as published MFUs do, of which causality needs half and packed documents less.
+
+    Args:
+        model: has `blocks` and a `config` with Hugging Face's keys.
+        seq_len: S, tokens per row.
+    """
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
+    head = config.vocab_size * config.hidden_size
+    return 6 * (active_parameters(model.blocks) + head) + attention
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

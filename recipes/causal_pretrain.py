@@ -1,0 +1,300 @@
+"""Pretrain a decoder by predicting the next token: GPT-2, Llama, Qwen3, dense or with a mixture of experts.
+
+    tune-style run causal_pretrain --config gpt2/quickstart
+    tune-style run --nproc-per-node 8 causal_pretrain --config moe/500m_fineweb
+
+The quickstart config takes about 4 minutes on 2 CPU cores. Every checkpoint is a Hugging Face model folder that
+`AutoModelForCausalLM.from_pretrained` loads, and a point from which the same command resumes to the last bit.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from torchrecipes.config import MISSING, Component, build, component, parse, to_yaml
+from torchrecipes.config.checks import check_common_keys
+from torchrecipes.data.batch import Batch
+from torchrecipes.data.corpus import prepare_corpus
+from torchrecipes.data.loader import Loader, evaluation_batches, share_of_step
+from torchrecipes.data.next_tokens import NextTokens
+from torchrecipes.data.packing import DocumentRows, PackedRows
+from torchrecipes.data.tokenizers import load_tokenizer
+from torchrecipes.evaluation.causal import evaluate_causal
+from torchrecipes.evaluation.generate import generate_text
+from torchrecipes.evaluation.mlm import unigram
+from torchrecipes.losses import causal_lm_loss
+from torchrecipes.models import check_fit, load_hf
+from torchrecipes.training import ranks
+from torchrecipes.training.auto_rows import choose_rows, free_memory
+from torchrecipes.training.budget import budget_steps, describe_budget
+from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
+from torchrecipes.training.estimate_run import step_fits
+from torchrecipes.training.experts import ExpertBalance
+from torchrecipes.training.float8 import convert_to_float8
+from torchrecipes.training.flops import causal_flops_per_token, peak_flops
+from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
+from torchrecipes.training.metrics import Metrics
+from torchrecipes.training.parallel import clip_gradients, materialize, parallelize, sync_gradients
+from torchrecipes.training.precision import autocast, choose_precision, make_deterministic
+from torchrecipes.training.run import start_run
+from torchrecipes.training.signals import Signals
+
+
+@dataclass
+class Data:
+    source: Component = component("torchrecipes.data.sources.files")  # where the text comes from
+    validation_source: Component | None = None  # its own validation text; None: validation_fraction of the source
+    validation_fraction: float = 0.005  # share of the documents, chosen by a hash of their text
+    corpus_dir: str | None = None  # folder of token shards, shared by runs; None: <output_dir>/corpus
+    tokenize_workers: int | None = None  # threads that tokenize; None: one per core
+    packing: bool = True  # rows full of documents; False: a document per row, padded
+    cross_document_attention: bool = False  # True: a row is one document, whatever is in it, as GPT-2 had it
+    num_workers: int = 0  # loader processes; 0: in this process, which is fast enough for most models
+
+
+@dataclass
+class Parallel:
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"  # what the processes of a run share
+
+
+@dataclass
+class Config:
+    output_dir: str = MISSING  # the run's folder
+    seed: int = 0  # chooses weights, order of the data, dropout and samples
+
+    tokenizer: Component = component(  # trained on the source, or loaded
+        "torchrecipes.data.tokenizers.train_bpe", runtime=("source", "folder"), vocab_size=16_384, causal=True
+    )
+    data: Data = field(default_factory=Data)
+    model: Component = component("torchrecipes.models.gpt2_tiny", runtime=("vocab_size", "seed"))  # its network
+    init_from: str | None = None  # a Hugging Face folder whose model and tokenizer are taken instead of these two
+    router_bias_update_rate: float = 0.001  # per step, of a mixture of experts with model.router_bias=true
+    z_loss: float = 0.0  # weight of the squared log of the softmax's sum (PaLM: 1e-4)
+    label_smoothing: float = 0.0  # share of the target that is spread over all tokens
+
+    seq_len: int = 256  # tokens per row
+    rows_per_step: int = 16  # rows per optimizer step in the whole run
+    rows_per_micro_batch: int | Literal["auto"] = 16  # at most, per forward pass of a process; auto: what fits
+    max_steps: int | None = None  # optimizer steps; set one of these three
+    total_tokens: int | None = None  # tokens to train on, as in 10B
+    epochs: float | None = None  # times that every row is seen
+
+    optimizer: Component = component("torchrecipes.optim.adamw", runtime=("model",), lr=1e-3)  # makes the groups, too
+    schedule: Component = component("torchrecipes.optim.cosine", runtime=("max_steps",))  # warm-up and decay
+    max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
+    precision: Literal["auto", "bf16", "fp32", "float8", "float8_rowwise"] = "auto"  # of matrix products
+    emulate_float8: bool = False  # on a device without it: slow, for tests
+    deterministic: bool = False  # a GPU's numbers repeat to the last bit, slower; a CPU's do anyway
+    compile: bool = False  # torch.compile of every block: a minute once, faster after
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory, more time
+    parallel: Parallel = field(default_factory=Parallel)
+    guard: Component = component("torchrecipes.training.guard.Guard")  # skips what is not finite, tells of spikes
+
+    log_every: int = 10  # steps
+    eval_every: int | None = 500  # steps; also before the first and after the last step
+    eval_rows: int | None = 1024  # rows of the validation split that are looked at; None: all
+    sample_every: int | None = None  # steps; text that the model writes, on the terminal and in samples.jsonl
+    sample_prompts: list[str] = field(default_factory=lambda: [""])  # how it begins
+    sample_tokens: int = 100  # how much of it
+    save_every: int | None = 500  # steps; the last step is always saved
+    keep_last: int = 3  # checkpoints
+    async_save: bool = True  # training goes on while a copy in the CPU's memory is written
+    on_save_error: Literal["stop", "continue"] = "stop"  # when a disk is full
+    resume: str = "auto"  # auto | never | path of a checkpoint
+    metrics: list[Component] = component([], runtime=("output_dir",))  # writers beside metrics.jsonl
+
+    def check(self) -> list[str]:
+        """What is wrong with keys that are right each by itself."""
+        problems = check_common_keys(self)
+        if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:
+            problems.append("eval_every: there is no text to evaluate on (data.validation_fraction=0); set it to null")
+        return problems
+
+
+def main(config: Config) -> None:
+    run = start_run(config.output_dir, seed=config.seed, config_yaml=to_yaml(config), resume=config.resume)
+    if config.deterministic:
+        make_deterministic()
+    precision = choose_precision(config.precision, run.device, config.emulate_float8)
+    compute = partial(autocast, run.device, precision)
+    guard = build(config.guard)
+    data = config.data
+    source, validation_source = build(data.source), build(data.validation_source)
+    corpus_dir = Path(data.corpus_dir or run.output_dir / "corpus")
+    with ranks.main_first("tokenizer and corpus"):
+        if config.init_from:
+            tokenizer = load_tokenizer(config.init_from, vocab_multiple=1, causal=True)
+        else:
+            tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
+        train_corpus, validation_corpus = prepare_corpus(
+            corpus_dir, source, tokenizer, data.validation_fraction, validation_source, data.tokenize_workers
+        )
+    kind = PackedRows if data.packing else DocumentRows
+    make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id, lookahead=1)
+    rows = make_rows(train_corpus)
+    targets = NextTokens(tokenizer.eos_id, data.cross_document_attention)
+    baseline = unigram(validation_corpus, (), tokenizer.vocab_size) if validation_corpus else None
+    max_steps = budget_steps(
+        rows, config.rows_per_step, max_steps=config.max_steps, total_tokens=config.total_tokens, epochs=config.epochs
+    )
+    rows_per_rank = share_of_step(config.rows_per_step, run.world_size)
+    print(f"training text: {rows}\nto train: {describe_budget(rows, config.rows_per_step, max_steps)}", flush=True)
+
+    if config.init_from:
+        model = load_hf(config.init_from, seed=config.seed)
+    else:
+        with torch.device("meta"):  # without memory: each process fills in its own part
+            model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
+    check_fit(model, tokenizer, config.seq_len)
+    model.train()
+    convert_to_float8(model, config.precision, device=run.device, emulate=config.emulate_float8)
+    checkpoint_activations(model.blocks, config.activation_checkpointing)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    parallelize(model, config.parallel.strategy, run, precision)
+    materialize(model, run.device, config.seed)
+    optimizer = build(config.optimizer, model=model)
+    schedule = build(config.schedule, max_steps=max_steps)
+    balance = ExpertBalance(model, config.router_bias_update_rate)  # a dense model has nothing to balance
+
+    checkpointer = Checkpointer(run.output_dir, config.keep_last, config.async_save, config.on_save_error)
+
+    def restore(checkpoint: Checkpoint) -> int:
+        checkpoint.load_model(model)
+        checkpoint.load_optimizer(model, optimizer)
+        checkpoint.restore_rng()
+        guard.load_state(checkpoint.state["guard"])
+        return checkpoint.step
+
+    resumed = checkpointer.resume(config.resume)
+    step, skipped_steps, saved = 0, 0, None  # done; whose data a rollback has left behind; the last checkpoint
+    if resumed:
+        check_same_data(resumed, train_corpus, config.resume)
+        step, skipped_steps, saved = restore(resumed), resumed.state["skipped_steps"], resumed.path
+
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:  # to train on, and its plain cross-entropy
+        options = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing, "return_cross_entropy": True}
+        with compute():
+            hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            loss, cross_entropy = causal_lm_loss(hidden, model.head, batch.labels, **options)
+        return loss + model.router_loss, cross_entropy
+
+    def try_step(rows_per_batch: int) -> None:
+        for batch in evaluation_batches(rows, targets, rows_per_batch, limit=rows_per_batch, device=run.device):
+            loss_of(batch)[0].backward()
+
+    micro_rows = config.rows_per_micro_batch
+    if micro_rows == "auto" and resumed:
+        micro_rows = resumed.state["rows_per_micro_batch"]
+    elif micro_rows == "auto":
+        fits = step_fits(config, run, free_memory(run.device, run.local_world_size))
+        micro_rows = choose_rows(
+            fits, rows_per_rank=rows_per_rank, try_step=try_step, clean_up=optimizer.zero_grad, agree=ranks.smallest
+        )
+
+    loader = Loader(
+        rows,
+        targets,
+        seed=config.seed,
+        rows_per_step=config.rows_per_step,
+        rows_per_micro_batch=micro_rows,
+        max_steps=max_steps,
+        rank=run.rank,
+        world_size=run.world_size,
+        num_workers=data.num_workers,
+        device=run.device,
+    )
+    loader.go_to(step + 1, skipped_steps)
+    metrics = Metrics(
+        run.output_dir,
+        max_steps,
+        device=run.device,
+        tokens_per_step=config.rows_per_step * rows.tokens_per_row,
+        flops_per_token=causal_flops_per_token(model, config.seq_len),
+        peak_flops=peak_flops(run.device, precision),
+        first_step=step + 1,
+        writers=[build(writer, output_dir=str(run.output_dir)) for writer in config.metrics] if run.is_main else [],
+    )
+
+    def save(step: int) -> Path:
+        state = {"corpus": train_corpus.fingerprint, "skipped_steps": skipped_steps, "guard": guard.state()}
+        state["rows_per_micro_batch"] = micro_rows
+        kept = {"config_yaml": to_yaml(config), "recipe_text": Path(__file__).read_text(encoding="utf-8")}
+        return checkpointer.save(step, model, optimizer, tokenizer, state=state, **kept)
+
+    def evaluate(step: int) -> None:
+        batches = evaluation_batches(
+            make_rows(validation_corpus), targets, micro_rows, config.eval_rows, run.rank, run.world_size, run.device
+        )
+        found = evaluate_causal(model, batches, tokenizer.real_vocab_size, baseline, compute)
+        metrics.write_eval(step, "validation", found)
+
+    def sample(step: int) -> None:
+        number = {"max_new_tokens": config.sample_tokens}
+        found = generate_text(model, tokenizer, config.sample_prompts, **number, seed=step, autocast=compute)
+        metrics.write_samples(step, [(one.prompt, one.text) for one in found])
+
+    guard.tell = metrics.tell
+    with checkpointer, metrics, Signals() as signals, out_of_memory_advice(micro_rows):
+        if config.eval_every and not resumed:
+            with metrics.pause():
+                evaluate(step=0)
+
+        while step < max_steps:
+            step += 1
+            with metrics.waiting():
+                batches = loader.step(step)
+            num_targets = max(1, ranks.total(sum(batch.num_targets for batch in batches)))
+            loss_sum = torch.zeros((), device=run.device)
+            for batch in batches:
+                sync_gradients(model, last=batch is batches[-1])
+                loss, cross_entropy = loss_of(batch)
+                (loss * (run.world_size / num_targets)).backward()  # gradients are averaged over the processes
+                loss_sum += cross_entropy
+                balance.add(model.routing)
+            ranks.add_up(loss_sum)
+
+            grad_norm = clip_gradients(model, config.max_grad_norm or float("inf"))
+            schedule.apply(optimizer, step)
+            skipped = guard.step(optimizer, loss_sum / num_targets, grad_norm)
+            optimizer.zero_grad()
+            balance.step(skipped)
+            metrics.add(loss_sum, num_targets, skipped)
+
+            # The order matters: log, look, save, evaluate. What the guard has not looked at is not saved, and a failing
+            # evaluation loses nothing.
+            stopped = ranks.largest(signals.received or 0)  # the signal's number; asked once: it may come any moment
+            ends = stopped or step == max_steps
+            save_now = ends or (config.save_every and step % config.save_every == 0)
+            if save_now or step % config.log_every == 0:
+                lr = optimizer.param_groups[0]["lr"]
+                metrics.write(step, lr=lr, grad_norm=grad_norm, **guard.report(), **balance.report())
+            if guard.look(step, now=save_now, checkpoint=saved) == "rollback":
+                past, step = step, restore(checkpointer.last_good())
+                skipped_steps += past - step
+                loader.go_to(step + 1, skipped_steps)
+                metrics.go_back(step)
+                continue
+            with metrics.pause():
+                if save_now:
+                    saved = save(step)
+                if ends:
+                    checkpointer.wait(final=True)
+                if config.eval_every and not stopped and (ends or step % config.eval_every == 0):
+                    evaluate(step)
+                if config.sample_every and not stopped and (ends or step % config.sample_every == 0):
+                    sample(step)
+            if stopped and step < max_steps:
+                print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
+                raise SystemExit(128 + stopped)
+
+    load = f"AutoModelForCausalLM.from_pretrained({str(saved)!r})"
+    print(f"finished {max_steps:,} steps: {saved}\nload it with transformers: {load}")
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -1,0 +1,93 @@
+"""What the families with mixtures of experts have in common: blocks, checks, and the layout of stacked experts."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrecipes.errors import UserError
+from torchrecipes.models.hf_map import Layout
+from torchrecipes.modules import MoE, MoEBlock, PreNormBlock, RMSNorm, SwiGLU
+
+
+def check_experts(config: Any, width: str = "moe_intermediate_size") -> None:
+    """Checks the sizes of a family's experts; `width` is the key of what is inside one.
+
+    Raises:
+        UserError: they do not fit each other, or `grouped_mm` cannot take them.
+    """
+    problems = []
+    if config.num_experts_per_tok > config.num_experts:
+        problems.append(
+            f"num_experts_per_tok={config.num_experts_per_tok} is more than num_experts={config.num_experts}"
+        )
+    for name in ("hidden_size", width):
+        if getattr(config, name) % 8:
+            problems.append(f"{name}={getattr(config, name)} is not a multiple of 8, which grouped products need")
+    if problems:
+        raise UserError(f"model: {'; '.join(problems)}")
+
+
+def has_experts(config: Any, layer: int) -> bool:
+    """Whether a layer, counted from 0, is a mixture of experts."""
+    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+
+
+def dense_block(config: Any, attention: nn.Module) -> PreNormBlock:
+    """A layer without experts."""
+    return PreNormBlock(mlp=SwiGLU(config.hidden_size, config.intermediate_size), **_around(config, attention))
+
+
+def moe_block(config: Any, attention: nn.Module, experts: MoE) -> MoEBlock:
+    """A layer with experts."""
+    return MoEBlock(mlp=experts, **_around(config, attention))
+
+
+def _around(config: Any, attention: nn.Module) -> dict[str, nn.Module]:
+    norms = {name: RMSNorm(config.hidden_size, config.rms_norm_eps) for name in ("attention_norm", "mlp_norm")}
+    return {"self_attn": attention} | norms
+
+
+# The Hugging Face layout.
+
+_OF_ONE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def stack_experts(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors with those of single experts stacked: on disk `transformers` has one for each, in memory one.
+
+    What is stacked already stays. An expert that is missing leaves its layer's tensors as they are, to be reported.
+    """
+    stacked = dict(theirs)
+    experts: dict[str, dict[tuple[int, str], str]] = {}
+    for name in theirs:
+        if found := _OF_ONE_EXPERT.fullmatch(name):
+            experts.setdefault(found[1], {})[int(found[2]), found[3]] = name
+    for prefix, names in experts.items():
+        count = max(number for number, _ in names) + 1
+        if len(names) != 3 * count:
+            continue
+        part = {key: stacked.pop(name) for key, name in names.items()}
+        stacked[f"{prefix}.gate_up_proj"] = torch.stack(
+            [torch.cat((part[number, "gate"], part[number, "up"])) for number in range(count)]
+        )
+        stacked[f"{prefix}.down_proj"] = torch.stack([part[number, "down"] for number in range(count)])
+    return stacked
+
+
+def experts_layout(layer: int, experts: int) -> Layout:
+    """The layout of a layer of experts: as `transformers` 5 holds it in memory, which it also reads from a file."""
+    ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp"
+    names = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    return {f"{ours}.{name}": [(f"{theirs}.{name}", experts)] for name in names}
+
+
+def read_experts_keys(keys: dict) -> dict:
+    """The keys of config.json under one name each, and lists as tuples."""
+    keys = dict(keys)
+    if "num_local_experts" in keys:  # as transformers 5 writes it
+        keys["num_experts"] = keys.pop("num_local_experts")
+    if "mlp_only_layers" in keys:
+        keys["mlp_only_layers"] = tuple(keys["mlp_only_layers"] or ())
+    return keys
