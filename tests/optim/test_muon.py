@@ -1,5 +1,7 @@
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,3 +233,11 @@ def test_wrong_values_are_all_named():
 def test_nothing_to_train():
     with pytest.raises(UserError, match=r"no parameter is trainable\. Set requires_grad=True"):
         muon(nn.Linear(3, 3).requires_grad_(False))
+
+
+def test_the_page_shows_the_groups_of_its_example():
+    page = (Path(__file__).parents[2] / "docs/optimizers.md").read_text(encoding="utf-8")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    model = llama(1024, **sizes, tie_word_embeddings=False)
+    table = group_table(muon(model, lr=0.02, adamw_lr=3e-3, weight_decay=0.1))
+    assert re.search(r"^```text\n(.*?)\n```", page, re.MULTILINE | re.DOTALL)[1] == table
