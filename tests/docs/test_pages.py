@@ -141,6 +141,8 @@ def keys_table(recipe):
             extra = [f"{word.arg}={ast.unparse(word.value)}" for word in value.keywords if word.arg != "runtime"]
             name = f"{shown.rpartition('.')[2]}({', '.join(extra)})" if isinstance(shown, str) else in_yaml(shown)
             return f"`{name}`"
+        if isinstance(value, ast.Call):  # field(default_factory=lambda: ...)
+            value = value.keywords[0].value.body
         return "required" if ast.unparse(value) == "MISSING" else f"`{in_yaml(ast.literal_eval(value))}`"
 
     def comment(field):
@@ -151,19 +153,25 @@ def keys_table(recipe):
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows(classes["Config"], "")])
 
 
-def test_the_table_of_keys_is_the_config_dataclass():
-    table = keys_table(find_recipe("mlm_pretrain"))
-    assert table in read(DOCS / "recipes.md"), f"docs/recipes.md should hold\n{table}"
+PAGE_OF = {"mlm_pretrain": DOCS / "recipes.md", "causal_pretrain": DOCS / "causal_pretrain.md"}
+
+
+@pytest.mark.parametrize("recipe", PAGE_OF)
+def test_the_table_of_keys_is_the_config_dataclass(recipe):
+    table = keys_table(find_recipe(recipe))
+    assert table in read(PAGE_OF[recipe]), f"{PAGE_OF[recipe].name} should hold\n{table}"
 
 
 # What a config may name, and the arguments that the recipe passes itself.
 COMPONENTS = {
     "torchrecipes.models.": "neobert neobert_base neobert_100m neobert_tiny bert bert_base bert_small bert_mini "
-    "bert_tiny",
-    "torchrecipes.optim.": "adamw adamw_8bit adamw_4bit adamw_cpu_offload cosine linear constant warmup_stable_decay",
+    "bert_tiny gpt2 gpt2_tiny gpt2_small gpt2_medium gpt2_large gpt2_xl gpt_750m gpt_750m_modern llama llama_tiny qwen3 "
+    "qwen3_tiny qwen3_0_6b qwen3_moe moe_tiny moe_1b moe_1_5b olmoe olmoe_tiny moe moe_500m",
+    "torchrecipes.optim.": "adamw adamw_8bit adamw_4bit adamw_cpu_offload muon cosine linear constant warmup_stable_decay",
     "torchrecipes.data.sources.": "files",
     "torchrecipes.data.python_docs.": "python_docs",
-    "torchrecipes.data.tokenizers.": "train_wordpiece train_bpe train_unigram load_tokenizer",
+    "torchrecipes.data.text_span.": "text_span",
+    "torchrecipes.data.tokenizers.": "train_wordpiece train_bpe train_unigram train_char load_tokenizer",
     "torchrecipes.training.writers.": "TensorBoard WandB",
 }
 RUNTIME = {"model", "max_steps", "vocab_size of a model", "seed", "source", "folder of a tokenizer", "output_dir"}
@@ -195,7 +203,7 @@ def first_column(text):
 
 
 def test_the_shipped_configs_are_listed():
-    listed = [cell.strip("`") for cell in first_column(section(DOCS / "recipes.md", "Configs"))]
+    listed = [cell.strip("`") for page in PAGE_OF.values() for cell in first_column(section(page, "Configs"))]
     assert sorted(listed) == sorted(config.name for config in shipped_configs())
 
 
