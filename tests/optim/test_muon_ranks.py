@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torchrecipes.errors import UserError
 from torchrecipes.models import llama
 from torchrecipes.rank_errors import leave
 
@@ -85,6 +86,16 @@ for shape in ([2], [3], [2, 1], [2, 2]):
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
         assert tensors.keys() == expected.keys()
         print(json.dumps({"shape": shape} | said))
+
+column = nn.Linear(4, 4, bias=False)
+column.weight = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Replicate(), Shard(1)]))
+column.weight.grad = torch.zeros_like(column.weight)
+try:
+    module.muon(column).step()
+except UserError as error:
+    assert "takes what fully_shard does to the first dimension" in str(error)
+else:
+    raise AssertionError("columns were taken for rows")
 dist.barrier()
 leave(0)
 """
