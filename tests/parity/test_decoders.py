@@ -11,12 +11,18 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    OlmoeModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
 )
 
-from torchrecipes.models import gpt2, hf_state_dict, llama, load_hf, qwen3, save_hf
+from torchrecipes.models import gpt2, hf_state_dict, llama, load_hf, olmoe, qwen3, qwen3_moe, save_hf
 
 SIZES = {
     "vocab_size": 101,
@@ -32,6 +38,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3 |= {"original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "factor": 2.5}
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+QWEN3_MOE = {"num_key_value_heads": 4, "head_dim": 12, "moe_intermediate_size": 56, "norm_topk_prob": True} | EXPERTS
 THEIRS = {
     "llama": (LlamaForCausalLM, LlamaModel, LlamaConfig, {"num_key_value_heads": 4, "rope_parameters": ROPE}),
     "qwen3": (
@@ -41,8 +49,16 @@ THEIRS = {
         {"num_key_value_heads": 4, "head_dim": 12, "rope_parameters": ROPE},
     ),
     "gpt2": (GPT2LMHeadModel, GPT2Model, GPT2Config, {}),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeModel, Qwen3MoeConfig, {"rope_parameters": ROPE} | QWEN3_MOE),
+    "olmoe": (OlmoeForCausalLM, OlmoeModel, OlmoeConfig, {"rope_parameters": ROPE, "pad_token_id": None} | EXPERTS),
 }
-OURS = {"llama": (llama, {"rope_theta": 100.0}), "qwen3": (qwen3, {"rope_theta": 100.0}), "gpt2": (gpt2, {})}
+OURS = {
+    "llama": (llama, {"rope_theta": 100.0}),
+    "qwen3": (qwen3, {"rope_theta": 100.0}),
+    "gpt2": (gpt2, {}),
+    "qwen3_moe": (qwen3_moe, {"rope_theta": 100.0} | QWEN3_MOE),
+    "olmoe": (olmoe, {"rope_theta": 100.0} | EXPERTS),
+}
 CASES = [
     ("llama", {}),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
@@ -54,6 +70,12 @@ CASES = [
     ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "attention_bias": True}),
     ("gpt2", {}),
     ("gpt2", {"tie_word_embeddings": False}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"tie_word_embeddings": True, "num_key_value_heads": 2, "decoder_sparse_step": 2}),
+    ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": False, "attention_bias": True, "num_experts_per_tok": 3}),
+    ("olmoe", {}),
+    ("olmoe", {"num_key_value_heads": 2, "tie_word_embeddings": True, "norm_topk_prob": True}),
+    ("olmoe", {"attention_bias": True, "num_experts_per_tok": 6}),
 ]
 
 
@@ -164,6 +186,47 @@ def test_the_first_gpt2_folders(tmp_path):
     assert_same(load_hf(tmp_path, report=reports.append), theirs)
     assert len(reports) == 1
     assert "h.0.attn.bias" in reports[0]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_the_auxiliary_loss_of_one_layer_is_theirs(tmp_path, family):
+    """Of several, theirs takes the layers' tokens together, ours the mean of the layers' losses."""
+    theirs = their_model(family, {"num_hidden_layers": 1, "router_aux_loss_coef": 0.7})
+    theirs.save_pretrained(tmp_path)
+    ours = load_hf(tmp_path)
+    input_ids = torch.randint(1, 101, (3, 40), generator=torch.Generator().manual_seed(3))
+    aux_loss = theirs(input_ids=input_ids, output_router_logits=True).aux_loss
+    ours(input_ids)
+    assert aux_loss > 2.01  # 2 is an even load
+    assert abs(ours.routing.aux_loss.item() - aux_loss.item()) <= 1e-5
+    assert ours.router_loss.item() == pytest.approx(0.7 * 120 * aux_loss.item(), rel=1e-5)
+    ours.router_loss.backward()
+    (120 * 0.7 * aux_loss).backward()
+    name = "model.layers.0.mlp.gate.weight"
+    gradient, expected = ours.blocks[0].mlp.gate.weight.grad, dict(theirs.named_parameters())[name].grad
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_experts_are_stored_one_by_one_there_and_together_here(tmp_path, family):
+    """Both read both."""
+    from safetensors.torch import load_file
+
+    theirs = their_model(family, {})
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_hf(tmp_path / "theirs")
+    save_hf(ours, tmp_path / "ours")
+    there, here = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    mlp = "model.layers.2.mlp.experts"
+    assert f"{mlp}.5.down_proj.weight" in there and f"{mlp}.down_proj" not in there
+    for number in range(6):
+        gate, up, down = (there[f"{mlp}.{number}.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
+        assert torch.equal(here[f"{mlp}.gate_up_proj"][number], torch.cat((gate, up)))
+        assert torch.equal(here[f"{mlp}.down_proj"][number], down)
+    type(theirs).from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    again = load_hf(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
