@@ -20,6 +20,7 @@ from torchrecipes.modules.feed_forward import SwiGLU
 SCORES = ("softmax", "sigmoid")
 ROUTERS = ("linear", "mlp")
 MLP_WIDTH = 128  # of a router that is a small network
+MOST_SLOTS = 1.6  # times the assignments: with more, what is computed for empty slots costs more than batches save
 
 
 class Routing(NamedTuple):
@@ -114,21 +115,64 @@ class Experts(nn.Module):
         """
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-        sorted_M, order_M = expert_Tk.flatten().sort(stable=True)
-        experts = torch.arange(len(self.down_proj), device=x_TD.device)
-        ends_E = torch.searchsorted(sorted_M, experts, right=True, out_int32=True)
-        place_M = torch.empty_like(order_M)
-        place_M[order_M] = torch.arange(len(order_M), device=x_TD.device)  # of an assignment among the sorted ones
         with torch.autocast(device, enabled=False):
+            dispatch = _dispatch_in_slots if device == "cpu" else _dispatch_sorted
+            token_M, place_Tk, ends_E = dispatch(expert_Tk, len(self.down_proj))
             return _GroupedSwiGLU.apply(
                 x_TD.to(dtype),
                 weight_Tk.to(dtype),
                 self.gate_up_proj.to(dtype),
                 self.down_proj.to(dtype),
-                order_M,
-                place_M,
+                token_M,
+                place_Tk,
                 ends_E,
             )
+
+
+def _dispatch_sorted(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments sorted by expert.
+
+    Returns:
+        token_M: the token of each; place_Tk: where a token's assignments are among them; ends_E int32: where each
+        expert's end.
+    """
+    sorted_M, order_M = expert_Tk.flatten().sort(stable=True)
+    ends_E = torch.searchsorted(sorted_M, _numbers(num_experts, expert_Tk), right=True, out_int32=True)
+    place_M = torch.empty_like(order_M)
+    place_M[order_M] = _numbers(len(order_M), expert_Tk)
+    return order_M // expert_Tk.shape[1], place_M.view(expert_Tk.shape), ends_E
+
+
+@torch.compiler.disable  # a number of slots that depends on the data is no graph
+def _dispatch_in_slots(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Assignments sorted by expert, each with as many slots as the fullest has, so that products are plain batches.
+
+    On a CPU a batched product takes half the time of one after the other. Where the load is so uneven that more is
+    computed for empty slots than that saves, the assignments stay sorted.
+
+    Returns:
+        As `_dispatch_sorted`, with M slots, E times as many as the fullest expert needs, and None for the ends. Slots
+        that are empty show token 0, and no place leads there: their weight is 0.
+    """
+    token_M, place_Tk, ends_E = _dispatch_sorted(expert_Tk, num_experts)
+    count_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    slots = _slots(count_E, len(token_M))
+    if slots * num_experts > MOST_SLOTS * len(token_M):
+        return token_M, place_Tk, ends_E
+    shift_E = _numbers(num_experts, expert_Tk) * slots - (ends_E - count_E)  # from a place to its slot
+    slot_Tk = place_Tk + shift_E[expert_Tk]
+    token_of_slot = token_M.new_zeros(slots * num_experts)
+    token_of_slot[slot_Tk.flatten()] = _numbers(len(expert_Tk), expert_Tk).repeat_interleave(expert_Tk.shape[1])
+    return token_of_slot, slot_Tk, None
+
+
+def _slots(count_E: Tensor, _total: int) -> int:
+    """Slots of each expert: as many as the fullest needs. The host reads it, which costs nothing on a CPU."""
+    return max(1, int(count_E.max()))
+
+
+def _numbers(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -139,45 +183,53 @@ class _GroupedSwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, weight_Tk, gate_up, down, order_M, place_M, ends_E):
-        num_chosen = weight_Tk.shape[1]
-        x_MD = x_TD.index_select(0, order_M // num_chosen)
-        gate_up_M2I = F.grouped_mm(x_MD, gate_up.mT, offs=ends_E)
+    def forward(ctx, x_TD, weight_Tk, gate_up, down, token_M, place_Tk, ends_E):
+        place_M = place_Tk.flatten()
+        weight_M1 = weight_Tk.new_zeros(len(token_M), 1)
+        weight_M1[place_M, 0] = weight_Tk.flatten()
+        gate_up_M2I = _product(x_TD.index_select(0, token_M), gate_up.mT, ends_E)
         gate_MI, up_MI = gate_up_M2I.chunk(2, dim=-1)
-        weight_M1 = weight_Tk.flatten()[order_M, None]
         inner_MI = F.silu(gate_MI).mul_(up_MI).mul_(weight_M1)
-        out_MD = F.grouped_mm(inner_MI, down.mT, offs=ends_E)
-        ctx.save_for_backward(x_TD, weight_Tk, gate_up, down, order_M, place_M, ends_E, gate_up_M2I)
+        out_MD = _product(inner_MI, down.mT, ends_E)
+        ctx.save_for_backward(x_TD, weight_M1, gate_up, down, token_M, place_M, ends_E, gate_up_M2I)
         return out_MD.index_select(0, place_M).view(*weight_Tk.shape, -1).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD):
-        x_TD, weight_Tk, gate_up, down, order_M, place_M, ends_E, gate_up_M2I = ctx.saved_tensors
-        token_M = order_M // weight_Tk.shape[1]
-        weight_M1 = weight_Tk.flatten()[order_M, None]
+        x_TD, weight_M1, gate_up, down, token_M, place_M, ends_E, gate_up_M2I = ctx.saved_tensors
+        shape_Tk = (len(x_TD), len(place_M) // max(1, len(x_TD)))
         grad_MD = grad_TD.contiguous().index_select(0, token_M)
         gate_MI, up_MI = gate_up_M2I.chunk(2, dim=-1)
         sigmoid_MI = torch.sigmoid(gate_MI)
         silu_MI = gate_MI * sigmoid_MI
 
-        grad_inner_MI = F.grouped_mm(grad_MD, down, offs=ends_E)
+        grad_inner_MI = _product(grad_MD, down, ends_E)
         inner_MI = silu_MI * up_MI
         grad_weight_M = (grad_inner_MI * inner_MI).sum(-1, dtype=torch.float32)
-        grad_down = _grouped_outer(grad_MD, inner_MI.mul_(weight_M1), ends_E)
+        grad_down = _outer(grad_MD, inner_MI.mul_(weight_M1), ends_E, len(down))
         grad_inner_MI.mul_(weight_M1)
         # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
         grad_gate_MI = (sigmoid_MI + silu_MI * (1 - sigmoid_MI)).mul_(up_MI).mul_(grad_inner_MI)
         grad_M2I = torch.cat((grad_gate_MI, silu_MI.mul_(grad_inner_MI)), dim=-1)
-        grad_gate_up = _grouped_outer(grad_M2I, x_TD.index_select(0, token_M), ends_E)
-        grad_x_MD = F.grouped_mm(grad_M2I, gate_up, offs=ends_E)
-        grad_x_TD = grad_x_MD.index_select(0, place_M).view(*weight_Tk.shape, -1).sum(1)
-        grad_weight_Tk = grad_weight_M[place_M].view(weight_Tk.shape).to(weight_Tk.dtype)
+        grad_gate_up = _outer(grad_M2I, x_TD.index_select(0, token_M), ends_E, len(down))
+        grad_x_MD = _product(grad_M2I, gate_up, ends_E)
+        grad_x_TD = grad_x_MD.index_select(0, place_M).view(*shape_Tk, -1).sum(1)
+        grad_weight_Tk = grad_weight_M[place_M].view(shape_Tk).to(weight_M1.dtype)
         return grad_x_TD, grad_weight_Tk, grad_gate_up, grad_down, None, None, None
 
 
-def _grouped_outer(a_MR: Tensor, b_MC: Tensor, ends_E: Tensor) -> Tensor:
-    """`a.T @ b` of every group of rows: `[E, R, C]`."""
+def _product(a_MR: Tensor, b_ERC: Tensor, ends_E: Tensor | None) -> Tensor:
+    """Every expert's rows times its matrix: `[M, C]`."""
+    if ends_E is None:
+        return torch.bmm(a_MR.unflatten(0, (len(b_ERC), -1)), b_ERC).flatten(0, 1)
+    return F.grouped_mm(a_MR, b_ERC, offs=ends_E)
+
+
+def _outer(a_MR: Tensor, b_MC: Tensor, ends_E: Tensor | None, num_experts: int) -> Tensor:
+    """`a.T @ b` of every expert's rows: `[E, R, C]`."""
+    if ends_E is None:
+        return torch.bmm(a_MR.unflatten(0, (num_experts, -1)).mT, b_MC.unflatten(0, (num_experts, -1)))
     return F.grouped_mm(a_MR.t(), b_MC, offs=ends_E)
 
 
