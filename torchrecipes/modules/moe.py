@@ -20,6 +20,7 @@ from torchrecipes.modules.feed_forward import SwiGLU
 SCORES = ("softmax", "sigmoid")
 ROUTERS = ("linear", "mlp")
 MLP_WIDTH = 128  # of a router that is a small network
+TILE = 1 << 17  # elements that are computed with at once on a CPU
 MOST_SLOTS = 1.6  # times the assignments: with more, what is computed for empty slots costs more than batches save
 
 
@@ -188,8 +189,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         weight_M1 = weight_Tk.new_zeros(len(token_M), 1)
         weight_M1[place_M, 0] = weight_Tk.flatten()
         gate_up_M2I = _product(x_TD.index_select(0, token_M), gate_up.mT, ends_E)
-        gate_MI, up_MI = gate_up_M2I.chunk(2, dim=-1)
-        inner_MI = F.silu(gate_MI).mul_(up_MI).mul_(weight_M1)
+        inner_MI = _inner(gate_up_M2I, weight_M1)
         out_MD = _product(inner_MI, down.mT, ends_E)
         ctx.save_for_backward(x_TD, weight_M1, gate_up, down, token_M, place_M, ends_E, gate_up_M2I)
         return out_MD.index_select(0, place_M).view(*weight_Tk.shape, -1).sum(1)
@@ -200,23 +200,52 @@ class _GroupedSwiGLU(torch.autograd.Function):
         x_TD, weight_M1, gate_up, down, token_M, place_M, ends_E, gate_up_M2I = ctx.saved_tensors
         shape_Tk = (len(x_TD), len(place_M) // max(1, len(x_TD)))
         grad_MD = grad_TD.contiguous().index_select(0, token_M)
-        gate_MI, up_MI = gate_up_M2I.chunk(2, dim=-1)
-        sigmoid_MI = torch.sigmoid(gate_MI)
-        silu_MI = gate_MI * sigmoid_MI
-
         grad_inner_MI = _product(grad_MD, down, ends_E)
-        inner_MI = silu_MI * up_MI
-        grad_weight_M = (grad_inner_MI * inner_MI).sum(-1, dtype=torch.float32)
-        grad_down = _outer(grad_MD, inner_MI.mul_(weight_M1), ends_E, len(down))
-        grad_inner_MI.mul_(weight_M1)
-        # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
-        grad_gate_MI = (sigmoid_MI + silu_MI * (1 - sigmoid_MI)).mul_(up_MI).mul_(grad_inner_MI)
-        grad_M2I = torch.cat((grad_gate_MI, silu_MI.mul_(grad_inner_MI)), dim=-1)
+        inner_MI, grad_M2I, grad_weight_M = _inner_backward(gate_up_M2I, weight_M1, grad_inner_MI)
+        grad_down = _outer(grad_MD, inner_MI, ends_E, len(down))
         grad_gate_up = _outer(grad_M2I, x_TD.index_select(0, token_M), ends_E, len(down))
         grad_x_MD = _product(grad_M2I, gate_up, ends_E)
         grad_x_TD = grad_x_MD.index_select(0, place_M).view(*shape_Tk, -1).sum(1)
         grad_weight_Tk = grad_weight_M[place_M].view(shape_Tk).to(weight_M1.dtype)
         return grad_x_TD, grad_weight_Tk, grad_gate_up, grad_down, None, None, None
+
+
+def _inner(gate_up_M2I: Tensor, weight_M1: Tensor) -> Tensor:
+    """`weight * silu(gate) * up`, `[M, I]`."""
+    inner_MI = gate_up_M2I.new_empty(len(gate_up_M2I), gate_up_M2I.shape[1] // 2)
+    for rows in _tiles(inner_MI):
+        gate, up = gate_up_M2I[rows].chunk(2, dim=-1)
+        torch.mul(F.silu(gate).mul_(weight_M1[rows]), up, out=inner_MI[rows])
+    return inner_MI
+
+
+def _inner_backward(gate_up_M2I: Tensor, weight_M1: Tensor, grad_MI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same again, the gradient of `gate_up_M2I`, and that of the weights, `[M]` fp32."""
+    inner_MI, grad_M2I = torch.empty_like(grad_MI), torch.empty_like(gate_up_M2I)
+    grad_weight_M = torch.empty(len(grad_MI), dtype=torch.float32, device=grad_MI.device)
+    for rows in _tiles(inner_MI):
+        gate, up = gate_up_M2I[rows].chunk(2, dim=-1)
+        grad_gate, grad_up = grad_M2I[rows].chunk(2, dim=-1)
+        grad, weight = grad_MI[rows], weight_M1[rows]
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        inner = torch.mul(silu, up, out=inner_MI[rows])
+        torch.sum(grad * inner, -1, dtype=torch.float32, out=grad_weight_M[rows])
+        inner.mul_(weight)
+        grad = grad * weight
+        torch.mul(silu, grad, out=grad_up)
+        # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
+        slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
+        torch.mul(slope.mul_(up), grad, out=grad_gate)
+    return inner_MI, grad_M2I, grad_weight_M
+
+
+def _tiles(x: Tensor) -> list[slice]:
+    """Rows at once: on a CPU as many as stay in its cache through several operations."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    rows = max(1, TILE // x.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 def _product(a_MR: Tensor, b_ERC: Tensor, ends_E: Tensor | None) -> Tensor:
