@@ -10,7 +10,7 @@ import importlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from torchrecipes.modules import feed_forward, plan
+from torchrecipes.errors import UserError
+from torchrecipes.modules import feed_forward, moe, plan
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def trace_step(
         device: `cuda` or `cpu`: whose kernels, and sizes of chunks, are meant.
         micro_batches: in a step; two stand for more.
     """
-    warm_up = build_optimizer(nn.Linear(64, 64))  # torchao's optimizers make tables, once, which need data
-    for group in warm_up.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    warm_up.step()
+    with suppress(UserError):  # torchao's optimizers make tables, once, which need data; others may want a real model
+        warm_up = build_optimizer(nn.Linear(64, 64))
+        for group in warm_up.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        warm_up.step()
     with FakeTensorMode(), _kernels_of(device), _Live() as live:
         model = build_model()
         in_blocks = [sum(p.nbytes for p in block.parameters()) for block in model.blocks]
@@ -185,6 +187,9 @@ def _kernels_of(device: str) -> Iterator[None]:
     with ExitStack() as stack:
         # The CPU's own GELU keeps as much as PyTorch's, in many small steps.
         stack.enter_context(mock.patch.object(feed_forward, "gelu_tanh", partial(F.gelu, approximate="tanh")))
+        # Experts' loads are data; they are taken to be even.
+        stack.enter_context(mock.patch.object(moe, "_slots", lambda count_E, total: -(-total // len(count_E))))
+        stack.enter_context(mock.patch.object(moe, "_tiles", lambda _x: [slice(None)]))
         if device != "cpu":
             # A GPU's attention keeps queries, keys, values and outputs, as the CPU's flash kernel does without a mask
             # and dropout, and never the scores.

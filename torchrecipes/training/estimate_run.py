@@ -3,6 +3,7 @@
 What is particular to an objective is in two functions: `_loss_of` and `_flops_per_token`.
 """
 
+import importlib
 import math
 import os
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from torchrecipes.errors import UserError
 from torchrecipes.losses import causal_lm_loss, masked_lm_loss
 from torchrecipes.models.active import active_parameters
 from torchrecipes.models.hub import hf_network
+from torchrecipes.modules import activation_dtype
 from torchrecipes.training.auto_rows import SHARE
 from torchrecipes.training.estimate import on_rank, trace_step
 from torchrecipes.training.flops import DEVICES, PEAKS, causal_flops_per_token, mlm_flops_per_token, peak_flops
@@ -31,6 +33,8 @@ from torchrecipes.training.memory import checkpoint_activations
 from torchrecipes.training.parallel import BYTES_PER_PARAMETER, SHARE_FOR_DDP
 from torchrecipes.training.precision import autocast, choose_precision
 from torchrecipes.training.run import Run
+
+linear_cross_entropy = importlib.import_module("torchrecipes.losses.linear_cross_entropy")  # also a function's name
 
 GIB = 2**30
 PROCESS = {"cuda": GIB, "cpu": int(0.35 * GIB)}  # what torch and its libraries take before the first tensor
@@ -162,8 +166,11 @@ def _loss_of(config: Any, rows: int) -> Callable[[nn.Module, Tensor], Tensor]:
         return masked_lm_loss(hidden, model.head, targets, targets, masked_logits_only=config.masked_logits_only)
 
     def causal(model: nn.Module, hidden: Tensor) -> Tensor:
-        labels = torch.zeros(rows, config.seq_len, dtype=torch.long)
-        loss = causal_lm_loss(hidden, model.head, labels, config.z_loss, config.label_smoothing)
+        # One chunk stands for all: they take turns in the same memory, and there can be thousands of them.
+        tokens, vocab_size = rows * config.seq_len, len(model.head.weight)
+        chunk = linear_cross_entropy.default_chunk_size(tokens, vocab_size, activation_dtype(hidden), hidden.device)
+        first, labels = hidden.flatten(0, 1)[None, :chunk], torch.zeros(1, min(chunk, tokens), dtype=torch.long)
+        loss = causal_lm_loss(first, model.head, labels, config.z_loss, config.label_smoothing, chunk_size=chunk)
         return loss + model.router_loss
 
     return masked if _is_masked(config) else causal
