@@ -82,7 +82,11 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
     config, family = model.config, _FAMILIES[model.config.model_type]
     layout = family.layout(config)
     known = {their_name for parts in layout.values() for their_name, _ in parts}
-    theirs = family.stack(_read_tensors(folder, family, known, report))
+    theirs = _read_tensors(folder, family, known, report)
+    try:
+        theirs = family.stack(theirs)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
     problems, state = [], {}
     headless = {ours for ours in layout if ours.startswith("head.")}

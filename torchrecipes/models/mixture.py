@@ -1,6 +1,7 @@
 """What the families with mixtures of experts have in common: blocks, checks, and the layout of stacked experts."""
 
 import re
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ def check_experts(config: Any, width: str = "moe_intermediate_size") -> None:
     for name in ("hidden_size", width):
         if getattr(config, name) % 8:
             problems.append(f"{name}={getattr(config, name)} is not a multiple of 8, which grouped products need")
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if not getattr(config, name) >= 0:
+            problems.append(f"{name}={getattr(config, name)} is not a number of 0 or more")
     if problems:
         raise UserError(f"model: {'; '.join(problems)}")
 
@@ -57,23 +61,38 @@ _OF_ONE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.we
 def stack_experts(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors with those of single experts stacked: on disk `transformers` has one for each, in memory one.
 
-    What is stacked already stays. An expert that is missing leaves its layer's tensors as they are, to be reported.
+    What is stacked already stays.
+
+    Args:
+        theirs: tensors by name. Those of single experts are taken out, so that no more than a layer is held twice.
+
+    Raises:
+        UserError: a layer whose experts are not all there, not alike, or there in both ways.
     """
-    stacked = dict(theirs)
-    experts: dict[str, dict[tuple[int, str], str]] = {}
+    layers: dict[str, dict[tuple[int, str], str]] = {}
     for name in theirs:
         if found := _OF_ONE_EXPERT.fullmatch(name):
-            experts.setdefault(found[1], {})[int(found[2]), found[3]] = name
-    for prefix, names in experts.items():
+            layers.setdefault(found[1], {})[int(found[2]), found[3]] = name
+    for prefix, names in layers.items():
         count = max(number for number, _ in names) + 1
-        if len(names) != 3 * count:
-            continue
-        part = {key: stacked.pop(name) for key, name in names.items()}
-        stacked[f"{prefix}.gate_up_proj"] = torch.stack(
-            [torch.cat((part[number, "gate"], part[number, "up"])) for number in range(count)]
+        wanted = ((number, kind) for number in range(count) for kind in ("gate", "up", "down"))
+        missing = list(
+            islice((f"{number}.{kind}_proj.weight" for number, kind in wanted if (number, kind) not in names), 3)
         )
-        stacked[f"{prefix}.down_proj"] = torch.stack([part[number, "down"] for number in range(count)])
-    return stacked
+        if missing:
+            raise UserError(f"{prefix}: {', '.join(missing)} missing among {count} experts. Save the folder again.")
+        if f"{prefix}.gate_up_proj" in theirs or f"{prefix}.down_proj" in theirs:
+            raise UserError(f"{prefix} is there twice, expert by expert and stacked. Delete one.")
+        part = {key: theirs.pop(name) for key, name in names.items()}
+        for (number, kind), tensor in part.items():
+            like = (0, "down" if kind == "down" else "gate")
+            if tensor.shape != part[like].shape:
+                shapes = f"{tuple(tensor.shape)}, and {names[like]} {tuple(part[like].shape)}"
+                raise UserError(f"{names[number, kind]} has the shape {shapes}. Save the folder again.")
+        gates_and_ups = [torch.cat((part[number, "gate"], part[number, "up"])) for number in range(count)]
+        theirs[f"{prefix}.gate_up_proj"] = torch.stack(gates_and_ups)
+        theirs[f"{prefix}.down_proj"] = torch.stack([part[number, "down"] for number in range(count)])
+    return theirs
 
 
 def experts_layout(layer: int, experts: int) -> Layout:
@@ -88,6 +107,7 @@ def read_experts_keys(keys: dict) -> dict:
     keys = dict(keys)
     if "num_local_experts" in keys:  # as transformers 5 writes it
         keys["num_experts"] = keys.pop("num_local_experts")
-    if "mlp_only_layers" in keys:
-        keys["mlp_only_layers"] = tuple(keys["mlp_only_layers"] or ())
+    layers = keys.get("mlp_only_layers", ())
+    if layers is None or isinstance(layers, list):
+        keys["mlp_only_layers"] = tuple(layers or ())
     return keys
