@@ -12,6 +12,7 @@ from tests import ranks
 from torchrecipes import models
 from torchrecipes.errors import UserError
 from torchrecipes.models import active_parameters, load_hf, moe, olmoe, qwen3_moe, save_hf
+from torchrecipes.models.hub import hf_network
 from torchrecipes.modules import MoEBlock
 
 SIZES = {
@@ -167,6 +168,33 @@ def test_a_free_mixture_comes_back_whole_and_transformers_refuses_it(tmp_path):
     assert torch.equal(again(ids), model(ids))
     with pytest.raises(ValueError, match="torchrecipes_moe"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+COMMON = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02}
+COMMON |= {"hidden_size": 2048, "num_experts_per_tok": 8, "output_router_logits": False, "rope_scaling": None}
+COMMON |= {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True}
+PUBLISHED = {
+    "qwen3_moe": COMMON
+    | {"decoder_sparse_step": 1, "head_dim": 128, "intermediate_size": 6144, "max_position_embeddings": 40_960}
+    | {"max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True}
+    | {"num_attention_heads": 32, "num_experts": 128, "num_hidden_layers": 48, "num_key_value_heads": 4}
+    | {"rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "router_aux_loss_coef": 0.001, "sliding_window": None}
+    | {"use_sliding_window": False, "vocab_size": 151_936, "bos_token_id": 151_643, "eos_token_id": 151_645},
+    "olmoe": COMMON
+    | {"clip_qkv": None, "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False}
+    | {"num_attention_heads": 16, "num_experts": 64, "num_hidden_layers": 16, "num_key_value_heads": 16}
+    | {"rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "router_aux_loss_coef": 0.01, "vocab_size": 50_304}
+    | {"pad_token_id": 1, "eos_token_id": 50_279},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_configs_are_understood(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[family] | {"model_type": family}))
+    config = hf_network(tmp_path).config
+    for key in set(PUBLISHED[family]) & set(vars(config)):
+        value = getattr(config, key)
+        assert (list(value) if isinstance(value, tuple) else value) == PUBLISHED[family][key], key
 
 
 @pytest.mark.parametrize(

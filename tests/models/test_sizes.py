@@ -91,6 +91,16 @@ def test_builders_pass_every_argument_on():
         (models.qwen3, common | rope),
         (models.llama, common | rope | {"mlp_bias": True, "lm_head_bias": True}),
     ]
+    routers = {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": False}
+    routers |= {"router_aux_loss_coef": 0.7, "router_z_loss_coef": 0.6}
+    layers = {"moe_intermediate_size": 16, "decoder_sparse_step": 2, "mlp_only_layers": (0,)}
+    free = {"router": "mlp", "scoring_func": "sigmoid", "router_bias": True, "qk_norm": False}
+    free["shared_expert_intermediate_size"] = 8
+    families += [
+        (models.qwen3_moe, common | rope | routers | layers),
+        (models.moe, common | rope | routers | layers | free),
+        (models.olmoe, {key: value for key, value in (common | rope | routers).items() if key != "head_dim"}),
+    ]
     for builder, keys in families:
         arguments = sizes | keys
         assert set(inspect.signature(builder).parameters) - {"seed"} == set(arguments), builder
@@ -103,7 +113,7 @@ def test_builders_pass_every_argument_on():
         assert abs(model.head.weight.std().item() - 0.3) < 0.02
 
 
-@pytest.mark.parametrize("family", ["bert", "neobert", "gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "neobert", "gpt2", "llama", "qwen3", "moe", "olmoe"])
 def test_a_model_that_does_not_go_with_rows_or_tokenizer_is_refused(family):
     with torch.device("meta"):
         model = getattr(models, f"{family}_tiny")(vocab_size=100, max_position_embeddings=32)

@@ -34,7 +34,8 @@ class OlmoeConfig:
         num_experts: E.
         num_experts_per_tok: experts that a token goes through.
         norm_topk_prob: whether the weights of a token's experts are divided by their sum.
-        router_aux_loss_coef: weight of `load_balancing_loss`, the mean over the layers.
+        router_aux_loss_coef: weight of `load_balancing_loss`, the mean over the layers; `transformers` takes that of
+            the tokens of all layers together instead, which lets one layer's uneven load hide another's.
         router_z_loss_coef: weight of `router_z_loss`, the mean over the layers; the paper's is 0.001. `transformers`
             does not have it, and needs it for training only.
         max_position_embeddings: longest document that the model is made for; RoPE itself sets no limit.

@@ -46,7 +46,8 @@ class Qwen3MoeConfig:
         norm_topk_prob: whether the weights of a token's experts are divided by their sum.
         decoder_sparse_step: every so many layers one has experts: 1, all; 2, the second, the fourth and so on.
         mlp_only_layers: layers, counted from 0, that have none all the same.
-        router_aux_loss_coef: weight of `load_balancing_loss`, the mean over the layers.
+        router_aux_loss_coef: weight of `load_balancing_loss`, the mean over the layers; `transformers` takes that of
+            the tokens of all layers together instead, which lets one layer's uneven load hide another's.
         router_z_loss_coef: weight of `router_z_loss`, the mean over the layers. `transformers` does not have it, and
             needs it for training only.
         max_position_embeddings: longest document that the model is made for; RoPE itself sets no limit.
