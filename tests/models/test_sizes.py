@@ -52,7 +52,14 @@ def test_named_sizes(name, arguments, parameters):
 def test_the_documented_table_is_what_the_builders_make():
     page = Path(__file__).parents[2] / "docs" / "models.md"
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) x ([\d,]+) \|(.*)\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) >= 10
+    mixtures = [(name, others.split("|")) for name, _, _, others in rows if others.count("|") == 2]
+    rows = [row for row in rows if row[3].count("|") == 3]
+    assert len(rows) >= 10 and len(mixtures) >= 4
+    for name, (_, parameters, active) in mixtures:
+        with torch.device("meta"):
+            model = getattr(models, name)()
+        counted = sum(parameter.numel() for parameter in model.parameters()), models.active_parameters(model)
+        assert counted == (int(parameters.replace(",", "")), int(active.replace(",", ""))), name
     for name, layers, width, others in rows:
         heads, positions, vocabulary, parameters = (cell.strip() for cell in others.split("|"))
         with torch.device("meta"):
