@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchrecipes.errors import UserError
-from torchrecipes.models import llama
+from torchrecipes.models import gpt2, llama, qwen3
 from torchrecipes.modules import SwiGLU
 from torchrecipes.modules.moe import MoE
 from torchrecipes.optim import adamw, cosine, group_table, muon
@@ -95,6 +95,30 @@ def test_what_goes_where():
     assert hidden == {"linear.weight"}
     assert decayed == {"conv1d.weight", "conv2d.weight", "four", "chosen.weight", "output.weight"}
     assert others == {"conv1d.bias", "conv2d.bias", "linear.bias", "chosen.bias", "output.bias"}
+
+
+BLOCK = {
+    "gpt2": {"input_layernorm.bias", "post_attention_layernorm.bias", "self_attn.qkv_proj.bias",
+             "self_attn.o_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"},
+    "qwen3": {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", [gpt2, qwen3])
+def test_what_goes_where_in_other_families(family, tied):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    groups = names(muon(family(31, **sizes, tie_word_embeddings=tied)))
+    assert [kind for kind, _ in groups] == ["muon", "adamw"] if tied else ["muon", "adamw", "adamw"]
+    up = "up" if family is gpt2 else "gate_up"
+    matrices = {"self_attn.qkv_proj.weight", "self_attn.o_proj.weight", f"mlp.{up}_proj.weight", "mlp.down_proj.weight"}
+    assert groups[0][1] == {f"blocks.{i}.{name}" for i in range(2) for name in matrices}
+    if not tied:
+        assert groups[1][1] == {"head.decoder.weight"}
+    others = {"input_layernorm.weight", "post_attention_layernorm.weight"} | BLOCK[family.__name__]
+    others = {f"blocks.{i}.{name}" for i in range(2) for name in others} | {"embedding.weight", "norm.weight"}
+    others |= {"norm.bias", "position_embedding.weight"} if family is gpt2 else set()
+    assert groups[-1][1] == others
 
 
 def test_a_transformers_model():

