@@ -184,6 +184,8 @@ def test_the_budget_is_told_in_steps_and_tokens(train, capsys):
         (["seq_len=128"], "seq_len=128 is more than the model's"),
         (["init_from=nowhere"], "nowhere"),
         (["tokenizer.causal=false", "data.corpus_dir=null"], "no end-of-sequence token"),
+        (["sample_every=0"], "sample_every: 0 is not 1 or more"),
+        (["z_loss=-1", "label_smoothing=1.0"], "z_loss: -1.0 is not 0 or more"),
     ],
 )
 def test_wrong_settings_are_one_message(train, settings, message):

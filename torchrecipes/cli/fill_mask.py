@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from torchrecipes.cli.trained_model import newest_whole_checkpoint
 from torchrecipes.errors import UserError
 
 EXAMPLE = 'tune-style fill-mask runs/quickstart "The [MASK] of a function is the value that it returns."'
@@ -22,8 +23,11 @@ def main(args: argparse.Namespace) -> None:
     from torchrecipes.evaluation.fill_mask import fill_mask
     from torchrecipes.models import load_hf
 
-    folder = newest_checkpoint(Path(args.run))
-    model, tokenizer = load_hf(folder), load_tokenizer(folder)
+    folder = newest_whole_checkpoint(Path(args.run))
+    model = load_hf(folder)
+    if hasattr(model, "router_loss"):  # decoders have it, mixtures of experts or not
+        raise UserError(f"{folder} is a decoder, which fills no masks. Let it go on: tune-style generate {folder} ...")
+    tokenizer = load_tokenizer(folder)
     for text in args.text:
         print(f"\n{text}")
         guesses_per_mask = fill_mask(model, tokenizer, text, top_k=args.top_k)
@@ -32,13 +36,3 @@ def main(args: argparse.Namespace) -> None:
                 print(f"  mask {number}")
             for guess in guesses:
                 print(f"  {guess.probability:7.2%}  {guess.token}")
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    """`folder` itself when it holds a model, else the newest checkpoint of the run in it."""
-    if (folder / "config.json").exists():
-        return folder
-    checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"))
-    if not checkpoints:
-        raise UserError(f"{folder} holds neither a model (config.json) nor a run's checkpoints. Give a run's folder.")
-    return checkpoints[-1]

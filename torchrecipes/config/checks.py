@@ -2,21 +2,32 @@
 
 from typing import Any
 
-AT_LEAST_ONE = "seq_len rows_per_step rows_per_micro_batch log_every eval_every eval_rows save_every keep_last".split()
+AT_LEAST_ONE = (
+    "seq_len rows_per_step rows_per_micro_batch log_every eval_every eval_rows save_every keep_last sample_every "
+    "sample_tokens"
+).split()
+NOT_NEGATIVE = "z_loss label_smoothing router_bias_update_rate".split()
 
 
 def check_common_keys(config: Any) -> list[str]:
     """Checks a recipe's config.
 
     Args:
-        config: a recipe's dataclass with the keys that all recipes have.
+        config: a recipe's dataclass with the keys that all recipes have, and some that not all have.
 
     Returns:
         One line per problem, each with its key first.
     """
-    values = {name: getattr(config, name) for name in AT_LEAST_ONE}
-    low = [name for name, value in values.items() if isinstance(value, int) and value < 1]
+    values = {name: getattr(config, name, None) for name in (*AT_LEAST_ONE, *NOT_NEGATIVE)}
+    low = [name for name in AT_LEAST_ONE if isinstance(values[name], int) and values[name] < 1]
     problems = [f"{name}: {values[name]} is not 1 or more (what is optional is off with null)" for name in low]
+    problems += [
+        f"{name}: {values[name]} is not 0 or more"
+        for name in NOT_NEGATIVE
+        if values[name] is not None and values[name] < 0
+    ]
+    if (values["label_smoothing"] or 0) >= 1:
+        problems.append(f"label_smoothing: {values['label_smoothing']} is not below 1; it is a share, such as 0.1")
     if config.max_grad_norm is not None and config.max_grad_norm <= 0:
         problems.append(f"max_grad_norm: {config.max_grad_norm} is not above 0 (it is off with null)")
     if config.data.num_workers < 0:
