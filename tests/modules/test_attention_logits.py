@@ -53,14 +53,19 @@ def test_the_largest_score_that_is_seen(monkeypatch, few_at_a_time, causal, wind
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_plan_of_a_gpu(causal, window):
+@pytest.mark.parametrize("window", [None, 4, 30])
+@pytest.mark.parametrize(
+    "max_seqlen, cu_seqlens", [(50, PACKED), (20, torch.tensor([0, 20, 39, 50, 69, 80, 100, 119, 130, 150]))]
+)
+def test_the_plan_of_a_gpu(monkeypatch, causal, window, max_seqlen, cu_seqlens):
+    monkeypatch.setattr(module, "_SCORES", 3 * 4 * 50 * 7)  # seven queries at a time
     q, k = tensors(3, 50)
     left = -1 if window is None else window
-    plan = AttentionPlan("varlen", cu_seqlens=PACKED, max_seqlen=50, window_size=(left, 0 if causal else left))
-    torch.testing.assert_close(
-        largest_logits(q, k, plan).double(), reference(q, k, PACKED, causal, window), rtol=1e-5, atol=1e-5
+    plan = AttentionPlan(
+        "varlen", cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window_size=(left, 0 if causal else left)
     )
+    expected = reference(q, k, cu_seqlens, causal, window)
+    torch.testing.assert_close(largest_logits(q, k, plan).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_longer_than_a_tile_and_regrouped_documents():
@@ -109,5 +114,5 @@ def test_a_cache_of_keys():
 
 def test_torch_accepts_the_operation():
     q, k = tensors(2, 20)
-    arguments = (torch.full((4,), float("-inf")), q, k, None, None, None, True, -1, -1)
+    arguments = (torch.full((4,), float("-inf")), q, k, None, None, None, -1, 0)
     torch.library.opcheck(module._record, arguments)

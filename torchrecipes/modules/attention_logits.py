@@ -5,7 +5,8 @@ from torch import Tensor
 
 from torchrecipes.modules.plan import AttentionPlan
 
-_SCORES = 2**25  # scores that exist at a time
+# Scores that exist at a time: many fewer make slow products, on a GPU sooner than on a CPU; more of them hidden ones.
+_SCORES, _SCORES_ON_GPU = 2**23, 2**26
 
 
 def largest_logits(q: Tensor, k: Tensor, plan: AttentionPlan) -> Tensor:
@@ -32,9 +33,12 @@ def record_largest_logits(largest: Tensor, q: Tensor, k: Tensor, plan: Attention
 
     `torch.compile` sees one operation.
     """
-    causal = plan.causal or plan.kernel == "tiled"
     left, right = plan.window_size
-    _record(largest, q.detach(), k.detach(), plan.mask, plan.gather, plan.cu_seqlens, causal, left, right)
+    if plan.causal or plan.kernel == "tiled":
+        right = 0
+    if plan.cu_seqlens is not None:  # no key of the same document is further away
+        left, right = (min(reach if reach >= 0 else plan.max_seqlen, plan.max_seqlen) for reach in (left, right))
+    _record(largest, q.detach(), k.detach(), plan.mask, plan.gather, plan.cu_seqlens, left, right)
 
 
 @torch.library.custom_op("torchrecipes::record_largest_logits", mutates_args=("largest",))
@@ -45,7 +49,6 @@ def _record(
     mask: Tensor | None,
     gather: Tensor | None,
     cu_seqlens: Tensor | None,
-    causal: bool,
     left: int,
     right: int,
 ) -> None:
@@ -56,30 +59,31 @@ def _record(
     q = (q * size**-0.5).view(batch, length, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
     k = k.permute(0, 2, 3, 1)[:, :, None]  # [B, K, 1, H, S]
     if mask is not None and mask.shape[-2:] != (length, num_keys):
-        mask = None  # a tile on the diagonal, which says no more than `causal`
+        mask = None  # a tile on the diagonal, which says no more than `right`
     segments = None
     if cu_seqlens is not None:
         positions = torch.arange(batch * length, device=q.device, dtype=cu_seqlens.dtype)
         segments = torch.searchsorted(cu_seqlens, positions, right=True).view(batch, length)
     position = torch.arange(num_keys, device=q.device)
     found = torch.full_like(largest, float("-inf"))
-    rows = max(1, _SCORES // (batch * heads * num_keys))
+    rows = max(1, (_SCORES_ON_GPU if q.is_cuda else _SCORES) // (batch * heads * num_keys))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        scores = torch.matmul(q[:, :, :, start:stop], k)  # [B, K, G, rows, S]
+        # Keys that none of these queries sees are not even multiplied.
+        first = max(0, start - left) if left >= 0 else 0
+        last = min(num_keys, stop + right) if right >= 0 else num_keys
+        scores = torch.matmul(q[:, :, :, start:stop], k[..., first:last])  # [B, K, G, rows, keys]
         if mask is not None:
-            scores += mask[:, :, None, start:stop]
+            scores += mask[:, :, None, start:stop, first:last]
         else:
-            distance = position[start:stop, None] - position[None, :]
+            distance = position[start:stop, None] - position[None, first:last]
             hidden = torch.zeros_like(distance, dtype=torch.bool)
-            if causal or right == 0:
-                hidden = hidden | (distance < 0)
             if left >= 0:
                 hidden = hidden | (distance > left)
-            if right > 0:
+            if right >= 0:
                 hidden = hidden | (distance < -right)
             if segments is not None:
-                hidden = hidden | (segments[:, start:stop, None] != segments[:, None, :])
+                hidden = hidden | (segments[:, start:stop, None] != segments[:, None, first:last])
                 hidden = hidden[:, None, None]
             scores.masked_fill_(hidden, float("-inf"))
         found = torch.maximum(found, scores.amax(dim=(0, 3, 4)).flatten().float())
