@@ -39,8 +39,8 @@ def muon_clip(
 ) -> Muon:
     """`muon` with QK-clip, for models whose attention is `SelfAttention` without `qk_norm`.
 
-    A step that clips looks at the scores of all its tokens, which costs about as much as the forward pass of attention
-    once more. Forward passes in evaluation mode do not count. Build it when the model is on its device.
+    A step that clips looks at the scores of all its tokens, which costs less than the forward pass of attention once
+    more. Forward passes in evaluation mode do not count. Build it when the model is on its device.
 
     Args:
         model and so on: see `muon`.
