@@ -233,10 +233,11 @@ def _inner_backward(gate_up_M2I: Tensor, weight_M1: Tensor, grad_MI: Tensor) -> 
         torch.sum(grad * inner, -1, dtype=torch.float32, out=grad_weight_M[rows])
         inner.mul_(weight)
         grad = grad * weight
-        torch.mul(silu, grad, out=grad_up)
+        grad_up.copy_(silu * grad) if torch.compiler.is_compiling() else torch.mul(silu, grad, out=grad_up)
         # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
         slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
-        torch.mul(slope.mul_(up), grad, out=grad_gate)
+        slope.mul_(up)
+        grad_gate.copy_(slope * grad) if torch.compiler.is_compiling() else torch.mul(slope, grad, out=grad_gate)
     return inner_MI, grad_M2I, grad_weight_M
 
 
@@ -252,14 +253,32 @@ def _product(a_MR: Tensor, b_ERC: Tensor, ends_E: Tensor | None) -> Tensor:
     """Every expert's rows times its matrix: `[M, C]`."""
     if ends_E is None:
         return torch.bmm(a_MR.unflatten(0, (len(b_ERC), -1)), b_ERC).flatten(0, 1)
-    return F.grouped_mm(a_MR, b_ERC, offs=ends_E)
+    return _grouped_mm(a_MR, b_ERC, ends_E)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    """`F.grouped_mm`; compiled in fp32 as an operation of our own, since torch traces its own in bf16 only."""
+    if a.dtype == torch.float32 and torch.compiler.is_compiling():
+        return _grouped_mm_fp32(a, b, ends_E)
+    return F.grouped_mm(a, b, offs=ends_E)
+
+
+@torch.library.custom_op("torchrecipes::grouped_mm_fp32", mutates_args=())
+def _grouped_mm_fp32(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(a, b, offs=ends_E)
+
+
+@_grouped_mm_fp32.register_fake
+def _(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    groups = () if b.dim() == 3 else (len(ends_E),)
+    return a.new_empty(*groups, a.shape[0], b.shape[-1])
 
 
 def _outer(a_MR: Tensor, b_MC: Tensor, ends_E: Tensor | None, num_experts: int) -> Tensor:
     """`a.T @ b` of every expert's rows: `[E, R, C]`."""
     if ends_E is None:
         return torch.bmm(a_MR.unflatten(0, (num_experts, -1)).mT, b_MC.unflatten(0, (num_experts, -1)))
-    return F.grouped_mm(a_MR.t(), b_MC, offs=ends_E)
+    return _grouped_mm(a_MR.t(), b_MC, ends_E)
 
 
 class MoE(nn.Module):

@@ -70,6 +70,7 @@ _EXPENSIVE = frozenset(
         "aten.addmm",
         "aten._scaled_mm",
         "aten._grouped_mm",
+        "torchrecipes.grouped_mm_fp32",
         "aten._scaled_dot_product_flash_attention",
         "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_efficient_attention",

@@ -12,6 +12,7 @@ Parameters keep their names, and a model keeps its class' attributes: a loop rea
 """
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from torchrecipes.errors import UserError
+from torchrecipes.modules import Router
 from torchrecipes.training.run import Run
 
 STRATEGIES = ("auto", "none", "ddp", "fsdp", "hsdp")
@@ -82,7 +84,11 @@ def parallelize(model: nn.Module, strategy: str, run: Run, dtype: torch.dtype) -
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # masks and rotary tables have the dtype that they should have
     )
+    in_fp32 = replace(policy, param_dtype=None)
     for block in model.blocks:
+        for part in block.modules():
+            if isinstance(part, Router):  # rounded to bf16, it would send a token in a hundred to another expert
+                fully_shard(part, mesh=mesh, mp_policy=in_fp32, reshard_after_forward=strategy != "ddp")
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=strategy != "ddp")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return strategy
