@@ -11,8 +11,9 @@ from torchrecipes.errors import UserError
 from torchrecipes.models import gpt2, llama, qwen3
 from torchrecipes.modules import SwiGLU
 from torchrecipes.modules.moe import MoE
-from torchrecipes.optim import adamw, cosine, group_table, muon
+from torchrecipes.optim import adamw, cosine, group_table, muon, muon_clip
 from torchrecipes.optim.newton_schulz import orthogonalize
+from torchrecipes.training.guard import Guard, _skips_on_device
 
 
 def names(optimizer):
@@ -219,6 +220,35 @@ def test_a_state_goes_on_where_it_was():
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for name, value in train(second, resumed, range(2, 4)).items():
         assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("make, waits", [(muon, False), (muon_clip, True)])
+@pytest.mark.parametrize("bad", [[0], [2], [1, 2]])
+def test_a_guard_skips_steps_without_waiting_for_the_device(make, waits, bad):
+    def train(steps, guard=None):
+        torch.manual_seed(0)
+        model = llama(31, 16, 1, 2, intermediate_size=24, attention_bias=True)
+        optimizer = make(model, weight_decay=0.1)
+        for step in steps:
+            model(torch.arange(6)[None])
+            give_gradients(model, seed=step)
+            if guard is None:
+                optimizer.step()
+                continue
+            if step in bad:
+                for parameter in model.parameters():
+                    parameter.grad.view(-1)[-1] = math.nan if step % 2 else math.inf
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            guard.step(optimizer, torch.tensor(1.0), norm)
+        assert not hasattr(optimizer, "found_inf")
+        return model.state_dict() | {
+            f"{n} {k}": x for n, s in optimizer.state_dict()["state"].items() for k, x in s.items()
+        }
+
+    assert _skips_on_device(make(llama(31, 16, 1, 2))) is not waits
+    expected = train(step for step in range(4) if step not in bad)
+    for name, value in train(range(4), Guard()).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_gradients_stay_and_what_has_none_is_left_alone():

@@ -205,7 +205,13 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: groups with `kind` `muon` or `adamw`.
         fused_rows: parameters that hold several matrices below each other -> the rows of each.
+
+    Attributes:
+        takes_found_inf: whether a step changes nothing if an attribute `found_inf`, `[]` fp32 on the device, is 1, as
+            in PyTorch's fused optimizers; the gradients of matrices are lost then.
     """
+
+    takes_found_inf = True
 
     def __init__(self, params: Iterable[dict], fused_rows: dict[nn.Parameter, tuple[int, ...]] | None = None):
         super().__init__(params, {})
@@ -223,15 +229,16 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             if with_gradient and group["kind"] == "adamw":
-                self._adamw(group, with_gradient)
+                self._adamw(group, with_gradient, found_inf)
             elif with_gradient:
-                self._muon(group, with_gradient)
+                self._muon(group, with_gradient, found_inf)
         return loss
 
-    def _adamw(self, group: dict, params: list[Tensor]) -> None:
+    def _adamw(self, group: dict, params: list[Tensor], found_inf: Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -246,6 +253,7 @@ class Muon(torch.optim.Optimizer):
             [],
             [state["step"] for state in states],
             fused=True,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -255,7 +263,7 @@ class Muon(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _muon(self, group: dict, params: list[Tensor]) -> None:
+    def _muon(self, group: dict, params: list[Tensor], found_inf: Tensor | None) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -265,8 +273,14 @@ class Muon(torch.optim.Optimizer):
         weights, gradients = [_local(p) for p in params], [_local(p.grad) for p in params]
         buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
         momentum, rate = group["momentum"], group["lr"]
+        kept, share = 1 - rate * group["weight_decay"], None
+        if found_inf is not None:  # then gradients become the average, which so stays, weights are not decayed
+            skip = found_inf.bool()
+            for gradient, average in zip(gradients, buffers, strict=True):
+                torch.where(skip, average, gradient, out=gradient)
+            kept, share = torch.where(skip, 1.0, kept), torch.where(skip, 0.0, 1.0)  # and of the update remains 0
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        torch._foreach_mul_(weights, kept)
         dtype = DTYPES[group["ns_dtype"]] or fast_dtype(weights[0].device)
 
         def read(piece: Piece) -> Tensor:
@@ -274,7 +288,8 @@ class Muon(torch.optim.Optimizer):
             return piece.of(gradients[piece.number]).lerp(average, momentum) if group["nesterov"] else average
 
         def compute(stack: Tensor) -> Tensor:
-            return orthogonalize(stack, group["ns_steps"], group["coefficients"], dtype)
+            found = orthogonalize(stack, group["ns_steps"], group["coefficients"], dtype)
+            return found if share is None else found.mul_(share)
 
         for matrices in self._layouts[key]:
             for piece, found in matrices.map(read, compute, dtype):

@@ -108,6 +108,7 @@ class QKClip:
 
         After `load_state_dict` it goes on from the number of steps that AdamW's state says.
         """
+        optimizer.takes_found_inf = False  # a step that is skipped is none of those that are counted here
         optimizer.register_step_post_hook(lambda *_: self.after_step())
         optimizer.register_load_state_dict_post_hook(self._go_to_step_of)
         self._watch()

@@ -243,8 +243,11 @@ class Guard:
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `found_inf`, a tensor on the device, can tell its `step` to change nothing.
 
-    Fused SGD takes it, too, but a skipped first step leaves a momentum buffer that was never written.
+    Fused SGD takes it, too, but a skipped first step leaves a momentum buffer that was never written. An optimizer of
+    this library says so in an attribute.
     """
+    if hasattr(optimizer, "takes_found_inf"):
+        return optimizer.takes_found_inf
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return isinstance(optimizer, torch.optim.Adam) and fused  # AdamW is an Adam
 
