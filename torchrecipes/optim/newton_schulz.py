@@ -58,22 +58,28 @@ def orthogonalize(
     rows, columns = matrices.shape[-2:]
     dtype = dtype or fast_dtype(matrices.device)
     x = matrices.to(dtype).reshape(-1, rows, columns)
-    if rows > columns:
-        x = x.mT  # X X^T is then the smaller of the two Gram matrices
-    most = max(1, (_BATCH_ON_CPU if x.is_cpu else _BATCH) // max(1, rows * columns))
+    most = max(1, at_once(x.device) // max(1, rows * columns))
     done = [_iterate(batch, polynomials(coefficients, steps), coefficients) for batch in x.split(most)]
     x = done[0] if len(done) == 1 else torch.cat(done)
-    return (x.mT if rows > columns else x).reshape(matrices.shape)
+    return x.reshape(matrices.shape)
 
 
 def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]], coefficients: str) -> Tensor:
     # The Frobenius norm is never less than the largest singular value.
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     x = x / (norm * _SAFETY + 1e-7 if coefficients == "polar_express" else norm.clamp(min=1e-7))
+    tall = x.shape[1] > x.shape[2]
     for a, b, c in polynomials:
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        # Of X X^T and X^T X the smaller one, which stands on the side of X where it fits.
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
     return x
+
+
+def at_once(device: torch.device) -> int:
+    """Elements of matrices that are best multiplied at once."""
+    return _BATCH_ON_CPU if device.type == "cpu" else _BATCH
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from torchrecipes.errors import UserError
+from torchrecipes.optim.newton_schulz import at_once
 
 
 class Piece(NamedTuple):
@@ -126,6 +127,9 @@ class SharedMatrices:
         Yields:
             Every piece that this rank holds, and the result for it, `[n, r, C]` in `dtype`.
         """
+        if self._sizes == (1, 1):
+            yield from self._map_alone(read, compute, dtype)
+            return
         copy, shard = self._place
         shards = range(self._sizes[1])
         mine = [i for i, one in enumerate(self._matrices) if one.owner == self._place]
@@ -162,6 +166,25 @@ class SharedMatrices:
             found = self._gather_copies(found, dtype)
         for i, result in found.items():
             yield self._matrices[i].pieces[shard], result
+
+    def _map_alone(
+        self, read: Callable[[Piece], Tensor], compute: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """`map` for one rank, a few matrices at a time: the memory for them is small, and used again."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, one in enumerate(self._matrices):
+            alike.setdefault(one.shape()[1:], []).append(i)
+        for numbers in alike.values():
+            largest = max(math.prod(self._matrices[i].shape()) for i in numbers)
+            count = max(1, at_once(self._device) // max(1, largest))
+            for start in range(0, len(numbers), count):
+                some = numbers[start : start + count]
+                ((_, stack),), places = self._stacks(some, dtype)
+                for i in some:
+                    places[i].copy_(read(self._matrices[i].pieces[0]))
+                found = compute(stack).split([self._matrices[i].shape()[0] for i in some])
+                for i, result in zip(some, found, strict=True):
+                    yield self._matrices[i].pieces[0], result
 
     def _of_copy(self, copy: int) -> list[int]:
         return [i for i, one in enumerate(self._matrices) if one.owner[0] == copy]
