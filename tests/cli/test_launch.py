@@ -282,5 +282,10 @@ def test_a_rank_of_another_launcher_tells_its_error_itself(monkeypatch, capsys):
         monkeypatch.setenv(name, "1")
     Path("out").mkdir()
     Path("out/start-0-rank-0").touch()
-    assert cli.main(["run", "tiny.py", "fails=mistake"]) == 2
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert cli.main(["run", "tiny.py", "fails=mistake"]) == 2
+    finally:
+        for number, handler in before.items():  # the recipe has its own, and here it is this process that it runs in
+            signal.signal(number, handler)
     assert capsys.readouterr().err == "[rank 1] x.txt: line 3 is empty. Fill it.\n"
