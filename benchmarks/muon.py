@@ -16,7 +16,6 @@ Then a real training step (forward, loss, backward, ours) of `--tokens` tokens, 
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
@@ -99,7 +98,7 @@ def both(*optimizers: torch.optim.Optimizer) -> Callable[[], None]:
 
 
 def time_in_turns(steps: dict[str, Callable], repeat: int, device: torch.device) -> dict[str, float]:
-    """The median of each, in seconds; the first turn is not counted."""
+    """The best of each, in seconds, since a machine may have other work; the first turn is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeat + 1):
         for name, step in steps.items():
@@ -107,7 +106,7 @@ def time_in_turns(steps: dict[str, Callable], repeat: int, device: torch.device)
             step()
             if turn:
                 seconds[name].append(now(device) - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: min(values) for name, values in seconds.items()}
 
 
 def now(device: torch.device) -> float:
