@@ -165,9 +165,10 @@ def test_the_table_of_keys_is_the_config_dataclass(recipe):
 # What a config may name, and the arguments that the recipe passes itself.
 COMPONENTS = {
     "torchrecipes.models.": "neobert neobert_base neobert_100m neobert_tiny bert bert_base bert_small bert_mini "
-    "bert_tiny gpt2 gpt2_tiny gpt2_small gpt2_medium gpt2_large gpt2_xl gpt_750m gpt_750m_modern llama llama_tiny qwen3 "
-    "qwen3_tiny qwen3_0_6b qwen3_moe moe_tiny moe_1b moe_1_5b olmoe olmoe_tiny moe moe_500m",
-    "torchrecipes.optim.": "adamw adamw_8bit adamw_4bit adamw_cpu_offload muon muon_clip cosine linear constant warmup_stable_decay",
+    "bert_tiny gpt2 gpt2_tiny gpt2_small gpt2_medium gpt2_large gpt2_xl gpt_750m gpt_750m_modern llama llama_tiny "
+    "qwen3 qwen3_tiny qwen3_0_6b qwen3_moe moe_tiny moe_1b moe_1_5b olmoe olmoe_tiny moe moe_500m",
+    "torchrecipes.optim.": "adamw adamw_8bit adamw_4bit adamw_cpu_offload muon muon_clip cosine linear constant "
+    "warmup_stable_decay",
     "torchrecipes.data.sources.": "files",
     "torchrecipes.data.python_docs.": "python_docs",
     "torchrecipes.data.text_span.": "text_span",

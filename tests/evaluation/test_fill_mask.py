@@ -7,6 +7,7 @@ from torchrecipes.data.tokenizers import train_wordpiece
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.fill_mask import fill_mask
 from torchrecipes.models import neobert, save_hf
+from torchrecipes.training.manifest import flush, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,9 @@ def test_wrong_text_is_told(model, tokenizer, text, message):
 
 def test_the_command_prints_tokens_and_probabilities(model, tokenizer, tmp_path, capsys):
     for step in (5, 10):
-        save_hf(model, tmp_path / "checkpoints" / f"step-{step:08d}", tokenizer)
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        save_hf(model, folder, tokenizer)
+        write_manifest(folder, step, flush(folder, sorted(file.name for file in folder.iterdir())))
     assert main(["fill-mask", str(tmp_path), "the [MASK] fox", "--top-k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "the [MASK] fox" in lines and sum("%" in line for line in lines) == 2
