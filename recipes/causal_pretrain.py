@@ -3,7 +3,7 @@
     tune-style run causal_pretrain --config gpt2/quickstart
     tune-style run --nproc-per-node 8 causal_pretrain --config moe/500m_fineweb
 
-The quickstart config takes about 4 minutes on 2 CPU cores. Every checkpoint is a Hugging Face model folder that
+The quickstart config takes about 5 minutes on 2 CPU cores. Every checkpoint is a Hugging Face model folder that
 `AutoModelForCausalLM.from_pretrained` loads, and a point from which the same command resumes to the last bit.
 """
 

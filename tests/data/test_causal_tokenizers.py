@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tokenizers
+import transformers
 from tokenizers import models, pre_tokenizers
 
 from torchrecipes.data.sources import files
@@ -67,7 +68,7 @@ def test_characters_for_an_encoder_have_its_special_tokens(source):
     tokenizer = train_char(source)
     first, *ids, last = tokenizer.encode("cat")
     assert (first, last, len(ids)) == (tokenizer.cls_id, tokenizer.sep_id, 3)
-    assert tokenizer.encode_masked("c[MASK]t")[2] == tokenizer.mask_id
+    assert tokenizer.encode_prompt("c[MASK]t")[2] == tokenizer.mask_id
 
 
 @pytest.mark.parametrize("kind", TRAINED)
@@ -110,6 +111,13 @@ def test_begin_and_end_stay_two_where_they_are_two(tmp_path):
     tokenizer = load_tokenizer(tmp_path, causal=True)
     assert tokenizer.encode("the cat") == [3, 0, 1, 4]
     assert tokenizer.encode_prompt("the cat") == [3, 0, 1] and tokenizer.encode_prompt("") == [3]
+    tokenizer.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs("the cat").input_ids == [3, 0, 1], "what a model goes on with does not end"
+    kept = load_tokenizer(tmp_path / "saved", causal=True)
+    assert kept.encode("the cat") == [3, 0, 1, 4] and kept.fingerprint == tokenizer.fingerprint
+    word_tokenizer(tmp_path, ["<s>", "</s>"], bos="<s>", eos="<s>")
+    assert load_tokenizer(tmp_path, causal=True).fingerprint != tokenizer.fingerprint
     assert tokenizer.pad_id == 4
 
 

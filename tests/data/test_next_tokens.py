@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from tokenizers import AddedToken, models, pre_tokenizers, processors
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from torchrecipes.data.corpus import prepare_corpus
 from torchrecipes.data.loader import Loader, evaluation_batches
@@ -22,12 +22,8 @@ def word_tokenizer(bos, eos):
     vocabulary = {name: i for i, name in enumerate(dict.fromkeys([bos, eos, *WORDS]))}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=bos))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    form = f"{bos} $A" if bos == eos else f"{bos} $A {eos}"
-    backend.post_processor = processors.TemplateProcessing(
-        form, special_tokens=[(n, vocabulary[n]) for n in (bos, eos)]
-    )
     special = {role: AddedToken(name, special=True) for role, name in (("bos", bos), ("eos", eos), ("pad", eos))}
-    return make_tokenizer(backend, special, vocab_multiple=1)
+    return make_tokenizer(backend, special, vocab_multiple=1, causal=True)
 
 
 @pytest.fixture(scope="module", params=["E E", "B E"])

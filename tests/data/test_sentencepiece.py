@@ -156,7 +156,7 @@ def test_tokens_that_masked_language_modelling_needs(trained, kind):
 @pytest.mark.parametrize("option", ["default", "byte_fallback"])
 def test_a_mask_stands_for_the_word_with_its_blank(trained, kind, option):
     _, _, ours = trained(kind, option)
-    ids, whole = ours.encode_masked("return the [MASK] of"), ours.encode("return the of")
+    ids, whole = ours.encode_prompt("return the [MASK] of"), ours.encode("return the of")
     position = ids.index(ours.mask_id)
     assert ids[:position] + ids[position + 1 :] == whole
 
@@ -173,7 +173,7 @@ def test_auto_tokenizer_and_reloading(trained, kind, option, tmp_path):
     )
     for text in samples(100):
         assert ours.encode(text) == again.encode(text)
-        assert theirs(text)["input_ids"] == ours.encode_masked(text)
+        assert theirs(text)["input_ids"] == ours.encode_prompt(text)
 
 
 def test_decoding_gives_the_text_back(trained):

@@ -129,13 +129,13 @@ def test_names_of_special_tokens_in_a_document_are_text(trained, kind):
         for ids in (tokenizer.encode(text), *tokenizer.encode_batch([text, text])):
             assert (ids[0], ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id)
             assert set(ids[1:-1]) & set(tokenizer.special_ids) <= {tokenizer.unk_id}
-    assert tokenizer.encode_masked("[MASK] [SEP]")[1:-1].count(tokenizer.mask_id) == 1
+    assert tokenizer.encode_prompt("[MASK] [SEP]")[1:-1].count(tokenizer.mask_id) == 1
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_mask_in_a_prompt_stands_for_the_word_with_its_blank(trained, kind):
     tokenizer = trained[kind]
-    ids, whole = tokenizer.encode_masked("return the [MASK] of"), tokenizer.encode("return the of")
+    ids, whole = tokenizer.encode_prompt("return the [MASK] of"), tokenizer.encode("return the of")
     position = ids.index(tokenizer.mask_id)
     assert ids[:position] + ids[position + 1 :] == whole
 
@@ -154,7 +154,7 @@ def test_auto_tokenizer_reads_what_is_saved(trained, kind, family, tmp_path):
     for text in [*TEXTS, "the [MASK] is [MASK]ed [SEP]", *(d.text for d in topics()[:5])]:
         found = theirs(text)
         assert list(found) == ["input_ids", "attention_mask"]
-        assert found["input_ids"] == tokenizer.encode_masked(text)
+        assert found["input_ids"] == tokenizer.encode_prompt(text)
         assert theirs.decode(found["input_ids"]) == tokenizer.decode(found["input_ids"])
     for text in TEXTS:
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
@@ -210,7 +210,7 @@ def test_a_folder_keeps_what_was_trained(tmp_path):
         train_bpe(Topics(), vocab_size=500, folder=tmp_path / "t")
     bpe = train_bpe(Topics(), vocab_size=500, folder=tmp_path / "b")
     kept = train_bpe(changed, vocab_size=500, folder=tmp_path / "b")
-    assert kept.encode_masked("the [MASK]") == bpe.encode_masked("the [MASK]")
+    assert kept.encode_prompt("the [MASK]") == bpe.encode_prompt("the [MASK]")
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -267,7 +267,7 @@ def test_roles_come_from_the_folder_and_missing_tokens_are_added_as_transformers
     for role in ("cls", "sep", "pad", "mask", "unk", "bos", "eos"):
         assert getattr(tokenizer, f"{role}_id") == getattr(theirs, f"{role}_token_id")
     for text in [*TEXTS, "a <hidden> b"]:
-        assert tokenizer.encode_masked(text) == theirs(text)["input_ids"]
+        assert tokenizer.encode_prompt(text) == theirs(text)["input_ids"]
 
 
 def test_special_tokens_map_is_read_and_null_is_no_token(tmp_path):
@@ -326,7 +326,7 @@ def test_vocab_txt_is_berts_tokenizer(tmp_path):
         for path in (tmp_path, tmp_path / "vocab.txt"):
             ours = load_tokenizer(path)
             for text in [*TEXTS, "The qur. ü 中e", "a [MASK]"]:
-                assert ours.encode_masked(text) == theirs(text)["input_ids"]
+                assert ours.encode_prompt(text) == theirs(text)["input_ids"]
             assert ours.mask_id == 4 and ours.pad_id == 0
 
 

@@ -23,7 +23,7 @@ def model(tokenizer):
 def test_guesses_are_those_of_the_logits_at_the_masks(model, tokenizer):
     text = "the [MASK] fox jumps over the [MASK] dog"
     first, second = fill_mask(model, tokenizer, text, top_k=4)
-    ids = tokenizer.encode_masked(text)
+    ids = tokenizer.encode_prompt(text)
     with torch.no_grad():
         probability = model.head(model(torch.tensor([ids])))[0, :, : tokenizer.real_vocab_size].softmax(-1)
     for guesses, position in (

@@ -138,7 +138,7 @@ def test_learns_context_and_exports_what_transformers_loads(train):
     assert len(their_tokenizer) == tokenizer.vocab_size == theirs.config.vocab_size
     prompt = "the cat sees the [MASK] in the garden"
     ids = their_tokenizer(prompt, return_tensors="pt")
-    assert ids.input_ids[0].tolist() == tokenizer.encode_masked(prompt)
+    assert ids.input_ids[0].tolist() == tokenizer.encode_prompt(prompt)
     with torch.no_grad():
         difference = theirs(**ids).logits - ours.head(ours(ids.input_ids))
     assert difference.abs().max() <= 1e-5

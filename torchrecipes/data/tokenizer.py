@@ -3,7 +3,7 @@
 1. The vocabulary is filled up to a multiple of `vocab_multiple` with inert tokens, which no text contains and no model
    predicts: the embedding's rows are then a round number, which matrix products like.
 2. A document is text and nothing else: a literal `[MASK]` or `</s>` in it is tokenized as the characters that it is
-   (`encode`). Only in a prompt are the names of special tokens the tokens themselves (`encode_masked`).
+   (`encode`). Only in a prompt are the names of special tokens the tokens themselves (`encode_prompt`).
 """
 
 import json
@@ -20,7 +20,7 @@ import xxhash
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from torchrecipes.data.atomic import write_atomically
-from torchrecipes.data.tokenizer_files import INERT, ROLES
+from torchrecipes.data.tokenizer_files import INERT, ROLES, begin_with, between
 from torchrecipes.errors import UserError
 
 
@@ -34,6 +34,7 @@ class Tokenizer:
         vocab_size: number of ids, inert ones included: the rows of an embedding.
         real_vocab_size: ids from here on are inert.
         special_ids: all special tokens, inert ones included.
+        ends_documents: whether a document ends with `eos_id`, which a prompt never does.
         fingerprint: xxh3-128 (hex) of the tokenizer without its inert tokens. Equal fingerprints, equal ids.
     """
 
@@ -48,6 +49,7 @@ class Tokenizer:
     vocab_size: int
     real_vocab_size: int
     special_ids: list[int]
+    ends_documents: bool
     fingerprint: str
 
     def __getstate__(self) -> dict:
@@ -59,6 +61,9 @@ class Tokenizer:
         """The backend for documents: as `backend`, but no text gives a special token (other than the unknown one)."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = True
+        if self.ends_documents:
+            bos, eos = (backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
+            backend.post_processor = between(backend, bos, eos)
         names = [self.backend.id_to_token(i) for i in self.special_ids]
         # A model whose own vocabulary has the name, as Unigram's has, finds it nevertheless: there it is cut behind
         # its first character, before the model sees it.
@@ -82,17 +87,12 @@ class Tokenizer:
         """`encode` of every text, in several threads unless the variable TOKENIZERS_PARALLELISM says otherwise."""
         return [encoding.ids for encoding in self.text_backend.encode_batch_fast(list(texts))]
 
-    def encode_masked(self, text: str) -> list[int]:
-        """Ids of a prompt, as `encode`, but `[MASK]` in it is the mask token, and so for the other special tokens."""
-        return self.backend.encode(text).ids
-
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of the beginning of a document, for a causal model to go on with: no token that ends it.
+        """Ids of a prompt: `[MASK]` in it is the mask token, and so for the other special tokens.
 
-        Names of special tokens in it are the tokens themselves.
+        They are what `AutoTokenizer` gives. That of a causal model does not end the text, which is to go on.
         """
-        ids = self.backend.encode(text).ids
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_id != self.bos_id else ids
+        return self.backend.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their names."""
@@ -126,19 +126,28 @@ class Tokenizer:
         write_atomically(folder / "tokenizer_config.json", [stated.encode("utf-8")])
 
 
-def make_tokenizer(backend: tokenizers.Tokenizer, roles: dict[str, AddedToken], vocab_multiple: int) -> Tokenizer:
+def make_tokenizer(
+    backend: tokenizers.Tokenizer, roles: dict[str, AddedToken], vocab_multiple: int, causal: bool = False
+) -> Tokenizer:
     """A `Tokenizer` around `backend`, which is changed: tokens of `roles` that it lacks and inert ones are added.
 
     Args:
         backend: a tokenizer without inert tokens.
         roles: special tokens by role, one of `cls, sep, pad, mask, unk, bos, eos`.
         vocab_multiple: the number of ids is filled up to a multiple of this.
+        causal: for a model that predicts the next token. A document is `bos text eos` then, or `eos text` where both
+            are one token: it begins a document, and is what the last token of the one before has to predict. A prompt
+            is the same without the end.
     """
     if vocab_multiple < 1:
         raise UserError(f"vocab_multiple is {vocab_multiple}; it is 1 or more (64 is a good choice).")
     special = special_tokens(backend)
     backend.add_special_tokens([token for token in roles.values() if token.content not in special.values()])
-    fingerprint = xxhash.xxh3_128_hexdigest(_canonical(backend))
+    end = ""
+    if causal:
+        backend.post_processor = begin_with(backend, roles["bos"].content)
+        end = roles["eos"].content if roles["eos"].content != roles["bos"].content else ""
+    fingerprint = xxhash.xxh3_128_hexdigest(_canonical(backend) + end.encode())
     real_vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     vocab_size = -(-real_vocab_size // vocab_multiple) * vocab_multiple
     backend.add_special_tokens(
@@ -151,6 +160,7 @@ def make_tokenizer(backend: tokenizers.Tokenizer, roles: dict[str, AddedToken], 
         vocab_size=vocab_size,
         real_vocab_size=real_vocab_size,
         special_ids=sorted(special_tokens(backend)),
+        ends_documents=bool(end),
         fingerprint=fingerprint,
     )
 

@@ -204,16 +204,10 @@ def between(backend: tokenizers.Tokenizer, cls: str, sep: str) -> processors.Tem
     )
 
 
-def begin_with(backend: tokenizers.Tokenizer, bos: str, eos: str) -> processors.TemplateProcessing:
-    """The post-processor of causal models: `bos text eos`, or `eos text` where both are one token.
-
-    One token is enough: it begins a document, and is what the last token of the one before has to predict.
-    """
-    around = (lambda text: f"{bos} {text}") if bos == eos else (lambda text: f"{bos} {text} {eos}")
+def begin_with(backend: tokenizers.Tokenizer, bos: str) -> processors.TemplateProcessing:
+    """The post-processor that puts `bos`, in the vocabulary of `backend`, before a text."""
     return processors.TemplateProcessing(
-        single=around("$A"),
-        pair=f"{around('$A')} {around('$B')}",
-        special_tokens=[(name, backend.token_to_id(name)) for name in {bos: 0, eos: 0}],
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )
 
 

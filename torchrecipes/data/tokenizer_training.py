@@ -23,7 +23,7 @@ from torchrecipes.data.documents import Source, require_documents
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sentencepiece_model import load_sentencepiece
 from torchrecipes.data.tokenizer import Tokenizer, make_tokenizer, one_thread
-from torchrecipes.data.tokenizer_files import USUAL_NAMES, begin_with, bert_wordpiece, between, read_json, special_token
+from torchrecipes.data.tokenizer_files import USUAL_NAMES, bert_wordpiece, between, read_json, special_token
 from torchrecipes.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every tokenizer of an encoder
@@ -266,8 +266,9 @@ def _kept(
 
     def made() -> Tokenizer:
         backend = train()
-        backend.post_processor = begin_with(backend, END, END) if causal else between(backend, "[CLS]", "[SEP]")
-        return make_tokenizer(backend, roles, vocab_multiple)
+        if not causal:
+            backend.post_processor = between(backend, "[CLS]", "[SEP]")
+        return make_tokenizer(backend, roles, vocab_multiple, causal)
 
     if folder is None:
         return made()
@@ -286,7 +287,7 @@ def _kept(
             f"{folder}: the tokenizer in this folder was trained with {'; '.join(differ)}. Choose another folder, or "
             f"delete this one (and the corpus that was made with it) to train anew."
         )
-    return make_tokenizer(read_json(folder / "tokenizer.json"), roles, vocab_multiple)
+    return make_tokenizer(read_json(folder / "tokenizer.json"), roles, vocab_multiple, causal)
 
 
 def _train(backend: tokenizers.Tokenizer, source: Source, trainer: trainers.Trainer) -> None:

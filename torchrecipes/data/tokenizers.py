@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchrecipes.data.tokenizer import Tokenizer, make_tokenizer, special_tokens
-from torchrecipes.data.tokenizer_files import ROLES, USUAL_NAMES, begin_with, read_tokenizer
+from torchrecipes.data.tokenizer_files import ROLES, USUAL_NAMES, read_tokenizer
 from torchrecipes.data.tokenizer_training import train_bpe, train_char, train_unigram, train_wordpiece
 from torchrecipes.errors import UserError
 
@@ -49,6 +49,4 @@ def load_tokenizer(
             )
     if causal:
         roles = {"bos": roles["eos"], "pad": roles["eos"], **roles}
-        backend.add_special_tokens([roles["bos"], roles["eos"]])
-        backend.post_processor = begin_with(backend, roles["bos"].content, roles["eos"].content)
-    return make_tokenizer(backend, roles, vocab_multiple)
+    return make_tokenizer(backend, roles, vocab_multiple, causal)

@@ -29,7 +29,7 @@ def fill_mask(model: nn.Module, tokenizer, text: str, top_k: int = 5) -> list[li
         UserError: `text` has no mask, or is longer than the model's positions.
     """
     mask_token = tokenizer.decode_token(tokenizer.mask_id)
-    ids = tokenizer.encode_masked(text)
+    ids = tokenizer.encode_prompt(text)
     positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
     if not positions:
         raise UserError(f"{text!r} has no {mask_token}. Put {mask_token} where the model shall guess.")
