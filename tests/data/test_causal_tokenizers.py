@@ -141,3 +141,27 @@ def test_a_sentencepiece_model_gets_nothing_of_bert(tmp_path, source):
     plain = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     assert tokenizer.vocab_size == plain.vocab_size()
     assert tokenizer.encode("the cat") == [plain.bos_id(), *plain.encode("the cat"), plain.eos_id()]
+
+
+def test_a_vocabulary_of_a_sample_is_that_of_the_documents_chosen(tmp_path):
+    from torchrecipes.data.documents import Document
+
+    class Words(list):
+        fingerprint = "words"
+
+    documents = Words(Document(f"{chr(0x400 + i)} {chr(0x400 + i)}", str(i)) for i in range(200))
+
+    def characters(fraction):
+        tokenizer = train_char(documents, causal=True, sample_fraction=fraction)
+        return {chr(0x400 + i) for i in range(200) if tokenizer.backend.token_to_id(chr(0x400 + i)) is not None}
+
+    tenth, half = characters(0.1), characters(0.5)
+    assert 8 < len(tenth) < 35 and 70 < len(half) < 130 and tenth < half < characters(1.0), "by a hash of the text"
+    for wrong in (0, 1.5):
+        with pytest.raises(UserError, match="above 0, and at most 1"):
+            characters(wrong)
+    with pytest.raises(UserError, match="takes none of 200 documents"):
+        characters(1e-9)
+    train_bpe(documents, vocab_size=300, causal=True, folder=tmp_path)
+    with pytest.raises(UserError, match=r"sample_fraction=1.0, not 0.5"):
+        train_bpe(documents, vocab_size=300, causal=True, folder=tmp_path, sample_fraction=0.5)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tokenizers
+import xxhash
 from sentencepiece import SentencePieceTrainer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -36,6 +37,7 @@ def train_wordpiece(
     lowercase: bool = True,
     limit_alphabet: int = 1_000,
     vocab_multiple: int = 64,
+    sample_fraction: float = 1.0,
     folder: str | Path | None = None,
 ) -> Tokenizer:
     """Trains BERT's tokenizer: words and parts of words (`##ing`), as in Devlin et al. 2018.
@@ -46,6 +48,8 @@ def train_wordpiece(
         lowercase: lower-cases the text and removes accents.
         limit_alphabet: characters in the vocabulary, the most frequent ones; others become `[UNK]`.
         vocab_multiple: the number of ids is filled up to a multiple of this.
+        sample_fraction: share of the documents that the vocabulary is made from, chosen by a hash of their text: a few
+            GB are enough, and take memory in proportion.
         folder: where the tokenizer is kept; what is there already is taken, if it came from the same source and
             settings. None: kept nowhere.
 
@@ -57,7 +61,7 @@ def train_wordpiece(
         blank = bert_wordpiece(dict.fromkeys(SPECIAL, 0), lowercase)  # for its normalizer and its words
         anywhere: Counter[str] = Counter()
         inside: Counter[str] = Counter()
-        for chunk, count in _count_words(source).items():
+        for chunk, count in _count_words(source, sample_fraction).items():
             for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(chunk)):
                 for i, character in enumerate(word):
                     anywhere[character] += count
@@ -80,11 +84,12 @@ def train_wordpiece(
             show_progress=sys.stderr.isatty(),
         )
         blank.model = models.WordPiece(unk_token="[UNK]")
-        _train(blank, source, trainer)
+        _train(blank, source, sample_fraction, trainer)
         # The trainer made special tokens of all characters: only the vocabulary is taken over.
         return bert_wordpiece(blank.get_vocab(), lowercase)
 
     settings = {"type": "wordpiece", "vocab_size": vocab_size, "lowercase": lowercase, "limit_alphabet": limit_alphabet}
+    settings["sample_fraction"] = sample_fraction
     return _kept(folder, settings, source, train, vocab_multiple)
 
 
@@ -93,6 +98,7 @@ def train_bpe(
     vocab_size: int = 32_768,
     causal: bool = False,
     vocab_multiple: int = 64,
+    sample_fraction: float = 1.0,
     folder: str | Path | None = None,
 ) -> Tokenizer:
     """Trains a byte-level BPE tokenizer as GPT-2's (Radford et al. 2019).
@@ -105,7 +111,7 @@ def train_bpe(
         causal: for a model that predicts the next token: the one special token is `<|endoftext|>`, and documents are
             `<|endoftext|> text`. False: the special tokens of BERT, and `[CLS] text [SEP]`.
         vocab_multiple: the number of ids is filled up to a multiple of this.
-        folder: as for `train_wordpiece`.
+        sample_fraction, folder: as for `train_wordpiece`.
 
     Raises:
         UserError: no documents; `vocab_size` cannot hold the bytes; `folder` has another tokenizer.
@@ -126,10 +132,11 @@ def train_bpe(
             initial_alphabet=alphabet,
             show_progress=sys.stderr.isatty(),
         )
-        _train(backend, source, trainer)
+        _train(backend, source, sample_fraction, trainer)
         return backend
 
-    return _kept(folder, {"type": "bpe", "vocab_size": vocab_size}, source, train, vocab_multiple, causal)
+    settings = {"type": "bpe", "vocab_size": vocab_size, "sample_fraction": sample_fraction}
+    return _kept(folder, settings, source, train, vocab_multiple, causal)
 
 
 def train_unigram(
@@ -138,6 +145,7 @@ def train_unigram(
     lowercase: bool = False,
     causal: bool = False,
     vocab_multiple: int = 64,
+    sample_fraction: float = 1.0,
     folder: str | Path | None = None,
 ) -> Tokenizer:
     """Trains a Unigram tokenizer (Kudo 2018) with SentencePiece, on text in Unicode's NFKC form.
@@ -148,7 +156,7 @@ def train_unigram(
         lowercase: lower-cases the text.
         causal: as for `train_bpe`; `<unk>` is a special token, too.
         vocab_multiple: the number of ids is filled up to a multiple of this.
-        folder: as for `train_wordpiece`.
+        sample_fraction, folder: as for `train_wordpiece`.
 
     Raises:
         UserError: no documents; `vocab_size` cannot hold the characters; `folder` has another tokenizer.
@@ -157,7 +165,7 @@ def train_unigram(
     def train() -> tokenizers.Tokenizer:
         normalizer = normalizers.Sequence([normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])])
         words: Counter[str] = Counter()
-        for chunk, count in _count_words(source).items():
+        for chunk, count in _count_words(source, sample_fraction).items():
             for word in normalizer.normalize_str(chunk).split():
                 words[word] += count
         model = io.BytesIO()
@@ -193,7 +201,7 @@ def train_unigram(
         backend.decoder = decoders.Metaspace(prepend_scheme="always")
         return backend
 
-    settings = {"type": "unigram", "vocab_size": vocab_size, "lowercase": lowercase}
+    settings = {"type": "unigram", "vocab_size": vocab_size, "lowercase": lowercase, "sample_fraction": sample_fraction}
     return _kept(folder, settings, source, train, vocab_multiple, causal)
 
 
@@ -213,6 +221,7 @@ def train_char(
     limit_alphabet: int = 1_000,
     causal: bool = False,
     vocab_multiple: int = 1,
+    sample_fraction: float = 1.0,
     folder: str | Path | None = None,
 ) -> Tokenizer:
     """Makes a tokenizer whose tokens are characters (code points): line ends and blanks are characters like others.
@@ -223,7 +232,7 @@ def train_char(
         causal: as for `train_bpe`; `<unk>` is a special token, too.
         vocab_multiple: the number of ids is filled up to a multiple of this. The default adds none: there are few ids,
             and what is added would be a large share of them.
-        folder: as for `train_wordpiece`.
+        sample_fraction, folder: as for `train_wordpiece`.
 
     Raises:
         UserError: no documents; `folder` has another tokenizer.
@@ -231,7 +240,7 @@ def train_char(
 
     def train() -> tokenizers.Tokenizer:
         counts: Counter[str] = Counter()
-        for text in _texts(source, "counting characters"):
+        for text in _texts(source, sample_fraction, "counting characters"):
             counts.update(text)
         # Equally frequent ones in the order of their code points.
         alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:limit_alphabet])
@@ -242,7 +251,8 @@ def train_char(
         backend.add_special_tokens([special_token(name) for name in special])
         return backend
 
-    return _kept(folder, {"type": "char", "limit_alphabet": limit_alphabet}, source, train, vocab_multiple, causal)
+    settings = {"type": "char", "limit_alphabet": limit_alphabet, "sample_fraction": sample_fraction}
+    return _kept(folder, settings, source, train, vocab_multiple, causal)
 
 
 def _kept(
@@ -290,25 +300,34 @@ def _kept(
     return make_tokenizer(read_json(folder / "tokenizer.json"), roles, vocab_multiple, causal)
 
 
-def _train(backend: tokenizers.Tokenizer, source: Source, trainer: trainers.Trainer) -> None:
+def _train(backend: tokenizers.Tokenizer, source: Source, sample_fraction: float, trainer: trainers.Trainer) -> None:
     with one_thread():
-        backend.train_from_iterator(_texts(source, "reading for the vocabulary"), trainer)
+        backend.train_from_iterator(_texts(source, sample_fraction, "reading for the vocabulary"), trainer)
 
 
-def _count_words(source: Source) -> Counter[str]:
+def _count_words(source: Source, sample_fraction: float) -> Counter[str]:
     """How often each piece of text between white space occurs."""
     words: Counter[str] = Counter()
-    for text in _texts(source, "counting words"):
+    for text in _texts(source, sample_fraction, "counting words"):
         words.update(text.split())
     return words
 
 
-def _texts(source: Source, what: str) -> Iterator[str]:
+def _texts(source: Source, sample_fraction: float, what: str) -> Iterator[str]:
+    if not 0 < sample_fraction <= 1:
+        raise UserError(
+            f"sample_fraction is {sample_fraction}; it is a share of the documents, above 0, and at most 1."
+        )
+    limit = int(sample_fraction * 2**64)
+    taken = 0
     progress = Progress(what)
     try:
         for document in source:
             progress.add(1, len(document.text))
-            yield document.text
+            # Another seed than that of the hash by which documents go to validation: the two have nothing to do.
+            if sample_fraction == 1 or xxhash.xxh3_64_intdigest(document.text.encode(), seed=1) < limit:
+                taken += 1
+                yield document.text
     finally:
         progress.close()
     if not progress.documents:
@@ -317,3 +336,7 @@ def _texts(source: Source, what: str) -> Iterator[str]:
                 "no documents to train a tokenizer on. They are read more than once: give a list, no generator."
             )
         require_documents(source, source.report)
+    if not taken:
+        raise UserError(
+            f"sample_fraction={sample_fraction} takes none of {progress.documents:,} documents. Set it higher."
+        )
