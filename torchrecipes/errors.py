@@ -30,5 +30,8 @@ def explain(error: BaseException) -> str | None:
     ):
         detail = str(error).split("\n", 1)[0]
         what = f"Out of memory{' on the GPU' if gpu else ''}{f' ({detail})' if detail else ''}."
-        return f"{what} Lower rows_per_micro_batch first (the result stays the same), then seq_len or the model's size."
+        return (
+            f"{what} Lower rows_per_micro_batch first, or --batch-size where there is none (the result stays the same), "
+            "then seq_len or the model's size."
+        )
     return None
