@@ -31,7 +31,7 @@ def explain(error: BaseException) -> str | None:
         detail = str(error).split("\n", 1)[0]
         what = f"Out of memory{' on the GPU' if gpu else ''}{f' ({detail})' if detail else ''}."
         return (
-            f"{what} Lower rows_per_micro_batch first, or --batch-size where there is none (the result stays the same), "
+            f"{what} Lower rows_per_micro_batch first, or --batch-size where there is none (same result), "
             "then seq_len or the model's size."
         )
     return None

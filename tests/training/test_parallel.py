@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.profiler import profile
 from torchrecipes.errors import UserError
 from torchrecipes.losses import masked_lm_loss
-from torchrecipes.models import bert, neobert
+from torchrecipes.models import bert, gpt2, llama, neobert
 from torchrecipes.rank_errors import leave
 from torchrecipes.training import ranks
 from torchrecipes.training.parallel import clip_gradients, materialize, parallelize, sync_gradients
@@ -66,6 +66,29 @@ elif what == "reductions":
         counts.append(sum(event.count for event in events))
         model.zero_grad()
     print(json.dumps(counts))
+elif what == "bf16":
+    seen = {}
+    makers = {
+        "neobert": lambda: neobert(50, 16, 4, 2, 30),
+        "bert": lambda: bert(50, 16, 4, 2, 30),
+        "gpt2": lambda: gpt2(50, 16, 4, 2, embd_pdrop=0, resid_pdrop=0.0),
+        "llama": lambda: llama(50, 16, 4, 2, intermediate_size=30),
+    }
+    for name, make in makers.items():
+        with torch.device("meta"):
+            model = make().eval()
+        parallelize(model, strategy, run, torch.bfloat16)
+        materialize(model, run.device, 0)
+        inputs = []
+        model.blocks[-1].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model(torch.arange(24).view(2, 12))
+        alone = make().eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = alone(torch.arange(24).view(2, 12))
+        hidden.square().sum().backward()
+        seen[name] = [str(inputs[0].dtype), ((hidden - expected).norm() / expected.norm()).item()]
+    print(json.dumps(seen))
 elif what == "talk":
     said = [ranks.total(run.rank + 1), ranks.largest(run.rank), ranks.smallest(run.rank), ranks.gather(run.rank * 10)]
     said.append(ranks.add_up(torch.tensor([1.0, run.rank])).tolist())
@@ -129,6 +152,15 @@ def test_gradients_are_those_of_one_process_the_heads_among_them(tmp_path, scrip
 def test_gradients_are_reduced_once_however_many_micro_batches_there_are(tmp_path, script, strategy):
     one, three = json.loads(ranks.run(script, 2, "reductions", tmp_path, strategy, "neobert")[0].splitlines()[-1])
     assert one == three > 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_what_blocks_add_to_is_in_fp32_as_on_one_process(tmp_path, script, strategy):
+    seen = json.loads(ranks.run(script, 2, "bf16", tmp_path, strategy, "none")[0].splitlines()[-1])
+    assert len(seen) == 4
+    for name, (dtype, difference) in seen.items():
+        assert dtype == "torch.float32", name
+        assert difference < 0.01, name  # the rounding of embeddings and norms' weights
 
 
 def test_ranks_hear_of_each_others_numbers_and_of_the_firsts_mistakes(tmp_path, script):

@@ -15,6 +15,7 @@ from torchrecipes.models.hf_map import HFMap
 from torchrecipes.modules import (
     BertEmbedding,
     GeluMLP,
+    LayerNorm,
     LMHead,
     MLMTransform,
     PostNormBlock,
@@ -139,8 +140,8 @@ def _block(config: BertConfig) -> PostNormBlock:
     return PostNormBlock(
         self_attn=SelfAttention(config.hidden_size, config.num_attention_heads, bias=True),
         mlp=GeluMLP(config.hidden_size, config.intermediate_size),
-        attention_norm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
-        mlp_norm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+        attention_norm=LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+        mlp_norm=LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
         dropout_p=config.hidden_dropout_prob,
     )
 

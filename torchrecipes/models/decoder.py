@@ -18,6 +18,7 @@ from torchrecipes.modules import (
     activation_dtype,
     attention_plan,
     initialize,
+    residual_stream,
     rotary_tables,
 )
 from torchrecipes.modules.rotary import ROPE_SCALING_KEYS
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
         Returns:
             `[B, S, D]`.
         """
-        hidden_BSD = self.embedding(input_ids)
+        hidden_BSD = residual_stream(self.embedding(input_ids))
         dtype = activation_dtype(hidden_BSD)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

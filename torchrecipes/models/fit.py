@@ -17,7 +17,7 @@ def check_sizes(config: Any) -> None:
     Raises:
         UserError: names those that are not.
     """
-    sizes = {field.name: getattr(config, field.name) for field in fields(config)}
+    sizes = {field.name: getattr(config, field.name) for field in fields(config) if field.type is not float}
     low = [f"{name}={size}" for name, size in sizes.items() if type(size) is int and size < 1]
     if low:
         raise UserError(f"model: {', '.join(low)}: sizes are 1 or more.")

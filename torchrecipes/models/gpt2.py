@@ -17,12 +17,14 @@ from torchrecipes.models.hf_map import HFMap, Layout
 from torchrecipes.modules import (
     GeluMLP,
     KVCache,
+    LayerNorm,
     LMHead,
     PreNormBlock,
     SelfAttention,
     activation_dtype,
     attention_plan,
     initialize,
+    residual_stream,
 )
 
 
@@ -95,7 +97,7 @@ class GPT2(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         tie_to = self.embedding if config.tie_word_embeddings else None
         self.head = LMHead(config.hidden_size, config.vocab_size, tie_to=tie_to, bias=config.lm_head_bias)
         self.routing, self.router_loss = None, 0.0
@@ -131,7 +133,7 @@ class GPT2(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        hidden_BSD = self.embedding(input_ids) + self.position_embedding(position_ids)
+        hidden_BSD = residual_stream(self.embedding(input_ids) + self.position_embedding(position_ids))
         hidden_BSD = F.dropout(hidden_BSD, self.config.embd_pdrop, self.training)
         dtype = activation_dtype(hidden_BSD)
         if cache is None:
@@ -156,8 +158,8 @@ def _block(config: GPT2Config) -> PreNormBlock:
     return PreNormBlock(
         self_attn=SelfAttention(config.hidden_size, config.num_attention_heads, bias=config.attention_bias),
         mlp=GeluMLP(config.hidden_size, config.intermediate_size, approximate="tanh"),
-        attention_norm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
-        mlp_norm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
+        attention_norm=LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
+        mlp_norm=LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
         dropout_p=config.resid_pdrop,
     )
 

@@ -21,6 +21,7 @@ from torchrecipes.modules import (
     activation_dtype,
     attention_plan,
     initialize,
+    residual_stream,
     rotary_tables,
 )
 
@@ -116,7 +117,7 @@ class NeoBert(nn.Module):
         Returns:
             `[B, S, D]`.
         """
-        hidden_BSD = self.embedding(input_ids)
+        hidden_BSD = residual_stream(self.embedding(input_ids))
         dtype = activation_dtype(hidden_BSD)
         plan = attention_plan(
             cu_seqlens, tuple(input_ids.shape), max_seqlen=max_seqlen, device=input_ids.device, dtype=dtype

@@ -17,10 +17,10 @@ from torchrecipes.modules.feed_forward import GeluMLP, SwiGLU
 from torchrecipes.modules.head import LMHead, MLMTransform
 from torchrecipes.modules.init import initial_value, initialize
 from torchrecipes.modules.moe import Experts, MoE, Router, Routing
-from torchrecipes.modules.norm import RMSNorm
+from torchrecipes.modules.norm import LayerNorm, RMSNorm
 from torchrecipes.modules.plan import AttentionPlan, attention_plan
 from torchrecipes.modules.rotary import apply_rotary, rotary_tables
-from torchrecipes.modules.transformer import MoEBlock, PostNormBlock, PreNormBlock, activation_dtype
+from torchrecipes.modules.transformer import MoEBlock, PostNormBlock, PreNormBlock, activation_dtype, residual_stream
 
 __all__ = [
     "AttentionPlan",
@@ -29,6 +29,7 @@ __all__ = [
     "GeluMLP",
     "KVCache",
     "LMHead",
+    "LayerNorm",
     "MLMTransform",
     "MoE",
     "MoEBlock",
@@ -45,5 +46,6 @@ __all__ = [
     "attention_plan",
     "initial_value",
     "initialize",
+    "residual_stream",
     "rotary_tables",
 ]

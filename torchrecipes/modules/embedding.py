@@ -3,6 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.modules.norm import LayerNorm
+from torchrecipes.modules.transformer import residual_stream
+
 
 class BertEmbedding(nn.Module):
     """Token, learned position and token type embeddings, summed and normalized (Devlin et al. 2018, arXiv:1810.04805).
@@ -27,7 +30,7 @@ class BertEmbedding(nn.Module):
         self.word_embeddings = nn.Embedding(vocab_size, hidden_size)
         self.position_embeddings = nn.Embedding(max_position_embeddings, hidden_size)
         self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.norm = LayerNorm(hidden_size, eps=eps)
         self.dropout_p = dropout_p
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -37,4 +40,4 @@ class BertEmbedding(nn.Module):
         else:
             types = self.token_type_embeddings(token_type_ids)
         hidden_BSD = self.word_embeddings(input_ids) + types + self.position_embeddings(position_ids)
-        return F.dropout(self.norm(hidden_BSD), self.dropout_p, self.training)
+        return F.dropout(self.norm(residual_stream(hidden_BSD)), self.dropout_p, self.training)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.modules.norm import LayerNorm
+
 
 class LMHead(nn.Module):
     """Linear head over the vocabulary, with its own weight or the token embedding's.
@@ -51,7 +53,7 @@ class MLMTransform(nn.Module):
     def __init__(self, hidden_size: int, *, eps: float):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.norm = LayerNorm(hidden_size, eps=eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Args: hidden `[..., D]`."""

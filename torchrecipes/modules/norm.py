@@ -1,6 +1,7 @@
 """Normalization layers."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -19,6 +20,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x `[..., D]`."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that takes fp32 with weights in bf16, as `fully_shard` gathers them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x `[..., D]`."""
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

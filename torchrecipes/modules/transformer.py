@@ -15,6 +15,14 @@ def activation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
+def residual_stream(embedded: Tensor) -> Tensor:
+    """What the blocks add to: in fp32 where autocast is on, also where `fully_shard` gathers the embedding in bf16.
+
+    So a run has the same numbers on any number of ranks, and no block's share is lost in the sum of all.
+    """
+    return embedded.float() if torch.is_autocast_enabled(embedded.device.type) else embedded
+
+
 class PreNormBlock(nn.Module):
     """`x + self_attn(norm(x))`, then `x + mlp(norm(x))`; the names are those of LLaMA in `transformers`.
 
