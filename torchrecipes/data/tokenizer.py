@@ -56,6 +56,12 @@ class Tokenizer:
         # Pickling a backend forgets `encode_special_tokens`: the text backend is made anew where it is needed.
         return {name: value for name, value in self.__dict__.items() if name != "text_backend"}
 
+    @property
+    def unknown_id(self) -> int | None:
+        """`unk_id`, or None where that token has another role, too, and so says nothing of the text (GPT-2's)."""
+        others = (self.cls_id, self.sep_id, self.pad_id, self.bos_id, self.eos_id)
+        return None if self.unk_id in others else self.unk_id
+
     @cached_property
     def text_backend(self) -> tokenizers.Tokenizer:
         """The backend for documents: as `backend`, but no text gives a special token (other than the unknown one)."""
