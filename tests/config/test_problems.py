@@ -123,6 +123,7 @@ names: one
         ("seed: !!python/name:os.system", "the YAML tag tag:yaml.org,2002:python/name:os.system is not allowed"),
         ("names: &n [*n]", "names.0: this alias refers to what it is a part of"),
         ("data: ${nowhere}", "data: Interpolation key 'nowhere' not found"),
+        ("output_dir: ???\nnames: [a, '${output_dir}']", "output_dir: missing key (text)"),
         ("output_dir: ${", "output_dir: "),
         ("share: 1", "unknown key 'share': did you mean 'data.share'?"),
         ("text: 1", "unknown key 'text': did you mean 'optimizer.text'?"),

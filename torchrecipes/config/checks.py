@@ -34,6 +34,11 @@ def check_common_keys(config: Any) -> list[str]:
         problems.append(f"data.num_workers: {config.data.num_workers} is not 0 or more")
     if config.precision.startswith("float8") and config.seq_len % 16:
         problems.append(f"seq_len: {config.seq_len} is not a multiple of 16, which precision={config.precision} needs")
+    problems += [
+        f"{name}: {getattr(config, name)} is not above 0"
+        for name in ("max_steps", "total_tokens", "epochs")
+        if getattr(config, name) is not None and getattr(config, name) <= 0
+    ]
     budgets = [name for name in ("max_steps", "total_tokens", "epochs") if getattr(config, name) is not None]
     if len(budgets) != 1:
         which = f"{' and '.join(budgets)} are set" if budgets else "none of max_steps, total_tokens, epochs is set"

@@ -115,7 +115,7 @@ def interpolate(layers: Layers, problems: Problems) -> None:
         return
     # Here, because most configs have no interpolation and this import is most of the time of a check.
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
     for place in list(places):
         try:
@@ -131,6 +131,8 @@ def interpolate(layers: Layers, problems: Problems) -> None:
             for key in place:
                 value = value[key]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except InterpolationToMissingValueError:  # the missing key is reported itself
+            value = BROKEN
         except OmegaConfBaseException as error:
             problems.add(layers.nearest(place), f"{show(place)}: {_first_line(error)}. For a plain '${{' write '\\${{'")
             value = BROKEN
