@@ -44,6 +44,21 @@ def test_epochs_depend_on_a_corpus(capsys):
     assert not any(line.startswith("time") for line in lines)
 
 
+@pytest.mark.parametrize("name", ["gpt2/char_tiny", "qwen3/char_tiny"])
+def test_a_vocabulary_of_characters_is_counted_as_large_as_it_may_become(name, capsys):
+    words = ["estimate", "causal_pretrain", "--config", name, "data.source.path=nowhere.txt", "--device", "cpu"]
+    settings = ["tokenizer.limit_alphabet=200", "tokenizer.vocab_multiple=16"]
+    assert main([*words, *settings]) == 0
+    *_, empty, note = capsys.readouterr().out.splitlines()
+    assert not empty and note.startswith("counted with 208 ids, the most that tokenizer.limit_alphabet allows; ")
+    assert len(note) <= 120
+    assert main([*words, *settings, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"] == [note]
+    assert main([*words, "tokenizer._component_=torchrecipes.data.tokenizers.train_bpe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+
+
 def test_what_does_not_fit_is_told_with_remedies(capsys):
     words = ("model._component_=torchrecipes.models.bert", "model.hidden_size=8192", "model.num_attention_heads=64")
     lines = run(capsys, "--device", "4090", "rows_per_step=1", *words, "model.num_hidden_layers=12").splitlines()

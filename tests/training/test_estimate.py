@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchrecipes import optim
 from torchrecipes.cli.run import load_recipe
-from torchrecipes.config import load
+from torchrecipes.config import Component, load
 from torchrecipes.config.files import find_recipe
 from torchrecipes.data.documents import Document
 from torchrecipes.data.tokenizers import train_wordpiece
@@ -143,6 +143,17 @@ def test_model_and_tokenizer_from_a_folder(tmp_path):
     assert loaded["parameters"]["total"] == count
     path = f"tokenizer={{_component_: torchrecipes.data.tokenizers.load_tokenizer, path: {tmp_path}}}"
     assert estimate_run(config_of(path), device="h200")["parameters"]["embedding"] == tokenizer.vocab_size * 128
+
+
+def own_tokenizer(source):
+    """A user's, of whose size nothing is known before there is text."""
+
+
+def test_a_tokenizer_of_unknown_size_is_told():
+    config = config_of()
+    config.tokenizer = Component(f"{__name__}.own_tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer\._component_: .*own_tokenizer takes no vocab_size"):
+        estimate_run(config, device="h200")
 
 
 def test_what_fits_beside_a_model_is_a_question_of_the_free_memory():

@@ -78,6 +78,8 @@ def table(found: dict[str, Any]) -> str:
         lines += [f"{'time':<14} {_time(found['hours']):>14}  at {found['mfu']:.0%} of the device's peak (--mfu)"]
     kept = f"per checkpoint, {_size(found['kept_bytes'])} for those that are kept and one that is written"
     lines += [f"{'disk':<14} {_size(found['checkpoint_bytes']):>14}  {kept}"]
+    if found["notes"]:
+        lines += ["", *found["notes"]]
     return "\n".join(lines)
 
 

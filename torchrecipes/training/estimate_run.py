@@ -21,6 +21,7 @@ from torchrecipes.config.suggest import closest
 from torchrecipes.data.corpus import open_corpus
 from torchrecipes.data.loader import largest_micro_batch
 from torchrecipes.data.packing import DocumentRows, PackedRows
+from torchrecipes.data.tokenizer_training import SPECIAL
 from torchrecipes.errors import UserError
 from torchrecipes.losses import causal_lm_loss, masked_lm_loss
 from torchrecipes.models.active import active_parameters
@@ -68,7 +69,8 @@ def estimate_run(
         JSON values: `parameters` (by part), `memory` (bytes on a rank at the peak of a step, by part, and `total`),
         `rows_per_micro_batch`, `largest_rows_per_micro_batch` (None: not one row fits), `flops_per_token`,
         `tokens_per_step`, `steps` (None: it depends on a corpus that is not there yet), `hours` (None: of these, or of
-        a peak that is not known), `checkpoint_bytes`, `kept_bytes`, and what it was estimated for.
+        a peak that is not known), `checkpoint_bytes`, `kept_bytes`, `notes` (sentences: what was assumed), and what it
+        was estimated for.
 
     Raises:
         UserError: an unknown device, or numbers of processes and rows that do not go together.
@@ -125,6 +127,7 @@ def estimate_run(
         "hours": steps * tokens * flops / (mfu * here.peak * world_size) / 3600 if known else None,
         "checkpoint_bytes": checkpoint,
         "kept_bytes": (config.keep_last + 1) * checkpoint,
+        "notes": _notes(config),
     }
 
 
@@ -282,7 +285,29 @@ def _vocab_size(config: Any) -> int:
     if "source" not in given:
         return _loaded_vocab_size(config)
     values = {name: argument.default for name, argument in given.items()} | config.tokenizer.args
-    return -(-values["vocab_size"] // values["vocab_multiple"]) * values["vocab_multiple"]
+    if "vocab_size" in values:
+        size = values["vocab_size"]
+    elif "limit_alphabet" in values:  # characters: how many there are is up to the text
+        size = values["limit_alphabet"] + len(SPECIAL)
+    else:
+        raise UserError(
+            f"tokenizer._component_: {config.tokenizer.path} takes no vocab_size, so how many ids it will make is not "
+            "known before. Estimate with another that makes as many, as in "
+            "tokenizer._component_=torchrecipes.data.tokenizers.train_bpe tokenizer.vocab_size=..."
+        )
+    multiple = values.get("vocab_multiple", 1)
+    return -(-size // multiple) * multiple
+
+
+def _notes(config: Any) -> list[str]:
+    """What a reader should know of the numbers beside what they say themselves."""
+    given = parameters(resolve(config.tokenizer.path))
+    if config.init_from or "source" not in given or "vocab_size" in given:
+        return []
+    return [
+        f"counted with {_vocab_size(config):,} ids, the most that tokenizer.limit_alphabet allows; a text of fewer "
+        "characters makes fewer"
+    ]
 
 
 def _loaded_vocab_size(config: Any) -> int:
