@@ -352,6 +352,34 @@ def test_what_cannot_be_read_is_said(files, path, message, tmp_path):
         load_tokenizer(tmp_path / path)
 
 
+def test_a_folder_of_a_run_names_its_newest_checkpoint(tmp_path):
+    for name in ("step-00000100", "step-00000300", "step-100000000", "step-200000000.tmp"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run: no tokenizer.json .*It is a run's: .*/checkpoints/step-100000000$"):
+        load_tokenizer(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("gpt2", ". For a model of the hub and its tokenizer: hf download gpt2 --local-dir gpt2"),
+        (
+            "one/some-model",
+            ". For a model of the hub and its tokenizer: hf download you/model --local-dir model",
+        ),
+        ("runs/gpt2", ""),
+        ("/nowhere/gpt2", ""),
+        ("tokenizer.json", ""),
+    ],
+)
+def test_a_name_of_the_hub_gets_the_command_that_fetches_it(path, remedy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError) as found:
+        load_tokenizer(path)
+    assert str(found.value).endswith(f"Nothing is downloaded{remedy}{'' if remedy else '.'}")
+
+
 def test_a_broken_config_beside_it(tmp_path):
     folder = write_folder(tmp_path / "r", roberta_like(["<mask>"]))
     (folder / "tokenizer_config.json").write_text("{oops")

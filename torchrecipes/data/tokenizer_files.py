@@ -61,8 +61,7 @@ def read_tokenizer(path: Path, causal: bool = False) -> tuple[tokenizers.Tokeniz
     if not path.exists():
         raise UserError(
             f"{path}: no such file or folder. A tokenizer is a tokenizer.json, a folder with one (as Hugging Face's "
-            "save_pretrained writes it), or a SentencePiece .model. Nothing is downloaded: fetch a tokenizer of the "
-            f"hub first, e.g. `hf download {path} --local-dir tokenizer`."
+            f"save_pretrained writes it), or a SentencePiece .model. Nothing is downloaded{_how_to_download(path)}"
         )
     if path.is_dir():
         path = _file_in(path)
@@ -79,13 +78,26 @@ def read_tokenizer(path: Path, causal: bool = False) -> tuple[tokenizers.Tokeniz
     )
 
 
+def _how_to_download(path: Path) -> str:
+    """What to say of a path that may be meant as a name of the hub (`gpt2`, `FacebookAI/roberta-base`)."""
+    # `runs/one` is a path where there is a folder `runs`.
+    a_path = path.suffix in (".json", ".txt", ".model") or (len(path.parts) > 1 and path.parent.exists())
+    if a_path or len(path.parts) > 2:
+        return "."
+    return f". For a model of the hub and its tokenizer: hf download {path} --local-dir {path.name}"
+
+
 def _file_in(folder: Path) -> Path:
     for name in ("tokenizer.json", "vocab.txt"):
         if (folder / name).is_file():
             return folder / name
     slow = [name for name in SLOW_FILES if (folder / name).is_file()]
     if not slow:
-        raise UserError(f"{folder}: no tokenizer.json in this folder. Give the folder that holds the tokenizer.")
+        remedy = "Give the folder that holds the tokenizer."
+        checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda path: (len(path.name), path.name))
+        if checkpoints:
+            remedy = f"It is a run's: give one of its checkpoints, such as the newest, {checkpoints[-1]}"
+        raise UserError(f"{folder}: no tokenizer.json in this folder. {remedy}")
     model = next((name for name in slow if name.endswith(".model")), None)
     hint = f" (or give {folder / model} itself: plain SentencePiece ids)" if model else ""
     raise UserError(
