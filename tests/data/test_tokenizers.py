@@ -364,7 +364,7 @@ def test_a_folder_of_a_run_names_its_newest_checkpoint(tmp_path):
     [
         ("gpt2", ". For a model of the hub and its tokenizer: hf download gpt2 --local-dir gpt2"),
         (
-            "one/some-model",
+            "you/model",
             ". For a model of the hub and its tokenizer: hf download you/model --local-dir model",
         ),
         ("runs/gpt2", ""),
