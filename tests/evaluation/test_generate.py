@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -97,6 +98,14 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_batch(family):
     assert twice[0] == together[0] and twice[1] != twice[0]
 
 
+def test_a_prompt_given_again_in_a_later_batch_goes_on_in_another_way():
+    model, prompts = make(), prompts_of(4, 7) * 3
+    sample = partial(generate, model, max_new_tokens=20, seed=5)
+    together, seen = sample(prompts), Counter()
+    assert sample(prompts[:1], seen=seen) + sample(prompts[1:3], seen=seen) + sample(prompts[3:], seen=seen) == together
+    assert len({tuple(tokens) for tokens in together}) == 6
+
+
 def test_samples_come_as_often_as_the_model_says():
     model = make(vocab_size=8)
     draws, prompt = 3000, [3, 1]
@@ -139,6 +148,26 @@ def test_padding_of_the_vocabulary_is_never_chosen():
     for temperature in (0, 3.0):
         chosen = generate(make(), prompts, max_new_tokens=20, temperature=temperature, real_vocab_size=real)
         assert max(map(max, chosen)) < real
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_suppressed_tokens_are_never_chosen(temperature):
+    model, prompts = make(), prompts_of(*[3] * 20)
+    chosen = generate(model, prompts, max_new_tokens=20, temperature=temperature)
+    often = [token for token, _ in Counter(token for tokens in chosen for token in tokens).most_common(2)]
+    others = generate(model, prompts, max_new_tokens=20, temperature=temperature, suppress_tokens=often)
+    assert not set(often) & {token for tokens in others for token in tokens}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_numbers_is_told(wrong, temperature):
+    model, passes = make(), []
+    model.head.decoder.weight.data[7] = wrong
+    model.register_forward_pre_hook(lambda module, args: passes.append(args))
+    with pytest.raises(UserError, match="weights are damaged, or its training diverged"):
+        generate(model, prompts_of(5, 2), max_new_tokens=40, temperature=temperature)
+    assert len(passes) == LOOK_EVERY
 
 
 def test_work_is_one_token_at_a_time_and_stops_when_all_have_ended():
@@ -228,6 +257,7 @@ def test_texts_go_on_as_their_tokens_do():
     found = generate_text(model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, seed=2)
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     settings = {"eos_id": tokenizer.eos_id, "real_vocab_size": tokenizer.real_vocab_size}
+    settings["suppress_tokens"] = [tokenizer.unk_id]
     tokens = generate(model, ids, max_new_tokens=20, temperature=1.0, seed=2, **settings)
     for prompt, before, new, said in zip(prompts, ids, tokens, found, strict=True):
         ended = new[-1] == tokenizer.eos_id
@@ -240,6 +270,16 @@ def test_texts_go_on_as_their_tokens_do():
     model.head = eos
     (said,) = generate_text(model, tokenizer, ["the"], max_new_tokens=5)
     assert (said.text, said.num_tokens, said.ended) == ("", 1, True)
+
+
+def test_the_unknown_token_is_no_text():
+    tokenizer = train_unigram([Document("the fox " * 20, "a")], vocab_size=30, causal=True)
+    model = make(vocab_size=tokenizer.vocab_size)
+    model.head = LMHead(64, tokenizer.vocab_size, bias=True)
+    model.head.bias.data[tokenizer.unk_id] = 1e4
+    for temperature in (0, 1.0):
+        (said,) = generate_text(model, tokenizer, ["the"], max_new_tokens=20, temperature=temperature)
+        assert said.num_tokens and tokenizer.decode_token(tokenizer.unk_id) not in said.text
 
 
 SCRIPT = """

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -63,6 +64,11 @@ def test_the_ends_of_the_unit_interval_are_tokens_that_may_follow():
     assert draw(many, torch.tensor([nearly_one], dtype=torch.float64)).item() == 49_999
 
 
+def test_numbers_that_are_none_give_an_id_that_exists():
+    logits = torch.tensor([[0.0, float("nan"), 1.0], [float("inf"), 0.0, 0.0]])
+    assert draw(logits, torch.tensor([0.5, 0.5], dtype=torch.float64)).max() < 3
+
+
 def test_rare_tokens_behind_a_likely_one_are_drawn():
     # A thousand tokens of 1e-9 each; a number lies in the middle of its token's share.
     logits = torch.zeros(1, 1001)
@@ -84,6 +90,13 @@ def test_numbers_depend_on_seed_and_prompt_alone():
     assert len(numbers.unique()) == numbers.numel()
     assert not torch.equal(numbers, uniform_numbers(prompts, 50, seed=8))
     assert numbers.min() >= 0 and numbers.max() < 1
+
+
+def test_a_prompt_that_comes_again_is_known_from_earlier_calls():
+    prompts = [[1, 2], [4], [1, 2], [1, 2]]
+    together, seen = uniform_numbers(prompts, 9, seed=7), Counter()
+    apart = [uniform_numbers(some, 9, seed=7, seen=seen) for some in (prompts[:2], prompts[2:3], prompts[3:])]
+    assert torch.equal(torch.cat(apart), together)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Prompts of different lengths share a batch: they are filled up on their right. W
 seen, because a token sees the positions up to its own, and those have been written over by then.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     real_vocab_size: int | None = None,
+    suppress_tokens: Sequence[int] = (),
+    seen: Counter[tuple[int, ...]] | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     tell: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
@@ -69,6 +72,9 @@ def generate(
             is continued in two ways.
         eos_id: the token that ends a text. None: none does.
         real_vocab_size: ids from here on are padding of the vocabulary and are never chosen. None: there are none.
+        suppress_tokens: other ids that are never chosen.
+        seen: how often each prompt came in earlier batches of the same work, counted on here: the texts are then the
+            same in whatever batches the prompts come. None: this is the only batch.
         autocast: makes the context to compute in.
         tell: called after every step with a token per prompt; what comes after a text's end means nothing. It makes the
             host wait for each.
@@ -77,7 +83,8 @@ def generate(
         The new tokens of every prompt, with `eos_id` as the last one where the model has ended the text.
 
     Raises:
-        UserError: no prompt, an empty or too long one, an id that the model does not have, or a setting out of range.
+        UserError: no prompt, an empty or too long one, an id that the model does not have, a setting out of range, or
+            a model that gives no finite numbers.
     """
     prompts = [list(prompt) for prompt in prompts]
     check_sampling(temperature, top_k, top_p)
@@ -86,7 +93,7 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest, positions = int(lengths.max()), model.config.max_position_embeddings
     steps = min(max_new_tokens, positions - int(lengths.min()))
-    uniform = uniform_numbers(prompts, steps, seed).to(device) if temperature else None
+    uniform = uniform_numbers(prompts, steps, seed, seen).to(device) if temperature else None
 
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in zip(input_ids, prompts, strict=True):
@@ -96,7 +103,9 @@ def generate(
     last_index = next_position - 1  # of the token in the input whose hidden state gives the next one
 
     new_tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
+    suppressed = torch.tensor(suppress_tokens, dtype=torch.int64).to(device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    broken = torch.zeros_like(ended)  # looked at when all is done: a look waits for the device
     was_training = model.training
     model.eval()
     try:
@@ -106,13 +115,15 @@ def generate(
                 hidden = model(input_ids, position_ids=position_ids, cache=cache)
                 last_BD = hidden.gather(1, last_index[:, :, None].expand(-1, -1, hidden.shape[2])).squeeze(1)
                 logits = model.head(last_BD)[:, :real_vocab_size].float()
+                broken |= ~logits.isfinite().all(-1)
+                logits = logits.index_fill(1, suppressed, float("-inf"))
                 token_B = (
                     draw(warp(logits, temperature, top_k, top_p), uniform[:, step])
                     if temperature
                     else logits.argmax(-1)
                 )
                 new_tokens[:, step] = token_B
-                ended |= next_position.squeeze(1) + 1 >= positions
+                ended |= broken | (next_position.squeeze(1) + 1 >= positions)
                 if eos_id is not None:
                     ended |= token_B == eos_id
                 if tell:
@@ -124,6 +135,11 @@ def generate(
                 next_position, last_index = next_position + 1, torch.zeros_like(next_position)
     finally:
         model.train(was_training)
+    if broken.any():
+        raise UserError(
+            "the model gives NaN or infinite logits: its weights are damaged, or its training diverged. Take an "
+            "earlier checkpoint."
+        )
     return [
         _up_to_the_end(tokens[: positions - len(prompt)], eos_id)
         for prompt, tokens in zip(prompts, new_tokens[:, : step + 1].tolist(), strict=True)
@@ -140,10 +156,13 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    seen: Counter[tuple[int, ...]] | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     tell: Callable[[str], None] | None = None,
 ) -> list[Continuation]:
     """`generate` from texts to texts; the arguments are the same.
+
+    The token for text that the tokenizer does not know is never chosen: it stands for none.
 
     Args:
         model: as in `generate`.
@@ -163,6 +182,8 @@ def generate_text(
         seed=seed,
         eos_id=tokenizer.eos_id,
         real_vocab_size=tokenizer.real_vocab_size,
+        suppress_tokens=[] if tokenizer.unknown_id is None else [tokenizer.unknown_id],
+        seen=seen,
         autocast=autocast,
         tell=_in_pieces(tokenizer, prompt_ids[0], tell) if tell and prompt_ids else None,
     )

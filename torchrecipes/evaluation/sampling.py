@@ -60,16 +60,26 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     sum_B1 = total_BV[:, -1:]
     # Rounded up to the sum itself, a number would be past the last token.
     number_B1 = (uniform_B[:, None] * sum_B1).minimum(sum_B1.nextafter(torch.zeros_like(sum_B1)))
-    return torch.searchsorted(total_BV, number_B1, right=True).squeeze(1)
+    # No sum passes a number where logits are NaN. An id that does not exist would end a GPU's process.
+    return torch.searchsorted(total_BV, number_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
 
 
-def uniform_numbers(prompts: Sequence[Sequence[int]], count: int, seed: int) -> Tensor:
+def uniform_numbers(
+    prompts: Sequence[Sequence[int]], count: int, seed: int, seen: Counter[tuple[int, ...]] | None = None
+) -> Tensor:
     """Random numbers from [0, 1), `[prompts, count]` float64 on the CPU.
 
     A row depends on the seed and its own prompt alone, so a prompt is continued in the same way whatever else is in the
     batch. A prompt that comes again has numbers of its own: two samples.
+
+    Args:
+        prompts: ids of each.
+        count: numbers for each.
+        seed: chooses the numbers.
+        seen: how often each prompt came in earlier calls, counted on here. None: this call is the first.
     """
-    numbers, seen = torch.empty(len(prompts), count, dtype=torch.float64), Counter()
+    numbers = torch.empty(len(prompts), count, dtype=torch.float64)
+    seen = Counter() if seen is None else seen
     for row, ids in zip(numbers, prompts, strict=True):
         prompt = tuple(map(int, ids))
         key = xxhash.xxh3_64_intdigest(f"{seed} {seen[prompt]} {prompt}".encode())
