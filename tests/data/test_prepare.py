@@ -383,12 +383,31 @@ def test_no_documents_in_any_way(tokenizer, tmp_path):
 
 def test_no_document_for_validation_names_the_remedy_and_the_remedy_works(tokenizer, tmp_path, small_batches):
     source = Source(topics(60))
-    with pytest.raises(UserError, match=r"none of the 60 documents is for validation.*validation_fraction"):
+    with pytest.raises(UserError, match=r"none of the 60 documents is for validation.*data\.validation_") as found:
         prepare_corpus(tmp_path, source, tokenizer, 1e-6, shard_tokens=100)
+    assert "Set it higher (0.1 is good for so few), give data.validation_source, or train" in str(found.value)
+    assert str(found.value).endswith("data.validation_fraction=0 eval_every=null.")
     _, validation = prepare_corpus(tmp_path, source, tokenizer, 0.3, shard_tokens=100)
     assert validation.num_documents > 0
-    with pytest.raises(UserError, match=r"none of the 60 documents is for train"):
+    with pytest.raises(UserError, match=r"none of the 60 documents is for train.*Set it lower, give data\."):
         prepare_corpus(tmp_path / "other", source, tokenizer, 1 - 1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_documents_need_a_validation_source(tokenizer, tmp_path, count):
+    with pytest.raises(UserError, match=f"no document for validation among {count}, .*data.validation_source") as found:
+        prepare_corpus(tmp_path, Source(topics(count)), tokenizer, 1e-6)
+    assert "0.1" not in str(found.value) and "=0 eval_every=null" in str(found.value)
+
+
+def test_an_unknown_token_that_begins_documents_is_not_unknown_text(tmp_path):
+    train_bpe(topics(), vocab_size=400, causal=True).save(tmp_path / "gpt2_like")
+    config = tmp_path / "gpt2_like" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"unk_token": "<|endoftext|>"}))
+    tokenizer = load_tokenizer(tmp_path / "gpt2_like", causal=True)
+    assert tokenizer.unk_id == tokenizer.bos_id is not None
+    train, _ = prepare_corpus(tmp_path / "corpus", Source(topics(20)), tokenizer, 0)
+    assert train.statistics.unknown == 0
 
 
 @pytest.mark.parametrize(

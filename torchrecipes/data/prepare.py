@@ -57,7 +57,7 @@ def prepare(
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(
-            f"validation_fraction is {validation_fraction}; it is a share of the documents, from 0 to below 1."
+            f"data.validation_fraction is {validation_fraction}; it is a share of the documents, from 0 to below 1."
         )
     if shard_tokens < 1 or (num_workers is not None and num_workers < 0):
         raise UserError(
@@ -139,7 +139,7 @@ def _tokenize_source(
 
     def tokenize(batch: Batch) -> dict[str, Tokenized]:
         return {
-            split: _tokenize(texts, batch.bytes[split], backend, tokenizer.unk_id, writers[split].dtype)
+            split: _tokenize(texts, batch.bytes[split], backend, tokenizer.unknown_id, writers[split].dtype)
             for split, texts in batch.texts.items()
             if texts
         }
@@ -160,15 +160,23 @@ def _tokenize_source(
         if not writer.seen and not writer.current.seen and not writer.finished:
             for each in writers.values():  # the remedy is another setting: nothing must be in its way
                 each.clear()
-            raise UserError(
-                f"none of the {report.documents:,} documents is for {split}: they are drawn with the probability "
-                "validation_fraction by a hash of the text. Set it higher (0.1 is good for so few), or give a "
-                "validation_source."
-            )
+            raise UserError(_none_for(split, report.documents))
     for split, writer in writers.items():
         if not writer.finished:
             # What a source leaves out is told once.
             writer.finish(Report() if split == "validation" and len(writers) > 1 else report, tokenizer)
+
+
+def _none_for(split: str, documents: int) -> str:
+    """That no document is for a split, and what to do about it."""
+    instead = "give data.validation_source, or train without validation: data.validation_fraction=0 eval_every=null."
+    if documents <= 2:  # no share of so few is likely to give both splits one
+        return f"there is no document for {split} among {documents}, too few to draw from: {instead}"
+    share = f"higher ({max(0.1, min(0.5, 3 / documents)):.1g} is good for so few)" if split == "validation" else "lower"
+    return (
+        f"none of the {documents:,} documents is for {split}: they are drawn with the probability "
+        f"data.validation_fraction by a hash of the text. Set it {share}, {instead}"
+    )
 
 
 def _batches(source: Source, writers: dict[str, SplitWriter], split_of: Callable[[bytes], str]) -> Iterator[Batch]:
@@ -197,16 +205,18 @@ def _batches(source: Source, writers: dict[str, SplitWriter], split_of: Callable
     yield batch
 
 
-def _tokenize(texts: list[str], num_bytes: list[int], backend: Any, unk_id: int | None, dtype: np.dtype) -> Tokenized:
+def _tokenize(
+    texts: list[str], num_bytes: list[int], backend: Any, unknown_id: int | None, dtype: np.dtype
+) -> Tokenized:
     ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
     around = backend.num_special_tokens_to_add(is_pair=False)
     ids = [one if len(one) > around else [] for one in ids]
     lengths = np.array([len(one) for one in ids], np.int64)
     tokens = np.concatenate([np.array(one, dtype) for one in ids])
-    if unk_id is None:
+    if unknown_id is None:
         unknown = np.zeros(len(ids), np.int64)
     else:
-        before = np.concatenate([[0], np.cumsum(tokens == unk_id)])[np.concatenate([[0], np.cumsum(lengths)])]
+        before = np.concatenate([[0], np.cumsum(tokens == unknown_id)])[np.concatenate([[0], np.cumsum(lengths)])]
         unknown = np.diff(before)
     characters = np.array([len(text) for text in texts], np.int64)
     return Tokenized(tokens, lengths, characters, np.array(num_bytes, np.int64), unknown)
