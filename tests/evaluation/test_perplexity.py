@@ -90,6 +90,34 @@ def test_short_documents_share_rows():
     assert {width for _, width in model.seen} == {16} and all(model.packed)
 
 
+def test_no_more_is_computed_than_the_text_needs():
+    model = Counting(positions=32_768)
+    perplexity(model, documents(9))
+    assert model.seen == [(1, 8)]
+    model = Counting(positions=32_768)
+    found = perplexity(model, documents(*[101] * 1000))
+    computed = [rows * width for rows, width in model.seen]
+    assert found.tokens == 100_000 and sum(computed) < 103_000
+    assert all(15_000 < number <= 16_384 for number in computed[:-1])
+
+
+def test_a_number_of_rows_is_one_of_windows_full_of_tokens():
+    model = Counting(positions=4096)
+    perplexity(model, documents(*[65] * 300), rows=2)
+    assert [rows * width for rows, width in model.seen] == [8192, 8192, 3072]  # 19,200 tokens
+    model = Counting(positions=4096)
+    perplexity(model, documents(4097, *[65] * 64), rows=2)
+    assert model.seen == [(2, 4096)]
+
+
+def test_rows_of_many_lengths_score_what_one_row_each_does():
+    given = documents(3000, 1, 2, 700, 20, 2049, 1024, 1025, 1026, 5, 300)
+    expected = sum(nats(i, ids[i]) for ids, _ in given for i in range(1, len(ids)))
+    for rows in (None, 1, 3):
+        found = perplexity(Counting(positions=4096), given, rows=rows)
+        assert found.nats == pytest.approx(expected, rel=1e-6)
+
+
 def test_windows_that_have_a_row_for_themselves_need_no_boundaries():
     model = Counting()
     perplexity(model, documents(17, 17, 16, 100), rows=2, stride=16)

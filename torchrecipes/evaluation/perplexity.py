@@ -5,9 +5,11 @@ the token that begins a document. Tokens that stand for no text (where a documen
 
 A document that is longer than the model's window is read in windows that overlap: each begins `stride` tokens after the
 one before and scores what that has not scored, so that a token has at least `window - stride` tokens before it (unless
-the document begins later than that). A smaller stride costs more time and gives a lower, truer figure.
+the document begins later than that). A smaller stride costs more time; what it gives is nearer to what the model can do
+with a whole window before every token.
 
-Windows are packed into rows side by side, the long ones first, and attention stays inside each.
+Windows are packed into rows side by side, the long ones first, and attention stays inside each. Rows are as long as the
+text needs: that of a model with many positions would be padding for the most part where documents are short.
 """
 
 import math
@@ -24,6 +26,7 @@ from torchrecipes.errors import UserError
 from torchrecipes.losses import linear_cross_entropy
 
 TOKENS_AT_ONCE = 16_384  # per forward pass, unless a number of rows is given
+ROW = 1_024  # tokens that a row has room for, unless a window is longer or no window can be so long
 BATCHES_COLLECTED = 16  # of windows that are sorted by length together, so that rows are full
 
 
@@ -95,25 +98,27 @@ def perplexity(
         documents: may be a generator; some batches of them are in memory at a time.
         window: tokens that the model sees at once. None: its `max_position_embeddings`.
         stride: tokens between the beginnings of two windows. None: half a window.
-        rows: of `window` tokens each, per forward pass. None: as many as make about 16,384 tokens.
+        rows: a forward pass takes about as many tokens as there are in this many windows; of shorter texts it takes
+            more. None: about 16,384 tokens, one window at least.
         autocast: makes the context to compute in.
         tell: called now and then with the documents, bytes and scored tokens since the last call.
 
     Raises:
         UserError: a window, stride or number of rows out of range, an id that the model does not have.
     """
-    window, stride, rows = _check_windows(model, window, stride, rows)
+    window, stride, at_once = _check_windows(model, window, stride, rows)
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     total_documents = total_tokens = total_bytes = 0
     was_training = model.training
     model.eval()
     try:
-        for group, num_documents, num_bytes in _collect(documents, window, stride, BATCHES_COLLECTED * rows * window):
-            packed = _pack(group, window)
+        for group, num_documents, num_bytes in _collect(documents, window, stride, BATCHES_COLLECTED * at_once):
+            capacity = max([min(window, ROW), *(len(piece.ids) - 1 for piece in group)])
+            packed, rows = _pack(group, capacity), max(1, at_once // capacity)
             for first in range(0, len(packed), rows):
                 pieces = packed[first : first + rows]
-                inputs, scored, labels = _batch(pieces, window, model.config.vocab_size, device)
+                inputs, scored, labels = _batch(pieces, model.config.vocab_size, device)
                 with autocast():
                     hidden = model(**inputs).flatten(0, 1).index_select(0, scored)
                     hidden = model.head.transform(hidden)
@@ -188,10 +193,9 @@ def _check_windows(model: nn.Module, window: int | None, stride: int | None, row
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise UserError(f"the stride is {stride} tokens; it is 1 or more, and at most the window, {window}.")
-    rows = max(1, TOKENS_AT_ONCE // window) if rows is None else rows
-    if rows < 1:
+    if rows is not None and rows < 1:
         raise UserError(f"{rows} rows per batch; it is 1 or more.")
-    return window, stride, rows
+    return window, stride, TOKENS_AT_ONCE if rows is None else rows * window
 
 
 def _in_groups(items: Iterable, size: int) -> Iterator[list]:
@@ -222,7 +226,7 @@ def _collect(
         yield group, count, num_bytes
 
 
-def _pack(group: list[Window], window: int) -> list[list[Window]]:
+def _pack(group: list[Window], capacity: int) -> list[list[Window]]:
     """Rows of windows: each goes, the longest first, where it fits most tightly (best fit decreasing)."""
     rows: list[list[Window]] = []
     room: list[tuple[int, int]] = []  # (tokens that still fit, number of the row), sorted
@@ -231,7 +235,7 @@ def _pack(group: list[Window], window: int) -> list[list[Window]]:
         fits = bisect_left(room, (length, 0))
         if fits == len(room):
             rows.append([])
-            room.append((window, len(rows) - 1))
+            room.append((capacity, len(rows) - 1))
         left, row = room.pop(fits)
         rows[row].append(piece)
         insort(room, (left - length, row))
@@ -239,12 +243,13 @@ def _pack(group: list[Window], window: int) -> list[list[Window]]:
 
 
 def _batch(
-    rows: list[list[Window]], window: int, vocab_size: int, device: torch.device
+    rows: list[list[Window]], vocab_size: int, device: torch.device
 ) -> tuple[dict[str, Tensor | int | None], Tensor, Tensor]:
-    """What the model takes, `[B, window]`, and what is scored: flat positions and their labels."""
-    input_ids = torch.zeros(len(rows), window, dtype=torch.int64)
-    position_ids = torch.zeros(len(rows), window, dtype=torch.int64)
-    labels = torch.full((len(rows), window), -1)
+    """What the model takes, `[B, fullest row]`, and what is scored: flat positions and their labels."""
+    width = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    position_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full((len(rows), width), -1)
     longest = max(len(ids) - 1 for row in rows for ids, _ in row)
     ends = [0]
     for number, row in enumerate(rows):
@@ -255,12 +260,12 @@ def _batch(
             input_ids[number, start:stop] = tokens[:-1]
             position_ids[number, start:stop] = torch.arange(stop - start)
             labels[number, start + scored_from - 1 : stop] = tokens[scored_from:]
-            ends.append(number * window + stop)
+            ends.append(number * width + stop)
             start = stop
-        while start < window:  # padding is documents, none longer than the others
-            stop = min(start + longest, window)
+        while start < width:  # padding is documents, none longer than the others
+            stop = min(start + longest, width)
             position_ids[number, start:stop] = torch.arange(stop - start)
-            ends.append(number * window + stop)
+            ends.append(number * width + stop)
             start = stop
     highest = max(int(input_ids.max()), int(labels.max()))
     if highest >= vocab_size:  # on a GPU this would end the process
@@ -273,7 +278,7 @@ def _batch(
         "input_ids": input_ids.to(device),
         "position_ids": position_ids.to(device),
         "cu_seqlens": None if alone else torch.tensor(ends, dtype=torch.int32).to(device),
-        "max_seqlen": window if alone else longest,
+        "max_seqlen": width if alone else longest,
     }
     scored = (labels.flatten() >= 0).nonzero().squeeze(1)
     return inputs, scored.to(device), labels.flatten()[scored].to(device)
