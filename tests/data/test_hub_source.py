@@ -84,12 +84,17 @@ def test_long_texts_are_cut_and_bad_rows_told(tmp_path):
 def test_the_fingerprint_is_that_of_content_and_options(folders):
     folder = str(folders / "one")
     assert datasets(folder).fingerprint == datasets(folder).fingerprint
-    others = [datasets(folder, max_documents=5), datasets(folder, max_document_chars=100), datasets(folder, "x")]
+    others = [datasets(folder, max_documents=5), datasets(folder, max_document_chars=100)]
+    others.append(datasets(folder, on_bad_record="skip"))
     assert len({datasets(folder).fingerprint, *(other.fingerprint for other in others)}) == 4
     library.Dataset.from_dict({"text": TEXTS[:5]}).save_to_disk(folders / "parquet" / "deeper")
     before = datasets(folder).fingerprint
     library.Dataset.from_dict({"text": TEXTS[:9]}).save_to_disk(folder)
     assert datasets(folder).fingerprint != before
+
+
+def test_a_slice_of_a_split_where_there_are_slices(folders):
+    assert len(texts(datasets(str(folders / "parquet"), split="train[:10%]"))) == 30
 
 
 def test_nothing_is_held_while_streaming(folders):
@@ -107,6 +112,13 @@ def test_nothing_is_held_while_streaming(folders):
         ("one", {"max_document_chars": 9}, "the least is 100"),
         ("nowhere", {}, "cannot be (had|read)"),
         ("parquet", {"split": "test"}, "no split 'test'"),
+        ("parquet", {"split": "train[:9]", "streaming": True}, "slice, which streaming=true has not: .*max_documents"),
+        ("parquet/train.parquet", {}, "is a file. Give its folder, .*/parquet, or read .*sources.files data.source.pa"),
+        ("one", {"split": "test"}, "split: .*/one holds one dataset without splits, so no 'test' either"),
+        ("one", {"split": "train[:10%]"}, "split: .* no slice is read: .* set data.source.max_documents"),
+        ("several", {"split": "train[:10%]"}, "split: .* no slice is read: .* set data.source.max_documents"),
+        ("one", {"config": "x", "revision": "y"}, "^data.source.config, data.source.revision: .*save_to_disk.* Remove"),
+        ("several", {"data_files": "*.arrow"}, "^data.source.data_files: .*save_to_disk"),
     ],
 )
 def test_wrong_input_is_one_message(folders, kind, settings, message):

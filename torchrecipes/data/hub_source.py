@@ -38,7 +38,7 @@ def datasets(
     Args:
         name: of a dataset on the hub, or a folder: what `save_to_disk` wrote, or one of Parquet or JSON-lines files.
         config: of the dataset, where it has several: FineWeb's `sample-10BT`.
-        split: also a part of one, as in `train[:10%]` (not when streaming).
+        split: also a part of one, as in `train[:10%]` (not when streaming, nor of what `save_to_disk` wrote).
         streaming: read rows as they arrive instead of downloading all of them first.
         text_key: the column that holds the text.
         data_files: some files of the dataset, see `datasets.load_dataset`.
@@ -61,6 +61,7 @@ def datasets(
     options = Options(
         name, config, split, streaming, text_key, data_files, revision, on_bad_record, max_document_chars, max_documents
     )
+    _check(options)
     rows = _open(options)
     columns = rows.column_names
     if columns and text_key not in columns:
@@ -96,7 +97,10 @@ class Options:
 
 @dataclass
 class DatasetSource:
-    """A source: the rows from `start` up to `stop` of a dataset (None: to its end). Made by `datasets`."""
+    """A source: the rows from `start` up to `stop` of a dataset (None, of a streamed one: to its end).
+
+    Made by `datasets`.
+    """
 
     options: Options
     content: str
@@ -107,8 +111,8 @@ class DatasetSource:
     @property
     def name(self) -> str:
         """The dataset, and which rows of it."""
-        whole = self.start == 0 and (self.options.streaming or self.stop is None)
-        return self.options.label if whole else f"{self.options.label}, rows {self.start:,} to {self.stop:,}"
+        label = self.options.label
+        return label if self.options.streaming else f"{label}, rows {self.start:,} to {self.stop:,}"
 
     @property
     def num_bytes(self) -> int:
@@ -123,7 +127,7 @@ class DatasetSource:
 
     def parts(self) -> "list[DatasetSource]":
         """Return a source for every so many rows; a streamed dataset is one part."""
-        if self.options.streaming or self.stop is None:
+        if self.options.streaming:
             return [self]
         return [
             replace(self, start=first, stop=min(first + PART, self.stop), report=Report())
@@ -154,6 +158,43 @@ class DatasetSource:
             yield from text_field(text, f"{options.label}:{number}", options.max_document_chars)
 
 
+def _check(options: Options) -> None:
+    """That no option is one which `datasets` would pass over in silence, or refuse in words that help nobody.
+
+    Raises:
+        UserError: one is.
+    """
+    name, folder = options.name, Path(options.name)
+    if folder.is_file():
+        raise UserError(
+            f"data.source.name: {name} is a file. Give its folder, {folder.parent}, or read the file with "
+            f"data.source._component_=torchrecipes.data.sources.files data.source.path={name}"
+        )
+    first_rows = "for the first rows of a split, leave the brackets out and set data.source.max_documents"
+    if options.streaming and "[" in options.split:
+        raise UserError(f"data.source.split: {options.split} is a slice, which streaming=true has not: {first_rows}")
+    if not _is_saved(folder):
+        return
+    given = [key for key in ("config", "data_files", "revision") if getattr(options, key) is not None]
+    if given:
+        keys = ", ".join(f"data.source.{key}" for key in given)
+        raise UserError(f"{keys}: {name} was written by save_to_disk, which has none of these. Remove what is set.")
+    if "[" in options.split:
+        raise UserError(
+            f"data.source.split: {name} was written by save_to_disk, of which no slice is read: {first_rows}"
+        )
+    if options.split != "train" and not (folder / "dataset_dict.json").is_file():
+        raise UserError(
+            f"data.source.split: {name} holds one dataset without splits, so no '{options.split}' either. Leave "
+            "split out, or give the folder of the other split."
+        )
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder: several splits, or one."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def _open(options: Options) -> Any:
     """The split, with columns; nothing of it is read.
 
@@ -162,10 +203,9 @@ def _open(options: Options) -> Any:
     """
     import datasets as library  # 0.6 s, which other sources need not wait for
 
-    folder = Path(options.name)
     library.disable_progress_bars()
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if _is_saved(Path(options.name)):
             found = library.load_from_disk(options.name)
             if isinstance(found, library.DatasetDict):
                 if options.split not in found:
