@@ -26,10 +26,11 @@ def text_span(path: str, start: float = 0.0, stop: float = 1.0) -> "TextSpan":
             span that is blank.
     """
     if not 0 <= start < stop <= 1:
-        raise UserError(f"data.source: start={start} and stop={stop} are shares of a file, 0 <= start < stop <= 1")
+        # Not the config's key: a source cannot know whether it is data.source or data.validation_source.
+        raise UserError(f"text_span: start={start} and stop={stop}; they are shares of a file, 0 <= start < stop <= 1")
     if not Path(path).is_file():
         kind = "a folder; text_span reads one file, files reads folders" if Path(path).is_dir() else "no such file"
-        raise UserError(f"data.source.path: {path}: {kind}")
+        raise UserError(f"text_span: {path}: {kind}")
     status = os.stat(path)
     return TextSpan(str(path), start, stop, status.st_size, status.st_mtime_ns)
 
