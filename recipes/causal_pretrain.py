@@ -26,10 +26,11 @@ from torchrecipes.evaluation.causal import evaluate_causal
 from torchrecipes.evaluation.generate import generate_text
 from torchrecipes.evaluation.mlm import unigram
 from torchrecipes.losses import causal_lm_loss
-from torchrecipes.models import check_fit, load_hf
+from torchrecipes.models import check_fit, how_to_load, load_hf
 from torchrecipes.training import ranks
 from torchrecipes.training.auto_rows import choose_rows, free_memory
 from torchrecipes.training.budget import budget_steps, describe_budget
+from torchrecipes.training.check_components import check_components
 from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
 from torchrecipes.training.estimate_run import step_fits
 from torchrecipes.training.experts import ExpertBalance
@@ -108,10 +109,7 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""
-        problems = check_common_keys(self)
-        if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:
-            problems.append("eval_every: there is no text to evaluate on (data.validation_fraction=0); set it to null")
-        return problems
+        return check_common_keys(self) + check_components(self, causal=True)
 
 
 def main(config: Config) -> None:
@@ -129,13 +127,13 @@ def main(config: Config) -> None:
             tokenizer = load_tokenizer(config.init_from, vocab_multiple=1, causal=True)
         else:
             tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
+        targets = NextTokens(tokenizer.eos_id, data.cross_document_attention)
         train_corpus, validation_corpus = prepare_corpus(
             corpus_dir, source, tokenizer, data.validation_fraction, validation_source, data.tokenize_workers
         )
     kind = PackedRows if data.packing else DocumentRows
     make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id, lookahead=1)
     rows = make_rows(train_corpus)
-    targets = NextTokens(tokenizer.eos_id, data.cross_document_attention)
     baseline = unigram(validation_corpus, (), tokenizer.vocab_size) if validation_corpus else None
     max_steps = budget_steps(
         rows, config.rows_per_step, max_steps=config.max_steps, total_tokens=config.total_tokens, epochs=config.epochs
@@ -148,7 +146,7 @@ def main(config: Config) -> None:
     else:
         with torch.device("meta"):  # without memory: each process fills in its own part
             model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
-    check_fit(model, tokenizer, config.seq_len)
+    check_fit(model, tokenizer, config.seq_len, config.sample_prompts if config.sample_every else ())
     model.train()
     convert_to_float8(model, config.precision, device=run.device, emulate=config.emulate_float8)
     checkpoint_activations(model.blocks, config.activation_checkpointing)
@@ -292,8 +290,7 @@ def main(config: Config) -> None:
                 print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
                 raise SystemExit(128 + stopped)
 
-    load = f"AutoModelForCausalLM.from_pretrained({str(saved)!r})"
-    print(f"finished {max_steps:,} steps: {saved}\nload it with transformers: {load}")
+    print(f"finished {max_steps:,} steps: {saved}\n{how_to_load(model, saved)}")
 
 
 if __name__ == "__main__":

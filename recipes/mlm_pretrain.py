@@ -25,10 +25,11 @@ from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.data.tokenizers import load_tokenizer
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram
 from torchrecipes.losses import masked_lm_loss
-from torchrecipes.models import check_fit, load_hf
+from torchrecipes.models import check_fit, how_to_load, load_hf
 from torchrecipes.training import ranks
 from torchrecipes.training.auto_rows import choose_rows, free_memory
 from torchrecipes.training.budget import budget_steps, describe_budget
+from torchrecipes.training.check_components import check_components
 from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
 from torchrecipes.training.estimate_run import step_fits
 from torchrecipes.training.float8 import convert_to_float8
@@ -102,10 +103,7 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""
-        problems = check_common_keys(self)
-        if self.eval_every and not self.data.validation_fraction and not self.data.validation_source:
-            problems.append("eval_every: there is no text to evaluate on (data.validation_fraction=0); set it to null")
-        return problems
+        return check_common_keys(self) + check_components(self, causal=False)
 
 
 def main(config: Config) -> None:
@@ -124,13 +122,13 @@ def main(config: Config) -> None:
             tokenizer = load_tokenizer(config.init_from, vocab_multiple=1)
         else:
             tokenizer = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer")
+        masking = Masking(tokenizer, data.mlm_probability, mask_all=data.mask_all)
         train_corpus, validation_corpus = prepare_corpus(
             corpus_dir, source, tokenizer, data.validation_fraction, validation_source, data.tokenize_workers
         )
     kind = PackedRows if data.packing else DocumentRows
     make_rows = partial(kind, seq_len=config.seq_len, pad_id=tokenizer.pad_id)
     rows = make_rows(train_corpus)
-    masking = Masking(tokenizer, data.mlm_probability, mask_all=data.mask_all)
     baseline = unigram(validation_corpus, tokenizer.special_ids, tokenizer.vocab_size) if validation_corpus else None
     max_steps = budget_steps(
         rows, config.rows_per_step, max_steps=config.max_steps, total_tokens=config.total_tokens, epochs=config.epochs
@@ -276,8 +274,7 @@ def main(config: Config) -> None:
                 print(f"stopped after step {step}, saved {saved}. The same command goes on from there.")
                 raise SystemExit(128 + stopped)
 
-    load = f"AutoModelForMaskedLM.from_pretrained({str(saved)!r})"
-    print(f"finished {max_steps:,} steps: {saved}\nload it with transformers: {load}")
+    print(f"finished {max_steps:,} steps: {saved}\n{how_to_load(model, saved)}")
 
 
 if __name__ == "__main__":

@@ -122,9 +122,9 @@ def test_a_run_that_diverges_at_once_fails_with_the_remedy(config, tmp_path, cap
 
 
 def test_a_run_that_cannot_start_fails_with_its_message(config, tmp_path, capsys):
-    preflight(config, f"output_dir={tmp_path / 'run'}", "seq_len=100", code=1)
+    preflight(config, f"output_dir={tmp_path / 'run'}", "init_from=/no/such/folder", code=1)
     found = rows(capsys.readouterr().out)
-    assert found["a real step"][0] == "FAILED" and "max_position_embeddings=64" in found["a real step"][1]
+    assert found["a real step"][0] == "FAILED" and "/no/such/folder" in found["a real step"][1]
     assert found["checkpoint"] == found["disk"] == ("skipped", "because of the step")
     assert not list((tmp_path / "run").glob(".preflight-*"))
 

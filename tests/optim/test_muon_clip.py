@@ -100,6 +100,19 @@ def test_the_maximum_is_over_all_micro_batches():
         torch.testing.assert_close(logits(one), largest.clamp(max=TAU), rtol=1e-4, atol=1e-6)
 
 
+def test_logits_seen_before_gradients_were_thrown_away_do_not_count():
+    """As in a trial of how many rows fit, or after a step that was skipped."""
+    net = model(layers=1)
+    other = copy.deepcopy(net)
+    optimizer = muon_clip(net, **STILL, qk_clip_tau=TAU)
+    net.head(net(TOKENS.flip(1))).square().mean().backward()
+    optimizer.zero_grad()
+    step(net, optimizer)
+    step(other, muon_clip(other, **STILL, qk_clip_tau=TAU))
+    for name, parameter in other.named_parameters():
+        assert torch.equal(net.get_parameter(name), parameter), name
+
+
 def test_below_tau_it_is_muon_to_the_bit():
     ours, theirs = model(), model()
     for net, make in ((ours, muon_clip), (theirs, muon)):

@@ -185,12 +185,58 @@ def test_the_budget_is_told_in_steps_and_tokens(train, capsys):
         (["init_from=nowhere"], "nowhere"),
         (["tokenizer.causal=false", "data.corpus_dir=null"], "no end-of-sequence token"),
         (["sample_every=0"], "sample_every: 0 is not 1 or more"),
+        (["sample_every=3", "sample_prompts=[]"], "sample_prompts: there is none"),
+        (
+            ["sample_every=3", f"sample_prompts=['','{'the cat ' * 64}']"],
+            "sample_prompts: number 2 has .* 64 positions",
+        ),
+        (["max_steps=-3"], "max_steps: -3 is not above 0"),
         (["z_loss=-1", "label_smoothing=1.0"], "z_loss: -1.0 is not 0 or more"),
     ],
 )
 def test_wrong_settings_are_one_message(train, settings, message):
     with pytest.raises(UserError, match=message):
         train("run", *settings)
+
+
+SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["schedule.warmup_steps=50"], "schedule: warmup_steps: 50 is not between 0 and max_steps"),
+        (["optimizer.lr=-1"], "optimizer: lr: -1.0"),
+        (["model.num_attention_heads=3"], r"model: hidden_size \(32\) must be a multiple"),
+        ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model: Bert is an encoder.* mlm_pretrain"),
+        ([f"model={MODELS['qwen3_moe']}", "data.packing=false"], "data.packing: false fills rows up with padding"),
+        ([f"model={MODELS['qwen3_moe']}", "model.num_experts_per_tok=9"], "num_experts_per_tok=9 is more than"),
+        (["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"], "optimizer: .*scale"),
+        (["guard.max_skips=0"], "guard.max_skips: 0 is not 1 or more"),
+        (["resume=RUN"], r"This is a run; its newest is resume=.*checkpoints/step-00000012"),
+        (["init_from=RUN"], r"init_from: .* This is a run; its newest model is .*checkpoints/step-00000012"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_corpus_is_made(train, tmp_path, settings, message):
+    if any("RUN" in setting for setting in settings):
+        settings = [setting.replace("RUN", str(train("old"))) for setting in settings]
+    with pytest.raises(UserError, match=message):
+        train("run", f"data.corpus_dir={tmp_path / 'corpus'}", *settings)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_decoder_is_no_model_for_masked_tokens(capsys):
+    words = ["mlm_pretrain", "--config", "neobert/quickstart", "model._component_=torchrecipes.models.gpt2_tiny"]
+    assert main(["validate", *words]) == 2
+    assert "model: GPT2 is a decoder" in capsys.readouterr().err
+
+
+def test_a_free_mixture_is_loaded_by_this_library_as_the_last_line_says(train, capsys):
+    sizes = MODELS["qwen3_moe"].replace("qwen3_moe", "moe")
+    run = train("run", f"model={sizes}")
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"load it: torchrecipes.models.load_hf({str(checkpoint(run))!r})"
+    assert load_hf(checkpoint(run)).config.num_experts == 4
 
 
 def test_a_copy_of_the_recipe_runs(train, tmp_path, monkeypatch):

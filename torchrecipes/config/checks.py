@@ -30,6 +30,10 @@ def check_common_keys(config: Any) -> list[str]:
         problems.append(f"label_smoothing: {values['label_smoothing']} is not below 1; it is a share, such as 0.1")
     if config.max_grad_norm is not None and config.max_grad_norm <= 0:
         problems.append(f"max_grad_norm: {config.max_grad_norm} is not above 0 (it is off with null)")
+    if config.eval_every and not config.data.validation_fraction and not config.data.validation_source:
+        problems.append("eval_every: there is no text to evaluate on (data.validation_fraction=0); set it to null")
+    if getattr(config, "sample_every", None) and not config.sample_prompts:
+        problems.append("sample_prompts: there is none; give one at least, as in sample_prompts=['']")
     if config.data.num_workers < 0:
         problems.append(f"data.num_workers: {config.data.num_workers} is not 0 or more")
     if config.precision.startswith("float8") and config.seq_len % 16:

@@ -3,7 +3,7 @@
 from torchrecipes.models.active import active_parameters
 from torchrecipes.models.bert import Bert, BertConfig, bert, bert_base, bert_mini, bert_small, bert_tiny
 from torchrecipes.models.decoder import Decoder
-from torchrecipes.models.fit import check_fit
+from torchrecipes.models.fit import check_fit, check_positions
 from torchrecipes.models.gpt2 import (
     GPT2,
     GPT2Config,
@@ -15,7 +15,7 @@ from torchrecipes.models.gpt2 import (
     gpt2_xl,
     gpt_750m,
 )
-from torchrecipes.models.hub import hf_config, hf_state_dict, load_hf, save_hf
+from torchrecipes.models.hub import hf_config, hf_network, hf_state_dict, how_to_load, load_hf, save_hf
 from torchrecipes.models.llama import LlamaConfig, gpt_750m_modern, llama, llama_tiny
 from torchrecipes.models.moe import MoEConfig, moe, moe_500m
 from torchrecipes.models.neobert import NeoBert, NeoBertConfig, neobert, neobert_100m, neobert_base, neobert_tiny
@@ -43,6 +43,7 @@ __all__ = [
     "bert_small",
     "bert_tiny",
     "check_fit",
+    "check_positions",
     "gpt2",
     "gpt2_large",
     "gpt2_medium",
@@ -52,7 +53,9 @@ __all__ = [
     "gpt_750m",
     "gpt_750m_modern",
     "hf_config",
+    "hf_network",
     "hf_state_dict",
+    "how_to_load",
     "llama",
     "llama_tiny",
     "load_hf",

@@ -132,6 +132,15 @@ def hf_network(path: str | Path) -> nn.Module:
         return _FAMILIES[config.model_type].network(config)
 
 
+def how_to_load(model: nn.Module, path: str | Path) -> str:
+    """For people: what loads a folder that `save_hf` made of `model`."""
+    family = _FAMILIES[model.config.model_type]
+    if family is MOE:
+        return f"load it: torchrecipes.models.load_hf({str(path)!r})"
+    kind = "AutoModelForMaskedLM" if family.architecture.endswith("ForMaskedLM") else "AutoModelForCausalLM"
+    return f"load it with transformers: {kind}.from_pretrained({str(path)!r})"
+
+
 def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
     """Writes a folder that `transformers`' from_pretrained() loads: `config.json`, `model.safetensors`, the tokenizer.
 
@@ -221,7 +230,13 @@ def _read_config(folder: Path) -> Any:
     """The family's config from config.json; every key that cannot be followed is named in one error."""
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{file} does not exist. Name a folder that save_hf() or save_pretrained() wrote.")
+        of_run = sorted(folder.glob("checkpoints/step-*"))
+        hint = (
+            f"This is a run; its newest model is {of_run[-1]}"
+            if of_run
+            else "Name a folder that save_pretrained() wrote"
+        )
+        raise UserError(f"{file} does not exist. {hint}.")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -23,6 +23,11 @@ def check_experts(config: Any, width: str = "moe_intermediate_size") -> None:
         problems.append(
             f"num_experts_per_tok={config.num_experts_per_tok} is more than num_experts={config.num_experts}"
         )
+    layers, dense = config.num_hidden_layers, getattr(config, "mlp_only_layers", ())
+    if beyond := [layer for layer in dense if not 0 <= layer < layers]:
+        problems.append(
+            f"mlp_only_layers={list(dense)} names {beyond[0]}, and the {layers} layers are counted from 0 to {layers - 1}"
+        )
     for name in ("hidden_size", width):
         if getattr(config, name) % 8:
             problems.append(f"{name}={getattr(config, name)} is not a multiple of 8, which grouped products need")

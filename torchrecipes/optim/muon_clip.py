@@ -111,6 +111,13 @@ class QKClip:
         optimizer.takes_found_inf = False  # a step that is skipped is none of those that are counted here
         optimizer.register_step_post_hook(lambda *_: self.after_step())
         optimizer.register_load_state_dict_post_hook(self._go_to_step_of)
+        zero_grad = optimizer.zero_grad
+
+        def forget(set_to_none: bool = True) -> None:  # what was seen goes with the gradients it was seen with
+            zero_grad(set_to_none)
+            self._watch()
+
+        optimizer.zero_grad = forget
         self._watch()
 
     @torch.no_grad()

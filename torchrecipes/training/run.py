@@ -135,6 +135,8 @@ def _prepare(folder: Path, config_yaml: str, resume: str, locks: list) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         locks += _lock(folder)
         has_checkpoints = any((folder / "checkpoints").glob("step-*"))
+        if resume not in ("auto", "never"):
+            _check_is_checkpoint(Path(resume))
         if has_checkpoints and resume == "never":
             raise UserError(
                 f"{folder} holds the checkpoints of a run, and resume=never would write over them. Give another "
@@ -147,6 +149,15 @@ def _prepare(folder: Path, config_yaml: str, resume: str, locks: list) -> None:
         os.replace(temporary, config_file)
     except OSError as error:
         raise UserError(f"output_dir: cannot write {folder}: {error.strerror}. Give another output_dir=...") from error
+
+
+def _check_is_checkpoint(path: Path) -> None:
+    """Tells of a wrong path before a corpus is made; whether the checkpoint is whole is looked at when it is loaded."""
+    if (path / "manifest.json").is_file():
+        return
+    of_run = sorted(path.glob("checkpoints/step-*"))
+    hint = f"This is a run; its newest is resume={of_run[-1]}" if of_run else "Give a folder .../checkpoints/step-..."
+    raise UserError(f"resume: {path} is no checkpoint, which has a manifest.json. {hint}")
 
 
 def _lock(folder: Path) -> list:
