@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ def test_unknown_characters_are_told(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["unknown", "3"]
 
 
+def test_a_token_that_has_another_role_is_no_unknown_text(tmp_path, capsys):
+    tokenizer = train_bpe([Document("abc" * 9, "a")], vocab_size=270, causal=True)
+    tokenizer = replace(tokenizer, unk_id=tokenizer.eos_id)
+    save_hf(llama(tokenizer.vocab_size, 16, 1, 2, 16, max_position_embeddings=32), tmp_path / "model", tokenizer)
+    (tmp_path / "data.txt").write_text("abc\nabc\n")
+    assert measured(capsys, tmp_path / "model", tmp_path / "data.txt")["unknown_tokens"] == 0
+
+
 def test_figures_are_printed_for_people(folder, capsys):
     assert main(["perplexity", str(folder), "--data", str(folder / "data.txt")]) == 0
     out = capsys.readouterr().out
@@ -100,8 +109,15 @@ def test_figures_are_printed_for_people(folder, capsys):
     [
         (["missing.txt"], "missing.txt"),
         (["empty.txt"], "no documents in"),
-        (["data.txt", "--stride", "40"], "the stride is 40"),
-        (["data.txt", "--max-length", "33"], "32 positions"),
+        (["data.txt", "--stride", "40"], "--stride is 40 tokens, and the windows are of 32: --stride 32 or less"),
+        (["data.txt", "--max-length", "9", "--stride", "10"], "--stride 9 or less"),
+        (["data.txt", "--stride", "0"], "--stride is 0; it is 1 or more"),
+        (
+            ["data.txt", "--max-length", "33"],
+            "--max-length is 33 tokens, and the model has 32 positions: --max-length 32 or less",
+        ),
+        (["data.txt", "--max-length", "0"], "--max-length is 0; it is 1 or more"),
+        (["data.txt", "--batch-size", "0"], "--batch-size is 0; it is 1 or more"),
         (["data.txt", "--limit", "0"], "--limit is 0"),
         (["data.txt", "--sample-by", "sentence"], "sentence"),
         (["data.jsonl"], "no key 'text'"),

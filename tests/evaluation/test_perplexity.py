@@ -137,6 +137,13 @@ def test_it_tells_how_far_it_is():
     assert [sum(numbers) for numbers in zip(*told, strict=True)] == [found.documents, found.bytes, found.tokens]
 
 
+def test_it_tells_how_far_it_is_in_a_long_document():
+    told = []
+    perplexity(Counting(), documents(1000), rows=1, tell=lambda *numbers: told.append(numbers))
+    assert all(num_bytes > 0 for _, num_bytes, _ in told[:-1]) and sum(numbers[1] for numbers in told) == 3000
+    assert [documents for documents, _, _ in told] == [0] * (len(told) - 1) + [1]
+
+
 def test_training_goes_on_as_before():
     model = Counting().train()
     before = torch.get_rng_state()

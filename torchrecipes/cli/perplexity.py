@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride", type=int, metavar="N", help="tokens from one window to the next (default: half of --max-length)"
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="windows per forward pass (default: about 16,384 tokens)"
+        "--batch-size", type=int, metavar="N", help="windows per forward pass (default: about 16,384 tokens' worth)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="documents to look at (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -58,8 +58,10 @@ def _as_option(key: re.Match) -> str:
 
 
 def _main(args: argparse.Namespace) -> None:
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit} documents; it is 1 or more.")
+    for option in ("--max-length", "--stride", "--batch-size", "--limit"):
+        value = getattr(args, option[2:].replace("-", "_"))
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}; it is 1 or more. Without it the default holds.")
     wait_without_spinning()
 
     from torchrecipes.data.progress import Progress
@@ -70,13 +72,14 @@ def _main(args: argparse.Namespace) -> None:
 
     from torchrecipes.evaluation.perplexity import Tokens, encode_documents, perplexity
 
+    window = _window(args, model.config.max_position_embeddings)
     texts = (document.text for document in islice(source, args.limit))
     unknown = 0
 
     def documents() -> Iterator[Tokens]:
         nonlocal unknown
         for document in encode_documents(tokenizer, texts):
-            unknown += document.ids.count(tokenizer.unk_id)
+            unknown += document.ids.count(tokenizer.unknown_id)
             yield document
 
     progress = Progress("perplexity", None if args.limit else source.num_bytes)
@@ -85,7 +88,7 @@ def _main(args: argparse.Namespace) -> None:
         found = perplexity(
             model,
             documents(),
-            window=args.max_length,
+            window=window,
             stride=args.stride,
             rows=args.batch_size,
             autocast=autocast,
@@ -98,7 +101,6 @@ def _main(args: argparse.Namespace) -> None:
         require_documents(source, source.report)
     for line in source.report.lines()[1:]:
         print(line, file=sys.stderr)
-    window = args.max_length or model.config.max_position_embeddings
     settings = {"model": str(folder), "window": window, "stride": args.stride or max(1, window // 2)}
     if args.json:
         print(
@@ -117,3 +119,18 @@ def _main(args: argparse.Namespace) -> None:
         print(f"{name:<14} {value:>14}  {said}")
     if unknown:
         print(f"{'unknown':<14} {unknown:>14,}  tokens for text that the tokenizer does not have: figures are too good")
+
+
+def _window(args: argparse.Namespace, positions: int) -> int:
+    window = args.max_length or positions
+    if window > positions:
+        raise UserError(
+            f"--max-length is {window:,} tokens, and the model has {positions:,} positions: "
+            f"--max-length {positions} or less."
+        )
+    if args.stride and args.stride > window:
+        raise UserError(
+            f"--stride is {args.stride:,} tokens, and the windows are of {window:,}: --stride {window} or less, "
+            "or text between them would be left out."
+        )
+    return window

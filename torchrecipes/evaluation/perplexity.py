@@ -212,16 +212,21 @@ def _in_groups(items: Iterable, size: int) -> Iterator[list]:
 def _collect(
     documents: Iterable[Tokens], window: int, stride: int, num_tokens: int
 ) -> Iterator[tuple[list[Window], int, int]]:
-    """Windows of about `num_tokens` tokens, with the documents and bytes that end in them."""
+    """Windows of about `num_tokens` tokens, with the documents that end in them and the bytes that they score."""
     group, held, count, num_bytes = [], 0, 0, 0
     for document in documents:
+        left, unscored = document.num_bytes, len(document.ids) - 1
         for piece in windows(document.ids, window, stride):
+            scored = len(piece.ids) - piece.scored_from
+            share = left * scored // unscored
+            left, unscored = left - share, unscored - scored
             group.append(piece)
             held += len(piece.ids) - 1
+            num_bytes += share
             if held >= num_tokens:
                 yield group, count, num_bytes
                 group, held, count, num_bytes = [], 0, 0, 0
-        count, num_bytes = count + 1, num_bytes + document.num_bytes
+        count, num_bytes = count + 1, num_bytes + left
     if count:
         yield group, count, num_bytes
 
