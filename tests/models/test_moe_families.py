@@ -128,6 +128,8 @@ def test_routing_and_its_loss_are_those_of_the_last_forward_pass():
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than num_experts=4"),
         ({"moe_intermediate_size": 20}, "moe_intermediate_size=20 is not a multiple of 8"),
         ({"hidden_size": 12}, "hidden_size=12 is not a multiple of 8"),
+        ({"mlp_only_layers": [0, 2]}, r"mlp_only_layers=\[0, 2\] names 2, but layers count from 0 to 1"),
+        ({"mlp_only_layers": (-1,)}, r"mlp_only_layers=\[-1\] names -1, "),
         ({"num_experts": 0}, "num_experts=0: sizes are 1 or more"),
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1 is not a number of 0 or more"),
         ({"router_z_loss_coef": math.nan}, "router_z_loss_coef=nan is not a number of 0 or more"),
