@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tests import ranks
 
 UPDATES = """
-import importlib, json, sys
+import importlib, json, sys, warnings
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -43,11 +43,13 @@ def counted(stack, *args):
     return orthogonalize(stack, *args)
 
 module.orthogonalize = counted
-for kind in ("all_to_all_single", "all_gather_into_tensor"):
-    def count(*args, kind=kind, original=getattr(dist, kind), **kwargs):
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+warnings.filterwarnings("error", ".*all_gather_into_tensor")
+for name, kind in (("all_to_all_single", "all_to_all"), (GATHER, "all_gather")):
+    def count(*args, kind=kind, original=getattr(dist, name), **kwargs):
         counts[kind] = counts.get(kind, 0) + 1
         return original(*args, **kwargs)
-    setattr(dist, kind, count)
+    setattr(dist, name, count)
 
 def train(mesh):
     torch.manual_seed(0)
@@ -109,10 +111,10 @@ def test_the_update_of_several_ranks_is_that_of_one(tmp_path):
     told = [json.loads(line) for out in ranks.run(script, 4) for line in out.splitlines()]
     assert len(told) == 2 + 3 + 2 + 4 and all(one["sharded"] for one in told)
     sent = {  # in 3 steps: there and back, once for all matrices
-        (2,): {"all_to_all_single": 6},
-        (3,): {"all_to_all_single": 6},
-        (2, 1): {"all_gather_into_tensor": 3},
-        (2, 2): {"all_to_all_single": 6, "all_gather_into_tensor": 3},
+        (2,): {"all_to_all": 6},
+        (3,): {"all_to_all": 6},
+        (2, 1): {"all_gather": 3},
+        (2, 2): {"all_to_all": 6, "all_gather": 3},
     }
     for shape, kinds in sent.items():
         here = [one for one in told if one["shape"] == list(shape)]

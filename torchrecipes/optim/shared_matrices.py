@@ -231,7 +231,9 @@ class SharedMatrices:
             ours[start : start + found[i].numel()] = found[i].flatten()
             start += found[i].numel()
         theirs = self._empty(max(sizes) * len(copies), dtype)
-        dist.all_gather_into_tensor(theirs, ours, group=self._groups[0])
+        # Newer versions of PyTorch call it all_gather_single, and warn of the old name.
+        gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+        gather(theirs, ours, group=self._groups[0])
         return {
             i: rows
             for c, part in enumerate(theirs.split(max(1, max(sizes))))
