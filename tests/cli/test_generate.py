@@ -6,7 +6,7 @@ import torch
 
 from torchrecipes.cli.main import main
 from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_bpe, train_wordpiece
+from torchrecipes.data.tokenizers import train_bpe, train_char, train_wordpiece
 from torchrecipes.models import gpt2, neobert, save_hf
 from torchrecipes.training.manifest import flush, write_manifest
 
@@ -61,11 +61,11 @@ def test_a_seed_repeats_a_text_and_another_one_changes_it(run, capsys):
 
 
 def test_batches_make_no_difference_and_go_to_a_file(run, tmp_path, capsys):
-    prompts = ["the quick", "brown\nfox", "dog\u2028", "the"]
+    prompts = ["the quick", "brown\nfox", "dog\u2028", "the", "the quick", "the quick"]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt, "id": 1}, ensure_ascii=False) + "\n\n" for prompt in prompts))
     outputs = []
-    for batch in (1, 4):
+    for batch in (1, 2, 6):
         output = tmp_path / f"{batch}.jsonl"
         words = ("--prompts-file", file, "--batch-size", batch, "--max-new-tokens", 9, "--top-k", 20, "--top-p", 0.9)
         out, _ = generate(capsys, run, *words, "--output", output)
@@ -74,7 +74,8 @@ def test_batches_make_no_difference_and_go_to_a_file(run, tmp_path, capsys):
         assert out == f"\n{'-' * 40}\n".join(line["prompt"] + line["text"] for line in found) + "\n"
         assert all(line["num_tokens"] == 9 or line["ended"] for line in found)
         outputs.append(found)
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len({found["text"] for found in outputs[0] if found["prompt"] == "the quick"}) == 3
 
 
 def test_one_prompt_is_printed_as_it_grows(run, tmp_path, monkeypatch, capsys):
@@ -88,8 +89,9 @@ def test_one_prompt_is_printed_as_it_grows(run, tmp_path, monkeypatch, capsys):
     for seed in range(5):
         words = ("--prompt", "水 the", "--max-new-tokens", 30, "--temperature", 2, "--seed", seed)
         printed.clear()
-        generate(capsys, run, *words, "--output", tmp_path / "text.jsonl")
-        found = json.loads((tmp_path / "text.jsonl").read_text())
+        output = tmp_path / f"{seed}.jsonl"
+        generate(capsys, run, *words, "--output", output)
+        found = json.loads(output.read_text())
         assert "".join(printed) == "水 the" + found["text"] + "\n"
         assert printed[0].startswith("水 the") and len(printed) > 2
         assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in printed[:-1])
@@ -120,25 +122,94 @@ def test_a_text_stops_at_the_model_s_positions(run, tmp_path, capsys):
     assert json.loads(output.read_text())["num_tokens"] <= 39
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
+def test_texts_that_are_done_are_kept_when_a_later_one_fails(end, run, tmp_path, monkeypatch, capsys):
+    from torchrecipes.evaluation import generate as module
+
+    batches = []
+
+    def fails_the_third_time(model, tokenizer, prompts, **settings):
+        batches.append(prompts)
+        if len(batches) == 3:
+            assert len(output.read_text().splitlines()) == 2  # there already, not only at the end
+            raise end
+        return [module.Continuation(prompt, "!", 1, False) for prompt in prompts]
+
+    monkeypatch.setattr(module, "generate_text", fails_the_third_time)
+    output = tmp_path / "texts.jsonl"
+    words = ["--prompt", "a", "--prompt", "b", "--prompt", "c", "--batch-size", "1", "--output", str(output)]
+    assert main(["generate", str(run), *words]) == (130 if end is KeyboardInterrupt else 2)
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "texts.jsonl"])
+def test_a_file_is_not_written_over(name, run, tmp_path, capsys):
+    output = tmp_path / name
+    output.write_text("mine")
+    assert main(["generate", str(run), "--prompt", "a", "--output", str(output)]) == 2
+    assert f"--output {output} is there already" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+
+
+def test_a_mistake_leaves_no_output_behind(run, tmp_path, capsys):
+    words = ["--prompt", "the " * 60, "--output", str(tmp_path / "texts.jsonl")]
+    assert main(["generate", str(run), *words]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_are_too_long_are_found_before_any_work(run, tmp_path, capsys):
+    lines = ["the"] * 20 + ["", "the dog " * 30, "the"]
+    (tmp_path / "long.txt").write_text("\n".join(lines))
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps({"prompt": line}) for line in lines))
+    for name in ("long.txt", "long.jsonl"):
+        assert main(["generate", str(run), "--prompts-file", str(tmp_path / name), "--max-new-tokens", "1"]) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert f"{tmp_path / name}:22: " in err and "tokens, and the model has 40 positions" in err
+
+
+def test_unknown_characters_of_a_prompt_are_told(tmp_path, capsys):
+    tokenizer = train_char([Document("abc" * 9, "a")], causal=True)
+    save_hf(gpt2(tokenizer.vocab_size, 16, 1, 2, max_position_embeddings=32), tmp_path / "model", tokenizer)
+    (tmp_path / "prompts.txt").write_text("abc\naböü\nä\n")
+    words = (tmp_path / "model", "--max-new-tokens", 20)
+    _, err = generate(capsys, *words, "--prompts-file", tmp_path / "prompts.txt")
+    told = "<unk> stands for text of the prompts that the tokenizer does not have: 3 times in 2 of 3 prompts"
+    assert f"{told}, the first is {tmp_path}/prompts.txt:2\n" in err
+    out, err = generate(capsys, *words, "--prompt", "abc")
+    assert "<unk>" not in err + out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "there is no prompt. Give --prompt"),
         (["--prompts-file", "missing.txt"], "missing.txt cannot be read: No such file"),
         (["--prompts-file", "bad.jsonl"], 'bad.jsonl:2: not an object with a text under "prompt"'),
-        (["--prompts-file", "empty.txt"], "there is no prompt"),
+        (["--prompts-file", "empty.txt"], "--prompts-file empty.txt is empty"),
+        (["--prompts-file", "empty.txt", "--prompt", "a"], "--prompts-file empty.txt is empty"),
         (["--prompts-file", "latin.txt"], "latin.txt is not UTF-8"),
         (["--prompt", "a", "--output", "missing/texts.jsonl"], "there is no such folder"),
-        (["--prompt", "a", "--batch-size", "0"], "--batch-size is 0"),
+        (["--prompt", "a", "--output", "folder"], "--output folder is a folder. Name a file in it: --output folder/"),
+        (["--prompt", "a", "--output", "latin.txt/texts.jsonl"], "cannot be written: Not a directory"),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size is 0; it is 1 or more"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; it is 1 or more"),
+        (["--prompt", "a", "--top-k", "0"], "--top-k is 0; it is 1 or more"),
+        (["--prompt", "a", "--top-p", "2"], "--top-p is 2.0; it is more than 0 and at most 1"),
         (["--prompt", "a", "--device", "nonsense"], "--device nonsense"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
-        (["--prompt", "the " * 60], "40 positions"),
+        (
+            ["--prompt", "a", "--temperature", "-1"],
+            "--temperature is -1.0; it is 0 (the likeliest token always) or more",
+        ),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature is nan"),
+        (["--prompt", "a", "--prompt", "the " * 60], '--prompt "the the the the the the the th...": 62 tokens, and'),
     ],
 )
 def test_mistakes_are_told(run, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     assert main(["generate", str(run), *words]) == 2
     assert message in capsys.readouterr().err

@@ -234,8 +234,8 @@ def test_bf16_differs_in_rounding_only(family):
     ("prompts", "settings", "message"),
     [
         ([], {}, "there is no prompt"),
-        ([[1], []], {}, "prompt 2 has no token"),
-        ([[1], [1] * POSITIONS], {}, "prompt 2 has 48 tokens, and the model 48 positions"),
+        ([[1], []], {}, "prompt 2: no token"),
+        ([[1], [1] * POSITIONS], {}, "prompt 2: 48 tokens, and the model has 48 positions"),
         ([[1, VOCAB]], {}, "ids 1 to 97"),
         ([[-1]], {}, "ids -1 to -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -88,7 +88,11 @@ def generate(
     """
     prompts = [list(prompt) for prompt in prompts]
     check_sampling(temperature, top_k, top_p)
-    _check_prompts(model, prompts, max_new_tokens)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it is 1 or more.")
+    if not prompts:
+        raise UserError("there is no prompt to continue. Give one at least.")
+    check_prompts(model, prompts)
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest, positions = int(lengths.max()), model.config.max_position_embeddings
@@ -144,6 +148,34 @@ def generate(
         _up_to_the_end(tokens[: positions - len(prompt)], eos_id)
         for prompt, tokens in zip(prompts, new_tokens[:, : step + 1].tolist(), strict=True)
     ]
+
+
+def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> None:
+    """Checks that the model can continue every prompt.
+
+    Args:
+        model: a causal one.
+        prompts: ids of each.
+        names: what a message calls each prompt. None: prompt 1, prompt 2, ...
+
+    Raises:
+        UserError: a prompt has no token, leaves no room for a new one, or has an id that the model does not have.
+    """
+    positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    for name, prompt in zip(names, prompts, strict=True):
+        if not prompt:
+            raise UserError(f"{name}: no token. Let it begin with the token that begins a document.")
+        if len(prompt) >= positions:
+            raise UserError(
+                f"{name}: {len(prompt):,} tokens, and the model has {positions:,} positions (max_position_embeddings), "
+                "which leaves no room for a new one. Shorten the prompt."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise UserError(
+                f"{name}: the ids {min(prompt)} to {max(prompt)}, and the model has {vocab_size:,} tokens. "
+                "Take the model's own tokenizer."
+            )
 
 
 def generate_text(
@@ -221,27 +253,6 @@ def _in_pieces(tokenizer, ids: list[int], tell: Callable[[str], None]) -> Callab
             told = len(text)
 
     return add
-
-
-def _check_prompts(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> None:
-    positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it is 1 or more.")
-    if not prompts:
-        raise UserError("there is no prompt to continue. Give one at least.")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise UserError(f"prompt {number} has no token. Let it begin with the token that begins a document.")
-        if len(prompt) >= positions:
-            raise UserError(
-                f"prompt {number} has {len(prompt):,} tokens, and the model {positions:,} positions "
-                "(max_position_embeddings): there is no room for a new one. Shorten the prompt."
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise UserError(
-                f"prompt {number} has the ids {min(prompt)} to {max(prompt)}, and the model {vocab_size:,} tokens. "
-                "Take the model's own tokenizer."
-            )
 
 
 def _cache(model: nn.Module, batch: int, max_len: int, device: torch.device) -> KVCache:
