@@ -25,9 +25,7 @@ def check_experts(config: Any, width: str = "moe_intermediate_size") -> None:
         )
     layers, dense = config.num_hidden_layers, getattr(config, "mlp_only_layers", ())
     if beyond := [layer for layer in dense if not 0 <= layer < layers]:
-        problems.append(
-            f"mlp_only_layers={list(dense)} names {beyond[0]}, but layers count from 0 to {layers - 1}"
-        )
+        problems.append(f"mlp_only_layers={list(dense)} names {beyond[0]}, but layers count from 0 to {layers - 1}")
     for name in ("hidden_size", width):
         if getattr(config, name) % 8:
             problems.append(f"{name}={getattr(config, name)} is not a multiple of 8, which grouped products need")
