@@ -36,6 +36,15 @@ def test_a_copy_says_where_it_is_and_how_to_run_it(words, target, command, capsy
     assert capsys.readouterr().out == f"Wrote {target}. To run it:\n\n    tune-style {command}\n"
 
 
+def test_the_command_takes_the_config_that_runs_everywhere(shipped, capsys):
+    (Path("shipped") / "configs" / "family" / "quickstart.yaml").write_text(
+        "# recipe: mlm\n# For.\noutput_dir: runs/q\n"
+    )
+    assert main(["cp", "mlm", "my_recipe.py"]) == 0
+    # Not the config's own folder, where a run of the recipe as it is shipped may be.
+    assert "run my_recipe.py --config family/quickstart output_dir=runs/my_recipe\n" in capsys.readouterr().out
+
+
 def test_a_path_with_spaces_is_quoted_in_the_command(capsys):
     assert main(["cp", "mlm", "my recipe.py"]) == 0
     assert "tune-style run 'my recipe.py' --config" in capsys.readouterr().out

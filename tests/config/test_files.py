@@ -64,6 +64,25 @@ def test_a_recipe_that_is_not_there(shipped, tmp_path, name, message):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("family", "'family/quickstart' or 'family/size' or 'family/small'"),
+        ("quickstart", "'family/quickstart' or 'other/quickstart'"),
+        ("family/siez", "'family/size'"),
+        ("family_size", "'family/size'"),
+        ("siez", "'family/size'"),
+    ],
+)
+def test_a_config_that_is_not_there(shipped, name, near):
+    (shipped / "configs" / "other").mkdir()
+    for made in ("family/small", "family/quickstart", "other/quickstart"):
+        (shipped / "configs" / f"{made}.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError) as caught:
+        files.find_config(name)
+    assert f"Did you mean {near}? (All of them" in str(caught.value)
+
+
 def test_a_config_file_wins_over_a_shipped_name(shipped, tmp_path):
     assert files.find_config("family/size") == shipped / "configs" / "family" / "size.yaml"
     (tmp_path / "family").mkdir()

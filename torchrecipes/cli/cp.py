@@ -6,7 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from torchrecipes.config.files import ShippedRecipe, find_shipped, shipped_configs
+from torchrecipes.config.files import ShippedRecipe, find_shipped, quickstart_first, shipped_configs
 from torchrecipes.errors import UserError
 
 
@@ -41,9 +41,10 @@ def main(args: argparse.Namespace) -> None:
 
 def _command(source, target: Path) -> str:
     if isinstance(source, ShippedRecipe):
-        config = next((config for config in shipped_configs() if config.recipe == source.name), None)
+        configs = [config for config in shipped_configs() if config.recipe == source.name]
+        config = min(configs, key=lambda config: quickstart_first(config.name), default=None)
         words = ["tune-style", "run", str(target), "--config", config.name if config else "my.yaml"]
-        config_file = config.path if config else None
+        config_file = None  # its output_dir may hold a run of the recipe as it is shipped, which this would go on with
     else:
         words = ["tune-style", "run", source.recipe or "RECIPE", "--config", str(target)]
         config_file = source.path

@@ -59,6 +59,11 @@ def shipped_configs() -> list[ShippedConfig]:
     return found
 
 
+def quickstart_first(name: str) -> tuple[bool, str]:
+    """The key that sorts names of configs: those that run on any machine, without data, come first."""
+    return name.rsplit("/", 1)[-1] != "quickstart", name
+
+
 def read_header(path: Path) -> tuple[str | None, str]:
     """Return the recipe that a config's first line names (`# recipe: NAME`), or None, and its second line's comment."""
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -130,11 +135,16 @@ def find_shipped(name: str) -> ShippedRecipe | ShippedConfig:
 def _shipped_names(name: str, shipped: dict[str, Path], kind: str) -> str:
     if not shipped:
         return f"No {kind} is shipped with this installation."
-    # `quickstart` alone should find `neobert/quickstart`.
-    tails = {candidate.rsplit("/", 1)[-1]: candidate for candidate in shipped}
-    near = closest(name, shipped) or tails.get(closest(name, tails) or "")
-    if near:
-        return f"Did you mean '{near}'? (All of them: tune-style ls)"
+    tails = {candidate: candidate.rsplit("/", 1)[-1] for candidate in shipped}
+    # `gpt2` alone should find `gpt2/quickstart` and its other sizes, and `quickstart` that of every family.
+    found = sorted((one for one in shipped if one.startswith(f"{name}/")), key=quickstart_first)
+    found = found or [one for one, tail in tails.items() if tail == name]
+    if not found:
+        near = closest(name, shipped)
+        tail = closest(name, tails.values())
+        found = [near] if near else [one for one in shipped if tails[one] == tail]
+    if found:
+        return f"Did you mean {' or '.join(map(repr, found))}? (All of them: tune-style ls)"
     return f"The {kind}s that are shipped: {', '.join(shipped)}."
 
 
