@@ -134,8 +134,9 @@ def _new_file(name: str) -> Iterator[TextIO]:
     try:
         file = path.open("x", encoding="utf-8")
     except FileExistsError:
+        or_delete = ", or delete it first" if path.suffix == ".jsonl" else ""  # else it may be anything, and dear
         raise UserError(
-            f"--output {name} is there already, and is not written over. Give another name, or delete it first."
+            f"--output {name} is there already, and is not written over. Give another name{or_delete}."
         ) from None
     except FileNotFoundError:
         raise UserError(f"--output {name}: there is no such folder. Make it first.") from None
@@ -155,8 +156,8 @@ def _tell_unknown(tokenizer: Any, prompts: list[Prompt], prompt_ids: list[list[i
     if places:
         unknown = tokenizer.decode_token(tokenizer.unknown_id)
         print(
-            f"{unknown} stands for text of the prompts that the tokenizer does not have: "
-            f"{sum(counts):,} times in {len(places):,} of {len(prompts):,} prompts, the first is {places[0]}",
+            f"{unknown} stands for text that the tokenizer does not have: {sum(counts):,} of them in "
+            f"{len(places):,} of {len(prompts):,} prompts, the first of which is {places[0]}",
             file=sys.stderr,
         )
 
