@@ -231,12 +231,12 @@ def test_sigterm_to_one_rank_alone_ends_all_after_saving():
 
 def test_a_rank_that_does_not_leave_is_killed_after_the_grace_period():
     # Ctrl+C on a terminal goes to the launcher's whole process group.
-    process = launcher("--nproc-per-node", "2", "--grace-period", "1", "fails=stubborn", process_group=0)
+    process = launcher("--nproc-per-node", "2", "--grace-period", "3", "fails=stubborn", process_group=0)
     wait_for(process, 2)
     os.killpg(process.pid, signal.SIGINT)
     code, err = end_of(process)
     assert code == 130
-    assert err.startswith("rank 1 had not ended 1 s after the signal and was killed") and err.count("\n") == 1
+    assert err.startswith("rank 1 had not ended 3 s after the signal and was killed") and err.count("\n") == 1
     assert Path("out/saved-0").read_text() == "2"
 
 

@@ -1,3 +1,4 @@
+import importlib
 import itertools
 
 import pytest
@@ -246,6 +247,22 @@ def test_varlen_takes_what_the_plan_gives_it():
     bounds = packing(2, 400, 40, seed=0).to("meta")
     plan = AttentionPlan("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(3, 0))
     assert attention(q, k, v, plan=plan).shape == q.shape
+
+
+@pytest.mark.parametrize("head_dim", [20, 16])
+def test_varlen_gets_heads_of_a_size_that_it_takes(monkeypatch, head_dim):
+    def kernel(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size):
+        assert q.shape[-1] % 8 == 0 and torch.equal(bounds, bounds_k) and longest == longest_k == 40
+        documents = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        scores = [(torch.einsum("snh,tnh->nst", q[a:b], k[a:b]) * scale, v[a:b]) for a, b in documents]
+        return torch.cat([torch.einsum("nst,tnh->snh", weights.softmax(-1), values) for weights, values in scores])
+
+    module = importlib.import_module("torchrecipes.modules.attention")  # the package has a function of that name
+    monkeypatch.setattr(module, "varlen_attn", kernel)
+    q, k, v = torch.randn(3, 2, 100, 4, head_dim, dtype=torch.float64)
+    bounds = packing(2, 100, 40, seed=0)
+    plan = AttentionPlan("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(-1, -1))
+    torch.testing.assert_close(attention(q, k, v, plan=plan), attention(q, k, v, cu_seqlens=bounds))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs CUDA")

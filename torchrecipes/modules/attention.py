@@ -99,10 +99,14 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    q_TNH, k_TNH, v_TNH = (x.flatten(0, 1) for x in (q, k, v))
-    cu_seqlens, longest = plan.cu_seqlens, plan.max_seqlen
-    out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, cu_seqlens, cu_seqlens, longest, longest, window_size=plan.window_size)
-    return out_TNH.view(q.shape)
+    head_dim = q.shape[-1]
+    tensors = [x.flatten(0, 1) for x in (q, k, v)]
+    if head_dim % 8:  # the kernel takes multiples of 8; zeros change no product
+        tensors = [F.pad(x, (0, -head_dim % 8)) for x in tensors]
+    bounds, longest = plan.cu_seqlens, plan.max_seqlen
+    window = {"window_size": plan.window_size}
+    out_TNH = varlen_attn(*tensors, bounds, bounds, longest, longest, scale=head_dim**-0.5, **window)
+    return out_TNH[..., :head_dim].view(q.shape)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """A mixture of experts: every token goes through the few feed-forward layers that a router chooses for it.
 
 Dropless: no expert has a capacity, and no token is left out (Gale et al. 2022, arXiv:2211.15841). One sort brings the
-tokens of an expert together, and each of the two layers is one `grouped_mm` over all experts. Nothing loops over
-experts, and nothing waits for the device.
+tokens of an expert together, and each of the two layers is one `grouped_mm` over all experts: there is no loop over
+experts here, and no wait for the device. PyTorch's own kernel for it is for bf16 on GPUs from Hopper on; elsewhere
+`grouped_mm` itself multiplies expert after expert.
 
 Letters, beside those of the package: E experts, k of them for a token, I inside one, M = T k assignments of a token to
 an expert, sorted by expert.
