@@ -16,7 +16,7 @@ import xxhash
 from torchrecipes.data import atomic, prepare, progress, split_writer
 from torchrecipes.data.corpus import open_corpus, prepare_corpus
 from torchrecipes.data.documents import BadRecord, Document, Report, documents
-from torchrecipes.data.tokenizers import load_tokenizer, train_bpe, train_wordpiece
+from torchrecipes.data.tokenizers import load_tokenizer, train_bpe, train_char, train_wordpiece
 from torchrecipes.errors import UserError
 
 
@@ -197,9 +197,9 @@ def test_progress_in_plain_lines_where_there_is_no_terminal(capsys, monkeypatch)
     shown.add(1, 1_000_000, 150_000, skipped_bytes=4_000_000)
     shown.add(1, 8_000_000, 1)
     assert capsys.readouterr().err.splitlines() == [
-        "tokenizing: 3 documents, 0.2 M tokens, 0.25 M tokens/s, 1.0 MB/s, 0:00:09 left",
-        "tokenizing: 4 documents, 0.4 M tokens, 0.10 M tokens/s, 0.5 MB/s, 0:00:08 left",
-        "tokenizing: 5 documents, 0.4 M tokens, 0.00 M tokens/s, 0.0 MB/s",
+        "tokenizing: 3 documents, 250.0 k tokens, 250.0 k tokens/s, 1.0 MB/s, 0:00:09 left",
+        "tokenizing: 4 documents, 400.0 k tokens, 100.0 k tokens/s, 0.5 MB/s, 0:00:08 left",
+        "tokenizing: 5 documents, 400.0 k tokens, 0.0 k tokens/s, 0.0 MB/s",
     ]
 
 
@@ -407,7 +407,13 @@ def test_an_unknown_token_that_begins_documents_is_not_unknown_text(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "gpt2_like", causal=True)
     assert tokenizer.unk_id == tokenizer.bos_id is not None
     train, _ = prepare_corpus(tmp_path / "corpus", Source(topics(20)), tokenizer, 0)
-    assert train.statistics.unknown == 0
+    assert train.statistics.unknown == 0 and "many" not in train.summary()
+
+
+def test_much_unknown_text_is_told_with_the_remedy(tmp_path):
+    tokenizer = train_char(Source(topics(20)), limit_alphabet=3, causal=True)
+    train, _ = prepare_corpus(tmp_path / "corpus", Source(topics(20)), tokenizer, 0)
+    assert "many tokens are unknown" in train.summary() and "limit_alphabet" in train.summary()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from torchrecipes.data.split_writer import CORPUS_FILE
 from torchrecipes.data.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
+MUCH_UNKNOWN = 0.02  # of the tokens: people should hear of it
+
 
 class Corpus:
     """Tokenized documents, opened by `open_corpus`. Safe to share between threads and to send to other processes.
@@ -128,6 +130,11 @@ class Corpus:
             f"{numbers.bytes / numbers.tokens:.2f} bytes of text per token, "
             f"{numbers.unknown / numbers.tokens:.3%} unknown tokens"
         ]
+        if numbers.unknown > MUCH_UNKNOWN * numbers.tokens:
+            lines.append(
+                "  many tokens are unknown: the model learns to predict that one, and its losses look too good. Take a "
+                "larger vocabulary (limit_alphabet), or train_bpe, to which nothing is unknown"
+            )
         if numbers.empty:
             lines.append(f"  left out {numbers.empty:,}: documents that have no tokens of their own")
         return "\n".join([*lines, *(f"  {line}" for line in self.account["left_out"])])

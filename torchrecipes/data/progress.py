@@ -54,10 +54,15 @@ class Progress:
         seconds = max(time.monotonic() - self.start, 1e-9)
         parts = [f"{self.documents:,} documents"]
         if self.tokens:
-            parts.append(f"{self.tokens / 1e6:,.1f} M tokens, {self.tokens / seconds / 1e6:.2f} M tokens/s")
+            parts.append(f"{_count(self.tokens)} tokens, {_count(self.tokens / seconds)} tokens/s")
         parts.append(f"{self.bytes / seconds / 1e6:.1f} MB/s")
         done = self.bytes + self.skipped_bytes
         if self.total_bytes and self.bytes and done < self.total_bytes:
             left = int((self.total_bytes - done) / self.bytes * seconds)
             parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         return ", ".join(parts)
+
+
+def _count(number: float) -> str:
+    # Tokenizing makes millions per second, a model on a CPU scores some thousands.
+    return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number / 1e3:,.1f} k"
