@@ -225,6 +225,12 @@ def test_what_is_wrong_is_told_before_a_corpus_is_made(train, tmp_path, settings
     assert not (tmp_path / "corpus").exists()
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adamw_4bit", "adamw_cpu_offload", "muon", "muon_clip"])
+def test_every_optimizer_can_be_checked_without_its_device(name, capsys):
+    words = ["causal_pretrain", "--config", "gpt2/quickstart", f"optimizer={{_component_: torchrecipes.optim.{name}}}"]
+    assert main(["validate", *words]) == 0, capsys.readouterr().err
+
+
 def test_a_decoder_is_no_model_for_masked_tokens(capsys):
     words = ["mlm_pretrain", "--config", "neobert/quickstart", "model._component_=torchrecipes.models.gpt2_tiny"]
     assert main(["validate", *words]) == 2

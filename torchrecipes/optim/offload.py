@@ -25,14 +25,16 @@ def adamw_cpu_offload(
     pays where the averages are what does not fit, and a step has many micro-batches to spread the time over.
 
     Args:
-        model: on a CUDA device; the other arguments are those of `adamw`.
+        model: on a CUDA device, or on the meta device, to see whether it can be built; the other arguments are those
+            of `adamw`.
 
     Raises:
         UserError: a parameter is not on a CUDA device, a value is out of range, or nothing in the model is trainable.
     """
     betas = tuple(betas)
     groups = adamw_groups(model, lr, betas, eps, weight_decay)
-    elsewhere = sorted({str(p.device) for group in groups for _, p in group["params"] if p.device.type != "cuda"})
+    devices = {p.device for group in groups for _, p in group["params"]}
+    elsewhere = sorted(str(device) for device in devices if device.type not in ("cuda", "meta"))
     if elsewhere:
         raise UserError(
             f"optimizer adamw_cpu_offload: parameters are on {', '.join(elsewhere)}, and it moves averages from a CUDA "
