@@ -31,7 +31,7 @@ from torchrecipes.training import ranks
 from torchrecipes.training.auto_rows import choose_rows, free_memory
 from torchrecipes.training.budget import budget_steps, describe_budget
 from torchrecipes.training.check_components import check_components
-from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
+from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data, check_steps_left
 from torchrecipes.training.estimate_run import step_fits
 from torchrecipes.training.experts import ExpertBalance
 from torchrecipes.training.float8 import convert_to_float8
@@ -171,6 +171,7 @@ def main(config: Config) -> None:
     resumed = checkpointer.resume(config.resume)
     step, skipped_steps, saved = 0, 0, None  # done; whose data a rollback has left behind; the last checkpoint
     if resumed:
+        check_steps_left(resumed, max_steps)
         check_same_data(resumed, train_corpus, config.resume)
         step, skipped_steps, saved = restore(resumed), resumed.state["skipped_steps"], resumed.path
 

@@ -205,14 +205,27 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["schedule.warmup_steps=50"], "schedule: warmup_steps: 50 is not between 0 and max_steps"),
-        (["optimizer.lr=-1"], "optimizer: lr: -1.0"),
+        (["schedule.warmup_steps=50"], "schedule.warmup_steps: 50 is not between 0 and max_steps"),
+        (["optimizer.lr=-1"], "override 'optimizer.lr=-1': optimizer.lr: -1.0"),
         (["model.num_attention_heads=3"], r"model: hidden_size \(32\) must be a multiple"),
         ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model: Bert is an encoder.* mlm_pretrain"),
         ([f"model={MODELS['qwen3_moe']}", "data.packing=false"], "data.packing: false fills rows up with padding"),
         ([f"model={MODELS['qwen3_moe']}", "model.num_experts_per_tok=9"], "num_experts_per_tok=9 is more than"),
-        (["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"], "optimizer: .*scale"),
+        (["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"], "optimizer.scale: .big. is not one of"),
         (["guard.max_skips=0"], "guard.max_skips: 0 is not 1 or more"),
+        (["schedule.warmup_ratio=1.5", "max_steps=null", "epochs=1"], "schedule.warmup_ratio: 1.5 is not between"),
+        (["schedule.warmup_steps=500", "max_steps=null", "total_tokens=10_000"], "warmup_steps: 500 .* max_steps = 40"),
+        (["data.validation_fraction=2"], "data.validation_fraction: 2.0 is not a share"),
+        (["model._component_=tests.recipes.components.linear"], "model: Linear is no model of a family"),
+        (["model._component_=tests.recipes.components.nothing"], "model: NoneType is no model of a family"),
+        (
+            ["model._component_=tests.recipes.components.larger"],
+            "not those of a LlamaForCausalLM.*: extra.bias, extra.wei",
+        ),
+        (["model._component_=tests.recipes.components.broken"], r"model: KeyError: 'mine' \(.*components.py:\d+\)"),
+        (["optimizer._component_=tests.recipes.components.nothing"], "gave NoneType, and no torch.optim.Optimizer"),
+        (["optimizer._component_=torch.optim.SGD"], "one problem.*torch.optim.SGD needs the argument 'params'"),
+        (["schedule._component_=tests.recipes.components.Schedule"], r"has no apply\(optimizer, step\)"),
         (["resume=RUN"], r"This is a run; its newest is resume=.*checkpoints/step-00000012"),
         (["init_from=RUN"], r"init_from: .* This is a run; its newest model is .*checkpoints/step-00000012"),
     ],
@@ -220,7 +233,7 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
 def test_what_is_wrong_is_told_before_a_corpus_is_made(train, tmp_path, settings, message):
     if any("RUN" in setting for setting in settings):
         settings = [setting.replace("RUN", str(train("old"))) for setting in settings]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"(?s){message}"):
         train("run", f"data.corpus_dir={tmp_path / 'corpus'}", *settings)
     assert not (tmp_path / "corpus").exists()
 
@@ -229,6 +242,17 @@ def test_what_is_wrong_is_told_before_a_corpus_is_made(train, tmp_path, settings
 def test_every_optimizer_can_be_checked_without_its_device(name, capsys):
     words = ["causal_pretrain", "--config", "gpt2/quickstart", f"optimizer={{_component_: torchrecipes.optim.{name}}}"]
     assert main(["validate", *words]) == 0, capsys.readouterr().err
+
+
+def test_an_optimizer_that_looks_at_values_is_used_though_it_cannot_be_tried(train):
+    run = train("run", "optimizer={_component_: tests.recipes.components.of_large_matrices}", "max_steps=2")
+    assert checkpoint(run, 2).exists()
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(train):
+    old = train("old")
+    with pytest.raises(UserError, match="is of step 12, and the run ends at step 5"):
+        train("new", f"resume={checkpoint(old)}", "max_steps=5")
 
 
 def test_a_decoder_is_no_model_for_masked_tokens(capsys):

@@ -174,6 +174,14 @@ def test_ranks_hear_of_each_others_numbers_and_of_the_firsts_mistakes(tmp_path, 
     assert results[1][1] == ""  # only rank 0 is heard on stdout
 
 
+def test_a_model_is_on_the_meta_device_as_a_whole_or_not_at_all():
+    model = neobert(32, 16, 1, 1, 16)
+    with torch.device("meta"):
+        model.embedding = nn.Embedding(32, 16)
+    with pytest.raises(UserError, match=r"1 of its \d+ parameters on the meta device"):
+        materialize(model, torch.device("cpu"), 0)
+
+
 def run_of(world_size, local_world_size=None):
     return Run(Path("."), torch.device("cpu"), 0, world_size, local_world_size or world_size)
 

@@ -117,8 +117,10 @@ def _to_dataclass(checker: Checker, tree: dict[str, Any], schema: type, place: P
     config = schema(**read)
     for message in config.check() if hasattr(config, "check") else []:
         # The line to show is that of the first key that the message speaks of.
-        key = next((word for word in re.findall(r"\w+", message) if (*place, word) in checker.layers.origins), None)
-        checker.problems.add(checker.layers.nearest((*place, key) if key else place), message)
+        keys = [(*place, *word.split(".")) for word in re.findall(r"\w+(?:\.\w+)*", message)]
+        keys += [key[: len(place) + 1] for key in keys]  # where a value is a default, its section
+        key = next((key for key in keys if key in checker.layers.origins), place)
+        checker.problems.add(checker.layers.nearest(key), message)
     return config
 
 

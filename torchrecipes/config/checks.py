@@ -28,6 +28,11 @@ def check_common_keys(config: Any) -> list[str]:
     ]
     if (values["label_smoothing"] or 0) >= 1:
         problems.append(f"label_smoothing: {values['label_smoothing']} is not below 1; it is a share, such as 0.1")
+    fraction, masked = config.data.validation_fraction, getattr(config.data, "mlm_probability", 0.2)
+    if not 0 <= fraction < 1:
+        problems.append(f"data.validation_fraction: {fraction} is not a share of the documents, from 0 to below 1")
+    if not 0 < masked < 1:
+        problems.append(f"data.mlm_probability: {masked} is not a share of the tokens, between 0 and 1")
     if config.max_grad_norm is not None and config.max_grad_norm <= 0:
         problems.append(f"max_grad_norm: {config.max_grad_norm} is not above 0 (it is off with null)")
     if config.eval_every and not config.data.validation_fraction and not config.data.validation_source:

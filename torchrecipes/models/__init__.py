@@ -15,7 +15,7 @@ from torchrecipes.models.gpt2 import (
     gpt2_xl,
     gpt_750m,
 )
-from torchrecipes.models.hub import hf_config, hf_network, hf_state_dict, how_to_load, load_hf, save_hf
+from torchrecipes.models.hub import check_family, hf_config, hf_network, hf_state_dict, how_to_load, load_hf, save_hf
 from torchrecipes.models.llama import LlamaConfig, gpt_750m_modern, llama, llama_tiny
 from torchrecipes.models.moe import MoEConfig, moe, moe_500m
 from torchrecipes.models.neobert import NeoBert, NeoBertConfig, neobert, neobert_100m, neobert_base, neobert_tiny
@@ -42,6 +42,7 @@ __all__ = [
     "bert_mini",
     "bert_small",
     "bert_tiny",
+    "check_family",
     "check_fit",
     "check_positions",
     "gpt2",

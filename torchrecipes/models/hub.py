@@ -132,6 +132,27 @@ def hf_network(path: str | Path) -> nn.Module:
         return _FAMILIES[config.model_type].network(config)
 
 
+def check_family(model: Any) -> None:
+    """Checks that a model is one that `save_hf` can write: of a family here, and with that family's parameters.
+
+    Raises:
+        UserError: it is not.
+    """
+    family = _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
+    if family is None or not isinstance(model.config, family.config_class):
+        raise UserError(
+            f"{type(model).__name__} is no model of a family of this library, whose checkpoints it can write. Take one "
+            "from torchrecipes.models, or a loop of your own (docs/own-loop.md)"
+        )
+    names, known = set(model.state_dict()), set(family.layout(model.config))
+    if names != known:
+        differ = ", ".join(sorted(names ^ known)[:5])
+        raise UserError(
+            f"the parameters are not those of a {family.architecture}, and no checkpoint could be written: {differ}. "
+            "Take a loop of your own for such a model (docs/own-loop.md)"
+        )
+
+
 def how_to_load(model: nn.Module, path: str | Path) -> str:
     """For people: what loads a folder that `save_hf` made of `model`."""
     family = _FAMILIES[model.config.model_type]

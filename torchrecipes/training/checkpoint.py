@@ -42,7 +42,7 @@ from torchrecipes.training.optimizer_state import (
     unflatten_optimizer,
 )
 
-__all__ = ["Checkpoint", "Checkpointer", "check_same_data", "verify"]
+__all__ = ["Checkpoint", "Checkpointer", "check_same_data", "check_steps_left", "verify"]
 # One process without a process group is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 HIDDEN = ".incomplete-"  # before the name of a folder that is being written or removed
@@ -478,6 +478,19 @@ def check_same_data(checkpoint: Checkpoint, corpus, resume: str) -> None:
         raise UserError(
             f"{corpus.folder} is not the corpus that {checkpoint.path} was trained on: its order would be another one. "
             f"Bring the old corpus back, or go on on purpose: resume={checkpoint.path} output_dir=OTHER."
+        )
+
+
+def check_steps_left(checkpoint: Checkpoint, max_steps: int) -> None:
+    """Checks that a checkpoint is not beyond the run's last step.
+
+    Raises:
+        UserError: it is.
+    """
+    if checkpoint.step > max_steps:
+        raise UserError(
+            f"resume: {checkpoint.path} is of step {checkpoint.step:,}, and the run ends at step {max_steps:,}. Train "
+            "for more steps, or take its weights alone: resume=auto output_dir=OTHER init_from=..."
         )
 
 

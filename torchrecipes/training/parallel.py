@@ -100,11 +100,17 @@ def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
     A rank draws its own part of weights that are a function of (seed, name): the same as on one process.
 
     Args:
-        model: has `init_weights(seed)`.
+        model: has `init_weights(seed)`; all of it on the meta device, or nothing.
         device: of this process.
         seed: of the initial weights.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    on_meta = [parameter.is_meta for parameter in model.parameters()]
+    if any(on_meta) and not all(on_meta):
+        raise UserError(
+            f"the model has {sum(on_meta)} of its {len(on_meta)} parameters on the meta device. Initialization would "
+            "write over the others: build all of it there, and set weights in init_weights(seed)."
+        )
+    if any(on_meta):
         model.to_empty(device=device)
         model.init_weights(seed)
     else:

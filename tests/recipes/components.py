@@ -1,0 +1,33 @@
+"""Components as a user might write them, right ones and wrong ones."""
+
+import torch
+from torch import nn
+
+from torchrecipes.models import llama
+
+
+def linear(vocab_size):
+    return nn.Linear(3, 3)
+
+
+def nothing(model=None):
+    pass
+
+
+def larger(vocab_size):
+    model = llama(vocab_size, 32, 1, 2, intermediate_size=64, max_position_embeddings=64)
+    model.extra = nn.Linear(3, 3)
+    return model
+
+
+def broken(vocab_size):
+    raise KeyError("mine")
+
+
+def of_large_matrices(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.norm() > 0.1], lr=1e-3)
+
+
+class Schedule:
+    def __init__(self, max_steps):
+        pass
