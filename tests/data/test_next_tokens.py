@@ -26,6 +26,11 @@ def word_tokenizer(bos, eos):
     return make_tokenizer(backend, special, vocab_multiple=1, causal=True)
 
 
+def test_rows_without_the_token_behind_them_are_refused(made):
+    with pytest.raises(ValueError, match=r"lookahead=0; next tokens need PackedRows\(..., lookahead=1\)"):
+        NextTokens(eos_id=1).batch(PackedRows(made[0], 8, pad_id=1), np.array([0]), np.array([0]))
+
+
 @pytest.fixture(scope="module", params=["E E", "B E"])
 def made(request, tmp_path_factory):
     """A corpus of several small shards, its tokenizer, and its documents as lists of ids."""

@@ -211,7 +211,10 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
         ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model: Bert is an encoder.* mlm_pretrain"),
         ([f"model={MODELS['qwen3_moe']}", "data.packing=false"], "data.packing: false fills rows up with padding"),
         ([f"model={MODELS['qwen3_moe']}", "model.num_experts_per_tok=9"], "num_experts_per_tok=9 is more than"),
-        (["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"], "optimizer.scale: .big. is not one of"),
+        (
+            ["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"],
+            "optimizer.scale: .big. is not one of",
+        ),
         (["guard.max_skips=0"], "guard.max_skips: 0 is not 1 or more"),
         (["schedule.warmup_ratio=1.5", "max_steps=null", "epochs=1"], "schedule.warmup_ratio: 1.5 is not between"),
         (["schedule.warmup_steps=500", "max_steps=null", "total_tokens=10_000"], "warmup_steps: 500 .* max_steps = 40"),

@@ -36,14 +36,21 @@ class NextTokens:
         self.eos_id, self.cross_document_attention = eos_id, cross_document_attention
 
     def batch(self, rows: PackedRows | DocumentRows, numbers: np.ndarray, _row_keys: np.ndarray) -> Batch:
-        """The rows with these numbers, `[B]`, -1 being a row of padding. Nothing is drawn, so keys are not used."""
+        """The rows with these numbers, `[B]`, -1 being a row of padding. Nothing is drawn, so keys are not used.
+
+        Raises:
+            ValueError: rows that do not show the token behind them.
+        """
+        if rows.lookahead != 1:
+            raise ValueError(
+                f"the rows have lookahead={rows.lookahead}; next tokens need {type(rows).__name__}(..., lookahead=1)"
+            )
         block = rows.rows(numbers)
         tokens, following = block.tokens[:, :-1], block.tokens[:, 1:]
         is_start = np.zeros(block.tokens.shape, dtype=bool)
         is_start.reshape(-1)[block.boundaries] = True
-        is_padding = (
-            np.arange(rows.seq_len + 1) >= block.lengths[:, None]
-        )  # its token may be the one that ends documents
+        # The token of padding may be the one that ends documents.
+        is_padding = np.arange(rows.seq_len + 1) >= block.lengths[:, None]
         labels = following.copy()
         ends = (is_padding if self.cross_document_attention else is_start)[:, 1:]
         labels[ends] = np.where(tokens[ends] == self.eos_id, IGNORED, self.eos_id)
