@@ -41,7 +41,7 @@ def _gelu(x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """GELU of x and, if asked for, its derivative, in the dtype of x."""
     if torch.compiler.is_compiling() or x.numel() <= TILE:  # a compiler makes one loop of it by itself
         out, slope = _tile(x, with_slope)
-        return out.to(x.dtype), slope.to(x.dtype) if with_slope else None
+        return _cast(out, x.dtype), _cast(slope, x.dtype) if with_slope else None
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     slope = torch.empty_like(out) if with_slope else None
     slopes = slope.view(-1).split(TILE) if with_slope else ()
@@ -53,9 +53,14 @@ def _gelu(x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     return out, slope
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Not left to `x.to`: where it changes nothing, torch 2.11 compiles it to a gradient of zero."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _tile(x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """The same in fp32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = _cast(x, torch.promote_types(x.dtype, torch.float32))
     scale = wide.new_full((), SCALE)
     gate = torch.addcmul(scale, wide, wide, value=SCALE * CUBIC).mul_(wide).sigmoid_()
     out = wide * gate
