@@ -23,7 +23,7 @@ from torchrecipes.data.next_tokens import NextTokens
 from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.data.tokenizers import load_tokenizer
 from torchrecipes.evaluation.causal import evaluate_causal
-from torchrecipes.evaluation.generate import generate_text
+from torchrecipes.evaluation.generate import check_prompts, generate_text
 from torchrecipes.evaluation.mlm import unigram
 from torchrecipes.losses import causal_lm_loss
 from torchrecipes.models import check_fit, how_to_load, load_hf
@@ -31,11 +31,12 @@ from torchrecipes.training import ranks
 from torchrecipes.training.auto_rows import choose_rows, free_memory
 from torchrecipes.training.budget import budget_steps, describe_budget
 from torchrecipes.training.check_components import check_components
-from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data, check_steps_left
+from torchrecipes.training.checkpoint import Checkpoint, Checkpointer
 from torchrecipes.training.estimate_run import step_fits
 from torchrecipes.training.experts import ExpertBalance
 from torchrecipes.training.float8 import convert_to_float8
 from torchrecipes.training.flops import causal_flops_per_token, peak_flops
+from torchrecipes.training.goes_on import check_goes_on
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
 from torchrecipes.training.metrics import Metrics
 from torchrecipes.training.parallel import clip_gradients, materialize, parallelize, sync_gradients
@@ -146,7 +147,9 @@ def main(config: Config) -> None:
     else:
         with torch.device("meta"):  # without memory: each process fills in its own part
             model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
-    check_fit(model, tokenizer, config.seq_len, config.sample_prompts if config.sample_every else ())
+    check_fit(model, tokenizer, config.seq_len)
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in config.sample_prompts]
+    check_prompts(model, prompts, [f"sample_prompts: {prompt[:30]!r}" for prompt in config.sample_prompts])
     model.train()
     convert_to_float8(model, config.precision, device=run.device, emulate=config.emulate_float8)
     checkpoint_activations(model.blocks, config.activation_checkpointing)
@@ -171,8 +174,7 @@ def main(config: Config) -> None:
     resumed = checkpointer.resume(config.resume)
     step, skipped_steps, saved = 0, 0, None  # done; whose data a rollback has left behind; the last checkpoint
     if resumed:
-        check_steps_left(resumed, max_steps)
-        check_same_data(resumed, train_corpus, config.resume)
+        check_goes_on(resumed, train_corpus, config.resume, max_steps)
         step, skipped_steps, saved = restore(resumed), resumed.state["skipped_steps"], resumed.path
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:  # to train on, and its plain cross-entropy

@@ -30,10 +30,11 @@ from torchrecipes.training import ranks
 from torchrecipes.training.auto_rows import choose_rows, free_memory
 from torchrecipes.training.budget import budget_steps, describe_budget
 from torchrecipes.training.check_components import check_components
-from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data, check_steps_left
+from torchrecipes.training.checkpoint import Checkpoint, Checkpointer
 from torchrecipes.training.estimate_run import step_fits
 from torchrecipes.training.float8 import convert_to_float8
 from torchrecipes.training.flops import mlm_flops_per_token, peak_flops
+from torchrecipes.training.goes_on import check_goes_on
 from torchrecipes.training.memory import checkpoint_activations, out_of_memory_advice
 from torchrecipes.training.metrics import Metrics
 from torchrecipes.training.parallel import clip_gradients, materialize, parallelize, sync_gradients
@@ -165,8 +166,7 @@ def main(config: Config) -> None:
     resumed = checkpointer.resume(config.resume)
     step, skipped_steps, saved = 0, 0, None  # done; whose data a rollback has left behind; the last checkpoint
     if resumed:
-        check_steps_left(resumed, max_steps)
-        check_same_data(resumed, train_corpus, config.resume)
+        check_goes_on(resumed, train_corpus, config.resume, max_steps)
         step, skipped_steps, saved = restore(resumed), resumed.state["skipped_steps"], resumed.path
 
     def loss_of(batch: Batch) -> torch.Tensor:

@@ -188,7 +188,7 @@ def test_the_budget_is_told_in_steps_and_tokens(train, capsys):
         (["sample_every=3", "sample_prompts=[]"], "sample_prompts: there is none"),
         (
             ["sample_every=3", f"sample_prompts=['','{'the cat ' * 64}']"],
-            "sample_prompts: number 2 has .* 64 positions",
+            "sample_prompts: 'the cat .* 64 positions",
         ),
         (["max_steps=-3"], "max_steps: -3 is not above 0"),
         (["z_loss=-1", "label_smoothing=1.0"], "z_loss: -1.0 is not 0 or more"),

@@ -12,7 +12,8 @@ from torchrecipes.errors import UserError
 from torchrecipes.models import bert, load_hf, neobert
 from torchrecipes.optim import adamw
 from torchrecipes.training import manifest
-from torchrecipes.training.checkpoint import Checkpointer, check_same_data, verify
+from torchrecipes.training.checkpoint import Checkpointer, verify
+from torchrecipes.training.goes_on import check_goes_on
 
 
 @pytest.fixture(scope="module")
@@ -301,11 +302,11 @@ def test_another_corpus_is_refused_unless_the_checkpoint_was_named(saved):
         folder, fingerprint = "corpus/train", "abc"
 
     resumed = saved[0].resume("auto")
-    check_same_data(resumed, Corpus, "auto")
+    check_goes_on(resumed, Corpus, "auto")
     Corpus.fingerprint = "other"
     with pytest.raises(UserError, match="not the corpus that"):
-        check_same_data(resumed, Corpus, "auto")
-    check_same_data(resumed, Corpus, str(resumed.path))
+        check_goes_on(resumed, Corpus, "auto")
+    check_goes_on(resumed, Corpus, str(resumed.path))
 
 
 def test_a_checkpoint_with_a_missing_file_does_not_count_among_those_that_are_kept(tmp_path, tokenizer):

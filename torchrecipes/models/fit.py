@@ -1,6 +1,5 @@
 """Whether a model's sizes are sizes, and whether model, tokenizer and row length go together."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,14 +23,13 @@ def check_sizes(config: Any) -> None:
         raise UserError(f"model: {', '.join(low)}: sizes are 1 or more.")
 
 
-def check_fit(model: nn.Module, tokenizer, seq_len: int, sample_prompts: Sequence[str] = ()) -> None:
+def check_fit(model: nn.Module, tokenizer, seq_len: int) -> None:
     """Checks that the model has a row for every token and a position for every place in a row.
 
     Args:
         model: has `config.vocab_size` and `config.max_position_embeddings`.
         tokenizer: has `vocab_size`.
         seq_len: tokens per row.
-        sample_prompts: texts that the model is to go on with, each of which needs a position more than it has tokens.
 
     Raises:
         UserError: it has not; the message names the setting to change.
@@ -42,13 +40,6 @@ def check_fit(model: nn.Module, tokenizer, seq_len: int, sample_prompts: Sequenc
             "them. Take the model's own tokenizer, with vocab_multiple: 1 if it was made without inert tokens."
         )
     check_positions(model, seq_len)
-    positions = model.config.max_position_embeddings
-    for number, prompt in enumerate(sample_prompts, start=1):
-        if (tokens := len(tokenizer.encode_prompt(prompt))) >= positions:
-            raise UserError(
-                f"sample_prompts: number {number} has {tokens:,} tokens, and the model {positions:,} positions "
-                "(max_position_embeddings): there is no room for a new one. Shorten it."
-            )
 
 
 def check_positions(model: nn.Module, seq_len: int) -> None:

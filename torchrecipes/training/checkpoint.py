@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchrecipes.errors import UserError
-from torchrecipes.models.hub import hf_network, hf_state_dict, stored_tensors, write_hf_config, write_tensors
+from torchrecipes.models.hub import hf_state_dict, stored_tensors, write_hf_config, write_tensors
 from torchrecipes.training import ranks
+from torchrecipes.training.goes_on import check_same_network
 from torchrecipes.training.manifest import flush, fsync, verify, write_manifest
 from torchrecipes.training.optimizer_state import (
     check_same_optimizer,
@@ -42,7 +43,7 @@ from torchrecipes.training.optimizer_state import (
     unflatten_optimizer,
 )
 
-__all__ = ["Checkpoint", "Checkpointer", "check_same_data", "check_steps_left", "verify"]
+__all__ = ["Checkpoint", "Checkpointer", "verify"]
 # One process without a process group is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 HIDDEN = ".incomplete-"  # before the name of a folder that is being written or removed
@@ -401,7 +402,7 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint is of another model; names what differs.
         """
-        _same_network(self.path, model)
+        check_same_network(self.path, model)
         parameters = model.state_dict()
         with torch.no_grad():
             for name, tensor in stored_tensors(model, self.path):
@@ -461,37 +462,6 @@ class _Save:
     rng: dict[str, Tensor]
     model: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Tensor]
-
-
-def check_same_data(checkpoint: Checkpoint, corpus, resume: str) -> None:
-    """Checks that a run goes on with the corpus that it was started with.
-
-    Args:
-        checkpoint: has the corpus' fingerprint as `state["corpus"]`.
-        corpus: has `fingerprint` and `folder`.
-        resume: the recipe's setting; a path was named on purpose, so there the corpus may be another one.
-
-    Raises:
-        UserError: it is another corpus.
-    """
-    if resume == "auto" and checkpoint.state.get("corpus") != corpus.fingerprint:
-        raise UserError(
-            f"{corpus.folder} is not the corpus that {checkpoint.path} was trained on: its order would be another one. "
-            f"Bring the old corpus back, or go on on purpose: resume={checkpoint.path} output_dir=OTHER."
-        )
-
-
-def check_steps_left(checkpoint: Checkpoint, max_steps: int) -> None:
-    """Checks that a checkpoint is not beyond the run's last step.
-
-    Raises:
-        UserError: it is.
-    """
-    if checkpoint.step > max_steps:
-        raise UserError(
-            f"resume: {checkpoint.path} is of step {checkpoint.step:,}, and the run ends at step {max_steps:,}. Train "
-            "for more steps, or take its weights alone: resume=auto output_dir=OTHER init_from=..."
-        )
 
 
 def _open(path: Path) -> Checkpoint:
@@ -570,41 +540,6 @@ def _torch_rng() -> dict[str, Tensor]:
 def _numpy_rng() -> list:
     name, keys, *rest = np.random.get_state()
     return [name, keys.tolist(), *rest]
-
-
-def _same_network(path: Path, model: nn.Module) -> None:
-    stored_model = hf_network(path)
-    stored, ours = stored_model.state_dict(), model.state_dict()
-    problems = [f"{name} is not in the checkpoint" for name in ours if name not in stored]
-    problems += [f"{name} is not in this model" for name in stored if name not in ours]
-    problems += [
-        f"{name} is {list(stored[name].shape)} there and {list(ours[name].shape)} here"
-        for name in ours
-        if name in stored and stored[name].shape != ours[name].shape
-    ]
-    # The same shapes can be another network: other heads, another rope_theta. What only training uses may change.
-    if not problems and type(stored_model.config) is type(model.config):
-        there, here = asdict(stored_model.config), asdict(model.config)
-        may_change = (
-            "initializer_range",
-            "max_position_embeddings",
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "attention_dropout",
-            "attn_pdrop",
-            "embd_pdrop",
-            "resid_pdrop",
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-        )
-        problems = [
-            f"{key} is {there[key]} there and {here[key]} here"
-            for key in here
-            if key not in may_change and there[key] != here[key]
-        ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise UserError(f"{path} is a checkpoint of another model: {shown}. Give the settings it was trained with.")
 
 
 @contextmanager

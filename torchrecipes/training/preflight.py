@@ -18,8 +18,9 @@ from torchrecipes.data.corpus import Corpus, open_corpus
 from torchrecipes.data.packing import DocumentRows, PackedRows
 from torchrecipes.errors import UserError, explain
 from torchrecipes.training.budget import budget_steps
-from torchrecipes.training.checkpoint import Checkpoint, Checkpointer, check_same_data
+from torchrecipes.training.checkpoint import Checkpoint, Checkpointer
 from torchrecipes.training.estimate_run import estimate_run
+from torchrecipes.training.goes_on import check_goes_on
 from torchrecipes.training.run import _check_same_settings, _lock
 from torchrecipes.training.trial import STEPS, Trial, size
 
@@ -310,7 +311,7 @@ def _data(config: Any, train: Corpus, resumed: Checkpoint | None) -> Check:
     """Whether the text is that of the checkpoint to resume from. That it fills a row, the step has shown."""
     if resumed:
         try:
-            check_same_data(resumed, train, config.resume)
+            check_goes_on(resumed, train, config.resume)
         except UserError as error:
             return Check("data", "failed", str(error))
     of = f"; the corpus of {resumed.path}" if resumed and config.resume == "auto" else ""
