@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from torchrecipes.modules import AttentionPlan, attention, attention_plan
+from torchrecipes.modules import AttentionBackend, attention, choose_attention_backend
 
 SHAPES = [  # rows, tokens per row, heads, key-value heads, size of a head
     (12, 64, 4, 4, 32),
@@ -26,13 +26,13 @@ SHAPES = [  # rows, tokens per row, heads, key-value heads, size of a head
 ]
 
 
-def plans(rows: int, length: int, dtype: torch.dtype) -> dict[str, AttentionPlan]:
+def plans(rows: int, length: int, dtype: torch.dtype) -> dict[str, AttentionBackend]:
     """The three ways of the same attention."""
     mask = torch.full((1, 1, length, length), float("-inf"), dtype=dtype).triu_(1)
     return {
-        "tiled": attention_plan(None, (rows, length), causal=True, device=torch.device("cpu"), dtype=dtype),
-        "sdpa": AttentionPlan("sdpa", causal=True),
-        "math": AttentionPlan("math", mask=mask),
+        "tiled": choose_attention_backend(None, (rows, length), causal=True, device=torch.device("cpu"), dtype=dtype),
+        "sdpa": AttentionBackend("sdpa", causal=True),
+        "math": AttentionBackend("math", mask=mask),
     }
 
 
@@ -43,10 +43,10 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[st
     grad = torch.randn(rows, length, heads, size, dtype=dtype)
     times = {}
     for repeat in range(repeats + 2):
-        for name, plan in plans(rows, length, dtype).items():
+        for name, backend in plans(rows, length, dtype).items():
             qkv.grad = None
             start = time.perf_counter()
-            attention(*qkv.split([heads, kv_heads, kv_heads], dim=2), plan=plan).backward(grad)
+            attention(*qkv.split([heads, kv_heads, kv_heads], dim=2), backend=backend).backward(grad)
             if repeat >= 2:
                 times.setdefault(name, []).append(time.perf_counter() - start)
     ratios = {

@@ -37,9 +37,9 @@ def make_corpus(folder: Path, vocab_size: int, num_tokens: int):
     """A corpus of random words, one document."""
     import tokenizers
 
-    from torchrecipes.data.corpus import prepare_corpus
-    from torchrecipes.data.sources import files
-    from torchrecipes.data.tokenizer import make_tokenizer
+    from torchrecipes.data.corpus.corpus import prepare_corpus
+    from torchrecipes.data.sources.text_files import files
+    from torchrecipes.data.tokenizers.tokenizer import make_tokenizer
 
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, vocab_size)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
@@ -50,7 +50,7 @@ def make_corpus(folder: Path, vocab_size: int, num_tokens: int):
     corpus, _ = prepare_corpus(
         folder / "corpus",
         files(str(folder / "text.txt")),
-        make_tokenizer(backend, special, vocab_multiple=1),
+        make_tokenizer(backend, special, pad_vocab_to_multiple_of=1),
         validation_fraction=0,
         num_workers=0,
     )
@@ -61,17 +61,17 @@ class Ours:
     """The training step of recipes/causal_pretrain.py."""
 
     def __init__(self, corpus, args, compiled):
-        from torchrecipes.data.loader import Loader
-        from torchrecipes.data.next_tokens import NextTokens
-        from torchrecipes.data.packing import PackedRows
+        from torchrecipes.data.batching.causal import CausalLMCollator
+        from torchrecipes.data.batching.loader import Loader
+        from torchrecipes.data.batching.packing import PackedDataset
         from torchrecipes.models import gpt2
         from torchrecipes.optim import adamw, cosine
         from torchrecipes.training.guard import Guard
-        from torchrecipes.training.precision import autocast, choose_precision
+        from torchrecipes.training.precision import autocast, resolve_dtype
 
         layers, width, heads, self.row_len, self.rows = args.shape
         device = torch.device("cpu")
-        self.precision = choose_precision(args.precision, device)
+        self.precision = resolve_dtype(args.precision, device)
         self.autocast = partial(autocast, device, self.precision)
         self.model = gpt2(args.vocab, width, layers, heads, max_position_embeddings=self.row_len).train()
         if compiled:
@@ -79,15 +79,15 @@ class Ours:
                 block.compile()
         self.optimizer = adamw(self.model, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
         self.schedule, self.guard, self.step = cosine(max_steps=10**6), Guard(), 0
-        rows = PackedRows(corpus, self.row_len, pad_id=0, lookahead=1)
-        targets = NextTokens(eos_id=0, cross_document_attention=True)
+        rows = PackedDataset(corpus, self.row_len, pad_id=0, lookahead=1)
+        targets = CausalLMCollator(eos_id=0, cross_document_attention=True)
         self.loader = Loader(
-            rows, targets, seed=0, rows_per_step=self.rows, rows_per_micro_batch=self.rows, max_steps=10**6
+            rows, targets, seed=0, global_batch_size=self.rows, micro_batch_size=self.rows, max_steps=10**6
         )
 
     def run(self, steps: int) -> float:
+        from torchrecipes.distributed.fsdp import clip_grad_norm
         from torchrecipes.losses import causal_lm_loss
-        from torchrecipes.training.parallel import clip_gradients
 
         start = time.perf_counter()
         for _ in range(steps):
@@ -101,7 +101,7 @@ class Ours:
                     loss, plain = causal_lm_loss(hidden, self.model.head, batch.labels, return_cross_entropy=True)
                 (loss / targets).backward()
                 loss_sum += plain
-            grad_norm = clip_gradients(self.model, 1.0)
+            grad_norm = clip_grad_norm(self.model, 1.0)
             self.schedule.apply(self.optimizer, self.step)
             self.guard.step(self.optimizer, loss_sum / targets, grad_norm)
             self.optimizer.zero_grad()
@@ -184,9 +184,9 @@ def main() -> None:
     args.shape = SIZES[args.size]
     steps = args.steps or {"tiny": 40, "small": 4}[args.size]
 
-    from torchrecipes.training.memory import keep_freed_memory
+    from torchrecipes.training.activation_checkpointing import tune_malloc
 
-    keep_freed_memory()  # as the recipe does; it helps all of them
+    tune_malloc()  # as the recipe does; it helps all of them
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         corpus = make_corpus(Path(name), args.vocab, 1_000_000)

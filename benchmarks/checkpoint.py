@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_wordpiece
+from torchrecipes.checkpoint.checkpointer import Checkpointer
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.models import neobert_100m
 from torchrecipes.optim import adamw
-from torchrecipes.training.checkpoint import Checkpointer
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
                     tokenizer=tokenizer,
                     state={},
                     config_yaml="",
-                    recipe_text="",
+                    recipe_source="",
                 )
                 stalled = time.perf_counter() - start
                 checkpointer.wait()

@@ -24,9 +24,9 @@ VOCAB = 16_384
 
 def make_corpus(folder: Path, num_tokens: int):
     """A tokenizer of 16,384 entries and a corpus of random documents, 20 to 400 tokens long, written as shards."""
-    from torchrecipes.data.corpus import prepare_corpus
-    from torchrecipes.data.sources import files
-    from torchrecipes.data.tokenizers import train_wordpiece
+    from torchrecipes.data.corpus.corpus import prepare_corpus
+    from torchrecipes.data.sources.text_files import files
+    from torchrecipes.data.tokenizers.load import train_wordpiece
 
     rng = np.random.default_rng(0)
     words = np.array(["".join(chr(97 + int(c)) for c in rng.integers(0, 26, 4)) for _ in range(12_000)])
@@ -45,16 +45,16 @@ def make_corpus(folder: Path, num_tokens: int):
 
 def ours(corpus, tokenizer, args, workers):
     """Seconds for `args.batches` batches, after a few to warm up."""
-    from torchrecipes.data.loader import Loader
-    from torchrecipes.data.masking import Masking
-    from torchrecipes.data.packing import PackedRows
+    from torchrecipes.data.batching.loader import Loader
+    from torchrecipes.data.batching.mlm import MLMCollator
+    from torchrecipes.data.batching.packing import PackedDataset
 
     loader = Loader(
-        PackedRows(corpus, args.seq_len, tokenizer.pad_id),
-        Masking(tokenizer, 0.2),
+        PackedDataset(corpus, args.seq_len, tokenizer.pad_id),
+        MLMCollator(tokenizer, 0.2),
         seed=0,
-        rows_per_step=args.rows,
-        rows_per_micro_batch=args.rows,
+        global_batch_size=args.rows,
+        micro_batch_size=args.rows,
         max_steps=10**9,
         num_workers=workers,
     )
@@ -94,10 +94,10 @@ def main() -> None:
     import datasets
     import transformers
 
-    from torchrecipes.data.corpus import open_corpus
-    from torchrecipes.data.loader import Loader
-    from torchrecipes.data.masking import Masking
-    from torchrecipes.data.packing import PackedRows
+    from torchrecipes.data.batching.loader import Loader
+    from torchrecipes.data.batching.mlm import MLMCollator
+    from torchrecipes.data.batching.packing import PackedDataset
+    from torchrecipes.data.corpus.corpus import open_corpus
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
@@ -123,11 +123,11 @@ def main() -> None:
         start = time.perf_counter()
         opened = open_corpus(corpus.folder, tokenizer)
         late = Loader(
-            PackedRows(opened, args.seq_len, tokenizer.pad_id),
-            Masking(tokenizer, 0.2),
+            PackedDataset(opened, args.seq_len, tokenizer.pad_id),
+            MLMCollator(tokenizer, 0.2),
             seed=0,
-            rows_per_step=args.rows,
-            rows_per_micro_batch=args.rows,
+            global_batch_size=args.rows,
+            micro_batch_size=args.rows,
             max_steps=10**9,
             first_step=10**6,
         )

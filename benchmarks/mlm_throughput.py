@@ -22,8 +22,8 @@ SEQ_LEN, ROWS, VOCAB = 256, 16, 16_384
 
 def make_text():
     """A tokenizer of 16,384 made-up words, and random texts of 20 to 200 of them."""
-    from torchrecipes.data.sources import Document
-    from torchrecipes.data.tokenizers import train_wordpiece
+    from torchrecipes.data.sources.text_files import Document
+    from torchrecipes.data.tokenizers.load import train_wordpiece
 
     rng = np.random.default_rng(0)
     words = ["".join(chr(97 + int(c)) for c in rng.integers(0, 26, 6)) for _ in range(40_000)]
@@ -35,11 +35,11 @@ class Ours:
     """The loop of recipes/mlm_pretrain.py, a number of steps at a time."""
 
     def __init__(self, tokenizer, folder, args, compiled):
-        from torchrecipes.data.corpus import prepare_corpus
-        from torchrecipes.data.loader import Loader
-        from torchrecipes.data.masking import Masking
-        from torchrecipes.data.packing import PackedRows
-        from torchrecipes.data.sources import files
+        from torchrecipes.data.batching.loader import Loader
+        from torchrecipes.data.batching.mlm import MLMCollator
+        from torchrecipes.data.batching.packing import PackedDataset
+        from torchrecipes.data.corpus.corpus import prepare_corpus
+        from torchrecipes.data.sources.text_files import files
         from torchrecipes.models import neobert
         from torchrecipes.optim import adamw
 
@@ -55,9 +55,9 @@ class Ours:
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = adamw(self.model, lr=1e-3)
-        rows = PackedRows(corpus, SEQ_LEN, tokenizer.pad_id)
+        rows = PackedDataset(corpus, SEQ_LEN, tokenizer.pad_id)
         self.loader = Loader(
-            rows, Masking(tokenizer, 0.2), seed=0, rows_per_step=ROWS, rows_per_micro_batch=ROWS, max_steps=10**6
+            rows, MLMCollator(tokenizer, 0.2), seed=0, global_batch_size=ROWS, micro_batch_size=ROWS, max_steps=10**6
         )
         self.step = 0
 

@@ -19,7 +19,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from torchrecipes.modules import MoE, SwiGLU
-from torchrecipes.training.memory import keep_freed_memory
+from torchrecipes.training.activation_checkpointing import tune_malloc
 
 SHAPES = [  # tokens, width, experts, width of one, experts of a token
     (2048, 768, 8, 1024, 2),
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    tune_malloc()
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     found = []
     for shape in SHAPES:

@@ -25,8 +25,8 @@ from torch import nn
 from torchrecipes.losses import causal_lm_loss
 from torchrecipes.models import llama
 from torchrecipes.optim import adamw, muon
-from torchrecipes.optim.muon import fused_rows, hidden_matrices
-from torchrecipes.training.precision import autocast, choose_precision
+from torchrecipes.optim.muon_optimizer import muon_params, row_splits
+from torchrecipes.training.precision import autocast, resolve_dtype
 
 
 def main() -> None:
@@ -41,21 +41,21 @@ def main() -> None:
 
     model = make_model(args).to(device)
     sizes = {id(p): p.numel() for p in model.parameters()}
-    hidden = [p for _, p in hidden_matrices(model)]
+    hidden = [p for _, p in muon_params(model)]
     print(f"{sum(sizes.values()):,} parameters, {sum(p.numel() for p in hidden):,} of them in hidden matrices")
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-2
 
-    ours = muon(model, coefficients="quintic")
+    ours = muon(model, ns_coefficients="quintic")
     rest = [p for p in model.parameters() if id(p) not in {id(q) for q in hidden}]
     whole = copies(hidden)
-    rows = fused_rows(model)
+    rows = row_splits(model)
     split = copies(part for p in hidden for part in p.split(rows.get(p, (p.shape[0],))))
     theirs = torch.optim.AdamW(copies(rest), fused=True)
     steps = {
         "torchrecipes.optim.muon": ours.step,
-        "Polar Express": muon(model, coefficients="polar_express").step,
+        "Polar Express": muon(model, ns_coefficients="polar_express").step,
         "torch.optim.Muon, fused matrices whole, and AdamW": both(torch.optim.Muon(whole), theirs),
         "torch.optim.Muon, every matrix by itself, and AdamW": both(torch.optim.Muon(split), theirs),
         "fused AdamW": adamw(model).step,
@@ -116,7 +116,7 @@ def now(device: torch.device) -> float:
 
 
 def share_of_a_step(model: nn.Module, args: argparse.Namespace, optimizer_seconds: float, device: torch.device) -> None:
-    dtype = choose_precision("auto", device)
+    dtype = resolve_dtype("auto", device)
     tokens = torch.randint(args.vocab_size, (1, 1024), device=device)
 
     def micro_batch() -> None:

@@ -1,17 +1,48 @@
-"""The one exception that stands for a user's mistake, as against a bug in this library, and how mistakes are told."""
+"""`UserError`: a mistake of the user, as opposed to a bug, and how it is reported."""
 
 import errno
+from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """What a user got wrong: one message that says what, where (file:line or key), and what to do.
+    """A mistake of the user: what is wrong, where, and what to do.
 
-    The command line prints the message without a traceback and exits with code 2 (`--debug` shows the traceback).
-    Any part of the package may raise it. What can only be a bug is an `assert` or a `ValueError`, never this.
+    The command line prints it without a traceback and exits with code 2 (`--debug` shows the traceback). A bug is an
+    `assert` or a `ValueError`, never this.
+
+    Args:
+        problem: what is wrong, naming the file, line or value.
+        key: the config key or command-line option at fault, such as `optimizer.lr`.
+        hint: what to do about it.
+        code: a short name of the kind of mistake, such as `corrupt_checkpoint`, for programs and tests.
+        problems: the mistakes that this one lists, where there are several.
     """
 
+    def __init__(
+        self,
+        problem: str,
+        *,
+        key: str | None = None,
+        hint: str | None = None,
+        code: str | None = None,
+        problems: "Sequence[UserError]" = (),
+    ):
+        super().__init__(problem)
+        self.problem, self.key, self.hint, self.code, self.problems = problem, key, hint, code, tuple(problems)
 
-def explain(error: BaseException) -> str | None:
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.problem}" if self.key else self.problem
+        if not self.hint:
+            return text
+        return f"{text}{'' if text.endswith(('.', ':', '?')) else '.'} {self.hint}"
+
+    def under(self, key: str) -> "UserError":
+        """The same mistake with `key` before its own: `lr` becomes `optimizer.lr`."""
+        inner = f"{key}.{self.key}" if self.key else key
+        return UserError(self.problem, key=inner, hint=self.hint, code=self.code, problems=self.problems)
+
+
+def format_user_error(error: BaseException) -> str | None:
     """Return the plain message for an error that a user can do something about, or None for what is a bug.
 
     Besides a `UserError` these are a full disk and too little memory, on the host or on the GPU.
@@ -31,7 +62,7 @@ def explain(error: BaseException) -> str | None:
         detail = str(error).split("\n", 1)[0]
         what = f"Out of memory{' on the GPU' if gpu else ''}{f' ({detail})' if detail else ''}."
         return (
-            f"{what} Lower rows_per_micro_batch first, or --batch-size where there is none (same result), "
+            f"{what} Lower micro_batch_size first, or --batch-size where there is none (same result), "
             "then seq_len or the model's size."
         )
     return None

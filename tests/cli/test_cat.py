@@ -1,5 +1,5 @@
 from torchrecipes.cli.main import main
-from torchrecipes.config.files import recipes_folder
+from torchrecipes.config.catalog import recipes_folder
 
 
 def test_a_recipe_and_a_config_are_printed_as_they_are(capsys):

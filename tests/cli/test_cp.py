@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from torchrecipes.cli.main import main
-from torchrecipes.config.files import find_shipped
+from torchrecipes.config.catalog import find_builtin
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +14,7 @@ def shipped(tmp_path, monkeypatch):
     (folder / "mlm.py").write_text("recipe text\n")
     (folder / "configs" / "family" / "size.yaml").write_text("# recipe: mlm\n# For.\nseed: 1\n")
     (folder / "configs" / "family" / "whole.yaml").write_text("# recipe: mlm\n# For.\noutput_dir: runs/whole\n")
-    monkeypatch.setattr("torchrecipes.config.files.recipes_folder", lambda: folder)
+    monkeypatch.setattr("torchrecipes.config.catalog.recipes_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
 
 
@@ -32,7 +32,7 @@ def shipped(tmp_path, monkeypatch):
 )
 def test_a_copy_says_where_it_is_and_how_to_run_it(words, target, command, capsys):
     assert main(["cp", *words.split()]) == 0
-    assert Path(target).read_bytes() == find_shipped(words.split()[0]).path.read_bytes()
+    assert Path(target).read_bytes() == find_builtin(words.split()[0]).path.read_bytes()
     assert capsys.readouterr().out == f"Wrote {target}. To run it:\n\n    tune-style {command}\n"
 
 

@@ -23,7 +23,7 @@ def test_the_table_can_be_read(capsys):
     assert said["embedding"][0] == "1,114,624"
     assert "4 x h200, ddp, bfloat16, 1 x 8 rows per step" in " ".join(lines)
     assert said["weights"][0] == "5.9"
-    assert said["fits"] == ["8", "rows  rows_per_micro_batch that fits, at most"]
+    assert said["fits"] == ["8", "rows  micro_batch_size that fits, at most"]
     assert said["steps"][0] == "1,000,000"
     assert said["steps"][1].startswith("of 4,096 tokens, ")
     assert said["time"][1].endswith("at 40% of the device's peak (--mfu)")
@@ -47,7 +47,7 @@ def test_epochs_depend_on_a_corpus(capsys):
 @pytest.mark.parametrize("name", ["gpt2/char_tiny", "qwen3/char_tiny"])
 def test_a_vocabulary_of_characters_is_counted_as_large_as_it_may_become(name, capsys):
     words = ["estimate", "causal_pretrain", "--config", name, "data.source.path=nowhere.txt", "--device", "cpu"]
-    settings = ["tokenizer.limit_alphabet=200", "tokenizer.vocab_multiple=16"]
+    settings = ["tokenizer.limit_alphabet=200", "tokenizer.pad_vocab_to_multiple_of=16"]
     assert main([*words, *settings]) == 0
     *_, empty, note = capsys.readouterr().out.splitlines()
     assert not empty and note.startswith("counted with 208 ids, the most that tokenizer.limit_alphabet allows; ")
@@ -61,7 +61,7 @@ def test_a_vocabulary_of_characters_is_counted_as_large_as_it_may_become(name, c
 
 def test_what_does_not_fit_is_told_with_remedies(capsys):
     words = ("model._component_=torchrecipes.models.bert", "model.hidden_size=8192", "model.num_attention_heads=64")
-    lines = run(capsys, "--device", "4090", "rows_per_step=1", *words, "model.num_hidden_layers=12").splitlines()
+    lines = run(capsys, "--device", "4090", "global_batch_size=1", *words, "model.num_hidden_layers=12").splitlines()
     assert any("not one row  try activation_checkpointing=full" in line for line in lines)
 
 
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_told_with_remedies(capsys):
     [
         (["--device", "h20"], "--device h20 is not known. There are: b200, h200, h100, a100-80, "),
         (["--device", "H200"], "cpu. Did you mean 'h200'?"),
-        (["--world-size", "3"], "--world-size 3 does not divide rows_per_step=32. Take a multiple, such as "),
+        (["--world-size", "3"], "--world-size 3 does not divide global_batch_size=32. Take a multiple, such as "),
         (["--world-size", "0"], "--world-size 0, --nproc-per-node 8: they are 1 or more."),
         (["--world-size", "16", "--nproc-per-node", "3"], "--world-size 16 is no multiple of the 3 processes"),
         (["--mfu", "40"], "--mfu 40.0: it is a share of the device's peak, between 0 and 1."),

@@ -4,11 +4,11 @@ import shutil
 import pytest
 import torch
 
+from torchrecipes.checkpoint.manifest import flush, write_manifest
 from torchrecipes.cli.main import main
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_bpe, train_char, train_wordpiece
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_bpe, train_char, train_wordpiece
 from torchrecipes.models import gpt2, neobert, save_hf
-from torchrecipes.training.manifest import flush, write_manifest
 
 TEXT = "the quick brown fox jumps over the lazy dog. Änderungen, 水 and 火! "
 
@@ -124,7 +124,7 @@ def test_a_text_stops_at_the_model_s_positions(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
 def test_texts_that_are_done_are_kept_when_a_later_one_fails(end, run, tmp_path, monkeypatch, capsys):
-    from torchrecipes.evaluation import generate as module
+    from torchrecipes.evaluation import generation as module
 
     batches = []
 
@@ -133,7 +133,7 @@ def test_texts_that_are_done_are_kept_when_a_later_one_fails(end, run, tmp_path,
         if len(batches) == 3:
             assert len(output.read_text().splitlines()) == 2  # there already, not only at the end
             raise end
-        return [module.Continuation(prompt, "!", 1, False) for prompt in prompts]
+        return [module.Completion(prompt, "!", 1, False) for prompt in prompts]
 
     monkeypatch.setattr(module, "generate_text", fails_the_third_time)
     output = tmp_path / "texts.jsonl"

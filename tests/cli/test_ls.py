@@ -1,16 +1,16 @@
 import pytest
 
 from torchrecipes.cli.main import main
-from torchrecipes.config.files import shipped_configs, shipped_recipes
+from torchrecipes.config.catalog import builtin_configs, builtin_recipes
 
 
 def test_every_recipe_and_config_is_listed_with_what_it_is_for(capsys):
     assert main(["ls"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for recipe in shipped_recipes():
+    for recipe in builtin_recipes():
         start = lines.index(f"{recipe.name}: {recipe.summary}")
         below = lines[start + 1 : lines.index("", start)]
-        for config in shipped_configs():
+        for config in builtin_configs():
             line = [line for line in below if f"--config {config.name} " in line]
             assert len(line) == (config.recipe == recipe.name)
             assert not line or line[0].endswith(config.summary)
@@ -30,7 +30,7 @@ def shipped(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(f'"""Train {name}."""\n')
         (tmp_path / "configs" / "family" / f"{name}.yaml").write_text(f"# recipe: {name}\n# For {name}.\n")
     (tmp_path / "configs" / "stray.yaml").write_text("seed: 1\n")
-    monkeypatch.setattr("torchrecipes.config.files.recipes_folder", lambda: tmp_path)
+    monkeypatch.setattr("torchrecipes.config.catalog.recipes_folder", lambda: tmp_path)
 
 
 def test_configs_stand_below_their_recipe_and_strays_at_the_end(shipped, capsys):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from torchrecipes.cli.main import main
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_bpe, train_char
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_bpe, train_char
 from torchrecipes.models import llama, save_hf
 
 DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "über 水", "the dog " * 30, "a"]
@@ -51,11 +51,11 @@ def expected(folder, documents, window=32, stride=16):
 
 
 def test_figures_are_those_of_transformers(folder, capsys):
-    found = measured(capsys, folder, folder / "data.jsonl", "--text-key", "body")
+    found = measured(capsys, folder, folder / "data.jsonl", "--text-column", "body")
     tokens, nats = expected(folder, DOCUMENTS)
     num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
     assert (found["documents"], found["tokens"], found["bytes"]) == (4, tokens, num_bytes)
-    assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["nll_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert (found["window"], found["stride"]) == (32, 16)
@@ -66,7 +66,7 @@ def test_options_are_taken(folder, capsys):
     found = measured(capsys, folder, folder / "data.txt", *settings)
     tokens, nats = expected(folder, DOCUMENTS[:3], window=20, stride=3)
     assert (found["documents"], found["tokens"]) == (3, tokens)
-    assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["nll_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
     whole = measured(capsys, folder, folder / "data.txt", "--sample-by", "document")
     assert whole["documents"] == 1 and whole["bytes"] == (folder / "data.txt").stat().st_size
 
@@ -123,7 +123,7 @@ def test_figures_are_printed_for_people(folder, capsys):
         (["data.jsonl"], "no key 'text'"),
         (
             ["data.jsonl"],
-            "name the text's key with --text-key, or count and skip such records with --on-bad-record skip",
+            "name the text's key with --text-column, or count and skip such records with --on-bad-record skip",
         ),
     ],
 )

@@ -11,24 +11,24 @@ import sys
 import pytest
 
 from torchrecipes.cli.main import main
-from torchrecipes.data.corpus import open_corpus
-from torchrecipes.data.packing import DocumentRows
-from torchrecipes.training.preflight import ROWS
+from torchrecipes.data.batching.packing import PaddedDataset
+from torchrecipes.data.corpus.corpus import open_corpus
+from torchrecipes.planning.preflight_checks import ROWS
 
 SETTINGS = """
 tokenizer: {_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_size: 300}
 data:
   source: {_component_: torchrecipes.data.sources.files, path: TEXT}
   validation_fraction: 0.1
-  tokenize_workers: 0
+  tokenizer_threads: 0
 model: {_component_: torchrecipes.models.neobert_tiny, max_position_embeddings: 64}
 seq_len: 32
-rows_per_step: 8
+global_batch_size: 8
 max_steps: 1000
-schedule: {_component_: torchrecipes.optim.cosine, warmup_steps: 100}
+lr_scheduler: {_component_: torchrecipes.optim.cosine, warmup_steps: 100}
 eval_every: 500
 """
-ONE = ("max_steps=null", "seq_len=64", "schedule.warmup_steps=2")
+ONE = ("max_steps=null", "seq_len=64", "lr_scheduler.warmup_steps=2")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_run_that_is_ready_passes_and_leaves_nothing_but_its_corpus(config, tm
         "config": "passed",
         "output_dir": "passed",
         "resume": "passed",
-        "metrics": "skipped",
+        "loggers": "skipped",
         "a real step": "passed",
         "checkpoint": "passed",
         "loader workers": "passed",
@@ -82,7 +82,7 @@ def test_a_run_that_is_ready_passes_and_leaves_nothing_but_its_corpus(config, tm
     }
     assert "step 5 repeated to the last bit" in found["checkpoint"][1]
     train = open_corpus(output_dir / "corpus" / "train")
-    assert train.num_documents == DocumentRows(train, 64, 0).num_rows  # each document has a row of its own
+    assert train.num_documents == PaddedDataset(train, 64, 0).num_rows  # each document has a row of its own
     steps = -(-train.num_documents // 8)
     said = f"{steps} steps see the {train.num_documents} rows of the corpus {steps * 8 / train.num_documents:.2f} times"
     assert found["budget"][1] == said
@@ -101,13 +101,13 @@ def test_a_run_that_goes_on_is_tried_from_its_checkpoint_which_stays_as_it_is(co
             run,
             "max_steps=3",
             "eval_every=null",
-            "schedule.warmup_steps=1",
+            "lr_scheduler.warmup_steps=1",
         ]
     )
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
-    preflight(config, run, "max_steps=3", "eval_every=null", "schedule.warmup_steps=1", code=0)
+    preflight(config, run, "max_steps=3", "eval_every=null", "lr_scheduler.warmup_steps=1", code=0)
     found = rows(capsys.readouterr().out)
     assert found["resume"] == ("passed", f"{checkpoint} is whole: the run goes on behind step 3")
     assert "step 8 repeated to the last bit" in found["checkpoint"][1]

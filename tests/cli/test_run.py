@@ -24,7 +24,7 @@ def double(number: int, seed: int) -> int:
 class Config:
     output_dir: str
     seed: int = 0
-    part: Component = component("{name}.double", runtime=("seed",), number=5)
+    part: Component = component("{name}.double", injected=("seed",), number=5)
 
 
 def main(config: Config) -> None:
@@ -85,7 +85,7 @@ def test_a_shipped_recipe_and_a_shipped_config_are_found_by_name(tmp_path, monke
     (shipped / "configs" / "family").mkdir(parents=True)
     (shipped / "configs" / "family" / "size.yaml").write_text("# recipe: mlm\nseed: 2\n")
     (tmp_path / "own_part.py").write_text("def triple(number: int, seed: int): return 3 * number + seed\n")
-    monkeypatch.setattr("torchrecipes.config.files.recipes_folder", lambda: shipped)
+    monkeypatch.setattr("torchrecipes.config.catalog.recipes_folder", lambda: shipped)
     monkeypatch.setattr("torchrecipes.cli.run.recipes_folder", lambda: shipped)
     # A component in the working folder is found, too.
     assert main(["run", "mlm", "--config", "family/size", "output_dir=out"]) == 0

@@ -101,8 +101,8 @@ class OutOfMemoryError(RuntimeError):
     [
         (UserError("config.yaml:3: no such key. Remove it."), 2, "config.yaml:3: no such key. Remove it.\n"),
         (KeyboardInterrupt(), 130, ""),
-        (MemoryError(), 2, "Out of memory. Lower rows_per_micro_batch first"),
-        (OutOfMemoryError("Tried 2 GiB\nmore"), 2, "Out of memory on the GPU (Tried 2 GiB). Lower rows"),
+        (MemoryError(), 2, "Out of memory. Lower micro_batch_size first"),
+        (OutOfMemoryError("Tried 2 GiB\nmore"), 2, "Out of memory on the GPU (Tried 2 GiB). Lower micro"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "Out of memory ([enforce fail]"),
         (OSError(errno.ENOSPC, "No space left", "x/model"), 2, "The disk is full (writing x/model). Make room"),
         (OSError(errno.EDQUOT, "Quota exceeded"), 2, "The disk is full. Make room"),

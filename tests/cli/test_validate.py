@@ -1,9 +1,9 @@
 import pytest
 
 from torchrecipes.cli.main import main
-from torchrecipes.config.files import shipped_configs
+from torchrecipes.config.catalog import builtin_configs
 
-CONFIGS = {config.name: config for config in shipped_configs() if "???" not in config.path.read_text()}
+CONFIGS = {config.name: config for config in builtin_configs() if "???" not in config.path.read_text()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

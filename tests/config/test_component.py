@@ -9,7 +9,7 @@ from typing import Any, Literal, Optional, Protocol
 import pytest
 
 from torchrecipes.config import MISSING, Component, build, component, load
-from torchrecipes.config.component import parameters, resolve
+from torchrecipes.config.components import parameters, resolve
 from torchrecipes.errors import UserError
 
 HERE = __name__  # the components below are named by this module's own dotted path
@@ -61,9 +61,9 @@ NOT_CALLABLE = 5
 
 @dataclass
 class Config:
-    optimizer: Component = component(f"{HERE}.adam", runtime=("model", "seed"), lr=0.5)
+    optimizer: Component = component(f"{HERE}.adam", injected=("model", "seed"), lr=0.5)
     source: Component | None = component()
-    writers: list[Component] = component(runtime=("folder",))
+    writers: list[Component] = component(injected=("folder",))
     bare: Optional[Component] = None  # noqa: UP045
     others: list[Component] = field(default_factory=list)
 
@@ -139,7 +139,7 @@ def test_nested_components_are_checked_and_built_with_the_same_runtime_arguments
 def test_a_component_that_must_be_named():
     @dataclass
     class Required:
-        model: Component = component(MISSING, runtime=("seed",))
+        model: Component = component(MISSING, injected=("seed",))
 
     assert "model: missing key (a component): add `_component_: dotted.path`" in problem(schema=Required)
     assert load(Required, None, [f"model._component_={HERE}.strange"]).model.path == f"{HERE}.strange"

@@ -177,7 +177,7 @@ def test_an_override(tmp_path, override, key, value):
 def test_the_config_file_may_be_a_shipped_name(tmp_path, monkeypatch):
     (tmp_path / "recipes" / "configs" / "family").mkdir(parents=True)
     (tmp_path / "recipes" / "configs" / "family" / "size.yaml").write_text("seed: 8\n")
-    monkeypatch.setattr("torchrecipes.config.files.recipes_folder", lambda: tmp_path / "recipes")
+    monkeypatch.setattr("torchrecipes.config.catalog.recipes_folder", lambda: tmp_path / "recipes")
     for name in ("family/size", "family/size.yaml"):
         assert load(Config, name, ["output_dir=x", "bare={}"]).seed == 8
 
@@ -201,7 +201,7 @@ def test_a_recipe_may_write_its_annotations_as_text(tmp_path):
 @dataclass
 class Small:
     seed: int = 0
-    model: Component = component("torchrecipes.config.numbers.read_number", text="1")
+    model: Component = component("torchrecipes.config.scalars.read_number", text="1")
 
 
 def test_parse_reads_a_command_line(tmp_path, monkeypatch):

@@ -14,13 +14,13 @@ import yaml
 
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import Component, load, to_yaml
+from torchrecipes.config.catalog import BuiltinConfig, builtin_configs, builtin_recipes, find_recipe
 from torchrecipes.config.check import to_tree
-from torchrecipes.config.component import parameters, resolve
-from torchrecipes.config.files import ShippedConfig, find_recipe, shipped_configs, shipped_recipes
-from torchrecipes.config.layers import leaves, show
+from torchrecipes.config.components import parameters, resolve
+from torchrecipes.config.merge import format_key, leaves
 from torchrecipes.errors import UserError
 
-CONFIGS = {config.name: config for config in shipped_configs()}
+CONFIGS = {config.name: config for config in builtin_configs()}
 
 
 @cache
@@ -28,13 +28,13 @@ def schema_of(recipe: str) -> type:
     return load_recipe(find_recipe(recipe)).Config
 
 
-def left_to_the_user(config: ShippedConfig) -> list[str]:
+def left_to_the_user(config: BuiltinConfig) -> list[str]:
     """Overrides for what a config says with ??? that its user has to give, such as the path of the text."""
     tree = yaml.safe_load(config.path.read_text())
-    return [f"{show(place)}=given" for place, value in leaves(tree) if value == "???"]
+    return [f"{format_key(place)}=given" for place, value in leaves(tree) if value == "???"]
 
 
-def problems(config: ShippedConfig, path: Path, *overrides: str) -> list[str]:
+def problems(config: BuiltinConfig, path: Path, *overrides: str) -> list[str]:
     try:
         load(schema_of(config.recipe), path, [*left_to_the_user(config), *overrides])
     except UserError as error:
@@ -63,7 +63,7 @@ def components(value: Any, place: tuple = ()) -> Iterator[tuple[tuple, str]]:
 def runtime_names(schema: type, place: tuple = ()) -> Iterator[tuple[tuple, tuple[str, ...]]]:
     """The place of every key, and the arguments that the recipe passes to a component there."""
     for spec in dataclasses.fields(schema):
-        yield (*place, spec.name), spec.metadata.get("runtime", ())
+        yield (*place, spec.name), spec.metadata.get("injected", ())
         if dataclasses.is_dataclass(spec.type) and spec.type is not Component:
             yield from runtime_names(spec.type, (*place, spec.name))
 
@@ -76,9 +76,9 @@ def misspelled(key: str) -> str:
 
 
 def test_there_are_configs_and_each_names_its_recipe_and_its_purpose():
-    recipes = {recipe.name for recipe in shipped_recipes()}
+    recipes = {recipe.name for recipe in builtin_recipes()}
     assert recipes and CONFIGS
-    assert all(recipe.summary for recipe in shipped_recipes())
+    assert all(recipe.summary for recipe in builtin_recipes())
     for config in CONFIGS.values():
         assert config.recipe in recipes, f"{config.name}: the first line must be `# recipe: NAME`"
         assert len(config.summary) > 20, f"{config.name}: the second line must be a comment that says what it is for"
@@ -118,12 +118,12 @@ def test_every_argument_of_every_component_misspelt_is_refused_with_the_right_su
     config = CONFIGS[name]
     schema = schema_of(config.recipe)
     instance = load(schema, config.path, left_to_the_user(config))
-    runtime = dict(runtime_names(schema))
+    injected = dict(runtime_names(schema))
     count = 0
     for place, path in components(to_tree(instance)):
-        offered = [n for n in parameters(resolve(path)) if n not in runtime.get(place, ())]
+        offered = [n for n in parameters(resolve(path)) if n not in injected.get(place, ())]
         for argument in offered:
-            override = f"{show(place)}.{misspelled(argument)}=1"
+            override = f"{format_key(place)}.{misspelled(argument)}=1"
             found = problems(config, config.path, override)
             assert any(override in line and f"did you mean '{argument}'?" in line for line in found), (override, found)
             count += 1
@@ -134,6 +134,6 @@ def test_every_argument_of_every_component_misspelt_is_refused_with_the_right_su
 def test_every_key_of_the_recipe_misspelt_on_the_command_line_is_refused(name):
     config = CONFIGS[name]
     for place, _ in runtime_names(schema_of(config.recipe)):
-        override = f"{show((*place[:-1], misspelled(place[-1])))}=1"
+        override = f"{format_key((*place[:-1], misspelled(place[-1])))}=1"
         found = problems(config, config.path, override)
         assert any(override in line and f"did you mean '{place[-1]}'?" in line for line in found), (override, found)

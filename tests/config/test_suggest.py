@@ -2,9 +2,9 @@ from torchrecipes.config.suggest import closest, did_you_mean
 
 
 def test_the_nearest_name_wins_whatever_the_case_and_the_dashes():
-    keys = ["rows_per_step", "rows_per_micro_batch", "max_steps", "lr"]
-    assert closest("rows_per_stpe", keys) == "rows_per_step"
-    assert closest("rows-per-micro-batch", keys) == "rows_per_micro_batch"
+    keys = ["global_batch_size", "micro_batch_size", "max_steps", "lr"]
+    assert closest("global_batch_szie", keys) == "global_batch_size"
+    assert closest("micro-batch-szie", keys) == "micro_batch_size"
     assert closest("Max_Steps", keys) == "max_steps"
     assert closest("lrr", keys) == "lr"
     assert closest("banana", keys) is None

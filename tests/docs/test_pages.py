@@ -16,10 +16,10 @@ import torchrecipes.models
 from torchrecipes.cli.main import VERBS, main
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load, to_yaml
-from torchrecipes.config.component import parameters, resolve
-from torchrecipes.config.files import find_recipe, shipped_configs
-from torchrecipes.data.sources import files
-from torchrecipes.training.metrics import Metrics
+from torchrecipes.config.catalog import builtin_configs, find_recipe
+from torchrecipes.config.components import parameters, resolve
+from torchrecipes.data.sources.text_files import files
+from torchrecipes.training.metrics import MetricLogger
 from torchrecipes.training.run import MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def keys_table(recipe):
     def default(value):
         if isinstance(value, ast.Call) and value.func.id == "component":
             shown = ast.literal_eval(value.args[0])
-            extra = [f"{word.arg}={ast.unparse(word.value)}" for word in value.keywords if word.arg != "runtime"]
+            extra = [f"{word.arg}={ast.unparse(word.value)}" for word in value.keywords if word.arg != "injected"]
             name = f"{shown.rpartition('.')[2]}({', '.join(extra)})" if isinstance(shown, str) else in_yaml(shown)
             return f"`{name}`"
         if isinstance(value, ast.Call):  # field(default_factory=lambda: ...)
@@ -165,16 +165,13 @@ def test_the_table_of_keys_is_the_config_dataclass(recipe):
 # What a config may name, and the arguments that the recipe passes itself.
 COMPONENTS = {
     "torchrecipes.models.": "neobert neobert_base neobert_100m neobert_tiny bert bert_base bert_small bert_mini "
-    "bert_tiny gpt2 gpt2_tiny gpt2_small gpt2_medium gpt2_large gpt2_xl gpt_750m gpt_750m_modern llama llama_tiny "
+    "bert_tiny gpt2 gpt2_tiny gpt2_small gpt2_medium gpt2_large gpt2_xl gpt_750m llama_700m llama llama_tiny "
     "qwen3 qwen3_tiny qwen3_0_6b qwen3_moe moe_tiny moe_1b moe_1_5b olmoe olmoe_tiny moe moe_500m",
     "torchrecipes.optim.": "adamw adamw_8bit adamw_4bit adamw_cpu_offload muon muon_clip cosine linear constant "
     "warmup_stable_decay",
-    "torchrecipes.data.sources.": "files",
-    "torchrecipes.data.python_docs.": "python_docs",
-    "torchrecipes.data.text_span.": "text_span",
-    "torchrecipes.data.hub_source.": "datasets",
+    "torchrecipes.data.sources.": "files hf_dataset python_docs text_span",
     "torchrecipes.data.tokenizers.": "train_wordpiece train_bpe train_unigram train_char load_tokenizer",
-    "torchrecipes.training.writers.": "TensorBoard WandB",
+    "torchrecipes.training.loggers.": "TensorBoard WandB",
 }
 RUNTIME = {"model", "max_steps", "vocab_size of a model", "seed", "source", "folder of a tokenizer", "output_dir"}
 
@@ -206,7 +203,7 @@ def first_column(text):
 
 def test_the_shipped_configs_are_listed():
     listed = [cell.strip("`") for page in PAGE_OF.values() for cell in first_column(section(page, "Configs"))]
-    assert sorted(listed) == sorted(config.name for config in shipped_configs())
+    assert sorted(listed) == sorted(config.name for config in builtin_configs())
 
 
 def test_the_sizes_are_those_of_the_models():
@@ -220,11 +217,11 @@ def test_the_sizes_are_those_of_the_models():
 
 
 def test_the_metrics_are_listed(tmp_path):
-    metrics = Metrics(
-        tmp_path, 1, device=torch.device("cpu"), tokens_per_step=1, flops_per_token=1, peak_flops=1, writers=()
+    metrics = MetricLogger(
+        tmp_path, 1, device=torch.device("cpu"), tokens_per_step=1, flops_per_token=1, peak_flops=1, loggers=()
     )
-    with metrics, metrics.waiting():
-        line = metrics.write(1, lr=1.0, grad_norm=torch.ones(()))
+    with metrics, metrics.begin_step():
+        line = metrics.log(1, lr=1.0, grad_norm=torch.ones(()))
     listed = re.findall(r"`([^`]+)`", " ".join(first_column(section(DOCS / "recipes.md", "What it prints and writes"))))
     assert {name for name in listed if not name.startswith("eval/")} == set(line)
 
@@ -280,5 +277,5 @@ def test_what_the_recipe_passes_is_listed():
     ):
         listed[key] = set(re.findall(r"`(\w+)`", names))
     schema = load_recipe(find_recipe("mlm_pretrain")).Config
-    passed = {field.name: set(field.metadata.get("runtime", ())) for field in dataclasses.fields(schema)}
+    passed = {field.name: set(field.metadata.get("injected", ())) for field in dataclasses.fields(schema)}
     assert listed == {key: names for key, names in passed.items() if names}

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tests import ranks
-from torchrecipes.data.batch import Batch
+from torchrecipes.data.batching.batch import Batch
 from torchrecipes.evaluation.causal import evaluate_causal
-from torchrecipes.evaluation.mlm import Unigram
+from torchrecipes.evaluation.mlm import UnigramBaseline
 
 VOCAB, REAL = 50, 45
 
@@ -48,11 +48,11 @@ def batches(count=4, seed=0):
 
 def baseline():
     shares = torch.arange(1, VOCAB + 1).double()
-    return Unigram((shares / shares.sum()).log().float(), most_frequent=VOCAB - 1)
+    return UnigramBaseline((shares / shares.sum()).log().float(), most_frequent=VOCAB - 1)
 
 
 def evaluate(model, these):
-    return evaluate_causal(model, these, real_vocab_size=REAL, baseline=baseline(), autocast=nullcontext)
+    return evaluate_causal(model, these, unpadded_vocab_size=REAL, baseline=baseline(), autocast=nullcontext)
 
 
 def test_scores_equal_a_loop_over_targets_in_float64():
@@ -87,12 +87,12 @@ def test_inert_tokens_are_never_predicted():
 
 
 def test_a_label_that_the_baseline_never_saw_counts_as_its_rarest_token():
-    guess = Unigram(torch.full((VOCAB,), 0.25).log(), most_frequent=1)
+    guess = UnigramBaseline(torch.full((VOCAB,), 0.25).log(), most_frequent=1)
     guess.log_probability[3] = math.log(0.01)
     guess.log_probability[7] = -math.inf
     batch = next(batches())
     batch.labels.fill_(7)
-    scores = evaluate_causal(Model(), [batch], real_vocab_size=REAL, baseline=guess, autocast=nullcontext)
+    scores = evaluate_causal(Model(), [batch], unpadded_vocab_size=REAL, baseline=guess, autocast=nullcontext)
     assert scores["unigram_loss"] == pytest.approx(-math.log(0.01))
 
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from torchrecipes.checkpoint.manifest import flush, write_manifest
 from torchrecipes.cli.main import main
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_wordpiece
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation.fill_mask import fill_mask
+from torchrecipes.evaluation.mask_filling import fill_mask
 from torchrecipes.models import neobert, save_hf
-from torchrecipes.training.manifest import flush, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_guesses_are_those_of_the_logits_at_the_masks(model, tokenizer):
     first, second = fill_mask(model, tokenizer, text, top_k=4)
     ids = tokenizer.encode_prompt(text)
     with torch.no_grad():
-        probability = model.head(model(torch.tensor([ids])))[0, :, : tokenizer.real_vocab_size].softmax(-1)
+        probability = model.head(model(torch.tensor([ids])))[0, :, : tokenizer.unpadded_vocab_size].softmax(-1)
     for guesses, position in (
         (first, ids.index(tokenizer.mask_id)),
         (second, len(ids) - 1 - ids[::-1].index(tokenizer.mask_id)),
@@ -36,9 +36,9 @@ def test_guesses_are_those_of_the_logits_at_the_masks(model, tokenizer):
 
 
 def test_inert_tokens_are_never_guessed(model, tokenizer):
-    assert tokenizer.real_vocab_size < tokenizer.vocab_size
+    assert tokenizer.unpadded_vocab_size < tokenizer.vocab_size
     (guesses,) = fill_mask(model, tokenizer, "the [MASK]", top_k=1000)
-    assert len(guesses) == tokenizer.real_vocab_size
+    assert len(guesses) == tokenizer.unpadded_vocab_size
     assert sum(guess.probability for guess in guesses) == pytest.approx(1, rel=1e-4)
 
 

@@ -8,10 +8,10 @@ from torch._dynamo.utils import counters
 
 from tests import ranks
 from torchrecipes import models
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_unigram
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_unigram
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation.generate import LOOK_EVERY, generate, generate_text
+from torchrecipes.evaluation.generation import EOS_CHECK_INTERVAL, generate, generate_text
 from torchrecipes.models import save_hf
 from torchrecipes.modules.head import LMHead
 from torchrecipes.training.precision import autocast
@@ -101,8 +101,13 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_batch(family):
 def test_a_prompt_given_again_in_a_later_batch_goes_on_in_another_way():
     model, prompts = make(), prompts_of(4, 7) * 3
     sample = partial(generate, model, max_new_tokens=20, seed=5)
-    together, seen = sample(prompts), Counter()
-    assert sample(prompts[:1], seen=seen) + sample(prompts[1:3], seen=seen) + sample(prompts[3:], seen=seen) == together
+    together, prompt_counts = sample(prompts), Counter()
+    assert (
+        sample(prompts[:1], prompt_counts=prompt_counts)
+        + sample(prompts[1:3], prompt_counts=prompt_counts)
+        + sample(prompts[3:], prompt_counts=prompt_counts)
+        == together
+    )
     assert len({tuple(tokens) for tokens in together}) == 6
 
 
@@ -146,7 +151,7 @@ def test_padding_of_the_vocabulary_is_never_chosen():
     chosen = generate(make(), prompts, max_new_tokens=20, temperature=3.0)
     assert max(map(max, chosen)) >= real
     for temperature in (0, 3.0):
-        chosen = generate(make(), prompts, max_new_tokens=20, temperature=temperature, real_vocab_size=real)
+        chosen = generate(make(), prompts, max_new_tokens=20, temperature=temperature, unpadded_vocab_size=real)
         assert max(map(max, chosen)) < real
 
 
@@ -167,7 +172,7 @@ def test_a_model_that_gives_no_numbers_is_told(wrong, temperature):
     model.register_forward_pre_hook(lambda module, args: passes.append(args))
     with pytest.raises(UserError, match="weights are damaged, or its training diverged"):
         generate(model, prompts_of(5, 2), max_new_tokens=40, temperature=temperature)
-    assert len(passes) == LOOK_EVERY
+    assert len(passes) == EOS_CHECK_INTERVAL
 
 
 def test_work_is_one_token_at_a_time_and_stops_when_all_have_ended():
@@ -180,15 +185,15 @@ def test_work_is_one_token_at_a_time_and_stops_when_all_have_ended():
     widths.clear()
     eos = first[0][0]
     generate(model, prompts[:1], max_new_tokens=40, temperature=0, eos_id=eos)
-    assert len(widths) == LOOK_EVERY
+    assert len(widths) == EOS_CHECK_INTERVAL
 
 
 def test_tokens_can_be_had_as_they_come():
     model, told = make(), []
-    found = generate(model, prompts_of(5, 2), max_new_tokens=12, seed=1, tell=told.append)
+    found = generate(model, prompts_of(5, 2), max_new_tokens=12, seed=1, on_token=told.append)
     assert [list(tokens) for tokens in zip(*told, strict=True)] == found
     told.clear()
-    generate(model, prompts_of(5), max_new_tokens=12, seed=1, eos_id=found[0][2], tell=told.append)
+    generate(model, prompts_of(5), max_new_tokens=12, seed=1, eos_id=found[0][2], on_token=told.append)
     assert [token for (token,) in told] == found[0][:3]
 
 
@@ -249,14 +254,15 @@ def test_mistakes_are_told(prompts, settings, message):
 
 
 def test_texts_go_on_as_their_tokens_do():
-    # A Unigram tokenizer's first word has no space before it, so tokens cannot be decoded apart from their prompt.
+    # A UnigramBaseline tokenizer's first word has no space before it, so tokens cannot be decoded apart from their
+    # prompt.
     words = "the quick brown fox jumps over the lazy dog and sees a bird in the tree "
     tokenizer = train_unigram([Document(words * 20, "a")], vocab_size=60, causal=True)
     model = make(vocab_size=tokenizer.vocab_size)
     prompts = ["the quick", "", "a bird"]
     found = generate_text(model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, seed=2)
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    settings = {"eos_id": tokenizer.eos_id, "real_vocab_size": tokenizer.real_vocab_size}
+    settings = {"eos_id": tokenizer.eos_id, "unpadded_vocab_size": tokenizer.unpadded_vocab_size}
     settings["suppress_tokens"] = [tokenizer.unk_id]
     tokens = generate(model, ids, max_new_tokens=20, temperature=1.0, seed=2, **settings)
     for prompt, before, new, said in zip(prompts, ids, tokens, found, strict=True):
@@ -285,10 +291,10 @@ def test_the_unknown_token_is_no_text():
 SCRIPT = """
 import json, sys
 import torch
-from torchrecipes.evaluation.generate import generate
+from torchrecipes.evaluation.generation import generate
 from torchrecipes.models import llama
-from torchrecipes.rank_errors import leave
-from torchrecipes.training.parallel import materialize, parallelize
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.training.run import start_run
 
 folder, sizes, prompts, eos = sys.argv[1], *map(json.loads, sys.argv[2:])
@@ -296,14 +302,14 @@ run = start_run(folder, seed=0, config_yaml="", resume="auto")
 with torch.device("meta"):
     model = llama(**sizes)
 parallelize(model, "fsdp", run, torch.float32)
-materialize(model, run.device, 1)
+init_on_device(model, run.device, 1)
 model.train()
 found = [generate(model, prompts, max_new_tokens=20, temperature=t, seed=3, eos_id=eos) for t in (0, 0.7)]
 assert model.training
 model.head(model(torch.tensor([[1, 2]]))).sum().backward()  # training goes on
 with open(f"{folder}/{run.rank}.json", "w") as file:
     json.dump(found, file)
-leave(0)
+hard_exit(0)
 """
 
 

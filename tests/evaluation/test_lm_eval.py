@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_bpe
-from torchrecipes.evaluation.perplexity import encode_documents, perplexity
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_bpe
+from torchrecipes.evaluation.text_perplexity import encode_documents, perplexity
 from torchrecipes.models import gpt2, save_hf
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")

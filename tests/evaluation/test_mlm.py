@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchrecipes.data.batch import Batch
-from torchrecipes.evaluation.mlm import Unigram, evaluate_mlm, unigram
+from torchrecipes.data.batching.batch import Batch
+from torchrecipes.evaluation.mlm import UnigramBaseline, evaluate_mlm, unigram_baseline
 from torchrecipes.models import neobert
 
 VOCAB, REAL = 50, 45
@@ -40,7 +40,7 @@ def batches(seed=0):
 
 
 def test_the_baseline_is_the_frequency_of_ordinary_tokens():
-    baseline = unigram(Tokens([2, 7, 7, 7, 9, 3, 2, 9, 11, 3]), special_ids=[2, 3], vocab_size=12)
+    baseline = unigram_baseline(Tokens([2, 7, 7, 7, 9, 3, 2, 9, 11, 3]), special_ids=[2, 3], vocab_size=12)
     assert baseline.most_frequent == 7
     expected = torch.full((12,), -math.inf)
     expected[[7, 9, 11]] = torch.tensor([3 / 6, 2 / 6, 1 / 6]).log()
@@ -52,8 +52,8 @@ def test_scores_equal_a_loop_over_targets_in_float64():
     with torch.no_grad():
         model.embedding.weight.mul_(20)
     shares = torch.arange(1, VOCAB + 1).double()
-    baseline = Unigram((shares / shares.sum()).log().float(), most_frequent=11)
-    scores = evaluate_mlm(model, batches(), real_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+    baseline = UnigramBaseline((shares / shares.sum()).log().float(), most_frequent=11)
+    scores = evaluate_mlm(model, batches(), unpadded_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
 
     loss, right, unigram_loss, unigram_right, count = 0.0, 0, 0.0, 0, 0
     for batch in batches():
@@ -84,8 +84,8 @@ def test_inert_tokens_are_never_predicted():
     model.head = Head()
     batch = next(iter(batches()))
     batch.masked_labels[:7] = 20
-    baseline = Unigram(torch.zeros(VOCAB), 0)
-    scores = evaluate_mlm(model, [batch], real_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+    baseline = UnigramBaseline(torch.zeros(VOCAB), 0)
+    scores = evaluate_mlm(model, [batch], unpadded_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
     assert scores["accuracy"] == 1
 
 
@@ -93,7 +93,7 @@ def test_nothing_of_the_training_is_touched():
     model = neobert(VOCAB, 16, 1, 2, 32).train()
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    baseline = Unigram(torch.zeros(VOCAB), 0)
-    evaluate_mlm(model, batches(), real_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+    baseline = UnigramBaseline(torch.zeros(VOCAB), 0)
+    evaluate_mlm(model, batches(), unpadded_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -8,7 +8,7 @@ from torch import nn
 
 from torchrecipes import models
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation.perplexity import Tokens, encode_documents, perplexity, windows
+from torchrecipes.evaluation.text_perplexity import Tokens, encode_documents, perplexity, windows
 from torchrecipes.models import save_hf
 from torchrecipes.modules.head import LMHead
 
@@ -16,7 +16,9 @@ VOCAB = 11
 
 
 class Counting(nn.Module):
-    """Knows nothing but how many tokens it has seen: with n of them it gives every token but 0 the logit -n / 10."""
+    """Knows nothing but how many tokens it has seen: with n of them it gives every token but 0 the logit -n
+    / 10.
+    """
 
     def __init__(self, positions=16):
         super().__init__()
@@ -75,7 +77,7 @@ def test_every_token_is_scored_once_with_enough_before_it(window, stride, rows):
             expected += nats(i - start, ids[i])
             scored += 1
     assert found.tokens == scored
-    assert found.nats == pytest.approx(expected, rel=1e-6)
+    assert found.total_nll == pytest.approx(expected, rel=1e-6)
 
 
 def test_windows_of_a_long_document():
@@ -115,7 +117,7 @@ def test_rows_of_many_lengths_score_what_one_row_each_does():
     expected = sum(nats(i, ids[i]) for ids, _ in given for i in range(1, len(ids)))
     for rows in (None, 1, 3):
         found = perplexity(Counting(positions=4096), given, rows=rows)
-        assert found.nats == pytest.approx(expected, rel=1e-6)
+        assert found.total_nll == pytest.approx(expected, rel=1e-6)
 
 
 def test_windows_that_have_a_row_for_themselves_need_no_boundaries():
@@ -126,8 +128,8 @@ def test_windows_that_have_a_row_for_themselves_need_no_boundaries():
 
 def test_the_order_of_documents_and_the_batches_do_not_matter():
     given = documents(*range(1, 60))
-    one = perplexity(Counting(), given, rows=1).nats
-    assert perplexity(Counting(), given[::-1], rows=50).nats == pytest.approx(one, rel=1e-6)
+    one = perplexity(Counting(), given, rows=1).total_nll
+    assert perplexity(Counting(), given[::-1], rows=50).total_nll == pytest.approx(one, rel=1e-6)
 
 
 def test_it_tells_how_far_it_is():
@@ -156,7 +158,7 @@ def test_training_goes_on_as_before():
 def test_nothing_to_score_is_no_number():
     found = perplexity(Counting(), [])
     assert found.tokens == 0 and math.isnan(found.perplexity) and math.isnan(found.bits_per_byte)
-    assert math.isnan(perplexity(Counting(), documents(1)).nats_per_token)
+    assert math.isnan(perplexity(Counting(), documents(1)).nll_per_token)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +269,6 @@ def test_the_figure_is_that_of_a_plain_loop_over_transformers(family, tmp_path):
             known = max(known, min(start + window, len(ids) - 1) + 1)
     found = perplexity(model, given, window=window, stride=stride, rows=3)
     assert found.tokens == scored == sum(len(ids) - 1 for ids, _ in given)
-    assert found.nats == pytest.approx(expected, rel=1e-5)
+    assert found.total_nll == pytest.approx(expected, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(expected / scored), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(expected / math.log(2) / sum(n for _, n in given), rel=1e-5)

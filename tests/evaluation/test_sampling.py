@@ -6,7 +6,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation.sampling import check_sampling, draw, uniform_numbers, warp
+from torchrecipes.evaluation.sampling import check_sampling, filter_logits, sample, uniform_numbers
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -26,13 +26,13 @@ def transformers_warp(logits, temperature, top_k, top_p):
 def test_logits_are_those_of_transformers(temperature, top_k, top_p):
     before = LOGITS.clone()
     expected = transformers_warp(LOGITS, temperature, top_k, top_p)
-    assert torch.equal(warp(LOGITS, temperature, top_k, top_p), expected)
+    assert torch.equal(filter_logits(LOGITS, temperature, top_k, top_p), expected)
     assert torch.equal(LOGITS, before)
 
 
 def test_tokens_as_likely_as_the_last_of_top_k_are_kept():
     logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0]])
-    kept = warp(logits, 1.0, 2, None) > float("-inf")
+    kept = filter_logits(logits, 1.0, 2, None) > float("-inf")
     assert kept.tolist() == [[True, False, True, True, False]]
     assert torch.equal(kept, transformers_warp(logits, 1.0, 2, None) > float("-inf"))
 
@@ -40,15 +40,15 @@ def test_tokens_as_likely_as_the_last_of_top_k_are_kept():
 def test_top_p_counts_what_top_k_has_left():
     # Of the two that are left, the first has 0.73: enough for 0.7, although it is less than half of all.
     logits = torch.tensor([[1.0, 0.0, -0.1, -0.2, -0.3, -0.4]])
-    assert (warp(logits, 1.0, 2, 0.7) > float("-inf")).sum() == 1
-    assert (warp(logits, 1.0, None, 0.7) > float("-inf")).sum() == 4
+    assert (filter_logits(logits, 1.0, 2, 0.7) > float("-inf")).sum() == 1
+    assert (filter_logits(logits, 1.0, None, 0.7) > float("-inf")).sum() == 4
 
 
 def test_tokens_come_as_often_as_their_probabilities_say():
     draws, vocab_size = 20_000, 6
-    logits = warp(LOGITS[:1, :vocab_size], 2.0, 5, None)
+    logits = filter_logits(LOGITS[:1, :vocab_size], 2.0, 5, None)
     uniform = uniform_numbers([[1, 2]], draws, seed=3)[0]
-    counts = draw(logits.expand(draws, -1), uniform).bincount(minlength=vocab_size).double()
+    counts = sample(logits.expand(draws, -1), uniform).bincount(minlength=vocab_size).double()
     expected = logits[0].double().softmax(-1) * draws
     possible = expected > 0
     assert possible.sum() == 5 and counts[~possible].sum() == 0
@@ -59,14 +59,14 @@ def test_tokens_come_as_often_as_their_probabilities_say():
 def test_the_ends_of_the_unit_interval_are_tokens_that_may_follow():
     logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]]).expand(3, -1)
     nearly_one = 1 - 2**-53
-    assert draw(logits, torch.tensor([0.0, nearly_one, 0.1], dtype=torch.float64)).tolist() == [1, 2, 1]
+    assert sample(logits, torch.tensor([0.0, nearly_one, 0.1], dtype=torch.float64)).tolist() == [1, 2, 1]
     many = torch.zeros(1, 50_000)
-    assert draw(many, torch.tensor([nearly_one], dtype=torch.float64)).item() == 49_999
+    assert sample(many, torch.tensor([nearly_one], dtype=torch.float64)).item() == 49_999
 
 
 def test_numbers_that_are_none_give_an_id_that_exists():
     logits = torch.tensor([[0.0, float("nan"), 1.0], [float("inf"), 0.0, 0.0]])
-    assert draw(logits, torch.tensor([0.5, 0.5], dtype=torch.float64)).max() < 3
+    assert sample(logits, torch.tensor([0.5, 0.5], dtype=torch.float64)).max() < 3
 
 
 def test_rare_tokens_behind_a_likely_one_are_drawn():
@@ -76,7 +76,7 @@ def test_rare_tokens_behind_a_likely_one_are_drawn():
     probability = logits[0].double().softmax(-1)
     for token in (1, 2, 500, 1000):
         uniform = probability[:token].sum() + probability[token] / 2
-        assert draw(logits, uniform[None]).item() == token
+        assert sample(logits, uniform[None]).item() == token
 
 
 def test_numbers_depend_on_seed_and_prompt_alone():
@@ -94,8 +94,11 @@ def test_numbers_depend_on_seed_and_prompt_alone():
 
 def test_a_prompt_that_comes_again_is_known_from_earlier_calls():
     prompts = [[1, 2], [4], [1, 2], [1, 2]]
-    together, seen = uniform_numbers(prompts, 9, seed=7), Counter()
-    apart = [uniform_numbers(some, 9, seed=7, seen=seen) for some in (prompts[:2], prompts[2:3], prompts[3:])]
+    together, prompt_counts = uniform_numbers(prompts, 9, seed=7), Counter()
+    apart = [
+        uniform_numbers(some, 9, seed=7, prompt_counts=prompt_counts)
+        for some in (prompts[:2], prompts[2:3], prompts[3:])
+    ]
     assert torch.equal(torch.cat(apart), together)
 
 

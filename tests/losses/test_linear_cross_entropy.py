@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchrecipes.losses import linear_cross_entropy
-from torchrecipes.losses.linear_cross_entropy import default_chunk_size
+from torchrecipes.losses.chunked_cross_entropy import default_chunk_size
 
 
 def make(num_rows, vocab_size=37, size=12, share=0.6, bias=True, dtype=torch.float32, seed=0):

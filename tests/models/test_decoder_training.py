@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests import ranks
 from torchrecipes.models import gpt2, llama, moe, olmoe, qwen3, qwen3_moe
-from torchrecipes.training.memory import checkpoint_activations
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
 SIZES = (50, 16, 2, 2, 32)
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.2}
@@ -30,21 +30,21 @@ import torch
 from safetensors.torch import save_file
 from tests.models.test_decoder_training import FAMILIES, SIZES, loss_of
 from torchrecipes.modules import KVCache
-from torchrecipes.rank_errors import leave
-from torchrecipes.training.memory import checkpoint_activations
-from torchrecipes.training.parallel import materialize, parallelize, sync_gradients
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
+from torchrecipes.distributed.fsdp import init_on_device, parallelize, set_grad_sync
 from torchrecipes.training.run import start_run
 
 folder, family, strategy, mode = sys.argv[1:5]
 run = start_run(folder, seed=0, config_yaml="", resume="auto")
 with torch.device("meta"):
     model = FAMILIES[family](*SIZES)
-checkpoint_activations(model.blocks, mode)
+apply_activation_checkpointing(model.blocks, mode)
 parallelize(model, strategy, run, torch.float32)
-materialize(model, run.device, 3)
+init_on_device(model, run.device, 3)
 for row in range(4):
     if row % run.world_size == run.rank:
-        sync_gradients(model, last=row >= 4 - run.world_size)
+        set_grad_sync(model, last=row >= 4 - run.world_size)
         ids = (torch.arange(24).view(2, 12) + 7 * row) % 50
         (loss_of(model, ids) * run.world_size / 4).backward()
 tensors = {name: parameter.grad.full_tensor().contiguous() for name, parameter in model.named_parameters()}
@@ -58,7 +58,7 @@ with torch.no_grad():
 if run.rank == 0:
     save_file(tensors, f"{folder}/gradients.safetensors")
 torch.distributed.barrier()
-leave(0)
+hard_exit(0)
 """.replace("ROOT", repr(str(Path(__file__).parents[2])))
 
 
@@ -112,7 +112,7 @@ def test_recomputed_activations_change_no_bit(family, mode, bf16):
     found = []
     for how in ("none", mode):
         model = FAMILIES[family](*SIZES, **arguments)
-        checkpoint_activations(model.blocks, how)
+        apply_activation_checkpointing(model.blocks, how)
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             found.append(gradients(model, ids))
@@ -129,7 +129,7 @@ def test_compiled_blocks_of_experts_have_the_same_gradients_on_a_cpu(family, mod
     model = FAMILIES[family](*SIZES)
     ids = torch.arange(300).view(2, 150) % 50
     expected = gradients(model, ids)
-    checkpoint_activations(model.blocks, mode)
+    apply_activation_checkpointing(model.blocks, mode)
     for block in model.blocks:
         block.compile(backend="aot_eager")
     for name, gradient in gradients(model, ids).items():
@@ -143,7 +143,7 @@ def test_compiled_blocks_have_the_same_gradients_and_one_graph(family, mode):
     model = FAMILIES[family](*SIZES)
     steps = [(torch.arange(300).view(2, 150) * step) % 50 for step in (1, 2, 3)]
     expected = [gradients(model, ids) for ids in steps]
-    checkpoint_activations(model.blocks, mode)
+    apply_activation_checkpointing(model.blocks, mode)
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from torchrecipes.errors import UserError
 from torchrecipes.models import bert, gpt2, hf_config, llama, load_hf, neobert, qwen3, qwen3_0_6b, save_hf
-from torchrecipes.models.hub import hf_network
+from torchrecipes.models.hub import meta_model_from_hf
 
 FAMILIES = {"neobert": neobert, "bert": bert, "gpt2": gpt2, "llama": llama, "qwen3": qwen3}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
@@ -252,7 +252,7 @@ GPT2 = """{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel
 )
 def test_published_configs_are_understood(tmp_path, config, parameters):
     (tmp_path / "config.json").write_text(config)
-    model = hf_network(tmp_path)
+    model = meta_model_from_hf(tmp_path)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     if config is LLAMA_3_2_1B:
         assert model.config.rope_scaling == LLAMA3

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.models.test_moe_families import FREE, SIZES
 from torchrecipes.models import moe, qwen3_moe
 from torchrecipes.modules import moe as experts
-from torchrecipes.training.memory import checkpoint_activations
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
 # Compiled blocks.
 
@@ -30,7 +30,7 @@ def test_compiled_blocks_are_one_graph(monkeypatch, builder, mode, bf16):
 
     steps = [(torch.arange(64).view(2, 32) * step) % 50 for step in (1, 3, 7)]
     expected = [gradients(ids) for ids in steps]
-    checkpoint_activations(model.blocks, mode)
+    apply_activation_checkpointing(model.blocks, mode)
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -12,7 +12,7 @@ from tests import ranks
 from torchrecipes import models
 from torchrecipes.errors import UserError
 from torchrecipes.models import active_parameters, load_hf, moe, olmoe, qwen3_moe, save_hf
-from torchrecipes.models.hub import hf_network
+from torchrecipes.models.hub import meta_model_from_hf
 from torchrecipes.modules import MoEBlock
 
 SIZES = {
@@ -193,7 +193,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_published_configs_are_understood(tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[family] | {"model_type": family}))
-    config = hf_network(tmp_path).config
+    config = meta_model_from_hf(tmp_path).config
     for key in set(PUBLISHED[family]) & set(vars(config)):
         value = getattr(config, key)
         assert (list(value) if isinstance(value, tuple) else value) == PUBLISHED[family][key], key
@@ -276,15 +276,15 @@ from pathlib import Path
 sys.path.insert(0, ROOT)
 import torch
 from tests.models.test_moe_families import FREE
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_wordpiece
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.models import moe
 from torchrecipes.optim import adamw
-from torchrecipes.rank_errors import leave
-from torchrecipes.training import ranks
-from torchrecipes.training.checkpoint import Checkpointer
-from torchrecipes.training.experts import ExpertBalance
-from torchrecipes.training.parallel import materialize, parallelize
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.distributed import collectives
+from torchrecipes.checkpoint.checkpointer import Checkpointer
+from torchrecipes.training.expert_load_balancing import ExpertBalance
+from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.training.run import start_run
 
 what, folder, strategy = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
@@ -294,7 +294,7 @@ tokenizer = train_wordpiece([Document("a small text for a small tokenizer, " * 3
 with torch.device("meta"):
     model = moe(**(FREE | {"vocab_size": 62, "router_aux_loss_coef": 0.0}))
 parallelize(model, strategy, run, torch.float32)
-materialize(model, run.device, seed=3 if what == "save" else 9)
+init_on_device(model, run.device, seed=3 if what == "save" else 9)
 optimizer = adamw(model, lr=1e-2)
 balance = ExpertBalance(model, update_rate=0.125)
 
@@ -311,7 +311,7 @@ def train(steps):
 
 def show(what):
     biases = [block.mlp.gate.e_score_correction_bias.tolist() for block in model.blocks]
-    assert ranks.gather(biases) == [biases] * run.world_size
+    assert collectives.all_gather_object(biases) == [biases] * run.world_size
     full = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     print(biases, [round(full(tensor).double().abs().sum().item(), 3) for tensor in model.parameters()])
 
@@ -319,7 +319,7 @@ with Checkpointer(folder, asynchronous=True) as checkpointer:
     if what == "save":
         train(range(3))
         checkpointer.save(3, model=model, optimizer=optimizer, tokenizer=tokenizer, state={}, config_yaml="",
-                          recipe_text="")
+                          recipe_source="")
         show("saved")
         train(range(3, 5))  # while it is written
     else:
@@ -329,7 +329,7 @@ with Checkpointer(folder, asynchronous=True) as checkpointer:
         show("loaded")
         train(range(3, 5))
     show("after two steps more")
-leave(0)
+hard_exit(0)
 """.replace("ROOT", repr(str(Path(__file__).parents[2])))
 
 

@@ -30,8 +30,8 @@ from torchrecipes.errors import UserError
         ("gpt_750m", {}, 759_656_064),
         ("gpt_750m", {"tie_word_embeddings": True}, 695_266_944),
         ("gpt_750m", {"lm_head_bias": False}, 759_605_760),
-        ("gpt_750m_modern", {}, 698_911_104),
-        ("gpt_750m_modern", {"lm_head_bias": False}, 698_860_800),
+        ("llama_700m", {}, 698_911_104),
+        ("llama_700m", {"lm_head_bias": False}, 698_860_800),
         ("llama", {"vocab_size": 32_000}, 6_738_415_616),
         ("llama_tiny", {}, 1_411_712),
         ("qwen3_0_6b", {}, 596_049_920),
@@ -124,8 +124,8 @@ def test_builders_pass_every_argument_on():
 def test_a_model_that_does_not_go_with_rows_or_tokenizer_is_refused(family):
     with torch.device("meta"):
         model = getattr(models, f"{family}_tiny")(vocab_size=100, max_position_embeddings=32)
-    models.check_fit(model, SimpleNamespace(vocab_size=100), 32)
+    models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100), 32)
     with pytest.raises(UserError, match="the tokenizer has 101 tokens and the model 100 rows"):
-        models.check_fit(model, SimpleNamespace(vocab_size=101), 32)
+        models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=101), 32)
     with pytest.raises(UserError, match="seq_len=33 is more than the model's max_position_embeddings=32"):
-        models.check_fit(model, SimpleNamespace(vocab_size=100), 33)
+        models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100), 33)

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from torchrecipes.modules import (
-    AttentionPlan,
+    AttentionBackend,
     KVCache,
     SelfAttention,
     apply_rotary,
     attention,
-    attention_plan,
-    rotary_tables,
+    choose_attention_backend,
+    rope_cos_sin,
 )
 
 HEADS, HEAD_DIM = 4, 16
@@ -87,29 +87,29 @@ def test_every_kernel_and_layout_is_the_loop_over_documents(monkeypatch, kernel,
     if kernel == "tiled" and not causal:
         pytest.skip("tiles are for causal attention")
     if kernel == "sdpa":
-        monkeypatch.setattr("torchrecipes.modules.plan.TILED_LONGEST_ROW", 0)
+        monkeypatch.setattr("torchrecipes.modules.attention_backend.TILED_LONGEST_ROW", 0)
     rows, row_len, longest = 2, 400, 40
     tensors = inputs(rows, row_len, torch.float32, kv_heads)
     bounds = packing(rows, row_len, longest, seed=len(layout), padding=30)
-    plan = attention_plan(
+    backend = choose_attention_backend(
         None if layout == "dense" else bounds,
         (rows, row_len),
         max_seqlen=longest if layout == "regrouped" else None,
         causal=causal,
         window=window,
-        # `math` needs causality in its mask, which a plan for it has.
+        # `math` needs causality in its mask, which a backend for it has.
         dropout_p=0.5 if kernel == "math" else 0.0,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    assert plan.kernel == kernel
-    assert (plan.gather is not None) == (layout == "regrouped")
+    assert backend.name == kernel
+    assert (backend.gather is not None) == (layout == "regrouped")
     if layout == "regrouped":
-        assert plan.gather.shape[1] == 64
-    plan = plan._replace(dropout_p=0.0)
+        assert backend.gather.shape[1] == 64
+    backend = backend._replace(dropout_p=0.0)
     if layout == "dense":
         bounds = torch.arange(0, rows * row_len + 1, row_len)
-    found = results(lambda q, k, v: attention(q, k, v, plan=plan), tensors)
+    found = results(lambda q, k, v: attention(q, k, v, backend=backend), tensors)
     assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors), 1e-5)
 
 
@@ -119,7 +119,7 @@ def test_bf16_on_the_cpu_is_close(longest, causal, window):
     tensors = inputs(2, 400, torch.bfloat16)
     bounds = packing(2, 400, 40, seed=1)
     arguments = {"cu_seqlens": bounds, "max_seqlen": longest, "causal": causal, "window": window}
-    plan = attention_plan(
+    backend = choose_attention_backend(
         bounds,
         (2, 400),
         max_seqlen=longest,
@@ -128,17 +128,19 @@ def test_bf16_on_the_cpu_is_close(longest, causal, window):
         device=tensors[0].device,
         dtype=torch.bfloat16,
     )
-    assert plan.kernel == ("tiled" if causal else "math")
+    assert backend.name == ("tiled" if causal else "math")
     found = results(lambda q, k, v: attention(q, k, v, **arguments), tensors)
     assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors), 3e-2)
 
 
 def test_long_rows_leave_scores_to_sdpa():
     for row_len, kernel, causal in ((1024, "math", False), (1025, "sdpa", False), (2048, "tiled", True)):
-        plan = attention_plan(None, (1, row_len), causal=causal, device=torch.device("cpu"), dtype=torch.bfloat16)
-        assert plan.kernel == kernel
-    plan = attention_plan(None, (1, 2049), causal=True, device=torch.device("cpu"), dtype=torch.bfloat16)
-    assert (plan.kernel, plan.causal, plan.mask) == ("sdpa", True, None)
+        backend = choose_attention_backend(
+            None, (1, row_len), causal=causal, device=torch.device("cpu"), dtype=torch.bfloat16
+        )
+        assert backend.name == kernel
+    backend = choose_attention_backend(None, (1, 2049), causal=True, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert (backend.name, backend.causal, backend.mask) == ("sdpa", True, None)
 
 
 @pytest.mark.parametrize("length", [2, 127, 128, 129, 300])
@@ -180,8 +182,10 @@ def test_regrouping_keeps_shapes_few():
     shapes = set()
     for seed in range(20):
         bounds = packing(4, 1024, 64, seed=seed)
-        plan = attention_plan(bounds, (4, 1024), max_seqlen=64, device=torch.device("cpu"), dtype=torch.float32)
-        shapes.add(tuple(plan.gather.shape))
+        backend = choose_attention_backend(
+            bounds, (4, 1024), max_seqlen=64, device=torch.device("cpu"), dtype=torch.float32
+        )
+        shapes.add(tuple(backend.gather.shape))
     assert len(shapes) <= 2
 
 
@@ -212,9 +216,9 @@ def test_boundaries_that_do_not_describe_the_rows_are_refused(bounds, max_seqlen
 
 def test_a_plan_and_its_arguments_are_not_mixed():
     q, k, v = inputs(1, 4, torch.float32)
-    plan = attention_plan(None, (1, 4), device=q.device, dtype=q.dtype)
+    backend = choose_attention_backend(None, (1, 4), device=q.device, dtype=q.dtype)
     with pytest.raises(ValueError, match="not both"):
-        attention(q, k, v, causal=True, plan=plan)
+        attention(q, k, v, causal=True, backend=backend)
     with pytest.raises(ValueError, match="window must be 0 or more"):
         attention(q, k, v, window=-1)
 
@@ -223,15 +227,15 @@ def test_self_attention_is_its_three_projections():
     torch.manual_seed(0)
     layer = SelfAttention(32, 4, num_kv_heads=2, bias=True)
     x = torch.randn(2, 10, 32)
-    rotary = rotary_tables(torch.arange(10)[None], 8, 100.0, torch.float32)
-    plan = attention_plan(None, (2, 10), device=x.device, dtype=x.dtype)
+    rotary = rope_cos_sin(torch.arange(10)[None], 8, 100.0, torch.float32)
+    backend = choose_attention_backend(None, (2, 10), device=x.device, dtype=x.dtype)
     weights = layer.qkv_proj.weight.split([32, 16, 16])
     biases = layer.qkv_proj.bias.split([32, 16, 16])
     q, k, v = ((x @ w.T + b).view(2, 10, -1, 8) for w, b in zip(weights, biases, strict=True))
     cos, sin = (table.repeat(1, 1, 1, 2) for table in rotary)
     q, k = (y * cos + torch.cat((-y[..., 4:], y[..., :4]), -1) * sin for y in (q, k))
     expected = layer.o_proj(attention(q, k, v).flatten(2))
-    torch.testing.assert_close(layer(x, rotary, plan), expected)
+    torch.testing.assert_close(layer(x, rotary, backend), expected)
 
 
 def test_self_attention_refuses_heads_that_do_not_divide():
@@ -245,8 +249,8 @@ def test_varlen_takes_what_the_plan_gives_it():
     """Arguments and shapes only, on the meta device: the kernel itself needs CUDA."""
     q, k, v = (x.to("meta") for x in inputs(2, 400, torch.bfloat16, kv_heads=1))
     bounds = packing(2, 400, 40, seed=0).to("meta")
-    plan = AttentionPlan("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(3, 0))
-    assert attention(q, k, v, plan=plan).shape == q.shape
+    backend = AttentionBackend("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(3, 0))
+    assert attention(q, k, v, backend=backend).shape == q.shape
 
 
 @pytest.mark.parametrize("head_dim", [20, 16])
@@ -257,12 +261,12 @@ def test_varlen_gets_heads_of_a_size_that_it_takes(monkeypatch, head_dim):
         scores = [(torch.einsum("snh,tnh->nst", q[a:b], k[a:b]) * scale, v[a:b]) for a, b in documents]
         return torch.cat([torch.einsum("nst,tnh->snh", weights.softmax(-1), values) for weights, values in scores])
 
-    module = importlib.import_module("torchrecipes.modules.attention")  # the package has a function of that name
+    module = importlib.import_module("torchrecipes.modules.self_attention")  # the package has a function of that name
     monkeypatch.setattr(module, "varlen_attn", kernel)
     q, k, v = torch.randn(3, 2, 100, 4, head_dim, dtype=torch.float64)
     bounds = packing(2, 100, 40, seed=0)
-    plan = AttentionPlan("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(-1, -1))
-    torch.testing.assert_close(attention(q, k, v, plan=plan), attention(q, k, v, cu_seqlens=bounds))
+    backend = AttentionBackend("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(-1, -1))
+    torch.testing.assert_close(attention(q, k, v, backend=backend), attention(q, k, v, cu_seqlens=bounds))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs CUDA")
@@ -292,8 +296,8 @@ def test_queries_and_keys_are_normalized_before_the_rotation(qk_norm):
     for norm in (layer.q_norm, layer.k_norm):
         torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, 10, 32, dtype=torch.float64)
-    rotary = rotary_tables(torch.arange(10)[None], 8, 100.0, torch.float64)
-    plan = attention_plan(None, (2, 10), device=x.device, dtype=x.dtype)
+    rotary = rope_cos_sin(torch.arange(10)[None], 8, 100.0, torch.float64)
+    backend = choose_attention_backend(None, (2, 10), device=x.device, dtype=x.dtype)
     q, k, v = layer.qkv_proj(x).split([32, 16, 16], dim=-1)
     normed = []
     for y, norm in ((q, layer.q_norm), (k, layer.k_norm)):
@@ -303,7 +307,7 @@ def test_queries_and_keys_are_normalized_before_the_rotation(qk_norm):
         y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 0.1) * norm.weight
         normed.append(apply_rotary(y.flatten(2).unflatten(-1, (-1, 8)), *rotary))
     expected = layer.o_proj(attention(*normed, v.unflatten(-1, (-1, 8))).flatten(2))
-    found = layer(x, rotary, plan)
+    found = layer(x, rotary, backend)
     torch.testing.assert_close(found, expected)
     parameters = list(layer.parameters())
     for one, other in zip(
@@ -329,8 +333,8 @@ def test_a_cache_is_attention_to_the_positions_up_to_ones_own(dtype, tokens):
     layer.update(k, v)
     positions = torch.tensor([[5], [20]]) + torch.arange(tokens)
     new_q, new_k, new_v = (x[:, :tokens] for x in inputs(2, tokens, dtype, kv_heads=2, seed=3))
-    plan, (layer,) = cache.at(positions, dtype)
-    found = attention(new_q, *layer.update(new_k, new_v), plan=plan)
+    backend, (layer,) = cache.at(positions, dtype)
+    found = attention(new_q, *layer.update(new_k, new_v), backend=backend)
     for row, start in enumerate((5, 20)):
         one = slice(row, row + 1)
         whole_k, whole_v = (torch.cat((x[one, :start], y[one]), 1) for x, y in ((k, new_k), (v, new_v)))
@@ -344,8 +348,8 @@ def test_a_cache_is_attention_to_the_positions_up_to_ones_own(dtype, tokens):
 def test_a_cache_keeps_no_graph():
     layer = SelfAttention(32, 4)
     cache = KVCache(1, 2, 10, 4, 8)
-    plan, (part,) = cache.at(torch.arange(6)[None], torch.float32)
-    layer(torch.randn(2, 6, 32), None, plan, part)
+    backend, (part,) = cache.at(torch.arange(6)[None], torch.float32)
+    layer(torch.randn(2, 6, 32), None, backend, part)
     assert not part.keys.requires_grad
     assert part.keys[:, :6].abs().min() > 0
     assert part.keys[:, 6:].abs().max() == 0

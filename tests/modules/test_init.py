@@ -3,7 +3,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from torchrecipes.modules import SwiGLU, initial_value, initialize
+from torchrecipes.modules import SwiGLU, init_tensor, init_weights
 
 
 class Two(nn.Module):
@@ -19,16 +19,16 @@ def test_values_depend_on_seed_and_name_alone():
     torch.manual_seed(1)
     first, second, other = Two(), Two(extra=True), Two()
     for model, seed in ((first, 5), (second, 5), (other, 6)):
-        initialize(model, seed=seed, std=0.02)
+        init_weights(model, seed=seed, std=0.02)
     assert torch.equal(first.mlp.down_proj.weight, second.mlp.down_proj.weight)
     assert not torch.equal(first.mlp.down_proj.weight, other.mlp.down_proj.weight)
     assert first.mlp.gate_up_proj.weight.flatten()[:100].tolist() != first.mlp.down_proj.weight.flatten()[:100].tolist()
 
 
 def test_kinds_of_parameters():
-    assert initial_value("norm.weight", (5,), seed=0, std=0.02).tolist() == [1.0] * 5
-    assert initial_value("norm.bias", (5,), seed=0, std=0.02).tolist() == [0.0] * 5
-    value = initial_value("experts.weight", (4, 300, 200), seed=0, std=0.02)
+    assert init_tensor("norm.weight", (5,), seed=0, std=0.02).tolist() == [1.0] * 5
+    assert init_tensor("norm.bias", (5,), seed=0, std=0.02).tolist() == [0.0] * 5
+    value = init_tensor("experts.weight", (4, 300, 200), seed=0, std=0.02)
     assert abs(value.mean().item()) < 1e-4
     assert abs(value.std().item() - 0.02) < 1e-4
 
@@ -38,7 +38,7 @@ def test_projections_into_the_residual_stream_have_a_deviation_of_their_own():
     model.experts = nn.Module()
     model.experts.down_proj = nn.Parameter(torch.empty(3, 40, 40))
     model.experts.register_buffer("bias", torch.full((3,), 5.0))
-    initialize(model, seed=1, std=0.02, residual_std=0.005)
+    init_weights(model, seed=1, std=0.02, residual_std=0.005)
     assert abs(model.mlp.gate_up_proj.weight.std().item() - 0.02) < 1e-3
     assert abs(model.mlp.down_proj.weight.std().item() - 0.005) < 3e-4
     assert abs(model.experts.down_proj.std().item() - 0.005) < 3e-4
@@ -48,7 +48,7 @@ def test_projections_into_the_residual_stream_have_a_deviation_of_their_own():
 def test_meta_parameters_stay():
     with torch.device("meta"):
         model = Two()
-    initialize(model, seed=0, std=0.02)
+    init_weights(model, seed=0, std=0.02)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -61,7 +61,7 @@ def _sharded(rank, store, results):
         model = Two()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     model.to_empty(device="cpu")
-    initialize(model, seed=5, std=0.02)
+    init_weights(model, seed=5, std=0.02)
     state = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
     if rank == 0:
         torch.save(state, results)
@@ -71,7 +71,7 @@ def _sharded(rank, store, results):
 def test_a_sharded_model_starts_from_the_same_values(tmp_path):
     mp.start_processes(_sharded, (tmp_path / "store", tmp_path / "results"), nprocs=2, start_method="spawn")
     whole = Two()
-    initialize(whole, seed=5, std=0.02)
+    init_weights(whole, seed=5, std=0.02)
     state = torch.load(tmp_path / "results", weights_only=True)
     assert set(state) == set(dict(whole.named_parameters()))
     for name, parameter in whole.named_parameters():

@@ -13,10 +13,10 @@ from torchrecipes.modules import (
     RMSNorm,
     SelfAttention,
     SwiGLU,
-    activation_dtype,
     apply_rotary,
-    attention_plan,
-    rotary_tables,
+    choose_attention_backend,
+    compute_dtype,
+    rope_cos_sin,
 )
 
 
@@ -59,7 +59,7 @@ def test_rotary_turns_pairs_as_complex_numbers():
     torch.manual_seed(0)
     position = torch.tensor([[0, 1, 2, 0, 1, 70_000]])
     x = torch.randn(1, 6, 3, 8)
-    cos, sin = rotary_tables(position, 8, 10_000.0, torch.float32)
+    cos, sin = rope_cos_sin(position, 8, 10_000.0, torch.float32)
     assert cos.shape == sin.shape == (1, 6, 1, 4)
     frequency = 10_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     turn = torch.polar(torch.ones(1, dtype=torch.float64), position[..., None, None] * frequency)
@@ -77,13 +77,13 @@ def test_rotary_scaling_lowers_frequencies():
     plain = 1 / 1000.0 ** (torch.arange(0, 32, 2) / 32)
 
     def frequencies(**scaling):
-        _, sin = rotary_tables(torch.tensor([[1]]), 32, 1000.0, torch.float64, scaling)
+        _, sin = rope_cos_sin(torch.tensor([[1]]), 32, 1000.0, torch.float64, scaling)
         return sin.flatten().asin().float()
 
     torch.testing.assert_close(frequencies(rope_type="default"), plain)
     torch.testing.assert_close(frequencies(rope_type="linear", factor=4.0), plain / 4)
-    stretched = rotary_tables(position, 32, 1000.0, torch.float32, {"rope_type": "linear", "factor": 4.0})
-    torch.testing.assert_close(stretched, rotary_tables(position // 4, 32, 1000.0, torch.float32))
+    stretched = rope_cos_sin(position, 32, 1000.0, torch.float32, {"rope_type": "linear", "factor": 4.0})
+    torch.testing.assert_close(stretched, rope_cos_sin(position // 4, 32, 1000.0, torch.float32))
     keys = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     found = frequencies(rope_type="llama3", **keys)
     turns = 64 * plain / (2 * torch.pi)
@@ -101,7 +101,7 @@ def test_rotary_scores_depend_on_the_distance_only():
 
     def score(i, j):
         q_i, k_j = (
-            apply_rotary(x, *rotary_tables(torch.tensor([[p]]), 16, 100.0, torch.float64)) for x, p in ((q, i), (k, j))
+            apply_rotary(x, *rope_cos_sin(torch.tensor([[p]]), 16, 100.0, torch.float64)) for x, p in ((q, i), (k, j))
         )
         return (q_i * k_j).sum()
 
@@ -143,21 +143,21 @@ def test_blocks_add_and_normalize_in_their_order():
     torch.manual_seed(0)
     pre, post = blocks()
     x = torch.randn(1, 4, 16)
-    plan = attention_plan(None, (1, 4), device=x.device, dtype=x.dtype)
-    y = x + pre.self_attn(pre.input_layernorm(x), None, plan)
-    torch.testing.assert_close(pre(x, None, plan), y + pre.mlp(pre.post_attention_layernorm(y)))
-    y = post.attention_norm(x + post.self_attn(x, None, plan))
-    torch.testing.assert_close(post(x, None, plan), post.mlp_norm(y + post.mlp(y)))
+    backend = choose_attention_backend(None, (1, 4), device=x.device, dtype=x.dtype)
+    y = x + pre.self_attn(pre.input_layernorm(x), None, backend)
+    torch.testing.assert_close(pre(x, None, backend), y + pre.mlp(pre.post_attention_layernorm(y)))
+    y = post.attention_norm(x + post.self_attn(x, None, backend))
+    torch.testing.assert_close(post(x, None, backend), post.mlp_norm(y + post.mlp(y)))
 
 
 def test_post_norm_block_drops_in_training_only():
     torch.manual_seed(0)
     _, post = blocks(dropout_p=0.5)
     x = torch.randn(1, 4, 16)
-    plan = attention_plan(None, (1, 4), device=x.device, dtype=x.dtype)
-    assert not torch.equal(post(x, None, plan), post(x, None, plan))
+    backend = choose_attention_backend(None, (1, 4), device=x.device, dtype=x.dtype)
+    assert not torch.equal(post(x, None, backend), post(x, None, backend))
     post.eval()
-    assert torch.equal(post(x, None, plan), post(x, None, plan))
+    assert torch.equal(post(x, None, backend), post(x, None, backend))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -168,14 +168,14 @@ def test_blocks_compile_without_graph_breaks(packed, autocast):
     x = torch.randn(2, 8, 16)
     bounds = torch.tensor([0, 3, 8, 16], dtype=torch.int32) if packed else None
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        dtype = activation_dtype(x)
+        dtype = compute_dtype(x)
         assert dtype == (torch.bfloat16 if autocast else torch.float32)
-        plan = attention_plan(bounds, (2, 8), device=x.device, dtype=dtype)
-        rotary = rotary_tables(torch.arange(8)[None], 8, 100.0, dtype)
+        backend = choose_attention_backend(bounds, (2, 8), device=x.device, dtype=dtype)
+        rotary = rope_cos_sin(torch.arange(8)[None], 8, 100.0, dtype)
         for block in blocks():
-            expected = block(x, rotary, plan)
+            expected = block(x, rotary, backend)
             block.compile(fullgraph=True, backend="eager")
-            torch.testing.assert_close(block(x, rotary, plan), expected, atol=2e-2 if autocast else 1e-5, rtol=0)
+            torch.testing.assert_close(block(x, rotary, backend), expected, atol=2e-2 if autocast else 1e-5, rtol=0)
 
 
 def test_head_parts_are_what_a_chunked_loss_needs():

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from torchrecipes.optim import adamw, decay_groups, group_table
+from torchrecipes.optim import adamw, describe_param_groups, weight_decay_groups
 
 
 class TinyNorm(nn.Module):
@@ -43,7 +43,7 @@ def names(groups):
 
 
 def test_only_matrices_are_decayed():
-    groups = decay_groups(Model(tied=False), 0.1)
+    groups = weight_decay_groups(Model(tied=False), 0.1)
     decayed, others = names(groups)
     assert decayed == {
         *(f"blocks.{i}.proj.weight" for i in range(12)),
@@ -57,18 +57,18 @@ def test_only_matrices_are_decayed():
 
 def test_tied_head_is_an_embedding_whichever_comes_first():
     model = Model(tied=True)
-    assert "embedding.weight" in names(decay_groups(model, 0.1))[1]
-    assert not any("head.weight" in group for group in names(decay_groups(model, 0.1)))
+    assert "embedding.weight" in names(weight_decay_groups(model, 0.1))[1]
+    assert not any("head.weight" in group for group in names(weight_decay_groups(model, 0.1)))
     head_first = nn.ModuleDict({"a_head": nn.Linear(4, 10, bias=False), "embedding": nn.Embedding(10, 4)})
     head_first["embedding"].weight = head_first["a_head"].weight
-    (group,) = decay_groups(head_first, 0.1)
+    (group,) = weight_decay_groups(head_first, 0.1)
     assert group["weight_decay"] == 0 and names([group]) == [{"a_head.weight"}]
 
 
 def test_frozen_parameters_are_left_out():
     model = Model(tied=False)
     model.blocks.requires_grad_(False)
-    kept = set().union(*names(decay_groups(model, 0.1)))
+    kept = set().union(*names(weight_decay_groups(model, 0.1)))
     assert kept == {name for name, p in model.named_parameters() if not name.startswith("blocks.")}
 
 
@@ -78,7 +78,7 @@ def test_every_parameter_is_in_one_group_of_a_transformers_model():
     model = BertForMaskedLM(
         BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     )
-    decayed, others = names(decay_groups(model, 0.1))
+    decayed, others = names(weight_decay_groups(model, 0.1))
     assert decayed | others == {name for name, _ in model.named_parameters()} and not decayed & others
     assert all(name.endswith("weight") and ("dense" in name or "self" in name) for name in decayed)
     assert len(decayed) == 2 * 6 + 1
@@ -87,7 +87,7 @@ def test_every_parameter_is_in_one_group_of_a_transformers_model():
 def test_table():
     model = nn.Sequential(nn.Embedding(1000, 4), *(nn.Linear(4, 4) for _ in range(11)), nn.LayerNorm(4))
     model[1].weight.requires_grad_(False)
-    assert group_table(adamw(model, lr=3e-4, weight_decay=0.1)) == (
+    assert describe_param_groups(adamw(model, lr=3e-4, weight_decay=0.1)) == (
         "group 1: lr 0.0003, weight_decay 0.1, 10 tensors, 160 parameters\n"
         "    *.weight  [4, 4]   10 x 16\n"
         "group 2: lr 0.0003, weight_decay 0, 14 tensors, 4,052 parameters\n"
@@ -99,4 +99,4 @@ def test_table():
 
 def test_table_of_an_optimizer_without_names():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2, 3))], lr=0.1)
-    assert group_table(optimizer).splitlines()[1].split() == ["(no", "name)", "[2,", "3]", "1", "x", "6"]
+    assert describe_param_groups(optimizer).splitlines()[1].split() == ["(no", "name)", "[2,", "3]", "1", "x", "6"]

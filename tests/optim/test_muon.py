@@ -11,7 +11,7 @@ from torchrecipes.errors import UserError
 from torchrecipes.models import gpt2, llama, qwen3
 from torchrecipes.modules import SwiGLU
 from torchrecipes.modules.moe import MoE
-from torchrecipes.optim import adamw, cosine, group_table, muon, muon_clip
+from torchrecipes.optim import adamw, cosine, describe_param_groups, muon, muon_clip
 from torchrecipes.optim.newton_schulz import orthogonalize
 from torchrecipes.training.guard import Guard, _skips_on_device
 
@@ -36,7 +36,7 @@ def test_matrices_are_updated_as_by_torch(scale, theirs, nesterov):
     model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in ((48, 48), (64, 32), (64, 32), (32, 64))))
     reference = copy.deepcopy(model)
     settings = {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.9, "nesterov": nesterov, "ns_steps": 4}
-    ours = muon(model, **settings, coefficients="quintic", scale=scale, ns_dtype="bf16")
+    ours = muon(model, **settings, ns_coefficients="quintic", scale=scale, ns_dtype="bf16")
     torchs = torch.optim.Muon(reference.parameters(), **settings, adjust_lr_fn=theirs)
     for step in range(5):
         give_gradients(model, reference, seed=step)
@@ -92,7 +92,7 @@ def test_what_goes_where():
         def get_output_embeddings(self):
             return self.output
 
-    (_, hidden), (_, decayed), (_, others) = names(muon(Odd(), adamw_names=["chosen.*"]))
+    (_, hidden), (_, decayed), (_, others) = names(muon(Odd(), adamw_param_patterns=["chosen.*"]))
     assert hidden == {"linear.weight"}
     assert decayed == {"conv1d.weight", "conv2d.weight", "four", "chosen.weight", "output.weight"}
     assert others == {"conv1d.bias", "conv2d.bias", "linear.bias", "chosen.bias", "output.bias"}
@@ -191,7 +191,7 @@ def test_each_group_keeps_its_own_rate_under_a_schedule():
     cosine(10, warmup_steps=2).apply(optimizer, 1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 1.5e-3, 1.5e-3])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
-    table = group_table(optimizer)
+    table = describe_param_groups(optimizer)
     assert "group 1: muon, lr 0.02, weight_decay 0.1, 4 tensors" in table
     assert "group 2: adamw, lr 0.003, weight_decay 0.1, 1 tensors" in table
 
@@ -271,16 +271,16 @@ def test_wrong_values_are_all_named():
             momentum=1.0,
             weight_decay=math.nan,
             ns_steps=0,
-            coefficients="cubic",
+            ns_coefficients="cubic",
             scale="none",
             adamw_lr=math.inf,
             adamw_betas=(0.9,),
-            adamw_names=["nothing.*"],
+            adamw_param_patterns=["nothing.*"],
             ns_dtype="fp8",
         )
     keys = [line.split(":")[0].removeprefix("optimizer ") for line in str(error.value).splitlines()]
     numbers = ["lr", "weight_decay", "adamw_lr", "adamw_weight_decay", "momentum", "adamw_betas", "ns_steps"]
-    assert sorted(keys) == sorted([*numbers, "coefficients", "scale", "ns_dtype", "adamw_names"])
+    assert sorted(keys) == sorted([*numbers, "ns_coefficients", "scale", "ns_dtype", "adamw_param_patterns"])
     assert "is not one of quintic, polar_express" in str(error.value)
 
 
@@ -293,5 +293,5 @@ def test_the_page_shows_the_groups_of_its_example():
     page = (Path(__file__).parents[2] / "docs/optimizers.md").read_text(encoding="utf-8")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     model = llama(1024, **sizes, tie_word_embeddings=False)
-    table = group_table(muon(model, lr=0.02, adamw_lr=3e-3, weight_decay=0.1))
+    table = describe_param_groups(muon(model, lr=0.02, adamw_lr=3e-3, weight_decay=0.1))
     assert re.search(r"^```text\n(.*?)\n```", page, re.MULTILINE | re.DOTALL)[1] == table

@@ -8,9 +8,9 @@ from torch import nn
 from tests import ranks
 from torchrecipes.errors import UserError
 from torchrecipes.models import llama, qwen3
-from torchrecipes.modules import SelfAttention, attention_plan
+from torchrecipes.modules import SelfAttention, choose_attention_backend
 from torchrecipes.optim import muon, muon_clip
-from torchrecipes.training.memory import checkpoint_activations
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
 TAU = 5.0
 STILL = {"lr": 0.0, "adamw_lr": 0.0}  # so that what is seen after the step is the clip alone
@@ -168,7 +168,7 @@ def test_evaluation_does_not_count_and_what_is_not_finite_neither():
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_with_activation_checkpointing(mode):
     ours, theirs = model(), model()
-    checkpoint_activations(ours.blocks, mode)
+    apply_activation_checkpointing(ours.blocks, mode)
     for net in (ours, theirs):
         step(net, muon_clip(net, qk_clip_tau=TAU))
     for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -212,7 +212,7 @@ def test_any_attention_of_this_library():
     layer = SelfAttention(16, 4, num_kv_heads=2)
     optimizer = muon_clip(layer, **STILL, qk_clip_tau=1e-3)
     x = torch.randn(2, 10, 16)
-    plan = attention_plan(None, (2, 10), device=x.device, dtype=x.dtype)
+    plan = choose_attention_backend(None, (2, 10), device=x.device, dtype=x.dtype)
     layer(x, None, plan).sum().backward()
     before = layer.max_logits
     optimizer.step()
@@ -228,7 +228,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torchrecipes.models import llama
 from torchrecipes.optim import muon_clip
-from torchrecipes.rank_errors import leave
+from torchrecipes.distributed.error_file import hard_exit
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -263,7 +263,7 @@ for name, value in found.items():
     torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 print(json.dumps(bool((mine < largest - 1e-3).any())))
 dist.barrier()
-leave(0)
+hard_exit(0)
 """
 
 

@@ -17,16 +17,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchrecipes.errors import UserError
 from torchrecipes.models import llama
-from torchrecipes.rank_errors import leave
+from torchrecipes.distributed.error_file import hard_exit
 
-module = importlib.import_module("torchrecipes.optim.muon")  # the function has the same name
+module = importlib.import_module("torchrecipes.optim.muon_optimizer")  # the function has the same name
 dist.init_process_group("gloo")
 
 class Experts(nn.Module):
     def __init__(self, experts):
         super().__init__()
         self.up_proj = nn.Parameter(torch.zeros(experts, 24, 16))
-        self.fused_rows = {"up_proj": (8, 16)}
+        self.row_splits = {"up_proj": (8, 16)}
 
 class Model(nn.Module):
     def __init__(self):
@@ -60,7 +60,7 @@ def train(mesh):
         for block in (*model.blocks, *model.decoder.blocks):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = module.muon(model, ns_dtype="fp32", coefficients="quintic", weight_decay=0.1)
+    optimizer = module.muon(model, ns_dtype="fp32", ns_coefficients="quintic", weight_decay=0.1)
     counts.clear()
     for number in range(3):
         for i, p in enumerate(model.parameters()):
@@ -99,7 +99,7 @@ except UserError as error:
 else:
     raise AssertionError("columns were taken for rows")
 dist.barrier()
-leave(0)
+hard_exit(0)
 """
 
 MATRICES = 2 * 5 + 3 + 2 * 7  # two of each expert, the linear layers, q, k, v, o, gate, up and down of each block
@@ -128,13 +128,13 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_wordpiece
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.models import llama
 from torchrecipes.optim import muon
-from torchrecipes.rank_errors import leave
-from torchrecipes.training.checkpoint import Checkpointer
-from torchrecipes.training.parallel import materialize, parallelize
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.checkpoint.checkpointer import Checkpointer
+from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.training.run import start_run
 
 folder, strategy, first, last, saved = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
@@ -146,12 +146,12 @@ def make(seed):
         model = llama(62, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                       intermediate_size=31, tie_word_embeddings=False, seed=seed)
     parallelize(model, strategy, run, torch.float32)
-    materialize(model, run.device, seed)
+    init_on_device(model, run.device, seed)
     return model, muon(model, ns_dtype="fp32")
 
 def save(checkpointer, step, model, optimizer):
     checkpointer.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, state={}, config_yaml="",
-                      recipe_text="")
+                      recipe_source="")
 
 def load(checkpointer):
     model, optimizer = make(seed=9)
@@ -186,7 +186,7 @@ with Checkpointer(folder, asynchronous=False) as checkpointer:
         save(checkpointer, last, model, optimizer)
 if run.rank == 0:
     save_file(found, saved)
-leave(0)
+hard_exit(0)
 """
 
 

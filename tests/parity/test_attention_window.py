@@ -1,12 +1,12 @@
 import torch
 from transformers.masking_utils import sliding_window_bidirectional_overlay, sliding_window_overlay
 
-from torchrecipes.modules import attention_plan
+from torchrecipes.modules import choose_attention_backend
 
 
 def seen(**arguments):
-    plan = attention_plan(None, (1, 20), device=torch.device("cpu"), dtype=torch.float32, **arguments)
-    return plan.mask[0, 0] == 0
+    backend = choose_attention_backend(None, (1, 20), device=torch.device("cpu"), dtype=torch.float32, **arguments)
+    return backend.mask[0, 0] == 0
 
 
 def test_window_is_the_sliding_window_of_bidirectional_models():

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torchrecipes.cli.main import main
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
-from torchrecipes.config.files import find_recipe
-from torchrecipes.data.tokenizers import load_tokenizer
+from torchrecipes.config.catalog import find_recipe
+from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_hf
 
@@ -24,11 +24,11 @@ tokenizer: {{_component_: torchrecipes.data.tokenizers.train_bpe, vocab_size: 40
 data:
   source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
   validation_fraction: 0.1
-  tokenize_workers: 0
+  tokenizer_threads: 0
 model: MODEL
 seq_len: 32
-rows_per_step: 8
-rows_per_micro_batch: 8
+global_batch_size: 8
+micro_batch_size: 8
 max_steps: {STEPS}
 precision: fp32
 log_every: 1
@@ -119,7 +119,7 @@ def test_learns_and_exports_what_transformers_loads(train, model):
     folder = checkpoint(run, 120)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ours, tokenizer = load_hf(folder).eval(), load_tokenizer(folder, vocab_multiple=1, causal=True)
+    ours, tokenizer = load_hf(folder).eval(), load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=True)
     assert abs(before["eval/validation/loss"] - math.log(tokenizer.vocab_size)) < 0.1
     ids = their_tokenizer("the cat sees the", return_tensors="pt").input_ids
     assert ids[0].tolist() == tokenizer.encode_prompt("the cat sees the")
@@ -143,7 +143,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(train, tmp_path,
 
 @pytest.mark.parametrize("model", ["gpt2", "qwen3"])
 def test_micro_batches_do_not_change_the_result(train, model):
-    one, four = losses(train("one", model=model)), losses(train("four", "rows_per_micro_batch=2", model=model))
+    one, four = losses(train("one", model=model)), losses(train("four", "micro_batch_size=2", model=model))
     assert max(abs(one[step] - four[step]) for step in one) < 1e-4
 
 
@@ -205,7 +205,7 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["schedule.warmup_steps=50"], "schedule.warmup_steps: 50 is not between 0 and max_steps"),
+        (["lr_scheduler.warmup_steps=50"], "lr_scheduler.warmup_steps: 50 is not between 0 and max_steps"),
         (["optimizer.lr=-1"], "override 'optimizer.lr=-1': optimizer.lr: -1.0"),
         (["model.num_attention_heads=3"], r"model: hidden_size \(32\) must be a multiple"),
         ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model: Bert is an encoder.* mlm_pretrain"),
@@ -216,8 +216,14 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
             "optimizer.scale: .big. is not one of",
         ),
         (["guard.max_skips=0"], "guard.max_skips: 0 is not 1 or more"),
-        (["schedule.warmup_ratio=1.5", "max_steps=null", "epochs=1"], "schedule.warmup_ratio: 1.5 is not between"),
-        (["schedule.warmup_steps=500", "max_steps=null", "total_tokens=10_000"], "warmup_steps: 500 .* max_steps = 40"),
+        (
+            ["lr_scheduler.warmup_ratio=1.5", "max_steps=null", "epochs=1"],
+            "lr_scheduler.warmup_ratio: 1.5 is not between",
+        ),
+        (
+            ["lr_scheduler.warmup_steps=500", "max_steps=null", "total_tokens=10_000"],
+            "warmup_steps: 500 .* max_steps = 40",
+        ),
         (["data.validation_fraction=2"], "data.validation_fraction: 2.0 is not a share"),
         (["model._component_=tests.recipes.components.linear"], "model: Linear is no model of a family"),
         (["model._component_=tests.recipes.components.nothing"], "model: NoneType is no model of a family"),
@@ -228,7 +234,7 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
         (["model._component_=tests.recipes.components.broken"], r"model: KeyError: 'mine' \(.*components.py:\d+\)"),
         (["optimizer._component_=tests.recipes.components.nothing"], "gave NoneType, and no torch.optim.Optimizer"),
         (["optimizer._component_=torch.optim.SGD"], "one problem.*torch.optim.SGD needs the argument 'params'"),
-        (["schedule._component_=tests.recipes.components.Schedule"], r"has no apply\(optimizer, step\)"),
+        (["lr_scheduler._component_=tests.recipes.components.Schedule"], r"has no apply\(optimizer, step\)"),
         (["resume=RUN"], r"This is a run; its newest is resume=.*checkpoints/step-00000012"),
         (["init_from=RUN"], r"init_from: .* This is a run; its newest model is .*checkpoints/step-00000012"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import ranks
-from torchrecipes.config.files import find_recipe
+from torchrecipes.config.catalog import find_recipe
 
 STEPS = 20
 SETTINGS = f"""
@@ -17,7 +17,7 @@ data:
   source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
   corpus_dir: CORPUS
   validation_fraction: 0.1
-  tokenize_workers: 0
+  tokenizer_threads: 0
 model:
   _component_: torchrecipes.models.moe
   hidden_size: 32
@@ -32,15 +32,15 @@ model:
   router_aux_loss_coef: 0.0
   max_position_embeddings: 64
 seq_len: 32
-rows_per_step: 12
-rows_per_micro_batch: 3
+global_batch_size: 12
+micro_batch_size: 3
 max_steps: {STEPS}
 optimizer: {{_component_: torchrecipes.optim.muon, lr: 0.01, ns_dtype: fp32}}
 router_bias_update_rate: 0.01
 precision: fp32
 log_every: 1
 eval_every: 10
-eval_rows: 7
+eval_sequences: 7
 save_every: 10
 """
 MAIN = """
@@ -53,11 +53,11 @@ _as_process()
 def train(tmp_path_factory):
     """train("name", world_size, "key=value", ...) runs the recipe into a folder, which it returns."""
     path = tmp_path_factory.mktemp("causal_ranks")
-    draw = random.Random(0)
+    sample = random.Random(0)
     words = "the cat dog fox owl sees hears finds likes a river house garden and goes home".split()
     with (path / "text.jsonl").open("w") as file:
         for _ in range(300):
-            file.write(json.dumps({"text": " ".join(draw.choices(words, k=draw.randint(3, 40)))}) + "\n")
+            file.write(json.dumps({"text": " ".join(sample.choices(words, k=sample.randint(3, 40)))}) + "\n")
     config = SETTINGS.replace("TEXT", str(path / "text.jsonl")).replace("CORPUS", str(path / "corpus"))
     (path / "config.yaml").write_text(config)
     (path / "start.py").write_text(MAIN)

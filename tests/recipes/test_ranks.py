@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
+from torchrecipes.checkpoint.checkpointer import verify
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
-from torchrecipes.config.files import find_recipe
-from torchrecipes.training.checkpoint import verify
+from torchrecipes.config.catalog import find_recipe
 
 RECIPE = find_recipe("mlm_pretrain")
 STEPS = 30
@@ -22,7 +22,7 @@ data:
   source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
   corpus_dir: CORPUS
   validation_fraction: 0.1
-  tokenize_workers: 0
+  tokenizer_threads: 0
 model:
   _component_: torchrecipes.models.neobert
   hidden_size: 32
@@ -31,14 +31,14 @@ model:
   intermediate_size: 64
   max_position_embeddings: 64
 seq_len: 32
-rows_per_step: 12
-rows_per_micro_batch: 3
+global_batch_size: 12
+micro_batch_size: 3
 max_steps: {STEPS}
 optimizer: {{_component_: torchrecipes.optim.adamw, lr: 5e-3}}
 precision: fp32
 log_every: 1
 eval_every: 15
-eval_rows: 7
+eval_sequences: 7
 save_every: 10
 """
 MAIN = """
@@ -52,12 +52,12 @@ class Folder:
 
     def __init__(self, path):
         self.path = path
-        draw = random.Random(0)
+        sample = random.Random(0)
         words = "the cat dog fox owl sees hears finds likes a river house garden and goes home".split()
         text = path / "text.jsonl"
         with text.open("w") as file:
             for _ in range(300):
-                file.write(json.dumps({"text": " ".join(draw.choices(words, k=draw.randint(3, 40)))}) + "\n")
+                file.write(json.dumps({"text": " ".join(sample.choices(words, k=sample.randint(3, 40)))}) + "\n")
         self.config, self.script = path / "config.yaml", path / "start.py"
         self.config.write_text(SETTINGS.replace("TEXT", str(text)).replace("CORPUS", str(path / "corpus")))
         self.script.write_text(MAIN)

@@ -3,11 +3,11 @@
 import difflib
 import re
 
-from torchrecipes.config.files import find_recipe
+from torchrecipes.config.catalog import find_recipe
 
 # What pretraining of encoders and of decoders may differ in.
 OBJECTIVE = re.compile(
-    r"mask|mlm|causal|targets|lookahead|eos_id|unigram|router|balance|sample|prompts|generate|loss_of|z_loss|smoothing"
+    r"mask|mlm|causal|targets|lookahead|eos_id|unigram_baseline|router|balance|sample|prompts|generate|loss_of|z_loss|smoothing"
     r"|cross_document|packing|position|data\.next|experts|NeoBERT|neobert|gpt2|moe|decoder|labels|seed: int"
     r"|train_bpe|wordpiece|AutoModel|texts"
 )

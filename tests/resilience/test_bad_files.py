@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from torchrecipes.data import lines, sources
-from torchrecipes.data.documents import EMPTY_TEXT, Report, require_documents
-from torchrecipes.data.sources import files
+from torchrecipes.data.sources import line_reader, text_files
+from torchrecipes.data.sources.records import EMPTY_TEXT, ReadStats, require_documents
+from torchrecipes.data.sources.text_files import files
 from torchrecipes.errors import UserError
 
 GOOD = json.dumps({"text": "a good row", "n": 1}) + "\n"
@@ -246,7 +246,7 @@ def test_random_damage_is_never_a_traceback_and_parts_agree_with_the_whole(tmp_p
         b",",
         b" " * 50,
     ]
-    monkeypatch.setattr(sources, "SLICE", 50)
+    monkeypatch.setattr(text_files, "SLICE", 50)
     skipped = 0
     for _ in range(600):
         name = rng.choice(list(seeds))
@@ -260,9 +260,9 @@ def test_random_damage_is_never_a_traceback_and_parts_agree_with_the_whole(tmp_p
             "max_document_chars": rng.choice([100, 999]),
         }
         source = files(str(tmp_path / name), on_bad_record="skip", **arguments)
-        monkeypatch.setattr(lines, "BLOCK", rng.choice([4, 64, 1 << 20]))
-        whole, merged = list(source), Report()
-        monkeypatch.setattr(lines, "BLOCK", rng.choice([4, 64, 1 << 20]))
+        monkeypatch.setattr(line_reader, "BLOCK", rng.choice([4, 64, 1 << 20]))
+        whole, merged = list(source), ReadStats()
+        monkeypatch.setattr(line_reader, "BLOCK", rng.choice([4, 64, 1 << 20]))
         assert [document for part in source.parts() for document in counted(part, merged)] == whole, bytes(content)
         assert merged == source.report, bytes(content)
         try:
@@ -388,7 +388,7 @@ def test_shared_files_that_are_odd_but_good_keep_their_text():
     assert any("\x00" in text for text in texts(SHARED / "nul_escape.jsonl"))
     assert texts(SHARED / "u2028_in_string.jsonl")[0].count("\u2028") == 1
     found, report = read(SHARED / "null_text.jsonl", on_bad_record="skip")
-    assert [document.origin.rsplit(":")[-1] for document in found] == ["8"] and sum(report.skipped.values()) == 7
+    assert [document.source.rsplit(":")[-1] for document in found] == ["8"] and sum(report.skipped.values()) == 7
     found, report = read(SHARED / "null_text.parquet", on_bad_record="skip")
     assert [document.text for document in found] == ["ok", "fine"] and sum(report.skipped.values()) == 2
     found, report = read(SHARED / "ragged.csv", on_bad_record="skip")

@@ -13,12 +13,12 @@ import time
 import pytest
 import torch
 
-from torchrecipes.data.documents import Document
-from torchrecipes.data.tokenizers import train_wordpiece
+from torchrecipes.checkpoint.checkpointer import Checkpointer, verify
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.errors import UserError
 from torchrecipes.models import hub, neobert
 from torchrecipes.optim import adamw
-from torchrecipes.training.checkpoint import Checkpointer, verify
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def parts():
 
 
 def save(checkpointer, step, parts):
-    return checkpointer.save(step, **parts, state={}, config_yaml="", recipe_text="")
+    return checkpointer.save(step, **parts, state={}, config_yaml="", recipe_source="")
 
 
 def visible(checkpointer):

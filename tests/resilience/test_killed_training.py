@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from torchrecipes.training.checkpoint import verify
+from torchrecipes.checkpoint.checkpointer import verify
 
 STEPS = 60
 SETTINGS = f"""
@@ -22,7 +22,7 @@ data:
   source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
   corpus_dir: CORPUS
   validation_fraction: 0
-  tokenize_workers: 0
+  tokenizer_threads: 0
 model:
   _component_: torchrecipes.models.bert
   hidden_size: 16
@@ -31,7 +31,7 @@ model:
   intermediate_size: 32
   max_position_embeddings: 32
 seq_len: 32
-rows_per_step: 4
+global_batch_size: 4
 max_steps: {STEPS}
 precision: fp32
 log_every: 1
@@ -45,8 +45,8 @@ import os, random, select, signal, socket, sys, time, traceback
 from pathlib import Path
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
-from torchrecipes.config.files import find_recipe
-from torchrecipes.training.checkpoint import verify
+from torchrecipes.config.catalog import find_recipe
+from torchrecipes.checkpoint.checkpointer import verify
 
 config, runs, kills, world_size, seed = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
 draw, path = random.Random(seed), find_recipe("mlm_pretrain")

@@ -9,9 +9,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from torchrecipes.errors import UserError
 from torchrecipes.models import bert, neobert
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.training.float8 import convert_to_float8
-from torchrecipes.training.memory import checkpoint_activations
-from torchrecipes.training.precision import choose_precision
+from torchrecipes.training.precision import resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BOTH = pytest.mark.parametrize("precision", ["float8", "float8_rowwise"])
@@ -115,7 +115,7 @@ def test_recomputed_activations_give_the_same_gradients(precision, mode):
     models = [neobert(64, **SIZES) for _ in range(2)]
     for model in models:
         convert(model, precision)
-    checkpoint_activations(models[1].blocks, mode)
+    apply_activation_checkpointing(models[1].blocks, mode)
     for model in models:
         loss_of(model).backward()
     for parameter, other in zip(*(model.parameters() for model in models), strict=True):
@@ -152,17 +152,17 @@ def test_a_device_without_float8_is_refused(precision, monkeypatch):
     message = (
         rf"precision={precision} needs an NVIDIA GPU of compute capability {needs} .* on cpu\. Use precision=bf16; "
     )
-    for refuse in (choose_precision, lambda name, device: convert_to_float8(Holder(), name, device=device)):
+    for refuse in (resolve_dtype, lambda name, device: convert_to_float8(Holder(), name, device=device)):
         with pytest.raises(UserError, match=message + "emulate_float8=true"):
             refuse(precision, CPU)
-    assert choose_precision(precision, CPU, emulate_float8=True) == torch.bfloat16
+    assert resolve_dtype(precision, CPU, emulate_float8=True) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     if precision == "float8":
-        assert choose_precision(precision, CUDA) == torch.bfloat16
+        assert resolve_dtype(precision, CUDA) == torch.bfloat16
     else:
         with pytest.raises(UserError, match=r"and NVIDIA L4 has 8\.9\. Use precision=bf16"):
-            choose_precision(precision, CUDA)
+            resolve_dtype(precision, CUDA)
 
 
 def two_ranks(rank, store, answers):
@@ -171,7 +171,7 @@ def two_ranks(rank, store, answers):
         alone, model = neobert(64, **SIZES), neobert(64, **SIZES)
         for each in (alone, model):
             convert(each, precision)
-        checkpoint_activations(model.blocks, "selective")
+        apply_activation_checkpointing(model.blocks, "selective")
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mp_policy=policy)

@@ -44,16 +44,16 @@ class Still:
 
 def make(**settings):
     guard = Guard(**settings)
-    guard.tell = Lines()
+    guard.log_fn = Lines()
     return guard
 
 
 def feed(guard, losses, first=1, norms=None, **look):
-    """One step per loss. Returns what `look` said of each."""
+    """One step per loss. Returns what `check` said of each."""
     verdicts = []
     for step, loss in enumerate(losses, start=first):
         guard.step(Still(), torch.tensor(loss), torch.tensor(norms[step - first] if norms else 1.0))
-        verdicts.append(guard.look(step, **look))
+        verdicts.append(guard.check(step, **look))
     return verdicts
 
 
@@ -79,7 +79,7 @@ def train(make_optimizer, gradients, guarded=True):
         if guarded:
             skipped = guard.step(optimizer, loss, norm)
             assert skipped.item() == (bad is not None)
-            guard.look(step)
+            guard.check(step)
         else:
             optimizer.step()
         optimizer.zero_grad()
@@ -117,14 +117,14 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is_fine():
 def test_every_skipped_step_is_told_and_counted():
     guard = make()
     feed(guard, [2.0, NAN, INF, 2.0, 2.0], norms=[1.0, NAN, 1.0, INF, 1.0], first=811)
-    assert guard.tell == [
+    assert guard.log_fn == [
         "step 812: loss is nan and gradient norm is nan: step skipped (1 in a row)",
         "step 813: loss is inf: step skipped (2 in a row)",
         "step 814: gradient norm is inf: step skipped (3 in a row)",
     ]
-    assert guard.report() == {"skipped_steps": 3, "spikes": 0, "rollbacks": 0}
+    assert guard.metrics() == {"skipped_steps": 3, "spikes": 0, "rollbacks": 0}
     feed(guard, [NAN], first=816)
-    assert guard.tell[-1] == "step 816: loss is nan: step skipped (1 in a row)"
+    assert guard.log_fn[-1] == "step 816: loss is nan: step skipped (1 in a row)"
 
 
 def test_a_row_of_skipped_steps_stops_the_run():
@@ -133,7 +133,7 @@ def test_a_row_of_skipped_steps_stops_the_run():
     with pytest.raises(UserError, match=r"^step 7: loss is nan.* 3 in a row.*checkpoint is c/step-4") as e:
         feed(guard, [NAN], first=7, checkpoint="c/step-4")
     assert "steps 5 to 7" in str(e.value) and "Lower optimizer.lr" in str(e.value) and "resume=c/step-4" in str(e.value)
-    assert len(guard.tell) == 5
+    assert len(guard.log_fn) == 5
 
 
 def test_the_first_step_that_is_not_finite_stops_where_that_is_set():
@@ -143,11 +143,11 @@ def test_the_first_step_that_is_not_finite_stops_where_that_is_set():
 
 def test_a_row_of_skipped_steps_rolls_back():
     guard = make(on_nonfinite="rollback", max_skips=2, max_rollbacks=1)
-    assert feed(guard, [1.0, NAN, 1.0, NAN, NAN], checkpoint="c") == ["go"] * 4 + ["rollback"]
-    assert guard.tell[-1] == (
+    assert feed(guard, [1.0, NAN, 1.0, NAN, NAN], checkpoint="c") == ["continue"] * 4 + ["rollback"]
+    assert guard.log_fn[-1] == (
         "step 5: 2 steps in a row were not finite: back to c, and on with the data behind this step (rollback 1 of 1)"
     )
-    assert feed(guard, [NAN, 1.0, NAN], first=6, checkpoint="c") == ["go"] * 3  # the row began anew
+    assert feed(guard, [NAN, 1.0, NAN], first=6, checkpoint="c") == ["continue"] * 3  # the row began anew
     with pytest.raises(UserError, match=r"step 9: .*rolled back 1 times before.*max_rollbacks=1.*steps 8 to 9"):
         feed(guard, [NAN], first=9, checkpoint="c")
 
@@ -161,12 +161,12 @@ def test_without_a_checkpoint_there_is_no_rollback():
 def test_an_older_state_does_not_reset_the_counters():
     guard = make(on_nonfinite="rollback", max_skips=2, max_rollbacks=2, spike_window=8)
     feed(guard, [1.0, 1.1, NAN], checkpoint="c")
-    saved = guard.state()
+    saved = guard.state_dict()
     for rollback in (1, 2):
         first = 10 * rollback
         assert feed(guard, [1.2, NAN, NAN], first=first, checkpoint="c")[-1] == "rollback"
-        guard.load_state(saved)
-        assert guard.rollbacks == rollback and guard.state()["window"] == pytest.approx([1.0, 1.1])
+        guard.load_state_dict(saved)
+        assert guard.rollbacks == rollback and guard.state_dict()["window"] == pytest.approx([1.0, 1.1])
     assert guard.skipped_steps == 5
     with pytest.raises(UserError, match="rolled back 2 times"):
         feed(guard, [1.2, NAN, NAN], first=30, checkpoint="c")
@@ -175,11 +175,11 @@ def test_an_older_state_does_not_reset_the_counters():
 def test_a_rollback_to_a_checkpoint_amid_skipped_steps_ends_their_row():
     guard = make(on_nonfinite="rollback", max_skips=3)
     feed(guard, [1.0, NAN, NAN])
-    amid = guard.state()
+    amid = guard.state_dict()
     assert amid["skipping"] == [2, 3]
     assert feed(guard, [NAN], first=4, checkpoint="c/3") == ["rollback"]
-    guard.load_state(amid)
-    assert feed(guard, [NAN, NAN, NAN], first=4, checkpoint="c/3") == ["go", "go", "rollback"]
+    guard.load_state_dict(amid)
+    assert feed(guard, [NAN, NAN, NAN], first=4, checkpoint="c/3") == ["continue", "continue", "rollback"]
 
 
 def noisy(count, seed=0):
@@ -196,7 +196,7 @@ def test_a_spike_is_what_the_z_score_says():
         assert guard.spikes == spikes
     guard = make(spike_window=16)
     feed(guard, [*past, mean + 20 * deviation], first=101)
-    assert guard.tell == [
+    assert guard.log_fn == [
         f"step 117: loss {mean + 20 * deviation:.4g} is a spike: 20.0 deviations above {mean:.4g}, the mean of the "
         "last 16 that were none"
     ]
@@ -207,7 +207,7 @@ def test_only_the_window_counts_and_spikes_are_not_in_it():
     feed(guard, [*noisy(40), 9.0, NAN, *noisy(3, seed=1)], norms=[1.0] * 43 + [INF, 1.0])
     kept = [*noisy(40), *noisy(1, seed=1), noisy(3, seed=1)[2]]
     assert list(guard.window) == kept[-16:]
-    assert guard.report() == {"skipped_steps": 2, "spikes": 1, "rollbacks": 0}
+    assert guard.metrics() == {"skipped_steps": 2, "spikes": 1, "rollbacks": 0}
 
 
 def test_nothing_is_judged_before_half_a_window():
@@ -236,20 +236,20 @@ def test_a_loss_that_settles_higher_becomes_the_window():
     guard = make(spike_window=16)
     feed(guard, [*noisy(16), *[loss + 5 for loss in noisy(9, seed=1)]])
     assert guard.spikes == 8
-    assert guard.tell[-1] == "step 24: 8 spikes in a row: later losses are compared with these"
+    assert guard.log_fn[-1] == "step 24: 8 spikes in a row: later losses are compared with these"
     assert list(guard.window) == torch.tensor([loss + 5 for loss in noisy(9, seed=1)]).tolist()
 
 
 def test_a_spike_rolls_back_where_that_is_set():
     guard = make(on_spike="rollback", spike_window=16)
-    assert feed(guard, [*noisy(16), 9.0, 2.5], checkpoint="c") == ["go"] * 16 + ["rollback", "go"]
-    assert guard.report() == {"skipped_steps": 0, "spikes": 1, "rollbacks": 1}
+    assert feed(guard, [*noisy(16), 9.0, 2.5], checkpoint="c") == ["continue"] * 16 + ["rollback", "continue"]
+    assert guard.metrics() == {"skipped_steps": 0, "spikes": 1, "rollbacks": 1}
 
 
 def test_spikes_can_be_off():
     guard = make(spike_zscore=None, spike_window=16)
     feed(guard, [*noisy(16), 9.0])
-    assert guard.report()["spikes"] == 0 and guard.tell == []
+    assert guard.metrics()["spikes"] == 0 and guard.log_fn == []
 
 
 @pytest.mark.parametrize("stop_at", range(1, 60, 7))
@@ -261,10 +261,10 @@ def test_a_resumed_guard_goes_on_as_if_it_had_never_stopped(stop_at):
     whole, before, after = make(**settings), make(**settings), make(**settings)
     verdicts = feed(whole, losses, checkpoint="c")
     first = feed(before, losses[:stop_at], checkpoint="c")
-    after.load_state(json.loads(json.dumps(before.state(), allow_nan=False)))
+    after.load_state_dict(json.loads(json.dumps(before.state_dict(), allow_nan=False)))
     assert first + feed(after, losses[stop_at:], first=stop_at + 1, checkpoint="c") == verdicts
-    assert before.tell + after.tell == whole.tell
-    assert after.state() == whole.state()
+    assert before.log_fn + after.log_fn == whole.log_fn
+    assert after.state_dict() == whole.state_dict()
     assert "rollback" in verdicts and whole.spikes >= 4
 
 
@@ -272,13 +272,13 @@ def test_a_state_of_other_settings_is_gone_on_from():
     """What a stopped run is continued with: a smaller window, fewer skips."""
     wide, narrow = make(spike_window=16), make(spike_window=4, max_skips=2)
     feed(wide, [*noisy(20), 9.0, 9.1, 9.0, NAN, NAN, NAN])
-    narrow.load_state(wide.state())
+    narrow.load_state_dict(wide.state_dict())
     assert list(narrow.window) == noisy(20)[-4:]
     feed(narrow, [9.2, 9.1], first=27)
-    assert narrow.tell[-1] == "step 27: 4 spikes in a row: later losses are compared with these"
+    assert narrow.log_fn[-1] == "step 27: 4 spikes in a row: later losses are compared with these"
     assert narrow.spikes == 4 and list(narrow.window) == pytest.approx([9.0, 9.1, 9.0, 9.2, 9.1][-4:])
     again = make(max_skips=2)
-    again.load_state(wide.state())
+    again.load_state_dict(wide.state_dict())
     with pytest.raises(UserError, match="steps 24 to 27"):
         feed(again, [NAN], first=27)
 
@@ -307,27 +307,27 @@ def like_a_gpu(monkeypatch):
 def test_a_device_is_judged_one_step_late_and_at_once_on_demand(like_a_gpu):
     guard = make(on_nonfinite="rollback", max_skips=2)
     feed(guard, [1.0, NAN], checkpoint="c")
-    assert [event.waited for event in like_a_gpu] == [True, False] and guard.tell == []
-    with pytest.raises(RuntimeError, match="now=True"):
-        guard.state()
-    assert guard.look(2, now=True) == "go"
-    assert guard.tell == ["step 2: loss is nan: step skipped (1 in a row)"]
-    assert guard.state()["skipping"] == [2]
-    assert feed(guard, [NAN, 1.0, 1.0], first=3, checkpoint="c") == ["go", "rollback", "go"]
-    assert guard.tell[1:] == [
+    assert [event.waited for event in like_a_gpu] == [True, False] and guard.log_fn == []
+    with pytest.raises(RuntimeError, match="sync=True"):
+        guard.state_dict()
+    assert guard.check(2, sync=True) == "continue"
+    assert guard.log_fn == ["step 2: loss is nan: step skipped (1 in a row)"]
+    assert guard.state_dict()["skipping"] == [2]
+    assert feed(guard, [NAN, 1.0, 1.0], first=3, checkpoint="c") == ["continue", "rollback", "continue"]
+    assert guard.log_fn[1:] == [
         "step 3: loss is nan: step skipped (2 in a row)",
         "step 4: 2 steps in a row were not finite: back to c, and on with the data behind this step (rollback 1 of 3)",
     ]
-    assert feed(guard, [NAN], first=6, now=True) == ["go"]
-    assert guard.tell[-1] == "step 6: loss is nan: step skipped (1 in a row)"
+    assert feed(guard, [NAN], first=6, sync=True) == ["continue"]
+    assert guard.log_fn[-1] == "step 6: loss is nan: step skipped (1 in a row)"
 
 
 def test_steps_that_were_not_judged_are_forgotten_with_their_weights(like_a_gpu):
     guard = make(on_nonfinite="rollback", max_skips=1)
-    saved = guard.state()
-    assert feed(guard, [NAN, NAN], checkpoint="c") == ["go", "rollback"]
-    guard.load_state(saved)
-    assert guard.look(2, now=True) == "go" and guard.report()["skipped_steps"] == 1
+    saved = guard.state_dict()
+    assert feed(guard, [NAN, NAN], checkpoint="c") == ["continue", "rollback"]
+    guard.load_state_dict(saved)
+    assert guard.check(2, sync=True) == "continue" and guard.metrics()["skipped_steps"] == 1
 
 
 class Killed(Exception):
@@ -344,7 +344,7 @@ def run_loop(disk, kill_before=None, steps=30):
         weights, moments, watched, behind = json_copy(disk[max(disk)])
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
-        guard.load_state(watched)
+        guard.load_state_dict(watched)
         return max(disk), behind
 
     step, behind = load() if disk else (0, 0)
@@ -357,11 +357,11 @@ def run_loop(disk, kill_before=None, steps=30):
         guard.step(optimizer, loss + 50 if data in (10, 20, 21) else loss, norm)
         optimizer.zero_grad()
         save_now = step % 4 == 0
-        if guard.look(step, now=save_now, checkpoint=f"c/{max(disk)}" if disk else None) == "rollback":
+        if guard.check(step, sync=save_now, checkpoint=f"c/{max(disk)}" if disk else None) == "rollback":
             step, behind = load()[0], data - max(disk)
         elif save_now:
-            disk[step] = json_copy((model.state_dict(), optimizer.state_dict(), guard.state(), behind))
-    return model.state_dict(), optimizer.state_dict()["state"], guard.state(), behind
+            disk[step] = json_copy((model.state_dict(), optimizer.state_dict(), guard.state_dict(), behind))
+    return model.state_dict(), optimizer.state_dict()["state"], guard.state_dict(), behind
 
 
 def json_copy(checkpoint):
@@ -390,7 +390,7 @@ def test_the_page_shows_what_is_told():
     feed(rollback, [NAN] * 5, first=812, checkpoint=checkpoint)
     with pytest.raises(UserError) as error:
         feed(stop, [NAN] * 5, first=812, checkpoint=checkpoint)
-    shown = [*single.tell, *spike.tell, *rollback.tell[-2:], str(error.value)]
+    shown = [*single.log_fn, *spike.log_fn, *rollback.log_fn[-2:], str(error.value)]
     assert [line for line in shown if f"\n{line}\n" not in page] == []
     defaults = {name: p.default for name, p in inspect.signature(Guard).parameters.items()}
     assert dict(re.findall(r"^\| `guard\.(\w+)` \| `([^`]+)`", page, re.MULTILINE)) == {
@@ -436,7 +436,7 @@ def sharded_skip(rank, port, answers):
                 next(model.parameters()).grad.to_local().view(-1)[0] = bad
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
             guard.step(optimizer, loss.detach(), norm)
-            guard.look(step)
+            guard.check(step)
             optimizer.zero_grad()
         states = [value for state in optimizer.state.values() for value in state.values()]
         values = [*model.parameters(), *states]
@@ -473,7 +473,7 @@ def test_nothing_waits_for_the_gpu_but_the_look_of_the_step_before():
         torch.cuda.set_sync_debug_mode("error")
         try:
             guard.step(optimizer, loss, norm)
-            guard.look(step)
+            guard.check(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         optimizer.zero_grad()

@@ -8,8 +8,8 @@ import torch
 
 from torchrecipes.errors import UserError
 from torchrecipes.training import metrics as module
-from torchrecipes.training.metrics import Metrics
-from torchrecipes.training.writers import TensorBoard, WandB
+from torchrecipes.training.loggers import TensorBoard, WandB
+from torchrecipes.training.metrics import MetricLogger
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def clock(monkeypatch):
 
 
 def make(folder, **changes):
-    return Metrics(folder, 10, device=CPU, **({"tokens_per_step": 100.0} | changes))
+    return MetricLogger(folder, 10, device=CPU, **({"tokens_per_step": 100.0} | changes))
 
 
 def lines(folder):
@@ -38,38 +38,38 @@ def lines(folder):
 def test_the_loss_is_the_mean_over_targets_whatever_the_micro_batches(tmp_path):
     metrics = make(tmp_path)
     for loss_sum, targets in ((10.0, 4), (2.0, 1), (30.0, 5)):
-        metrics.add(torch.tensor(loss_sum), targets)
-    line = metrics.write(2, lr=1e-3, grad_norm=torch.tensor(2.5))
+        metrics.update(torch.tensor(loss_sum), targets)
+    line = metrics.log(2, lr=1e-3, grad_norm=torch.tensor(2.5))
     assert line["loss"] == pytest.approx(42 / 10) and line["perplexity"] == pytest.approx(math.exp(4.2))
     assert line["grad_norm"] == 2.5 and line["lr"] == 1e-3 and line["tokens"] == 200
-    metrics.add(torch.tensor(3.0), 3)
-    assert metrics.write(3, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"] == 1.0
+    metrics.update(torch.tensor(3.0), 3)
+    assert metrics.log(3, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"] == 1.0
     assert lines(tmp_path)[0]["loss"] == pytest.approx(4.2)
 
 
 def test_rates_leave_out_pauses_and_the_first_step_and_tell_waiting(tmp_path, clock, capsys):
     metrics = make(tmp_path, flops_per_token=6.0, peak_flops=1200.0)
-    with metrics.waiting():
+    with metrics.begin_step():
         clock.now += 30  # the first step compiles: it is told, and not in the rates
     for _ in range(2):
-        with metrics.waiting():
+        with metrics.begin_step():
             clock.now += 0.5
         clock.now += 1.5
-    with metrics.pause():
+    with metrics.exclude_time():
         clock.now += 60
-    line = metrics.write(3, lr=1e-3, grad_norm=torch.tensor(1.0))
+    line = metrics.log(3, lr=1e-3, grad_norm=torch.tensor(1.0))
     assert "first step: 30.0 s, peak memory" in capsys.readouterr().out
     assert line["tokens_per_second"] == pytest.approx(200 / 4)
-    assert line["data_wait"] == pytest.approx(1 / 4)
+    assert line["data_wait_fraction"] == pytest.approx(1 / 4)
     assert line["mfu"] == pytest.approx(50 * 6 / 1200)
     assert line["eta_s"] == pytest.approx(7 * 2.0)
-    assert line["memory_gib"] > 0
+    assert line["peak_memory_gib"] > 0
 
 
 def test_what_is_not_finite_is_null_in_the_file_and_itself_in_the_line(tmp_path):
     metrics = make(tmp_path)
-    metrics.add(torch.tensor(math.nan), 1)
-    line = metrics.write(1, lr=1e-3, grad_norm=torch.tensor(math.inf))
+    metrics.update(torch.tensor(math.nan), 1)
+    line = metrics.log(1, lr=1e-3, grad_norm=torch.tensor(math.inf))
     assert math.isnan(line["loss"]) and math.isinf(line["grad_norm"])
     (written,) = lines(tmp_path)
     assert written["loss"] is None and written["loss_nonfinite"] == "nan"
@@ -79,24 +79,24 @@ def test_what_is_not_finite_is_null_in_the_file_and_itself_in_the_line(tmp_path)
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     with make(tmp_path) as metrics:
         for step in range(1, 7):
-            metrics.write(step, lr=1e-3, grad_norm=torch.tensor(1.0))
-            metrics.write_eval(step, "validation", {"loss": 1.0})
+            metrics.log(step, lr=1e-3, grad_norm=torch.tensor(1.0))
+            metrics.log_eval(step, "validation", {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": null}\n[]\n{"step": 7, "lo')  # a crash
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\x00")  # a power cut
     with make(tmp_path, first_step=5) as metrics:
         assert [line["step"] for line in lines(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4]
-        assert metrics.write(5, lr=1e-3, grad_norm=torch.tensor(1.0))["tokens"] == 500
+        assert metrics.log(5, lr=1e-3, grad_norm=torch.tensor(1.0))["tokens"] == 500
     with make(tmp_path):
         assert lines(tmp_path) == []
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with make(tmp_path) as metrics:
-        metrics.add(torch.tensor(5.0), 2)
-        metrics.write(1, lr=1e-3, grad_norm=torch.tensor(0.5))
-        metrics.write_eval(1, "validation", {"loss": 2.0, "accuracy": 0.25})
+        metrics.update(torch.tensor(5.0), 2)
+        metrics.log(1, lr=1e-3, grad_norm=torch.tensor(0.5))
+        metrics.log_eval(1, "validation", {"loss": 2.0, "accuracy": 0.25})
     out = capsys.readouterr().out
     assert "step 1/10: loss 2.500, lr 1.0e-03, grad_norm 0.50" in out and "left" in out
     assert "step 1: validation loss 2.000, accuracy 0.250" in out
@@ -106,8 +106,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with make(tmp_path, first_step=4) as metrics:
-        metrics.add(torch.tensor(5.0), 2)
-        metrics.write(5, lr=1e-3, grad_norm=torch.tensor(0.5))
+        metrics.update(torch.tensor(5.0), 2)
+        metrics.log(5, lr=1e-3, grad_norm=torch.tensor(0.5))
         assert metrics.bar.n == 5 and metrics.bar.initial == 3
         assert "loss 2.500" in metrics.bar.postfix and "left" in metrics.bar.postfix
     assert "step 5/10" not in capsys.readouterr().out
@@ -123,20 +123,20 @@ def test_writers_get_every_line(tmp_path):
         def close(self):
             self.closed = True
 
-    writer = Writer()
-    with make(tmp_path, writers=[writer]) as metrics:
-        metrics.write(1, lr=1e-3, grad_norm=torch.tensor(0.5))
-        metrics.write_eval(1, "validation", {"loss": 2.0})
-    assert [step for step, _ in writer.logged] == [1, 1] and writer.closed
-    assert writer.logged[0][1]["grad_norm"] == 0.5 and writer.logged[1][1]["eval/validation/loss"] == 2.0
+    logger = Writer()
+    with make(tmp_path, loggers=[logger]) as metrics:
+        metrics.log(1, lr=1e-3, grad_norm=torch.tensor(0.5))
+        metrics.log_eval(1, "validation", {"loss": 2.0})
+    assert [step for step, _ in logger.logged] == [1, 1] and logger.closed
+    assert logger.logged[0][1]["grad_norm"] == 0.5 and logger.logged[1][1]["eval/validation/loss"] == 2.0
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    writer = TensorBoard(output_dir=str(tmp_path))
+    logger = TensorBoard(output_dir=str(tmp_path))
     for step in (1, 2):
-        writer.log({"step": step, "loss": 3.0 / step}, step)
-    writer.close()
+        logger.log({"step": step, "loss": 3.0 / step}, step)
+    logger.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
     assert events.Tags()["scalars"] == ["loss"]
@@ -155,9 +155,9 @@ def test_wandb_is_told_project_folder_and_an_id_that_a_resumed_run_shares(tmp_pa
     fake = types.SimpleNamespace(init=lambda **arguments: (calls.append(arguments), Run())[1])
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
-        writer = WandB("my-project", output_dir=str(tmp_path / "run"))
-    writer.log({"loss": 1.0}, 7)
-    writer.close()
+        logger = WandB("my-project", output_dir=str(tmp_path / "run"))
+    logger.log({"loss": 1.0}, 7)
+    logger.close()
     first, second, logged, end = calls
     assert (
         first == second and first["project"] == "my-project" and first["name"] == "run" and first["resume"] == "allow"
@@ -189,6 +189,6 @@ def test_a_reader_of_the_output_that_has_gone_costs_no_step(tmp_path, monkeypatc
 
     monkeypatch.setattr(sys, "stdout", Gone())
     with make(tmp_path) as metrics:
-        metrics.write(1, lr=1e-3, grad_norm=torch.tensor(0.5))
-        metrics.write_eval(1, "validation", {"loss": 2.0})
+        metrics.log(1, lr=1e-3, grad_norm=torch.tensor(0.5))
+        metrics.log_eval(1, "validation", {"loss": 2.0})
     assert len(lines(tmp_path)) == 2

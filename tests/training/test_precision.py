@@ -5,27 +5,27 @@ import torch
 
 from torchrecipes.errors import UserError
 from torchrecipes.models import neobert_tiny
-from torchrecipes.training.precision import autocast, choose_precision, make_deterministic
+from torchrecipes.training.precision import autocast, resolve_dtype, set_deterministic
 
 CPU = torch.device("cpu")
 
 
 def test_named_precisions():
-    assert choose_precision("bf16", CPU) == torch.bfloat16
-    assert choose_precision("fp32", CPU) == torch.float32
+    assert resolve_dtype("bf16", CPU) == torch.bfloat16
+    assert resolve_dtype("fp32", CPU) == torch.float32
 
 
 @pytest.mark.parametrize("feature", ["amx_bf16", "avx512_bf16"])
 def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch, feature):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
-    assert choose_precision("auto", CPU) == torch.bfloat16
+    assert resolve_dtype("auto", CPU) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: False}, raising=False)
-    assert choose_precision("auto", CPU) == torch.float32
+    assert resolve_dtype("auto", CPU) == torch.float32
 
 
 def test_unknown_precision_names_the_choices():
     with pytest.raises(UserError, match="Use auto, bf16, fp32, float8, float8_rowwise"):
-        choose_precision("fp16", CPU)
+        resolve_dtype("fp16", CPU)
 
 
 def test_autocast_computes_in_the_format_that_was_chosen():
@@ -49,7 +49,7 @@ def test_deterministic_refuses_what_depends_on_the_order_of_threads():
     order, values = torch.tensor([0, 0]), torch.tensor([1.0, 2.0])
     torch.zeros(2).put_(order, values)  # the last one wins, whichever that is
     for _ in range(2):
-        make_deterministic()
+        set_deterministic()
         with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
             torch.zeros(2).put_(order, values)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -59,7 +59,7 @@ def test_deterministic_refuses_what_depends_on_the_order_of_threads():
 @pytest.mark.usefixtures("nondeterministic_afterwards")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_trains_deterministically(dtype):
-    make_deterministic()
+    set_deterministic()
     model = neobert_tiny(64).train()
     documents = torch.tensor([0, 10, 32, 64], dtype=torch.int32)
     with autocast(CPU, dtype):

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from torchrecipes.config.files import find_shipped
+from torchrecipes.config.catalog import find_builtin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,4 +14,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print the file."""
-    sys.stdout.write(find_shipped(args.name).path.read_text(encoding="utf-8"))
+    sys.stdout.write(find_builtin(args.name).path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from torchrecipes.config.files import ShippedRecipe, find_shipped, quickstart_first, shipped_configs
+from torchrecipes.config.catalog import BuiltinRecipe, builtin_configs, find_builtin, quickstart_first
 from torchrecipes.errors import UserError
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Copy the file."""
-    source = find_shipped(args.name)
+    source = find_builtin(args.name)
     target = Path(args.destination)
     if target.is_dir() or args.destination.endswith("/"):
         target = target / source.path.name
@@ -40,8 +40,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _command(source, target: Path) -> str:
-    if isinstance(source, ShippedRecipe):
-        configs = [config for config in shipped_configs() if config.recipe == source.name]
+    if isinstance(source, BuiltinRecipe):
+        configs = [config for config in builtin_configs() if config.recipe == source.name]
         config = min(configs, key=lambda config: quickstart_first(config.name), default=None)
         words = ["tune-style", "run", str(target), "--config", config.name if config else "my.yaml"]
         config_file = None  # its output_dir may hold a run of the recipe as it is shipped, which this would go on with

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     """Print the estimate."""
     _, config = run.load_recipe_and_config(args)
 
-    from torchrecipes.training.estimate_run import estimate_run
+    from torchrecipes.planning.run_estimate import estimate_run
 
     found = estimate_run(
         config, device=args.device, world_size=args.world_size, per_node=args.nproc_per_node, mfu=args.mfu
@@ -60,15 +60,15 @@ def table(found: dict[str, Any]) -> str:
         *(f"  {name:<12} {count:>14,}" for name, count in counts.items() if name not in ("total", "active")),
         "",
         f"memory of a process at its peak: {found['world_size']} x {found['device']}, {found['strategy']}, "
-        f"{found['precision']}, {found['micro_batches']} x {found['rows_per_micro_batch']} rows per step",
+        f"{found['precision']}, {found['micro_batches']} x {found['micro_batch_size']} rows per step",
     ]
     parts = found["memory"]
     lines += [f"  {name:<12} {_size(parts[name]):>14}  {said}" for name, said in MEANINGS.items() if name in parts]
     share = parts["total"] / found["device_bytes"]
     lines += [f"  {'in all':<12} {_size(parts['total']):>14}  {share:.0%} of {_size(found['device_bytes'])}"]
-    largest = found["largest_rows_per_micro_batch"]
+    largest = found["max_micro_batch_size"]
     fits = f"{largest:,} rows" if largest else "not one row"
-    said = "rows_per_micro_batch that fits, at most" if largest else REMEDIES
+    said = "micro_batch_size that fits, at most" if largest else REMEDIES
     lines += [f"  {'fits':<12} {fits:>14}  {said}"]
     steps = "by the corpus" if found["steps"] is None else f"{found['steps']:,}"
     unknown = ": epochs of text that is not prepared yet" if found["steps"] is None else ""

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print the guesses for every text."""
-    from torchrecipes.data.tokenizers import load_tokenizer
-    from torchrecipes.evaluation.fill_mask import fill_mask
+    from torchrecipes.data.tokenizers.load import load_tokenizer
+    from torchrecipes.evaluation.mask_filling import fill_mask
     from torchrecipes.models import load_hf
 
     folder = newest_whole_checkpoint(Path(args.run))

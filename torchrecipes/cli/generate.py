@@ -65,7 +65,7 @@ def _continue(args: argparse.Namespace, prompts: list[Prompt], output: TextIO | 
     wait_without_spinning()
     folder, model, tokenizer, autocast = load_causal(args, "generate")
 
-    from torchrecipes.evaluation.generate import check_prompts, generate_text
+    from torchrecipes.evaluation.generation import check_prompts, generate_text
 
     prompt_ids = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
     check_prompts(model, prompt_ids, [prompt.place for prompt in prompts])
@@ -93,9 +93,9 @@ def _continue(args: argparse.Namespace, prompts: list[Prompt], output: TextIO | 
             top_k=args.top_k,
             top_p=args.top_p,
             seed=args.seed,
-            seen=seen,
+            prompt_counts=seen,
             autocast=autocast,
-            tell=say if len(prompts) == 1 else None,
+            on_token=say if len(prompts) == 1 else None,
         )
         seconds += time.perf_counter() - begin
         tokens += sum(continuation.num_tokens for continuation in found)

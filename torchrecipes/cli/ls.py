@@ -2,7 +2,7 @@
 
 import argparse
 
-from torchrecipes.config.files import ShippedConfig, find_recipe, shipped_configs, shipped_recipes
+from torchrecipes.config.catalog import BuiltinConfig, builtin_configs, builtin_recipes, find_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the list."""
     wanted = find_recipe(args.recipe).stem if args.recipe else None
-    recipes, configs = shipped_recipes(), shipped_configs()
+    recipes, configs = builtin_recipes(), builtin_configs()
     width = max((len(config.name) for config in configs), default=0)
 
-    def show_configs(of: list[ShippedConfig]) -> None:
+    def show_configs(of: list[BuiltinConfig]) -> None:
         for config in of:
             print(f"    --config {config.name:<{width}}  {config.summary}".rstrip())
         print()

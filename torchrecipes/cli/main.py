@@ -5,7 +5,7 @@ A verb is a module with two functions, and a row in `VERBS`:
     add_arguments(parser)   declares its arguments; `parser.epilog` holds an example
     main(args)              does the work; imports torch, where it needs it, inside
 
-`--debug` is added to every verb here. Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake, 130
+`--debug` is added to every verb here. Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's is_user_error, 130
 interrupted.
 """
 
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 
 from torchrecipes import __version__
-from torchrecipes.errors import explain
+from torchrecipes.errors import format_user_error
 
 VERBS = {
     "ls": ("torchrecipes.cli.ls", "list the recipes and their configs"),
@@ -28,7 +28,7 @@ VERBS = {
     "estimate": ("torchrecipes.cli.estimate", "tell what a run will take of memory, time and disk"),
     "preflight": ("torchrecipes.cli.preflight", "try everything that can go wrong in a run, in minutes"),
     "run": ("torchrecipes.cli.run", "run a recipe, a shipped one or your own"),
-    "launcher": ("torchrecipes.cli.launcher", "print a job script for Slurm, Kubernetes or plain machines"),
+    "jobscript": ("torchrecipes.cli.jobscript", "print a job script for Slurm, Kubernetes or plain machines"),
     "generate": ("torchrecipes.cli.generate", "let a trained causal model continue a text"),
     "perplexity": ("torchrecipes.cli.perplexity", "tell how well a trained causal model predicts a text"),
     "fill-mask": ("torchrecipes.cli.fill_mask", "ask a trained encoder what it puts in the place of [MASK]"),
@@ -80,9 +80,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 1
-        message = explain(error)
+        message = format_user_error(error)
         if _is_one_of_many():
-            from torchrecipes.rank_errors import tell
+            from torchrecipes.distributed.error_file import tell
 
             return tell(error, message, debug=args.debug)
         if message is None:
@@ -107,7 +107,7 @@ def _stdout_is_closed() -> bool:
     poll = select.poll()
     poll.register(stdout, select.POLLOUT)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))
-    if closed:  # so that the interpreter does not complain when it flushes at its end
+    if closed:  # so that the interpreter does not add_error when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
     return closed
 
@@ -132,9 +132,9 @@ def _as_process() -> None:
             raise
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if _is_one_of_many():
-        from torchrecipes.rank_errors import leave
+        from torchrecipes.distributed.error_file import hard_exit
 
-        leave(code)
+        hard_exit(code)
     sys.exit(code)
 
 

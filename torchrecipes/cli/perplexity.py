@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="files, folders, patterns: text, .jsonl, .csv, .parquet",
     )
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="of JSON lines and tables (default text)")
+    parser.add_argument("--text-column", default="text", metavar="KEY", help="of JSON lines and tables (default text)")
     parser.add_argument(
         "--sample-by", default="line", metavar="WHAT", help="a document of plain text: line, paragraph or document"
     )
@@ -65,12 +65,12 @@ def _main(args: argparse.Namespace) -> None:
     wait_without_spinning()
 
     from torchrecipes.data.progress import Progress
-    from torchrecipes.data.sources import files, require_documents
+    from torchrecipes.data.sources.text_files import files, require_documents
 
-    source = files(args.data, text_key=args.text_key, sample_by=args.sample_by, on_bad_record=args.on_bad_record)
+    source = files(args.data, text_column=args.text_column, sample_by=args.sample_by, on_bad_record=args.on_bad_record)
     folder, model, tokenizer, autocast = load_causal(args, "perplexity")
 
-    from torchrecipes.evaluation.perplexity import Tokens, encode_documents, perplexity
+    from torchrecipes.evaluation.text_perplexity import Tokens, encode_documents, perplexity
 
     window = _window(args, model.config.max_position_embeddings)
     texts = (document.text for document in islice(source, args.limit))
@@ -111,7 +111,7 @@ def _main(args: argparse.Namespace) -> None:
     for name, value, said in (
         ("documents", f"{found.documents:,}", f"{found.bytes:,} bytes of text"),
         ("tokens", f"{found.tokens:,}", f"scored; {found.bytes_per_token:.2f} bytes each"),
-        ("loss", f"{found.nats_per_token:.4f}", "nats per token"),
+        ("loss", f"{found.nll_per_token:.4f}", "nats per token"),
         ("perplexity", f"{found.perplexity:,.3f}", "per token"),
         ("bits per byte", f"{found.bits_per_byte:.4f}", "for models with other tokenizers, too"),
         ("speed", f"{found.tokens / seconds:,.0f}", f"tokens per second, {seconds:.1f} s in all"),

@@ -40,7 +40,7 @@ def _main(args: argparse.Namespace) -> None:
     try:
         _, config = load_recipe_and_config(args)
     except UserError as error:
-        from torchrecipes.training.preflight import ROWS
+        from torchrecipes.planning.preflight_checks import ROWS
 
         _show("config", "failed", str(error))
         for name in ROWS:
@@ -48,8 +48,8 @@ def _main(args: argparse.Namespace) -> None:
         _end(1)
     _show("config", "passed", "every key and argument is known and of the right type")
 
-    from torchrecipes.training.preflight import preflight
-    from torchrecipes.training.trial import GRACE_PERIOD
+    from torchrecipes.planning.dry_run import GRACE_PERIOD
+    from torchrecipes.planning.preflight_checks import preflight
 
     words = [args.recipe, *(["--config", args.config] if args.config else []), *args.overrides]
     several = ["--nproc-per-node", str(world_size)] if args.nproc_per_node else []

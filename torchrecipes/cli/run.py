@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from torchrecipes.cli import launch_flags
-from torchrecipes.config.files import find_recipe, recipes_folder
+from torchrecipes.config.catalog import find_recipe, recipes_folder
 from torchrecipes.errors import UserError
 
 _LAUNCHER = "TORCHRECIPES_LAUNCHER"  # in the environment of the processes that `run` starts: its process number
@@ -67,7 +67,7 @@ def _launch(args: argparse.Namespace) -> None:
     wanted = launch_flags.check(args)
     load_recipe_and_config(args)  # here, so that eight processes do not say the same eight times
 
-    from torchrecipes.launch import launch
+    from torchrecipes.distributed.launch import launch
 
     if not verbose:
         del os.environ[quiet]
@@ -97,12 +97,12 @@ def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object
     Raises:
         UserError: there is no such recipe or config, the file is not a recipe, or the config has problems.
     """
-    from torchrecipes.config.files import find_config
-    from torchrecipes.config.load import load, one_message
-    from torchrecipes.rank_errors import tells_launcher
+    from torchrecipes.config.catalog import find_config
+    from torchrecipes.config.loading import load, report_once
+    from torchrecipes.distributed.error_file import tells_launcher
 
     # A launcher picks one of its processes' messages itself, and needs to see them all for that.
-    with contextlib.nullcontext() if tells_launcher() else one_message():
+    with contextlib.nullcontext() if tells_launcher() else report_once():
         path = find_recipe(args.recipe)
         if args.config is not None:
             find_config(args.config)  # a wrong name is told before the seconds that torch's import takes

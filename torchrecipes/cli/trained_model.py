@@ -45,7 +45,7 @@ def newest_whole_checkpoint(folder: Path) -> Path:
     if not checkpoints:
         raise UserError(f"{folder} holds neither a model (config.json) nor a run's checkpoints. Give a run's folder.")
 
-    from torchrecipes.training.manifest import verify
+    from torchrecipes.checkpoint.manifest import verify
 
     for path in reversed(checkpoints):
         problems = verify(path, checksums=False)
@@ -65,12 +65,12 @@ def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Ca
 
     import torch
 
-    from torchrecipes.data.tokenizers import load_tokenizer
+    from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.models import load_hf
-    from torchrecipes.models.hub import hf_network
+    from torchrecipes.models.hub import meta_model_from_hf
     from torchrecipes.training.precision import autocast
 
-    network = hf_network(folder)
+    network = meta_model_from_hf(folder)
     if "cache" not in inspect.signature(network.forward).parameters:
         raise UserError(
             f"{folder} holds an encoder ({network.config.model_type}), which reads a text as a whole and does not "
@@ -78,7 +78,7 @@ def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Ca
             '"The [MASK] is blue."'
         )
     device = _device(args.device)
-    tokenizer = load_tokenizer(folder, vocab_multiple=1, causal=True)
+    tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=True)
     model = load_hf(folder, report=partial(print, file=sys.stderr)).to(device)
     half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     return folder, model, tokenizer, partial(autocast, device, torch.bfloat16 if half else torch.float32)

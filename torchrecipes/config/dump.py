@@ -1,4 +1,4 @@
-"""Writes a config back as YAML that `load` reads again, every value with its origin beside it."""
+"""Writes a config back as YAML that `load` reads again, every value with its provenance beside it."""
 
 import math
 import re
@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from torchrecipes.config.check import to_tree
-from torchrecipes.config.layers import DEFAULT, Origin, Place
-from torchrecipes.config.numbers import AmbiguousScalar, read_scalar
+from torchrecipes.config.merge import DEFAULT, KeyPath, Provenance
+from torchrecipes.config.scalars import AmbiguousScalar, read_scalar
 
 _PLAIN_TEXT = re.compile(r"[A-Za-z0-9_./~][\w./ +-]*(?<! )")
 
@@ -22,33 +22,35 @@ def to_yaml(config: Any) -> str:
     Numbers are written in full, text is quoted where it could be read as something else.
     """
     tree = to_tree(config)
-    loaded, origins = getattr(config, "_loaded", ({}, {}))
+    loaded, provenances = getattr(config, "_loaded", ({}, {}))
     lines: list[tuple[str, str]] = []
-    _write(tree, loaded, origins, (), "", lines)
+    _write(tree, loaded, provenances, (), "", lines)
     width = min(max((len(text) for text, comment in lines if comment), default=0), 60)
     return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
 
 
-def _write(tree: Any, loaded: Any, origins: dict[Place, Origin], place: Place, indent: str, lines: list) -> None:
-    # Appends (text, comment) pairs to `lines`; `loaded` is what `tree` was when `origins` were noted.
+def _write(
+    tree: Any, loaded: Any, provenances: dict[KeyPath, Provenance], key_path: KeyPath, indent: str, lines: list
+) -> None:
+    # Appends (text, comment) pairs to `lines`; `loaded` is what `tree` was when `provenances` were noted.
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in pairs:
-        here = (*place, key)
+        here = (*key_path, key)
         before = _item(loaded, key)
         head = f"{indent}{_word(key)}:" if isinstance(tree, dict) else f"{indent}-"
         if isinstance(value, dict | list) and not _fits_a_line(value):
             if isinstance(tree, list) and isinstance(value, dict):
                 # `- key: value`: the first key stands beside the dash.
                 start = len(lines)
-                _write(value, before, origins, here, f"{indent}  ", lines)
+                _write(value, before, provenances, here, f"{indent}  ", lines)
                 text, comment = lines[start]
                 lines[start] = (f"{indent}- {text.removeprefix(indent + '  ')}", comment)
             else:
                 lines.append((head, ""))
-                _write(value, before, origins, here, f"{indent}  ", lines)
+                _write(value, before, provenances, here, f"{indent}  ", lines)
             continue
         known = before == value and type(before) is type(value)
-        lines.append((f"{head} {_inline(value)}", origins.get(here, DEFAULT).short if known else "set in code"))
+        lines.append((f"{head} {_inline(value)}", provenances.get(here, DEFAULT).short if known else "set in code"))
 
 
 def _item(tree: Any, key: str | int) -> Any:

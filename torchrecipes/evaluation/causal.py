@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchrecipes.evaluation.mlm import Unigram
-from torchrecipes.losses.linear_cross_entropy import default_chunk_size
+from torchrecipes.evaluation.mlm import UnigramBaseline
+from torchrecipes.losses.chunked_cross_entropy import default_chunk_size
 
 
 @torch.no_grad()
 def evaluate_causal(
     model: nn.Module,
     batches: Iterable,
-    real_vocab_size: int,
-    baseline: Unigram,
+    unpadded_vocab_size: int,
+    baseline: UnigramBaseline,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
     """The quality of `model` on `batches`, in evaluation mode and without touching any random generator.
@@ -27,9 +27,9 @@ def evaluate_causal(
     Args:
         model: gives `[B, S, D]` hidden states and has a `head`; its training mode is restored afterwards.
         batches: `Batch` objects with `labels`, on the model's device; in a process group each rank's share.
-        real_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
-        baseline: the unigram guess of the same split. A label that it never saw (a document's end that is not stored
-            in the corpus) counts as its rarest token.
+        unpadded_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
+        baseline: the unigram_baseline guess of the same split. A label that it never saw (a document's end that is
+            not stored in the corpus) counts as its rarest token.
         autocast: makes the context to compute in.
 
     Returns:
@@ -52,7 +52,7 @@ def evaluate_causal(
                 logits = model.head(row)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss += F.cross_entropy(logits, label, reduction="sum")
-                correct += (logits[:, :real_vocab_size].argmax(-1) == label).sum()
+                correct += (logits[:, :unpadded_vocab_size].argmax(-1) == label).sum()
         unigram_loss -= torch.where(labels >= 0, log_probability[labels.clamp(min=0)], 0).sum(dtype=torch.float64)
         targets += batch.num_targets
     model.train(was_training)

@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 2048  # masked positions whose logits are held at a time
 
 
 @dataclass(frozen=True)
-class Unigram:
+class UnigramBaseline:
     """The best guess that looks at no context: the frequency of each token.
 
     Attributes:
@@ -27,7 +27,7 @@ class Unigram:
     most_frequent: int
 
 
-def unigram(corpus, special_ids: Iterable[int], vocab_size: int) -> Unigram:
+def unigram_baseline(corpus, special_ids: Iterable[int], vocab_size: int) -> UnigramBaseline:
     """Counts the tokens of a corpus (a `torchrecipes.data.corpus.Corpus`) that are not special.
 
     A model whose loss does not pass the one of this baseline has learned nothing but word frequencies.
@@ -39,15 +39,15 @@ def unigram(corpus, special_ids: Iterable[int], vocab_size: int) -> Unigram:
         counts += np.bincount(tokens, minlength=vocab_size)
     counts[list(special_ids)] = 0
     share = torch.from_numpy(counts / max(1, counts.sum()))
-    return Unigram(share.log().float(), int(counts.argmax()))
+    return UnigramBaseline(share.log().float(), int(counts.argmax()))
 
 
 @torch.no_grad()
 def evaluate_mlm(
     model: nn.Module,
     batches: Iterable,
-    real_vocab_size: int,
-    baseline: Unigram,
+    unpadded_vocab_size: int,
+    baseline: UnigramBaseline,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
     """The masked-LM quality of `model` on `batches`, in evaluation mode and without touching any random generator.
@@ -55,8 +55,8 @@ def evaluate_mlm(
     Args:
         model: gives `[B, S, D]` hidden states and has a `head`; its training mode is restored afterwards.
         batches: `Batch` objects with masks, on the model's device; in a process group each rank's share.
-        real_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
-        baseline: the unigram guess of the same split.
+        unpadded_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
+        baseline: the unigram_baseline guess of the same split.
         autocast: makes the context to compute in.
 
     Returns:
@@ -81,7 +81,7 @@ def evaluate_mlm(
                 row = model.head.transform(row)
                 loss += linear_cross_entropy(row, model.head.weight, label, model.head.bias)
                 logits = nn.functional.linear(row, model.head.weight, model.head.bias)
-                correct += (logits[:, :real_vocab_size].argmax(-1) == label).sum()
+                correct += (logits[:, :unpadded_vocab_size].argmax(-1) == label).sum()
         real = batch.masked_labels >= 0
         unigram_loss -= torch.where(real, log_probability[batch.masked_labels.clamp(min=0)], 0).sum()
         unigram_correct += (batch.masked_labels == baseline.most_frequent).sum()

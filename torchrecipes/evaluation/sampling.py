@@ -1,6 +1,6 @@
-"""From logits to the next token: which tokens may follow, with which probabilities, and the draw itself.
+"""From logits to the next token: which tokens may follow, with which probabilities, and the sample itself.
 
-1. `warp` is what `transformers` does with `temperature`, `top_k` and `top_p`, in its order.
+1. `filter_logits` is what `transformers` does with `temperature`, `top_k` and `top_p`, in its order.
 2. A token is drawn by turning a number from [0, 1) into the token at which the sum of the probabilities passes it. So
    the random numbers can be made before the model runs, a sequence of them for every text; no generator is shared.
 """
@@ -16,7 +16,7 @@ from torchrecipes.errors import UserError
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Checks the settings of `warp`.
+    """Checks the settings of `filter_logits`.
 
     Raises:
         UserError: one is out of its range; the message names it.
@@ -29,7 +29,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise UserError(f"top_p is {top_p}; it is a probability, more than 0 and at most 1, or None for all tokens.")
 
 
-def warp(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+def filter_logits(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits to sample from: divided by the temperature, then those of tokens that may not follow set to -inf.
 
     Args:
@@ -51,7 +51,7 @@ def warp(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float 
     return logits_BV
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def sample(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Tokens `[B]`, each with the probability that its row's softmax gives it, where `uniform_B` is from [0, 1).
 
     The sum is in float64: in fp32 it would be wrong by more than the probability of a rare token.
@@ -65,7 +65,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def uniform_numbers(
-    prompts: Sequence[Sequence[int]], count: int, seed: int, seen: Counter[tuple[int, ...]] | None = None
+    prompts: Sequence[Sequence[int]], count: int, seed: int, prompt_counts: Counter[tuple[int, ...]] | None = None
 ) -> Tensor:
     """Random numbers from [0, 1), `[prompts, count]` float64 on the CPU.
 
@@ -76,13 +76,13 @@ def uniform_numbers(
         prompts: ids of each.
         count: numbers for each.
         seed: chooses the numbers.
-        seen: how often each prompt came in earlier calls, counted on here. None: this call is the first.
+        prompt_counts: how often each prompt came in earlier calls, counted on here. None: this call is the first.
     """
     numbers = torch.empty(len(prompts), count, dtype=torch.float64)
-    seen = Counter() if seen is None else seen
+    prompt_counts = Counter() if prompt_counts is None else prompt_counts
     for row, ids in zip(numbers, prompts, strict=True):
         prompt = tuple(map(int, ids))
-        key = xxhash.xxh3_64_intdigest(f"{seed} {seen[prompt]} {prompt}".encode())
-        seen[prompt] += 1
+        key = xxhash.xxh3_64_intdigest(f"{seed} {prompt_counts[prompt]} {prompt}".encode())
+        prompt_counts[prompt] += 1
         row.uniform_(generator=torch.Generator().manual_seed(key))
     return numbers

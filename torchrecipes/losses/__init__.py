@@ -1,7 +1,7 @@
 """Losses: plain functions that return a sum over targets, so that the caller divides once by the targets of a step."""
 
 from torchrecipes.losses.causal_lm import causal_lm_loss
-from torchrecipes.losses.linear_cross_entropy import linear_cross_entropy
+from torchrecipes.losses.chunked_cross_entropy import linear_cross_entropy
 from torchrecipes.losses.masked_lm import masked_lm_loss
 
 __all__ = ["causal_lm_loss", "linear_cross_entropy", "masked_lm_loss"]

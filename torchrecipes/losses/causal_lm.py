@@ -5,7 +5,7 @@ Names carry their shape: B rows, S tokens per row, D hidden size, V vocabulary.
 
 from torch import Tensor, nn
 
-from torchrecipes.losses.linear_cross_entropy import linear_cross_entropy
+from torchrecipes.losses.chunked_cross_entropy import linear_cross_entropy
 
 
 def causal_lm_loss(

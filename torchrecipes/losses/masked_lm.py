@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchrecipes.losses.linear_cross_entropy import IGNORED, linear_cross_entropy
+from torchrecipes.losses.chunked_cross_entropy import IGNORED, linear_cross_entropy
 
 
 def masked_lm_loss(

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
-from torchrecipes.models.hf_map import Layout
+from torchrecipes.models.hf_adapter import KeyMap
 from torchrecipes.modules import (
     KVCache,
     LMHead,
     RMSNorm,
-    activation_dtype,
-    attention_plan,
-    initialize,
-    residual_stream,
-    rotary_tables,
+    choose_attention_backend,
+    compute_dtype,
+    init_weights,
+    rope_cos_sin,
+    to_residual_dtype,
 )
 from torchrecipes.modules.rotary import ROPE_SCALING_KEYS
 
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
 
     Args:
         config: has the keys of `LlamaConfig`.
-        blocks: called as `block(x_BSD, rotary, plan, cache)`; one that returns (x_BSD, routing) is an MoE block.
+        blocks: called as `block(x_BSD, rotary, backend, cache)`; one that returns (x_BSD, routing) is an MoE block.
         seed: of the initial weights.
     """
 
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Sets every parameter to its initial value; those on the meta device stay as they are."""
         std = self.config.initializer_range
-        initialize(self, seed=seed, std=std, residual_std=std / math.sqrt(2 * self.config.num_hidden_layers))
+        init_weights(self, seed=seed, std=std, residual_std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
     def forward(
         self,
@@ -70,7 +70,8 @@ class Decoder(nn.Module):
         Args:
             input_ids: `[B, S]` integers.
             position_ids: `[B, S]` or `[1, S]`, each token's position in its document. None: 0 to S - 1 in every row.
-            cu_seqlens: `[documents + 1]`, document boundaries over the B * S flattened tokens; see `attention_plan`.
+            cu_seqlens: `[documents + 1]`, document boundaries over the B * S flattened tokens; see
+                `choose_attention_backend`.
                 None: every row is one document.
             max_seqlen: upper bound on a document's length. None: S.
             cache: keys and values of the tokens before these, which are added to it at `position_ids`: every row is
@@ -79,13 +80,13 @@ class Decoder(nn.Module):
         Returns:
             `[B, S, D]`.
         """
-        hidden_BSD = residual_stream(self.embedding(input_ids))
-        dtype = activation_dtype(hidden_BSD)
+        hidden_BSD = to_residual_dtype(self.embedding(input_ids))
+        dtype = compute_dtype(hidden_BSD)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if cache is None:
             layers = [None] * len(self.blocks)
-            plan = attention_plan(
+            backend = choose_attention_backend(
                 cu_seqlens,
                 tuple(input_ids.shape),
                 max_seqlen=max_seqlen,
@@ -95,13 +96,13 @@ class Decoder(nn.Module):
                 dtype=dtype,
             )
         else:
-            plan, layers = cache.at(position_ids, dtype)
-        rotary = rotary_tables(
+            backend, layers = cache.at(position_ids, dtype)
+        rotary = rope_cos_sin(
             position_ids, self.config.head_dim, self.config.rope_theta, dtype, self.config.rope_scaling
         )
         routings = []
         for block, layer in zip(self.blocks, layers, strict=True):
-            hidden_BSD = block(hidden_BSD, rotary, plan, layer)
+            hidden_BSD = block(hidden_BSD, rotary, backend, layer)
             if isinstance(hidden_BSD, tuple):
                 hidden_BSD, routing = hidden_BSD
                 routings.append(routing)
@@ -162,7 +163,7 @@ def _check_rope_scaling(scaling: dict) -> None:
         raise UserError(f"rope_scaling of rope_type {kind}: {'; '.join(wrong)}")
 
 
-# The Hugging Face layout.
+# The Hugging Face key_map.
 
 
 def read_rope_keys(raw: dict) -> dict:
@@ -189,59 +190,59 @@ def write_rope_keys(keys: dict) -> dict:
     return keys | {"rope_parameters": scaling | {"rope_theta": keys.pop("rope_theta")}}
 
 
-def decoder_layout(
-    config: Any, mlp: Callable[[int], Layout], *, attention_bias: bool = False, qk_norm: str | None = None
-) -> Layout:
-    """The layout of a family, see `HFMap.layout`.
+def decoder_key_map(
+    config: Any, mlp: Callable[[int], KeyMap], *, attention_bias: bool = False, qk_norm: str | None = None
+) -> KeyMap:
+    """The key_map of a family, see `HFAdapter.key_map`.
 
     Args:
         config: has the keys of `LlamaConfig`.
-        mlp: layer -> the layout of its feed-forward part.
+        mlp: layer -> the key_map of its feed-forward part.
         attention_bias: whether attention has biases.
         qk_norm: as in `SelfAttention`.
     """
     hidden = config.hidden_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layout = {"embedding.weight": [("model.embed_tokens.weight", config.vocab_size)]}
+    key_map = {"embedding.weight": [("model.embed_tokens.weight", config.vocab_size)]}
     for i in range(config.num_hidden_layers):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        local, hf = f"blocks.{i}", f"model.layers.{i}"
         for kind in ("weight", "bias") if attention_bias else ("weight",):
-            layout[f"{ours}.self_attn.qkv_proj.{kind}"] = [
-                (f"{theirs}.self_attn.q_proj.{kind}", queries),
-                (f"{theirs}.self_attn.k_proj.{kind}", keys),
-                (f"{theirs}.self_attn.v_proj.{kind}", keys),
+            key_map[f"{local}.self_attn.qkv_proj.{kind}"] = [
+                (f"{hf}.self_attn.q_proj.{kind}", queries),
+                (f"{hf}.self_attn.k_proj.{kind}", keys),
+                (f"{hf}.self_attn.v_proj.{kind}", keys),
             ]
-            layout[f"{ours}.self_attn.o_proj.{kind}"] = [(f"{theirs}.self_attn.o_proj.{kind}", hidden)]
+            key_map[f"{local}.self_attn.o_proj.{kind}"] = [(f"{hf}.self_attn.o_proj.{kind}", hidden)]
         same = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-        layout |= {f"{ours}.{name}": [(f"{theirs}.{name}", hidden)] for name in same}
+        key_map |= {f"{local}.{name}": [(f"{hf}.{name}", hidden)] for name in same}
         if qk_norm:
             widths = (queries, keys) if qk_norm == "all" else (config.head_dim, config.head_dim)
             for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
-                layout[f"{ours}.self_attn.{name}.weight"] = [(f"{theirs}.self_attn.{name}.weight", width)]
-        layout |= mlp(i)
-    layout["norm.weight"] = [("model.norm.weight", hidden)]
+                key_map[f"{local}.self_attn.{name}.weight"] = [(f"{hf}.self_attn.{name}.weight", width)]
+        key_map |= mlp(i)
+    key_map["norm.weight"] = [("model.norm.weight", hidden)]
     if not config.tie_word_embeddings:
-        layout["head.decoder.weight"] = [("lm_head.weight", config.vocab_size)]
+        key_map["head.decoder.weight"] = [("lm_head.weight", config.vocab_size)]
     if getattr(config, "lm_head_bias", False):
-        layout["head.bias"] = [("lm_head.bias", config.vocab_size)]
-    return layout
+        key_map["head.bias"] = [("lm_head.bias", config.vocab_size)]
+    return key_map
 
 
-def swiglu_layout(layer: int, hidden: int, inner: int, *, bias: bool = False) -> Layout:
-    """The layout of a layer whose feed-forward part is a `SwiGLU` of that size."""
-    ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp"
-    layout = {}
+def swiglu_key_map(layer: int, hidden: int, inner: int, *, bias: bool = False) -> KeyMap:
+    """The key_map of a layer whose feed-forward part is a `SwiGLU` of that size."""
+    local, hf = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp"
+    key_map = {}
     for kind in ("weight", "bias") if bias else ("weight",):
-        layout[f"{ours}.gate_up_proj.{kind}"] = [
-            (f"{theirs}.gate_proj.{kind}", inner),
-            (f"{theirs}.up_proj.{kind}", inner),
+        key_map[f"{local}.gate_up_proj.{kind}"] = [
+            (f"{hf}.gate_proj.{kind}", inner),
+            (f"{hf}.up_proj.{kind}", inner),
         ]
-        layout[f"{ours}.down_proj.{kind}"] = [(f"{theirs}.down_proj.{kind}", hidden)]
-    return layout
+        key_map[f"{local}.down_proj.{kind}"] = [(f"{hf}.down_proj.{kind}", hidden)]
+    return key_map
 
 
 def normalize_name(name: str) -> str | None:
-    """A tensor's name as `decoder_layout` spells it, whatever class saved it; None for what can be computed."""
+    """A tensor's name as `decoder_key_map` spells it, whatever class saved it; None for what can be computed."""
     if name.startswith(("embed_tokens.", "layers.", "norm.")):
         name = f"model.{name}"  # saved by the class without a head
     return None if name.endswith(".rotary_emb.inv_freq") else name

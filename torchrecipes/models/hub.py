@@ -21,16 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
-from torchrecipes.models.bert import HF_MAP as BERT
-from torchrecipes.models.gpt2 import HF_MAP as GPT2
-from torchrecipes.models.hf_map import HFMap
-from torchrecipes.models.llama import HF_MAP as LLAMA
-from torchrecipes.models.moe import HF_MAP as MOE
-from torchrecipes.models.neobert import HF_MAP as NEOBERT
-from torchrecipes.models.olmoe import HF_MAP as OLMOE
-from torchrecipes.models.qwen3 import HF_MAP as QWEN3
-from torchrecipes.models.qwen3_moe import HF_MAP as QWEN3_MOE
-from torchrecipes.modules import initial_value
+from torchrecipes.models.families.bert import HF_ADAPTER as BERT
+from torchrecipes.models.families.custom_moe import HF_ADAPTER as MOE
+from torchrecipes.models.families.gpt2 import HF_ADAPTER as GPT2
+from torchrecipes.models.families.llama import HF_ADAPTER as LLAMA
+from torchrecipes.models.families.neobert import HF_ADAPTER as NEOBERT
+from torchrecipes.models.families.olmoe import HF_ADAPTER as OLMOE
+from torchrecipes.models.families.qwen3 import HF_ADAPTER as QWEN3
+from torchrecipes.models.families.qwen3_moe import HF_ADAPTER as QWEN3_MOE
+from torchrecipes.models.hf_adapter import HFAdapter
+from torchrecipes.modules import init_tensor
 
 INDEX = "model.safetensors.index.json"  # names the files where there are several
 _FAMILIES = {
@@ -78,39 +78,39 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
             network here does not do; tensors missing, unexpected, or of another shape.
     """
     folder = Path(path)
-    model = hf_network(folder)
+    model = meta_model_from_hf(folder)
     config, family = model.config, _FAMILIES[model.config.model_type]
-    layout = family.layout(config)
-    known = {their_name for parts in layout.values() for their_name, _ in parts}
-    theirs = _read_tensors(folder, family, known, report)
+    key_map = family.key_map(config)
+    known = {hf_name for parts in key_map.values() for hf_name, _ in parts}
+    hf = _read_tensors(folder, family, known, report)
     try:
-        theirs = family.stack(theirs)
+        hf = family.stack(hf)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
     problems, state = [], {}
-    headless = {ours for ours in layout if ours.startswith("head.")}
-    if headless and not any(name in theirs for ours in headless for name, _ in layout[ours]):
+    headless = {local for local in key_map if local.startswith("head.")}
+    if headless and not any(name in hf for local in headless for name, _ in key_map[local]):
         report(f"{folder} has no {family.head}: {', '.join(sorted(headless))} start from seed {seed}")
     else:
         headless = set()
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
         if name in headless:
-            state[name] = initial_value(name, shape, seed=seed, std=config.initializer_range)
+            state[name] = init_tensor(name, shape, seed=seed, std=config.initializer_range)
             continue
         unfit = []
-        for part in layout[name]:
-            their_name, expected = part[0], family.stored_shape(part, shape)
-            if their_name not in theirs:
-                unfit.append(f"{their_name} is missing")
-            elif tuple(theirs[their_name].shape) != expected:
-                found = tuple(theirs[their_name].shape)
-                unfit.append(f"{their_name} has the shape {found}; config.json makes it {expected}")
+        for part in key_map[name]:
+            hf_name, expected = part[0], family.stored_shape(part, shape)
+            if hf_name not in hf:
+                unfit.append(f"{hf_name} is missing")
+            elif tuple(hf[hf_name].shape) != expected:
+                found = tuple(hf[hf_name].shape)
+                unfit.append(f"{hf_name} has the shape {found}; config.json makes it {expected}")
         if not unfit:
-            state[name] = family.join(layout[name], theirs.__getitem__).float()
+            state[name] = family.join(key_map[name], hf.__getitem__).float()
         problems += unfit
-    problems += [f"{their_name} is not expected" for their_name in theirs if their_name not in known]
+    problems += [f"{hf_name} is not expected" for hf_name in hf if hf_name not in known]
     if problems:
         raise UserError(
             f"{folder}: the weights do not fit a {family.architecture} of this config.json:\n"
@@ -121,7 +121,7 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
     return model
 
 
-def hf_network(path: str | Path) -> nn.Module:
+def meta_model_from_hf(path: str | Path) -> nn.Module:
     """The network that a folder's `config.json` describes, on the meta device, without its weights.
 
     Raises:
@@ -144,7 +144,7 @@ def check_family(model: Any) -> None:
             f"{type(model).__name__} is no model of a family of this library, whose checkpoints it can write. Take one "
             "from torchrecipes.models, or a loop of your own (docs/own-loop.md)"
         )
-    names, known = set(model.state_dict()), set(family.layout(model.config))
+    names, known = set(model.state_dict()), set(family.key_map(model.config))
     if names != known:
         differ = ", ".join(sorted(names ^ known)[:5])
         raise UserError(
@@ -153,7 +153,7 @@ def check_family(model: Any) -> None:
         )
 
 
-def how_to_load(model: nn.Module, path: str | Path) -> str:
+def loading_hint(model: nn.Module, path: str | Path) -> str:
     """For people: what loads a folder that `save_hf` made of `model`."""
     family = _FAMILIES[model.config.model_type]
     if family is MOE:
@@ -206,11 +206,11 @@ def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> d
             them or some.
     """
     family = _FAMILIES[model.config.model_type]
-    layout = family.layout(model.config)
+    key_map = family.key_map(model.config)
     state = model.state_dict() if state is None else state
     tensors = {}
     for name, tensor in state.items():
-        tensors |= family.split(tensor.detach(), layout[name])
+        tensors |= family.split(tensor.detach(), key_map[name])
     return tensors
 
 
@@ -225,8 +225,8 @@ def stored_tensors(model: nn.Module, path: str | Path) -> Iterator[tuple[str, Te
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in _tensor_files(Path(path))}
         where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118, it is no dict
-        for name, parts in family.layout(model.config).items():
-            yield name, family.join(parts, lambda their_name: where[their_name].get_tensor(their_name))
+        for name, parts in family.key_map(model.config).items():
+            yield name, family.join(parts, lambda hf_name: where[hf_name].get_tensor(hf_name))
 
 
 def hf_config(model: nn.Module, tokenizer=None) -> dict:
@@ -309,28 +309,28 @@ def _is_a(value: object, wanted: type) -> bool:
     return type(value) is wanted
 
 
-def _read_tensors(folder: Path, family: HFMap, known: set[str], report: Callable[[str], None]) -> dict[str, Tensor]:
-    """The folder's tensors as `family.layout` names them (`known`), without what the network has no use for."""
-    theirs, dropped = {}, []
+def _read_tensors(folder: Path, family: HFAdapter, known: set[str], report: Callable[[str], None]) -> dict[str, Tensor]:
+    """The folder's tensors as `family.key_map` names them (`known`), without what the network has no use for."""
+    hf, dropped = {}, []
     for original, tensor in _stored_tensors(folder):
         name = family.normalize_name(original)
         if name is None:
             dropped.append(original)
-        elif name in theirs and not torch.equal(theirs[name], tensor):
+        elif name in hf and not torch.equal(hf[name], tensor):
             raise UserError(f"{folder}: {original} differs from another tensor that stands for {name}. Delete one.")
         else:
-            theirs[name] = tensor
+            hf[name] = tensor
     tied_name, source = family.tied
-    if tied_name in theirs and tied_name not in known:
-        if source in theirs and not torch.equal(theirs[tied_name], theirs[source]):
+    if tied_name in hf and tied_name not in known:
+        if source in hf and not torch.equal(hf[tied_name], hf[source]):
             raise UserError(
                 f"{folder}: {tied_name} differs from {source}, but config.json says that they are one. "
                 "Set tie_word_embeddings to false there to keep both."
             )
-        del theirs[tied_name]
+        del hf[tied_name]
     if dropped:
         report(f"{folder}: not used, dropped: {', '.join(sorted(dropped))}")
-    return theirs
+    return hf
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

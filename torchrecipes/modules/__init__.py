@@ -10,20 +10,20 @@ Tensors are named by the letters of their dimensions where that helps (`x_BSD`, 
     M  selected tokens                    V  vocabulary
 """
 
-from torchrecipes.modules.attention import SelfAttention, attention
+from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import KVCache
 from torchrecipes.modules.embedding import BertEmbedding
 from torchrecipes.modules.feed_forward import GeluMLP, SwiGLU
 from torchrecipes.modules.head import LMHead, MLMTransform
-from torchrecipes.modules.init import initial_value, initialize
+from torchrecipes.modules.init import init_tensor, init_weights
 from torchrecipes.modules.moe import Experts, MoE, Router, Routing
 from torchrecipes.modules.norm import LayerNorm, RMSNorm
-from torchrecipes.modules.plan import AttentionPlan, attention_plan
-from torchrecipes.modules.rotary import apply_rotary, rotary_tables
-from torchrecipes.modules.transformer import MoEBlock, PostNormBlock, PreNormBlock, activation_dtype, residual_stream
+from torchrecipes.modules.rotary import apply_rotary, rope_cos_sin
+from torchrecipes.modules.self_attention import SelfAttention, attention
+from torchrecipes.modules.transformer import MoEBlock, PostNormBlock, PreNormBlock, compute_dtype, to_residual_dtype
 
 __all__ = [
-    "AttentionPlan",
+    "AttentionBackend",
     "BertEmbedding",
     "Experts",
     "GeluMLP",
@@ -40,12 +40,12 @@ __all__ = [
     "Routing",
     "SelfAttention",
     "SwiGLU",
-    "activation_dtype",
     "apply_rotary",
     "attention",
-    "attention_plan",
-    "initial_value",
-    "initialize",
-    "residual_stream",
-    "rotary_tables",
+    "choose_attention_backend",
+    "compute_dtype",
+    "init_tensor",
+    "init_weights",
+    "rope_cos_sin",
+    "to_residual_dtype",
 ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrecipes.modules.plan import AttentionPlan, cached_plan
+from torchrecipes.modules.attention_backend import AttentionBackend, cached_attention_backend
 
 
 class KVCache:
@@ -49,8 +49,8 @@ class KVCache:
         ]
         self._batch = batch
 
-    def at(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[AttentionPlan, list[LayerCache]]:
-        """What one forward pass needs: the plan of its attention, and each layer's part.
+    def at(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[AttentionBackend, list[LayerCache]]:
+        """What one forward pass needs: the backend of its attention, and each layer's part.
 
         Nothing waits for the device: off the CPU, where reading positions costs nothing, every slot is looked at.
 
@@ -69,7 +69,7 @@ class KVCache:
         positions = position_ids.expand(self._batch, -1)
         rows = torch.arange(self._batch, device=positions.device)[:, None]
         layers = [LayerCache(keys, values, rows, positions, seen) for keys, values in self._memory]
-        return cached_plan(positions, seen, dtype), layers
+        return cached_attention_backend(positions, seen, dtype), layers
 
 
 class LayerCache(NamedTuple):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecipes.modules.norm import LayerNorm
-from torchrecipes.modules.transformer import residual_stream
+from torchrecipes.modules.transformer import to_residual_dtype
 
 
 class BertEmbedding(nn.Module):
@@ -40,4 +40,4 @@ class BertEmbedding(nn.Module):
         else:
             types = self.token_type_embeddings(token_type_ids)
         hidden_BSD = self.word_embeddings(input_ids) + types + self.position_embeddings(position_ids)
-        return F.dropout(self.norm(residual_stream(hidden_BSD)), self.dropout_p, self.training)
+        return F.dropout(self.norm(to_residual_dtype(hidden_BSD)), self.dropout_p, self.training)

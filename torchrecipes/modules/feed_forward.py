@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchrecipes.modules.gelu import gelu_tanh
+from torchrecipes.modules.cpu.gelu import gelu_tanh
 
 
 class SwiGLU(nn.Module):
@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False):
         super().__init__()
         self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
-        self.fused_rows = {"gate_up_proj.weight": (intermediate_size, intermediate_size)}  # two matrices, for Muon
+        self.row_splits = {"gate_up_proj.weight": (intermediate_size, intermediate_size)}  # two matrices, for Muon
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

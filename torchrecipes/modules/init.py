@@ -9,7 +9,7 @@ from torch import Tensor, nn
 _INTO_RESIDUAL = re.compile(r"\b(o_proj|down_proj)(\.weight)?$")
 
 
-def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
+def init_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
     """The value that a parameter starts from, fp32 on the CPU.
 
     Biases start at 0, other vectors (the weights of norms) at 1, and everything with two or more dimensions is normal
@@ -31,14 +31,14 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, *, seed: int, std: float, residual_std: float | None = None) -> None:
+def init_weights(model: nn.Module, *, seed: int, std: float, residual_std: float | None = None) -> None:
     """Sets every parameter of the model to its initial value, and buffers to 0; what is on the meta device stays.
 
     A parameter that `fully_shard` has split gets its own part of the same full value, without communication.
 
     Args:
         model: changed in place.
-        seed, std: see `initial_value`.
+        seed, std: see `init_tensor`.
         residual_std: instead of `std` for projections into the residual stream (`o_proj` and `down_proj`): GPT-2's
             `std / sqrt(2 L)` keeps what 2 L of them add up to independent of the number of layers L. None: `std`.
     """
@@ -48,7 +48,7 @@ def initialize(model: nn.Module, *, seed: int, std: float, residual_std: float |
         if parameter.is_meta:
             continue
         into_residual = residual_std is not None and _INTO_RESIDUAL.search(name)
-        value = initial_value(name, tuple(parameter.shape), seed=seed, std=residual_std if into_residual else std)
+        value = init_tensor(name, tuple(parameter.shape), seed=seed, std=residual_std if into_residual else std)
         if hasattr(parameter, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor  # 0.3 s that only sharded models need
 

@@ -100,7 +100,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        self.fused_rows = {"gate_up_proj": (intermediate_size, intermediate_size)}  # two matrices, for Muon
+        self.row_splits = {"gate_up_proj": (intermediate_size, intermediate_size)}  # two matrices, for Muon
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 

@@ -13,7 +13,7 @@ ROPE_SCALING_KEYS = {
 }
 
 
-def rotary_tables(
+def rope_cos_sin(
     position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: dict | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's rotation angles, once per forward for all layers.
@@ -42,7 +42,7 @@ def rotary_tables(
 
 
 def apply_rotary(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + H / 2]) of every head by the angles of `rotary_tables`; shape and dtype stay."""
+    """Turns the pairs (x[i], x[i + H / 2]) of every head by the angles of `rope_cos_sin`; shape and dtype stay."""
     a, b = x_BSNH.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 

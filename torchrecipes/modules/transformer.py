@@ -4,18 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.modules.attention_backend import AttentionBackend
 from torchrecipes.modules.cache import LayerCache
 from torchrecipes.modules.moe import Routing
-from torchrecipes.modules.plan import AttentionPlan
 
 
-def activation_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of what a linear layer makes of `hidden`: autocast's where it is on, else that of `hidden`."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def residual_stream(embedded: Tensor) -> Tensor:
+def to_residual_dtype(embedded: Tensor) -> Tensor:
     """What the blocks add to: in fp32 where autocast is on, also where `fully_shard` gathers the embedding in bf16.
 
     So a run has the same numbers on any number of ranks, and no block's share is lost in the sum of all.
@@ -50,11 +50,11 @@ class PreNormBlock(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        plan: AttentionPlan,
+        backend: AttentionBackend,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Args: x_BSD; `rotary`, `plan` and `cache` as in `SelfAttention.forward`."""
-        attended = self.self_attn(self.input_layernorm(x_BSD), rotary, plan, cache)
+        """Args: x_BSD; `rotary`, `backend` and `cache` as in `SelfAttention.forward`."""
+        attended = self.self_attn(self.input_layernorm(x_BSD), rotary, backend, cache)
         x_BSD = x_BSD + F.dropout(attended, self.dropout_p, self.training)
         return x_BSD + F.dropout(self.mlp(self.post_attention_layernorm(x_BSD)), self.dropout_p, self.training)
 
@@ -77,11 +77,11 @@ class MoEBlock(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        plan: AttentionPlan,
+        backend: AttentionBackend,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Args: x_BSD; `rotary`, `plan` and `cache` as in `SelfAttention.forward`."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, plan, cache)
+        """Args: x_BSD; `rotary`, `backend` and `cache` as in `SelfAttention.forward`."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, backend, cache)
         mixed, routing = self.mlp(self.post_attention_layernorm(x_BSD))
         return x_BSD + mixed, routing
 
@@ -109,8 +109,8 @@ class PostNormBlock(nn.Module):
         self.mlp_norm = mlp_norm
         self.dropout_p = dropout_p
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
-        """Args: x_BSD; `rotary` and `plan` as in `SelfAttention.forward`."""
-        attended = F.dropout(self.self_attn(x_BSD, rotary, plan), self.dropout_p, self.training)
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor] | None, backend: AttentionBackend) -> Tensor:
+        """Args: x_BSD; `rotary` and `backend` as in `SelfAttention.forward`."""
+        attended = F.dropout(self.self_attn(x_BSD, rotary, backend), self.dropout_p, self.training)
         x_BSD = self.attention_norm(x_BSD + attended)
         return self.mlp_norm(x_BSD + F.dropout(self.mlp(x_BSD), self.dropout_p, self.training))

@@ -5,13 +5,13 @@ import math
 from torch import nn
 
 from torchrecipes.errors import UserError
-from torchrecipes.optim.groups import decay_groups
+from torchrecipes.optim.groups import weight_decay_groups
 
 
 def adamw_groups(
     model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, problems: tuple = ()
 ) -> list[dict]:
-    """The groups of `decay_groups`, each with its peak learning rate as `initial_lr`.
+    """The groups of `weight_decay_groups`, each with its peak learning rate as `initial_lr`.
 
     Args:
         model, lr, betas, eps, weight_decay: see `adamw`.
@@ -29,7 +29,7 @@ def adamw_groups(
         problems.append(f"eps: {eps} must be 0 or more, such as 1e-8")
     if not 0 <= weight_decay < math.inf:
         problems.append(f"weight_decay: {weight_decay} must be 0 or more, such as 0.01")
-    groups = decay_groups(model, weight_decay)
+    groups = weight_decay_groups(model, weight_decay)
     if not groups:
         problems.append("model: no parameter is trainable. Set requires_grad=True on what the optimizer shall change")
     if problems:

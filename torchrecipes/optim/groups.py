@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Splits the trainable parameters of `model` into those that weight decay shrinks and those that it must not.
 
     Decayed are matrices, that is parameters of two or more dimensions, unless they are embeddings, belong to a norm or
@@ -36,7 +36,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def group_table(optimizer: torch.optim.Optimizer) -> str:
+def describe_param_groups(optimizer: torch.optim.Optimizer) -> str:
     """The groups of `optimizer` as text: learning rate, decay and size of each, then its parameters.
 
     Parameters whose names differ in numbers only (the layers of a model) share a line:

@@ -29,7 +29,7 @@ def adamw_8bit(
     weight_decay: float = 0.01,
     block_size: int = 256,
 ) -> torch.optim.Optimizer:
-    """AdamW with averages of 8 bits (Dettmers et al. 2021, arXiv:2110.02861), over the groups of `decay_groups`.
+    """AdamW with averages of 8 bits (Dettmers et al. 2021, arXiv:2110.02861), over the groups of `weight_decay_groups`.
 
     2 bytes and `8 / block_size` per parameter instead of 8. Tensors of less than 4096 values, or whose size (on a rank)
     is no multiple of `block_size`, keep averages of fp32: those are norms and biases.

@@ -18,12 +18,12 @@ JUDGES_FROM = 0.5  # share of the window that has to be there before a loss is j
 class Guard:
     """Skips steps that are not finite, finds spikes, and says when to stop or to go back to a checkpoint.
 
-    In a loop, `step` stands in place of `optimizer.step()`, and `look` comes before anything is saved:
+    In a loop, `step` stands in place of `optimizer.step()`, and `check` comes before anything is saved:
 
         guard.step(optimizer, loss, grad_norm)
         optimizer.zero_grad()
-        if guard.look(step, now=save_now, checkpoint=saved) == "rollback":
-            ...  # load that checkpoint, `guard.load_state` too, and go on with the data behind this step
+        if guard.check(step, sync=save_now, checkpoint=saved) == "rollback":
+            ...  # load that checkpoint, `guard.load_state_dict` too, and go on with the data behind this step
 
     Every decision follows from numbers that are equal on all ranks, so all decide alike without asking each other.
 
@@ -40,7 +40,7 @@ class Guard:
         max_rollbacks: in the whole run; the one after stops it.
 
     Attributes:
-        tell: what every line is given to; it prints. Beside a progress bar set it to what prints there.
+        log_fn: what every line is given to; it prints. Beside a progress bar set it to what prints there.
 
     Raises:
         UserError: a value is out of range.
@@ -73,12 +73,12 @@ class Guard:
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
         self.on_spike, self.spike_zscore, self.spike_window = on_spike, spike_zscore, spike_window
         self.max_rollbacks = max_rollbacks
-        self.tell: Callable[[str], object] = partial(print, flush=True)
+        self.log_fn: Callable[[str], object] = partial(print, flush=True)
         self.window: deque[float] = deque(maxlen=spike_window)  # finite losses that are no spikes
         self.spiking: list[float] = []  # the last losses, as far back as all of them are spikes
         self.skipping: list[int] = []  # the last steps, as far back as all of them were skipped
         self.skipped_steps = self.spikes = self.rollbacks = 0
-        self._stepped: tuple[Tensor, torch.cuda.Event | None] | None = None  # what `look` has no step number for yet
+        self._stepped: tuple[Tensor, torch.cuda.Event | None] | None = None  # what `check` has no step number for yet
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -108,18 +108,18 @@ class Guard:
         self._stepped = _to_host(values)
         return skip
 
-    def look(self, step: int, *, now: bool = False, checkpoint: str | Path | None = None) -> str:
+    def check(self, step: int, *, sync: bool = False, checkpoint: str | Path | None = None) -> str:
         """Judges the last step: call it once after every `step`, and before saving.
 
         On a GPU it judges the step before, so that the host need not wait for this one.
 
         Args:
             step: the step's number, for the messages.
-            now: judge this step, too, at the cost of waiting for it: what is saved has to be looked at.
+            sync: judge this step, too, at the cost of waiting for it: what is saved has to be looked at.
             checkpoint: the last good one, None if there is none. A rollback goes there.
 
         Returns:
-            `go`, or `rollback`: the caller loads `checkpoint`, and leaves the data up to this step behind.
+            `continue`, or `rollback`: the caller loads `checkpoint`, and leaves the data up to this step behind.
 
         Raises:
             UserError: the run has to stop: what happened, when, and what to do.
@@ -127,7 +127,7 @@ class Guard:
         if self._stepped is not None:
             self._unread.append((step, *self._stepped))
             self._stepped = None
-        while self._unread and (now or self._unread[0][0] < step or self._unread[0][2] is None):
+        while self._unread and (sync or self._unread[0][0] < step or self._unread[0][2] is None):
             judged, values, copied = self._unread.popleft()
             if copied is not None:
                 copied.synchronize()
@@ -141,12 +141,12 @@ class Guard:
                 self._roll_back(step, judged, reason, checkpoint)
                 self._unread.clear()
                 return "rollback"
-        return "go"
+        return "continue"
 
-    def state(self) -> dict[str, int | list]:
-        """What a checkpoint has to hold: JSON values. `look(step, now=True)` comes before."""
+    def state_dict(self) -> dict[str, int | list]:
+        """What a checkpoint has to hold: JSON values. `check(step, sync=True)` comes before."""
         if self._unread or self._stepped is not None:
-            raise RuntimeError("a step was not judged yet: call look(step, now=True) before state()")
+            raise RuntimeError("a step was not judged yet: call check(step, sync=True) before state_dict()")
         return {
             "window": list(self.window),
             "spiking": list(self.spiking),
@@ -156,7 +156,7 @@ class Guard:
             "rollbacks": self.rollbacks,
         }
 
-    def load_state(self, state: dict[str, int | list]) -> None:
+    def load_state_dict(self, state: dict[str, int | list]) -> None:
         """Goes on from `state()`, after a restart or a rollback: what was counted since is not forgotten."""
         rolled_back = self.rollbacks > state["rollbacks"]  # other data comes now: a row of skipped steps ends here
         self.skipping = [] if rolled_back else list(state["skipping"])
@@ -166,7 +166,7 @@ class Guard:
         self.spikes = max(self.spikes, state["spikes"])
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
-    def report(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """`skipped_steps`, `spikes` and `rollbacks` of the run so far."""
         return {"skipped_steps": self.skipped_steps, "spikes": self.spikes, "rollbacks": self.rollbacks}
 
@@ -177,7 +177,7 @@ class Guard:
         self.skipping.append(step)
         self.skipped_steps += 1
         count = len(self.skipping)
-        self.tell(f"step {step}: {what}: step skipped ({count} in a row)")
+        self.log_fn(f"step {step}: {what}: step skipped ({count} in a row)")
         if self.on_nonfinite == "stop":
             raise self._lost(f"step {step}: {what}, and guard.on_nonfinite is stop.", self.skipping, checkpoint)
         if count < self.max_skips:
@@ -199,14 +199,16 @@ class Guard:
             if zscore > self.spike_zscore:
                 self.spikes += 1
                 self.spiking.append(loss)
-                self.tell(
+                self.log_fn(
                     f"step {step}: loss {loss:.4g} is a spike: {zscore:.1f} deviations above {mean:.4g}, the mean of "
                     f"the last {len(self.window)} that were none"
                 )
                 if self.on_spike == "rollback":
                     return f"the loss of step {step} is a spike"
                 if len(self.spiking) >= enough:
-                    self.tell(f"step {step}: {len(self.spiking)} spikes in a row: later losses are compared with these")
+                    self.log_fn(
+                        f"step {step}: {len(self.spiking)} spikes in a row: later losses are compared with these"
+                    )
                     self.window = deque(self.spiking, maxlen=self.spike_window)
                     self.spiking = []
                 return None
@@ -224,7 +226,7 @@ class Guard:
         self.rollbacks += 1
         self.skipping.clear()
         self.spiking.clear()
-        self.tell(
+        self.log_fn(
             f"step {step}: {reason}: back to {checkpoint}, and on with the data behind this step "
             f"(rollback {self.rollbacks} of {self.max_rollbacks})"
         )

@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line of JSON per log step, a bar or a line on the terminal, and writers."""
+"""What a run tells of itself: a line of JSON per log step, a bar or a line on the terminal, and loggers."""
 
 import contextlib
 import json
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrecipes.data.atomic import write_atomically
-from torchrecipes.training import ranks
+from torchrecipes.atomic_write import write_atomically
+from torchrecipes.distributed import collectives
 
 
-class Metrics:
-    """Writes `<output_dir>/metrics.jsonl`, shows progress, and feeds the writers.
+class MetricLogger:
+    """Writes `<output_dir>/metrics.jsonl`, shows progress, and feeds the loggers.
 
-    Loss and gradient norm stay on the device until `write`, which fetches both in one transfer. In a process group all
+    Loss and gradient norm stay on the device until `log`, which fetches both in one transfer. In a process group all
     ranks call it alike, and rank 0 alone writes and shows anything.
 
     Args:
@@ -32,7 +32,7 @@ class Metrics:
         tokens_per_step: tokens of an optimizer step that are not padding.
         flops_per_token, peak_flops: for MFU, the peak of one device; None: not reported.
         first_step: the step to begin with.
-        writers: objects with `log(values, step)` and `close()`, see writers.py.
+        loggers: objects with `log(values, step)` and `close()`, see loggers.py.
     """
 
     def __init__(
@@ -45,28 +45,32 @@ class Metrics:
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         first_step: int = 1,
-        writers: Sequence = (),
+        loggers: Sequence = (),
     ):
-        self.max_steps, self.device, self.writers, self.is_main = max_steps, device, writers, ranks.rank() == 0
+        self.max_steps, self.device, self.loggers, self.is_main = max_steps, device, loggers, collectives.rank() == 0
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self.peak_flops = peak_flops and peak_flops * ranks.world_size()
+        self.peak_flops = peak_flops and peak_flops * collectives.world_size()
         self.path = Path(output_dir) / "metrics.jsonl"
         self._open_file(first_step)
         self.loss, self.targets = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.first_step, self.begun, self.finished = first_step, 0, first_step - 2  # one less than are, until `waiting`
+        self.first_step, self.begun, self.finished = (
+            first_step,
+            0,
+            first_step - 2,
+        )  # one less than are, until `begin_step`
         self._begin_interval(first_step - 1)
         self.bar = None
         if self.is_main and sys.stderr.isatty():
             layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(total=max_steps, initial=first_step - 1, bar_format=layout)
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "MetricLogger":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def add(self, loss_sum: Tensor, num_targets: int, skipped: Tensor | None = None) -> None:
+    def update(self, loss_sum: Tensor, num_targets: int, skipped: Tensor | None = None) -> None:
         """Counts a step, without waiting for the device.
 
         Args:
@@ -80,7 +84,7 @@ class Metrics:
         self.targets += torch.where(skipped > 0, 0, num_targets)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def begin_step(self) -> Iterator[None]:
         """Time in this context is waiting for data. Open it once, at the beginning of every step."""
         if self.begun == 1:
             self._tell_first_step()
@@ -92,13 +96,13 @@ class Metrics:
         self.waited += time.perf_counter() - start
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def exclude_time(self) -> Iterator[None]:
         """Time in this context, for evaluation or saving, is no training time."""
         start = time.perf_counter()
         yield
         self.paused += time.perf_counter() - start
 
-    def go_back(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """The run goes on behind `step` once more: later lines are removed."""
         self.loss.zero_()
         self.targets.zero_()
@@ -108,7 +112,7 @@ class Metrics:
         self.finished = step - 1
         self._begin_interval(step)
 
-    def write(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
+    def log(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
         """Logs the steps since the last call; the loss is their mean over targets.
 
         Args:
@@ -132,8 +136,8 @@ class Metrics:
             "lr": float(lr),
             "grad_norm": norm,
             "tokens_per_second": rate,
-            "data_wait": self.waited / seconds,
-            "memory_gib": self._memory(),
+            "data_wait_fraction": self.waited / seconds,
+            "peak_memory_gib": self._memory(),
             "eta_s": (self.max_steps - step) * seconds / steps,
         }
         if self.flops_per_token and self.peak_flops:
@@ -148,31 +152,31 @@ class Metrics:
             self.bar.set_postfix_str(f"{text}, {_clock(line['eta_s'])} left", refresh=False)
             self.bar.update(step - self.bar.n)
         else:
-            self.tell(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left")
+            self.print(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left")
         return line
 
-    def write_eval(self, step: int, name: str, values: dict[str, float]) -> None:
+    def log_eval(self, step: int, name: str, values: dict[str, float]) -> None:
         """Logs an evaluation as `eval/<name>/<metric>`."""
         self._record({"step": step} | {f"eval/{name}/{key}": value for key, value in values.items()}, step)
-        self.tell(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+        self.print(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
 
-    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Shows how prompts go on, (prompt, text) each, and keeps it in `<output_dir>/samples.jsonl`."""
         if not self.is_main:
             return
         with self.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
             for prompt, text in samples:
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-                self.tell(f"step {step}: sample: {prompt}{text}")
+                self.print(f"step {step}: sample: {prompt}{text}")
 
     def close(self) -> None:
-        """Closes the file, the bar and the writers."""
+        """Closes the file, the bar and the loggers."""
         if self.is_main:
             self.file.close()
         if self.bar is not None:
             self.bar.close()
-        for writer in self.writers:
-            writer.close()
+        for logger in self.loggers:
+            logger.close()
 
     def _begin_interval(self, step: int) -> None:
         """Rates are over the steps behind `step`, from now on."""
@@ -185,7 +189,7 @@ class Metrics:
             torch.cuda.synchronize(self.device)
         if self.interval_start < self.first_step:
             seconds = time.perf_counter() - self.start - self.paused
-            self.tell(f"first step: {seconds:.1f} s, peak memory {self._memory():.2f} GiB")
+            self.print(f"first step: {seconds:.1f} s, peak memory {self._memory():.2f} GiB")
             self._begin_interval(self.first_step)
 
     def _open_file(self, first_step: int) -> None:
@@ -202,10 +206,10 @@ class Metrics:
         finite |= {f"{key}_nonfinite": str(value) for key, value in line.items() if not math.isfinite(value)}
         self.file.write(json.dumps(finite, allow_nan=False) + "\n")
         self.file.flush()
-        for writer in self.writers:
-            writer.log(line, step)
+        for logger in self.loggers:
+            logger.log(line, step)
 
-    def tell(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one; on rank 0 only."""
         if not self.is_main:
             return

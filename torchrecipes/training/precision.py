@@ -9,7 +9,7 @@ from torchrecipes.errors import UserError
 from torchrecipes.training.float8 import RECIPES, check_float8
 
 
-def choose_precision(precision: str, device: torch.device, emulate_float8: bool = False) -> torch.dtype:
+def resolve_dtype(precision: str, device: torch.device, emulate_float8: bool = False) -> torch.dtype:
     """`auto` gives bf16 where the device multiplies bf16 matrices in hardware, else fp32.
 
     Args:
@@ -40,7 +40,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def make_deterministic() -> None:
+def set_deterministic() -> None:
     """The same run on the same kind of machine gives the same numbers, to the last bit. Call it before all computing.
 
     Some kernels of a GPU add up in the order in which their threads finish: gradients of embeddings, of gathers and of

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
-from torchrecipes.training import ranks
-from torchrecipes.training.memory import keep_freed_memory
+from torchrecipes.training.activation_checkpointing import tune_malloc
 
 try:
     import fcntl
@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "resume",
     "log_every",
     "eval_every",
-    "eval_rows",
+    "eval_sequences",
     "save_every",
     "sample_every",
     "sample_prompts",
@@ -40,9 +40,9 @@ MAY_CHANGE = (
     "guard",
     "parallel",
     "activation_checkpointing",
-    "rows_per_micro_batch",
+    "micro_batch_size",
     "data.num_workers",
-    "data.tokenize_workers",
+    "data.tokenizer_threads",
 )
 
 
@@ -89,7 +89,7 @@ def start_run(output_dir: str | Path, *, seed: int, config_yaml: str, resume: st
         UserError: the folder cannot be written, or it holds a run with other settings, or, for `never`, any run; or the
             environment names more processes than there are devices.
     """
-    rank, local_rank, world_size, local_world_size = ranks.environment()
+    rank, local_rank, world_size, local_world_size = collectives.dist_env()
     device = _device(local_rank)
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -100,13 +100,13 @@ def start_run(output_dir: str | Path, *, seed: int, config_yaml: str, resume: st
 
     folder = Path(output_dir)
     locks: list = []
-    ranks.from_main(lambda: _prepare(folder, config_yaml, resume, locks))
+    collectives.run_on_rank0_and_broadcast(lambda: _prepare(folder, config_yaml, resume, locks))
 
     random.seed(seed + rank)
     numpy.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     return Run(folder, device, rank, world_size, local_world_size, locks)
 
 

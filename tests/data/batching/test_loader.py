@@ -1,0 +1,213 @@
+import numpy as np
+import pytest
+import torch
+
+from torchrecipes.data.batching.loader import Loader, evaluation_batches
+from torchrecipes.data.batching.mlm import MLMCollator
+from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.shuffle import fold_in
+from torchrecipes.data.corpus.corpus import prepare_corpus
+from torchrecipes.data.sources.text_files import files
+from torchrecipes.data.tokenizers.load import train_wordpiece
+from torchrecipes.errors import UserError
+
+TENSORS = ("input_ids", "position_ids", "cu_seqlens", "masked_positions", "masked_labels")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("made")
+    words = ["red", "green", "blue", "black", "white"]
+    texts = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(200)]
+    (folder / "text.txt").write_text("\n".join(texts))
+    source = files(str(folder / "text.txt"))
+    tokenizer = train_wordpiece(source, vocab_size=64)
+    corpus, _ = prepare_corpus(folder / "corpus", source, tokenizer, validation_fraction=0, num_workers=0)
+    return corpus, tokenizer, MLMCollator(tokenizer, 0.2)
+
+
+def loader(parts, kind=PackedDataset, **changes):
+    corpus, tokenizer, masking = parts
+    settings = {"seed": 1, "global_batch_size": 8, "micro_batch_size": 8, "max_steps": 60} | changes
+    return Loader(kind(corpus, 32, tokenizer.pad_id), masking, **settings)
+
+
+def step_rows(batches):
+    """(inputs with labels filled in, inputs, targets) of every row of a step, in order."""
+    rows = []
+    for batch in batches:
+        labels = torch.full((batch.input_ids.numel(),), -100)
+        used = batch.masked_labels >= 0
+        labels[batch.masked_positions[used]] = batch.masked_labels[used]
+        labels = labels.view_as(batch.input_ids)
+        rows += [torch.stack(row) for row in zip(batch.input_ids, batch.position_ids, labels, strict=True)]
+    return rows
+
+
+@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
+def test_a_step_is_the_same_on_any_number_of_ranks_and_micro_batches(parts, kind):
+    whole = loader(parts, kind)
+    splits = [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)]
+    others = [[loader(parts, kind, rank=r, world_size=w, micro_batch_size=m) for r in range(w)] for w, m in splits]
+    for step in range(1, 20):
+        expected = step_rows(whole.step(step))
+        for ranks in others:
+            rows = [row for rank in ranks for row in step_rows(rank.step(step))]
+            assert len(rows) == len(expected) and all(map(torch.equal, rows, expected))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_later_start_and_workers_change_nothing(parts, workers):
+    plain, late = loader(parts), loader(parts, first_step=17, num_workers=workers)
+    for step in range(1, 30):
+        batches = plain.step(step)
+        if step >= 17:
+            for batch, other in zip(batches, late.step(step), strict=True):
+                assert all(torch.equal(getattr(batch, name), getattr(other, name)) for name in TENSORS)
+
+
+def test_an_epoch_sees_every_row_once_and_masks_change_with_the_epoch(parts):
+    corpus, tokenizer, masking = parts
+    rows = PackedDataset(corpus, 32, tokenizer.pad_id)
+    steps = Loader(rows, masking, seed=1, global_batch_size=1, micro_batch_size=1, max_steps=2 * rows.num_rows)
+    seen = [step_rows(steps.step(step))[0] for step in range(1, 2 * rows.num_rows + 1)]
+    whole = [tuple(_unmasked(row)[0].tolist()) for row in seen]
+    expected = sorted(map(tuple, rows.rows(np.arange(rows.num_rows)).tokens.tolist()))
+    first, second = whole[: rows.num_rows], whole[rows.num_rows :]
+    assert sorted(first) == expected and sorted(second) == expected and first != second
+    targets = {}
+    for row, (_, _, labels) in zip(whole, seen, strict=True):
+        targets.setdefault(row, []).append(tuple((labels >= 0).tolist()))
+    assert sum(masks[0] != masks[-1] for masks in targets.values()) > len(targets) / 2
+
+
+def _unmasked(row):
+    ids, positions, labels = row
+    return torch.where(labels >= 0, labels, ids), positions, labels
+
+
+def test_shapes_never_change_and_boundaries_are_right(parts):
+    shapes = set()
+    steps = loader(parts)
+    for step in range(1, 61):
+        (batch,) = steps.step(step)
+        shapes.add(tuple(tuple(getattr(batch, name).shape) for name in TENSORS))
+        bounds = batch.cu_seqlens.long()
+        assert bounds[0] == 0 and bounds[-1] == 8 * 32 and (bounds.diff() >= 0).all()
+        assert set(range(0, 257, 32)) <= set(bounds.tolist())
+        expected = torch.cat([torch.arange(n) for n in bounds.diff()])
+        assert torch.equal(batch.position_ids.flatten(), expected)
+        assert batch.max_seqlen == 32 and batch.cu_seqlens.dtype == torch.int32
+        assert batch.num_targets == (batch.masked_labels >= 0).sum() > 0
+    assert len(shapes) == 1
+
+
+def test_loading_leaves_the_global_generators_alone(parts):
+    torch.manual_seed(0)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    steps = loader(parts)
+    steps.step(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+
+
+@pytest.mark.parametrize("limit", [None, 20, 10_000])
+def test_evaluation_takes_every_row_once_with_the_same_masks(parts, limit):
+    corpus, tokenizer, masking = parts
+    rows = PackedDataset(corpus, 32, tokenizer.pad_id)
+    batches = list(evaluation_batches(rows, masking, 8, limit=limit))
+    assert len({batch.input_ids.shape for batch in batches}) == 1
+    again = list(evaluation_batches(rows, masking, 8, limit=limit))
+    for batch, other in zip(batches, again, strict=True):
+        assert all(torch.equal(getattr(batch, name), getattr(other, name)) for name in TENSORS)
+    seen = [tuple(_unmasked(row)[0].tolist()) for row in step_rows(batches)]
+    padding = (tokenizer.pad_id,) * 32
+    seen = [row for row in seen if row != padding]
+    known = list(map(tuple, rows.rows(np.arange(rows.num_rows)).tokens.tolist()))
+    assert len(seen) == min(limit or rows.num_rows, rows.num_rows) and set(seen) <= set(known)
+    if limit != 20:
+        assert sorted(seen) == sorted(known)
+    # Another number of rows in a batch, or of ranks, gives the same rows with the same masks.
+    shared = [
+        row
+        for rank in range(3)
+        for row in step_rows(evaluation_batches(rows, masking, 4, limit=limit, rank=rank, world_size=3))
+    ]
+    as_set = lambda rows: sorted(tuple(row.flatten().tolist()) for row in rows if (row[2] >= 0).any())  # noqa: E731
+    assert as_set(shared) == as_set(step_rows(batches))
+
+
+def test_too_many_documents_for_the_batch_are_refused(parts):
+    corpus, tokenizer, masking = parts
+    rows = PackedDataset(corpus, 32, tokenizer.pad_id)
+    rows.max_segments = 1
+    with pytest.raises(ValueError, match="documents in a batch that is made for"):
+        masking.batch(rows, np.arange(8), fold_in(np.arange(8)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 3}, r"global_batch_size=8 is not a multiple of 3 processes: .* such as 9"),
+        ({"micro_batch_size": 0}, r"micro_batch_size=0 is not 1 or more"),
+    ],
+)
+def test_rows_that_cannot_be_divided_are_refused_with_what_fits(parts, changes, message):
+    with pytest.raises(UserError, match=message):
+        loader(parts, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"micro_batch_size": 3}, [2, 2, 2, 2]),
+        ({"micro_batch_size": 100}, [8]),
+        ({"world_size": 2}, [4]),
+        ({"world_size": 2, "micro_batch_size": 3}, [2, 2]),
+        ({"world_size": 8}, [1]),
+    ],
+)
+def test_micro_batches_are_as_large_as_divides_a_ranks_share(parts, changes, sizes):
+    assert [len(batch.input_ids) for batch in loader(parts, **changes).step(1)] == sizes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_back_leaves_the_data_of_the_steps_behind(parts, workers):
+    whole, back = loader(parts), loader(parts, num_workers=workers)
+    expected = {step: step_rows(whole.step(step)) for step in range(1, 12)}
+    for step in range(1, 6):
+        back.step(step)
+    back.seek(3, skipped_steps=3)  # steps 3 to 5 were bad: the data of step 6 comes next
+    for step in range(3, 9):
+        assert all(map(torch.equal, step_rows(back.step(step)), expected[step + 3]))
+    resumed = loader(parts)
+    resumed.seek(5, skipped_steps=3)
+    assert all(map(torch.equal, step_rows(resumed.step(5)), expected[8]))
+
+
+@pytest.mark.parametrize(("limit", "world_size"), [(9, 2), (17, 3), (8, 4), (None, 3)])
+def test_all_ranks_evaluate_as_many_batches_and_every_row_once(parts, limit, world_size):
+    corpus, tokenizer, masking = parts
+    rows = PackedDataset(corpus, 32, tokenizer.pad_id)
+    each = [
+        list(evaluation_batches(rows, masking, 4, limit=limit, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    assert len({len(batches) for batches in each}) == 1
+    alone = list(evaluation_batches(rows, masking, 4, limit=limit))
+    assert sum(b.num_targets for batches in each for b in batches) == sum(b.num_targets for b in alone)
+
+
+def test_a_corpus_below_one_row_is_refused(parts):
+    corpus, tokenizer, masking = parts
+    rows = PackedDataset(corpus, 10**6, tokenizer.pad_id)
+    with pytest.raises(UserError, match="do not fill one row of seq_len=1000000"):
+        Loader(rows, masking, seed=0, global_batch_size=1, micro_batch_size=1, max_steps=1)
+
+
+def test_steps_come_in_order(parts):
+    steps = loader(parts)
+    steps.step(1)
+    with pytest.raises(ValueError, match="step 3 is asked for, and step 2 is next"):
+        steps.step(3)

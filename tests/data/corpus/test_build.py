@@ -1,0 +1,463 @@
+"""Preparing a corpus: the same files however the work was done, and however often it was interrupted."""
+
+import json
+import os
+import pydoc_data.topics
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from torchrecipes import atomic_write
+from torchrecipes.data import progress
+from torchrecipes.data.corpus import build, shard_writer
+from torchrecipes.data.corpus.corpus import open_corpus, prepare_corpus
+from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, documents
+from torchrecipes.data.tokenizers.load import load_tokenizer, train_bpe, train_char, train_wordpiece
+from torchrecipes.errors import UserError
+
+
+class Source(list):
+    """Documents and bad records of a list."""
+
+    name, num_bytes = "a list", 1000
+
+    def __init__(self, items, fingerprint="source-1"):
+        super().__init__(items)
+        self.fingerprint = fingerprint
+
+    def __iter__(self):
+        self.report = ReadStats()
+        return documents(super().__iter__(), self.report)
+
+    def parts(self):
+        return [self]
+
+
+def topics(count=400) -> list[Document]:
+    lines = [line for _, text in sorted(pydoc_data.topics.topics.items()) for line in text.splitlines() if line.strip()]
+    return [Document(line, f"topics:{i}") for i, line in enumerate(lines[:count], 1)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece(topics(), vocab_size=600)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(build, "BATCH_CHARACTERS", 500)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def tokens_of(corpus) -> list[list[int]]:
+    starts, stops = corpus.spans(np.arange(corpus.num_documents))
+    return [corpus.read(int(i), int(j)).tolist() for i, j in zip(starts, stops, strict=True)]
+
+
+def test_documents_are_there_in_order_with_their_special_tokens(tokenizer, tmp_path, small_batches):
+    texts = topics()
+    train, validation = prepare_corpus(tmp_path, Source(texts), tokenizer, 0.1, shard_tokens=1000)
+    is_validation = [xxhash.xxh3_64_intdigest(d.text.encode()) / 2**64 < 0.1 for d in texts]
+    for corpus, wanted in ((train, False), (validation, True)):
+        expected = [tokenizer.encode(d.text) for d, one in zip(texts, is_validation, strict=True) if one == wanted]
+        assert tokens_of(corpus) == expected
+        assert all(one[0] == tokenizer.cls_id and one[-1] == tokenizer.sep_id for one in expected)
+        assert (corpus.num_documents, corpus.num_tokens) == (len(expected), sum(map(len, expected)))
+        assert (corpus.shortest_document, corpus.longest_document) == (min(map(len, expected)), max(map(len, expected)))
+        assert corpus.statistics.unknown == sum(one.count(tokenizer.unk_id) for one in expected)
+    chosen = [d.text for d, one in zip(texts, is_validation, strict=True) if not one]
+    assert train.statistics.characters == sum(map(len, chosen))
+    assert train.statistics.bytes == sum(len(text.encode()) for text in chosen)
+    assert len(train.shards) > 3 and 10 < validation.num_documents < 80
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 50, 1000, 10**6])
+def test_shards_are_filled_up_to_the_limit_and_no_further(tokenizer, tmp_path, small_batches, shard_tokens):
+    train, _ = prepare_corpus(tmp_path, Source(topics(150)), tokenizer, 0, shard_tokens=shard_tokens)
+    lengths = [len(tokenizer.encode(d.text)) for d in topics(150)]
+    expected, fill = [], []
+    for length in lengths:  # as it would be done by hand
+        if fill and sum(fill) + length > shard_tokens:
+            expected.append(fill)
+            fill = []
+        fill.append(length)
+    expected.append(fill)
+    assert [np.diff(shard.document_offsets).tolist() for shard in train.shards] == expected
+
+
+def test_files_are_equal_for_all_numbers_of_workers_and_sizes_of_batches(tokenizer, tmp_path, monkeypatch):
+    items = [
+        *topics(),
+        Document("\u200b", "empty"),
+        *topics(10),
+        BadRecord("f:3", "no text"),
+        Document("\u200b", "e"),
+    ]
+    found = []
+    for workers, batch in ((0, 1), (0, 1 << 18), (1, 500), (2, 300), (3, 5000)):
+        monkeypatch.setattr(build, "BATCH_CHARACTERS", batch)
+        folder = tmp_path / f"{workers}-{batch}"
+        prepare_corpus(folder, Source(items), tokenizer, 0.1, num_workers=workers, shard_tokens=700)
+        found.append(content(folder))
+    assert all(one == found[0] for one in found[1:])
+    assert {"prepare.json", "train/corpus.json", "validation/corpus.json"} <= set(found[0])
+    assert not [name for name in found[0] if name.endswith(".tmp")]
+
+
+def test_work_ahead_is_bounded():
+    read = done = most = 0
+
+    def items():
+        nonlocal read, most
+        for i in range(100):
+            read += 1
+            most = max(most, read - done)
+            yield i
+
+    for item, result in build._in_order(lambda i: i * i, items(), num_workers=3):
+        assert result == item * item == done * done
+        done += 1
+    assert done == 100 and most <= 2 * 3 + 2
+
+
+def test_a_prepared_corpus_is_opened_and_nothing_is_read(tokenizer, tmp_path, capsys):
+    class Unreadable(Source):
+        def __iter__(self):
+            raise AssertionError("read")
+
+    first = prepare_corpus(tmp_path, Source(topics()), tokenizer, 0.1)
+    assert "train:" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = prepare_corpus(tmp_path, Unreadable([]), tokenizer, 0.1)
+    assert [one.fingerprint for one in again] == [one.fingerprint for one in first]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_validation_source_of_its_own(tokenizer, tmp_path):
+    texts, others = topics(100), topics(300)[200:]
+    validation_source = Source([BadRecord("v:1", "no text"), *others], "source-2")
+    train, validation = prepare_corpus(tmp_path, Source(texts), tokenizer, validation_source=validation_source)
+    assert tokens_of(train) == tokenizer.encode_batch([d.text for d in texts])
+    assert tokens_of(validation) == tokenizer.encode_batch([d.text for d in others])
+    assert "left out 1: no text\n    v:1" in validation.summary() and "no text" not in train.summary()
+
+
+def test_no_validation(tokenizer, tmp_path):
+    train, validation = prepare_corpus(tmp_path, Source(topics(20)), tokenizer, validation_fraction=0)
+    assert validation is None and train.num_documents == 20 and not (tmp_path / "validation").exists()
+
+
+def test_equal_texts_are_on_the_same_side_in_the_expected_share():
+    texts = [f"document number {i}" for i in range(20_000)]
+    share = np.mean([xxhash.xxh3_64_intdigest(text.encode()) < int(0.05 * 2**64) for text in texts])
+    assert abs(share - 0.05) < 5 * (0.05 * 0.95 / 20_000) ** 0.5
+
+
+def test_what_is_left_out_is_counted_and_told(tokenizer, tmp_path, capsys):
+    bad = [BadRecord(f"f.jsonl:{i}", "no key 'text'", "keys: body") for i in range(7)]
+    items = [*topics(50), *bad, Document("\u200b", "invisible"), BadRecord("g.txt:1", "not UTF-8")]
+    train, _ = prepare_corpus(tmp_path, Source(items), tokenizer, 0.1)
+    told = capsys.readouterr().out
+    assert train.summary() in told
+    for line in (
+        "left out 7: no key 'text'",
+        "f.jsonl:0: keys: body",
+        "and 2 more",
+        "left out 1: not UTF-8",
+    ):
+        assert line in told
+    assert "left out 1: documents that have no tokens of their own" in train.summary()
+    assert open_corpus(tmp_path / "train").summary() == train.summary()
+
+
+def test_uint16_up_to_65536_ids_and_uint32_above(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t")
+    for multiple, dtype in ((65536, np.uint16), (65537, np.uint32)):
+        wide = load_tokenizer(tmp_path / "t", pad_vocab_to_multiple_of=multiple)
+        train, _ = prepare_corpus(tmp_path / str(multiple), Source(topics(20)), wide, 0)
+        assert train.dtype == dtype and train.read(0, 5).dtype == dtype
+        assert tokens_of(train) == [tokenizer.encode(d.text) for d in topics(20)]
+
+
+def test_progress_in_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    now = iter([100.0, 101.0, 101.0, 104.0, 104.0, 1e6, 1e6])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.Progress("tokenizing", total_bytes=10_000_000)
+    shown.add(3, 1_000_000, 250_000)
+    shown.add(1, 1_000_000, 150_000, skipped_bytes=4_000_000)
+    shown.add(1, 8_000_000, 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenizing: 3 documents, 250.0 k tokens, 250.0 k tokens/s, 1.0 MB/s, 0:00:09 left",
+        "tokenizing: 4 documents, 400.0 k tokens, 100.0 k tokens/s, 0.5 MB/s, 0:00:08 left",
+        "tokenizing: 5 documents, 400.0 k tokens, 0.0 k tokens/s, 0.0 MB/s",
+    ]
+
+
+# Interruptions
+
+
+class Died(BaseException):
+    """What Ctrl+C or a power failure is to the code."""
+
+
+def test_interrupted_at_every_write_it_goes_on_to_the_same_files(tokenizer, tmp_path, small_batches, monkeypatch):
+    def build(folder, workers):
+        prepare_corpus(folder, Source(topics(160)), tokenizer, 0.1, num_workers=workers, shard_tokens=200)
+
+    build(tmp_path / "whole", 0)
+    expected = content(tmp_path / "whole")
+    synced = os.fsync
+    writes = 0
+
+    for call in ("before", "after"):
+        for die_at in range(1, 100):
+            writes = 0
+
+            def fsync(file, call=call, die_at=die_at):
+                nonlocal writes
+                writes += 1
+                if writes == die_at and call == "before":
+                    raise Died
+                synced(file)
+                if writes == die_at:
+                    raise Died
+
+            folder = tmp_path / f"{call}-{die_at}"
+            try:
+                with monkeypatch.context() as patched:
+                    patched.setattr(atomic_write.os, "fsync", fsync)
+                    build(folder, workers=die_at % 3)
+            except Died:
+                left = {name for name in content(folder) if name.endswith("safetensors")}
+                build(folder, workers=1)
+                found = content(folder)
+                assert found == expected and all(name in found for name in left)
+            else:
+                break
+    assert die_at > 20  # it was interrupted often
+
+
+SCRIPT = """
+import pydoc_data.topics, sys
+sys.path.insert(0, sys.argv[1])
+from test_build import Source, topics, build
+from torchrecipes.data.corpus.corpus import prepare_corpus
+from torchrecipes.data.tokenizers.load import load_tokenizer
+
+class Told(Source):
+    def __iter__(self):
+        for item in super().__iter__():
+            print("read", flush=True)
+            yield item
+
+build.BATCH_CHARACTERS = 300
+tokenizer = load_tokenizer(sys.argv[2] + "/tokenizer")
+source, workers = Told(topics(300)), int(sys.argv[3])
+prepare_corpus(sys.argv[2] + "/corpus", source, tokenizer, 0.1, num_workers=workers, shard_tokens=300)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_random_instants_it_goes_on_to_the_same_files(tokenizer, tmp_path, number, small_batches):
+    tokenizer.save(tmp_path / "tokenizer")
+    prepare_corpus(tmp_path / "whole", Source(topics(300)), tokenizer, 0.1, shard_tokens=300)
+    draw, shards = random.Random(int(number)), []
+    for attempt, lines in enumerate(sorted(draw.sample(range(1, 300), 3))):
+        command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path), str(attempt)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(lines):
+            process.stdout.readline()
+        process.send_signal(number)
+        process.stdout.close()
+        assert process.wait() != 0
+        shards.append(len(list((tmp_path / "corpus").rglob("shard-*"))))
+    prepare_corpus(tmp_path / "corpus", Source(topics(300)), tokenizer, 0.1, shard_tokens=300)
+    assert content(tmp_path / "corpus") == content(tmp_path / "whole")
+    assert sorted(shards) == shards and shards[-1] > 0  # and it did go on
+
+
+def test_documents_of_complete_shards_are_not_tokenized_again(tokenizer, tmp_path, small_batches, monkeypatch):
+    source = Source(topics(200))
+    prepare_corpus(tmp_path / "whole", source, tokenizer, 0.1, shard_tokens=500)
+    prepare_corpus(tmp_path / "part", source, tokenizer, 0.1, shard_tokens=500)
+    shards = sorted((tmp_path / "part" / "train").glob("shard-*"))
+    for path in [*shards[3:], tmp_path / "part" / "train" / "corpus.json"]:
+        path.unlink()
+    tokenized = []
+    inner = build._tokenize
+    monkeypatch.setattr(build, "_tokenize", lambda texts, *rest: tokenized.extend(texts) or inner(texts, *rest))
+    train, _ = prepare_corpus(tmp_path / "part", source, tokenizer, 0.1, shard_tokens=500)
+    assert len(tokenized) == train.num_documents - train.shards[3].document_offset
+    assert content(tmp_path / "part") == content(tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tokenizer, tmp_path):
+    source = Source(topics(200))
+    prepare_corpus(tmp_path, source, tokenizer, 0.1, shard_tokens=500)
+    whole = content(tmp_path)
+    (tmp_path / "train" / "corpus.json").unlink()
+    (tmp_path / "train" / ".shard-00001.safetensors.77.tmp").write_bytes(b"half")
+    shard = tmp_path / "train" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])  # not from a kill: a disk that lies
+    prepare_corpus(tmp_path, source, tokenizer, 0.1, shard_tokens=500)
+    assert content(tmp_path) == whole
+
+
+def test_two_processes_at_the_same_folder(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path), "1"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    out = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], out
+    assert sum(text.count("train:") for text, _ in out) == 1  # one did the work, the other opened it
+    open_corpus(tmp_path / "corpus" / "train").verify()
+
+
+def test_no_warning_when_a_process_is_forked_afterwards(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    script = SCRIPT + "\nimport os\nif (pid := os.fork()) == 0:\n    os._exit(0)\nos.waitpid(pid, 0)\n"
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path), "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "huggingface/tokenizers" not in done.stderr
+
+
+# What is refused
+
+
+def test_other_settings_sources_and_tokenizers_are_refused_with_the_difference(tokenizer, tmp_path):
+    source = Source(topics(100))
+    prepare_corpus(tmp_path, source, tokenizer, 0.1)
+    other = train_bpe(topics(100), vocab_size=400)
+    both = f"tokenizer: {tokenizer.fingerprint} there, {other.fingerprint} now"
+    for arguments, message in (
+        ((source, other, 0.1), both),
+        ((source, tokenizer, 0.2), r"validation: \{'fraction': 0.1\} there, \{'fraction': 0.2\} now"),
+        ((source, tokenizer, 0.1, source), "validation: .*source-1"),
+        ((source, tokenizer, 0.1, None, 0, 77), "shard_tokens: 67108864 there, 77 now"),
+        ((Source([], "source-2"), tokenizer, 0.1), r"source: source-1 there, source-2 now\n.*names, sizes and times"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            prepare_corpus(tmp_path, *arguments)
+        assert f"another folder, or delete {tmp_path}" in str(error.value)
+
+
+def test_an_unfinished_corpus_of_other_settings_is_not_continued(tokenizer, tmp_path, small_batches, monkeypatch):
+    finish = shard_writer.SplitWriter.finish
+    monkeypatch.setattr(shard_writer.SplitWriter, "finish", lambda *_: (_ for _ in ()).throw(Died))
+    with pytest.raises(Died):
+        prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=300)
+    monkeypatch.setattr(shard_writer.SplitWriter, "finish", finish)
+    with pytest.raises(UserError, match="shard_tokens: 300 there"):
+        prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=301)
+    for damaged in ("{", "3", "[1]"):
+        (tmp_path / "prepare.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"prepare.json: cannot be read.*Delete"):
+            prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=300)
+    (tmp_path / "prepare.json").unlink()
+    with pytest.raises(UserError, match=r"holds shards, but no prepare.json"):
+        prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=300)
+
+
+def test_no_documents_in_any_way(tokenizer, tmp_path):
+    for items, message in (
+        ([], "no documents in a list"),
+        ([BadRecord("f:1", "no key 'text'")], r"no documents in a list\n.*no key 'text'"),
+        ([Document("\u200b", "x"), Document("\u200b\u200b", "y")], "all 2 documents of the train data are empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare_corpus(tmp_path, Source(items), tokenizer, 0)
+    train, _ = prepare_corpus(tmp_path, Source(topics(5), "source-2"), tokenizer, 0)  # nothing is in the way
+    assert train.num_documents == 5
+
+
+def test_no_document_for_validation_names_the_remedy_and_the_remedy_works(tokenizer, tmp_path, small_batches):
+    source = Source(topics(60))
+    with pytest.raises(UserError, match=r"none of the 60 documents is for validation.*data\.validation_") as found:
+        prepare_corpus(tmp_path, source, tokenizer, 1e-6, shard_tokens=100)
+    assert "Set it higher (0.1 is good for so few), give data.validation_source, or train" in str(found.value)
+    assert str(found.value).endswith("data.validation_fraction=0 eval_every=null.")
+    _, validation = prepare_corpus(tmp_path, source, tokenizer, 0.3, shard_tokens=100)
+    assert validation.num_documents > 0
+    with pytest.raises(UserError, match=r"none of the 60 documents is for train.*Set it lower, give data\."):
+        prepare_corpus(tmp_path / "other", source, tokenizer, 1 - 1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_documents_need_a_validation_source(tokenizer, tmp_path, count):
+    with pytest.raises(UserError, match=f"no document for validation among {count}, .*data.validation_source") as found:
+        prepare_corpus(tmp_path, Source(topics(count)), tokenizer, 1e-6)
+    assert "0.1" not in str(found.value) and "=0 eval_every=null" in str(found.value)
+
+
+def test_an_unknown_token_that_begins_documents_is_not_unknown_text(tmp_path):
+    train_bpe(topics(), vocab_size=400, causal=True).save(tmp_path / "gpt2_like")
+    config = tmp_path / "gpt2_like" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"unk_token": "<|endoftext|>"}))
+    tokenizer = load_tokenizer(tmp_path / "gpt2_like", causal=True)
+    assert tokenizer.unk_id == tokenizer.bos_id is not None
+    train, _ = prepare_corpus(tmp_path / "corpus", Source(topics(20)), tokenizer, 0)
+    assert train.statistics.unknown == 0 and "many" not in train.summary()
+
+
+def test_much_unknown_text_is_told_with_the_remedy(tmp_path):
+    tokenizer = train_char(Source(topics(20)), limit_alphabet=3, causal=True)
+    train, _ = prepare_corpus(tmp_path / "corpus", Source(topics(20)), tokenizer, 0)
+    assert "many tokens are unknown" in train.summary() and "limit_alphabet" in train.summary()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"validation_fraction": 1.5}, "validation_fraction is 1.5"), ({"shard_tokens": 0}, "shard_tokens=0")],
+)
+def test_impossible_settings(tokenizer, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        prepare_corpus(tmp_path, Source(topics(5)), tokenizer, **arguments)
+
+
+def test_a_text_that_is_no_unicode_is_named(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"f.txt:7: not text that can be encoded"):
+        prepare_corpus(tmp_path, Source([*topics(5), Document("a \ud800 b", "f.txt:7")]), tokenizer, 0)
+
+
+def test_a_full_disk_is_said_and_the_work_goes_on_later(tokenizer, tmp_path, small_batches, monkeypatch):
+    source, synced, writes = Source(topics(100)), os.fsync, []
+
+    def full(file):
+        writes.append(file)
+        if len(writes) > 8:
+            raise OSError(28, "No space left on device")
+        synced(file)
+
+    monkeypatch.setattr(atomic_write.os, "fsync", full)
+    with pytest.raises(UserError, match=r"train: cannot write the corpus \(No space left on device\).*goes on"):
+        prepare_corpus(tmp_path, source, tokenizer, 0.1, shard_tokens=200)
+    monkeypatch.undo()
+    assert any((tmp_path / "train").glob("shard-*")) and not any(tmp_path.rglob("*.tmp"))
+    train, _ = prepare_corpus(tmp_path, source, tokenizer, 0.1, shard_tokens=200)
+    assert tokens_of(train)[0] == tokenizer.encode(source[0].text)
+
+
+def test_a_folder_that_cannot_be_made(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write the corpus"):
+        prepare_corpus(tmp_path / "file" / "corpus", Source(topics(5)), tokenizer, 0)
+
+
+def test_settings_are_readable(tokenizer, tmp_path):
+    prepare_corpus(tmp_path, Source(topics(50)), tokenizer, 0.1)
+    account = json.loads((tmp_path / "train" / "corpus.json").read_text())
+    assert account["settings"] == json.loads((tmp_path / "prepare.json").read_text())
+    assert account["tokenizer"]["fingerprint"] == tokenizer.fingerprint

@@ -1,0 +1,248 @@
+"""Reading a corpus: against plain lists; and what opening says of every kind of damage."""
+
+import json
+import pickle
+import random
+import struct
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from torchrecipes.data.corpus.corpus import open_corpus
+from torchrecipes.data.corpus.shard_writer import SplitWriter, Tokenized
+from torchrecipes.data.corpus.shards import Statistics
+from torchrecipes.data.sources.records import ReadStats
+from torchrecipes.data.tokenizers.load import load_tokenizer, train_wordpiece
+from torchrecipes.errors import UserError
+
+
+class Maker:
+    """Stands for a tokenizer in what is written about one."""
+
+    fingerprint, vocab_size = "f" * 32, 1000
+
+
+def make(folder, lengths, shard_tokens, dtype="uint16", seed=0):
+    """A corpus of documents with these lengths; gives the documents, too."""
+    draw = np.random.default_rng(seed)
+    documents = [draw.integers(0, 60_000, length).astype(dtype) for length in lengths]
+    writer = SplitWriter(folder, "train", {"dtype": dtype, "shard_tokens": shard_tokens})
+    sizes = np.array(lengths)
+    writer.add(Tokenized(np.concatenate(documents), sizes, sizes, sizes, sizes * 0))
+    writer.finish(ReadStats(), Maker)
+    return open_corpus(folder), documents
+
+
+@pytest.fixture(params=[(30, 1), (200, 60), (200, 10**6)], ids=["shards of one document", "some shards", "one shard"])
+def corpus(request, tmp_path):
+    count, shard_tokens = request.param
+    draw = random.Random(count + shard_tokens)
+    return make(tmp_path / "c", [draw.choice([1, 2, 3, 7, 20, 50]) for _ in range(count)], shard_tokens)
+
+
+def test_read_and_boundaries_are_slices_of_one_long_row(corpus):
+    corpus, documents = corpus
+    row = np.concatenate(documents)
+    starts = np.cumsum([0, *map(len, documents[:-1])])
+    draw = random.Random(0)
+    edges = [shard.token_offset for shard in corpus.shards] + [0, len(row)]
+    for _ in range(1500):
+        near = [draw.randrange(len(row) + 1), draw.choice(edges), draw.choice(edges) + draw.choice([-1, 1])]
+        start, stop = sorted(min(max(one, 0), len(row)) for one in draw.sample(near, 2))
+        found = corpus.read(start, stop)
+        assert found.dtype == np.uint16 and np.array_equal(found, row[start:stop])
+        inside = corpus.boundaries(start, stop)
+        assert inside.dtype == np.int64 and np.array_equal(inside, starts[(starts > start) & (starts < stop)])
+
+
+def test_spans_are_the_documents(corpus):
+    corpus, documents = corpus
+    chosen = np.random.default_rng(0).permutation(len(documents))
+    starts, stops = corpus.spans(chosen)
+    for document, start, stop in zip(chosen, starts, stops, strict=True):
+        assert np.array_equal(corpus.read(int(start), int(stop)), documents[document])
+    assert [len(one) for one in corpus.spans(np.array([], np.int64))] == [0, 0]
+
+
+@pytest.mark.parametrize("row_len", [1, 2, 5, 16, 64, 1000, 10**6])
+def test_max_documents_in_a_row(corpus, row_len):
+    corpus, documents = corpus
+    owner = np.repeat(np.arange(len(documents)), [len(one) for one in documents])
+    most = max(len(set(owner[i : i + row_len])) for i in range(0, len(owner), row_len))
+    assert corpus.max_documents_in(row_len) == most
+
+
+def test_numbers(corpus):
+    corpus, documents = corpus
+    lengths = [len(one) for one in documents]
+    assert (corpus.num_documents, corpus.num_tokens) == (len(lengths), sum(lengths))
+    assert (corpus.shortest_document, corpus.longest_document) == (min(lengths), max(lengths))
+    assert corpus.tokenizer_fingerprint == Maker.fingerprint
+
+
+def test_positions_outside_are_bugs(corpus):
+    corpus, _ = corpus
+    for start, stop in ((-1, 3), (5, 4), (0, corpus.num_tokens + 1)):
+        for method in (corpus.read, corpus.boundaries):
+            with pytest.raises(ValueError, match="is not in a corpus of"):
+                method(start, stop)
+    for document in (-1, corpus.num_documents):
+        with pytest.raises(ValueError, match="numbered from 0"):
+            corpus.spans(np.array([document]))
+    with pytest.raises(ValueError, match="row_len is 0"):
+        corpus.max_documents_in(0)
+
+
+def test_arrays_cannot_be_written_to(corpus):
+    corpus, _ = corpus
+    with pytest.raises(ValueError, match="read-only"):
+        corpus.read(0, 1)[0] = 1
+
+
+def test_in_another_process_it_is_opened_again(corpus):
+    corpus, _ = corpus
+    data = pickle.dumps(corpus)
+    copy = pickle.loads(data)
+    assert len(data) < 500 and copy.fingerprint == corpus.fingerprint
+    assert np.array_equal(copy.read(0, 20), corpus.read(0, 20))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_shards_are_safetensors(tmp_path, dtype):
+    corpus, documents = make(tmp_path / "c", [3, 4, 5, 6], 8, dtype)
+    assert len(corpus.shards) == 3
+    for shard in corpus.shards:
+        arrays = load_file(shard.path)
+        assert set(arrays) == {"tokens", "document_offsets"} and arrays["document_offsets"].dtype == np.int64
+        assert arrays["tokens"].dtype == dtype == shard.tokens.dtype
+        assert np.array_equal(arrays["tokens"], shard.tokens) and shard.tokens.flags.aligned
+        assert (
+            np.array_equal(arrays["document_offsets"], shard.document_offsets) and shard.document_offsets.flags.aligned
+        )
+    assert np.array_equal(load_file(corpus.shards[0].path)["tokens"], np.concatenate(documents[:2]))
+
+
+def test_the_fingerprint_is_the_content(tmp_path):
+    one, _ = make(tmp_path / "a", [3, 4, 5, 6], 8)
+    same, _ = make(tmp_path / "b", [3, 4, 5, 6], 8)
+    other, _ = make(tmp_path / "c", [3, 4, 5, 6], 8, seed=1)
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_statistics_add_up():
+    empty = Statistics(seen=2, empty=2)
+    full = Statistics(seen=3, documents=3, tokens=30, shortest=5, longest=20)
+    for both in (empty + full, full + empty):
+        assert (both.seen, both.empty, both.documents, both.shortest, both.longest) == (5, 2, 3, 5, 20)
+
+
+# What is refused
+
+
+def test_folders_that_are_no_corpus(tmp_path):
+    corpus, _ = make(tmp_path / "all" / "train", [3, 4, 5, 6], 8)
+    for folder, message in (
+        (tmp_path / "none", "no such folder"),
+        (tmp_path, "no corpus in this folder"),
+        (tmp_path / "all", "not a corpus itself. Open .*train or"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_corpus(folder)
+    (corpus.folder / "corpus.json").unlink()
+    with pytest.raises(UserError, match=r"not finished \(corpus.json is missing\).*again"):
+        open_corpus(corpus.folder)
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(tmp_path):
+    corpus, _ = make(tmp_path / "c", [3], 8)
+    texts = [type("Document", (), {"text": "one two"})] * 2
+    tokenizer = train_wordpiece(texts, vocab_size=100)
+    with pytest.raises(
+        UserError, match=f"tokenizer {Maker.fingerprint}, .* is {tokenizer.fingerprint}.*another folder"
+    ):
+        open_corpus(corpus.folder, tokenizer)
+    tokenizer.save(tmp_path / "t")
+    assert load_tokenizer(tmp_path / "t").fingerprint == tokenizer.fingerprint
+
+
+def damage(path, position, content):
+    data = bytearray(path.read_bytes())
+    data[position : position + len(content)] = content
+    path.write_bytes(data)
+
+
+def test_every_changed_byte_of_a_shard_is_found(tmp_path):
+    corpus, _ = make(tmp_path / "c", [3, 4, 5, 6], 8)
+    path = corpus.shards[1].path
+    whole = path.read_bytes()
+    corpus.verify()
+    for position in range(len(whole)):
+        damage(path, position, bytes([whole[position] ^ 1 << position % 8]))
+        with pytest.raises(UserError, match=r"this corpus is damaged: shard-00001.safetensors.*Delete .* prepare"):
+            open_corpus(corpus.folder).verify()
+        path.write_bytes(whole)
+    open_corpus(corpus.folder).verify()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        lambda path: damage(path, 0, struct.pack("<Q", 2**63)),
+        lambda path: damage(path, 0, struct.pack("<Q", 0)),
+        lambda path: damage(path, 8, b"[]"),
+        lambda path: damage(path, 8, b"\xff\xff"),
+    ],
+)
+def test_a_damaged_shard_is_found_when_opening(tmp_path, change):
+    corpus, _ = make(tmp_path / "c", [3, 4, 5, 6], 8)
+    change(corpus.shards[1].path)
+    with pytest.raises(UserError, match=r"shard-00001.safetensors"):
+        open_corpus(corpus.folder)
+
+
+def test_another_corpus_s_shard_of_the_same_size_is_found(tmp_path):
+    corpus, _ = make(tmp_path / "c", [3, 4, 5, 6], 8)
+    other, _ = make(tmp_path / "d", [3, 4, 5, 6], 8, seed=1)
+    corpus.shards[1].path.write_bytes(other.shards[1].path.read_bytes())
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: not the content that was written"):
+        open_corpus(corpus.folder).verify()
+
+
+def without(key):
+    return lambda account: account.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((without(key), "damaged: corpus.json") for key in ("format", "tokenizer", "statistics", "shards")),
+        (lambda account: account.update(format="torchrecipes-corpus-9"), "'torchrecipes-corpus-9', this version"),
+        (lambda account: account["shards"].pop(), "totals"),
+        (lambda account: account.update(shards=[]), "totals"),
+        (lambda account: account["shards"][0].pop("size"), "damaged"),
+        (lambda account: account["shards"][0].update(documents=7), "another number of tokens or documents"),
+        (lambda account: account["statistics"].update(tokens=7), "totals"),
+        (lambda account: account["statistics"].update(other=7), "damaged"),
+    ],
+)
+def test_a_changed_corpus_json(tmp_path, change, message):
+    corpus, _ = make(tmp_path / "c", [3, 4, 5, 6], 8)
+    file = corpus.folder / "corpus.json"
+    account = json.loads(file.read_text())
+    change(account)
+    file.write_text(json.dumps(account))
+    with pytest.raises(UserError, match=message):
+        open_corpus(corpus.folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff"])
+def test_a_corpus_json_that_is_none(tmp_path, content):
+    corpus, _ = make(tmp_path / "c", [3, 4, 5, 6], 8)
+    (corpus.folder / "corpus.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"corpus.json"):
+        open_corpus(corpus.folder)

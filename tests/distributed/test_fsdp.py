@@ -1,0 +1,234 @@
+"""What ranks tell each other, and how a model is spread over them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests import ranks
+from torchrecipes.distributed import fsdp
+from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize, set_grad_sync
+from torchrecipes.errors import UserError
+from torchrecipes.models import bert, neobert
+from torchrecipes.training.run import Run
+
+SCRIPT = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.profiler import profile
+from torchrecipes.errors import UserError
+from torchrecipes.losses import masked_lm_loss
+from torchrecipes.models import bert, gpt2, llama, neobert
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.distributed import collectives
+from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize, set_grad_sync
+from torchrecipes.training.run import start_run
+
+what, folder, strategy, kind = sys.argv[1:5]
+run = start_run(folder, seed=0, config_yaml="", resume="auto")
+
+def model_of(kind):
+    with torch.device("meta"):
+        model = {"neobert": neobert, "bert": bert}[kind](50, 16, 2, 2, 30)
+    parallelize(model, strategy, run, torch.float32)
+    init_on_device(model, run.device, 3)
+    return model
+
+def backward(model, row, last):
+    set_grad_sync(model, last=last)
+    ids = (torch.arange(24).view(2, 12) + 7 * row) % 50
+    hidden = model(ids)
+    positions = torch.tensor([1, 5, 14])
+    loss = masked_lm_loss(hidden, model.head, positions, positions + row)
+    (loss * run.world_size / 12).backward()
+
+if what == "gradients":
+    model = model_of(kind)
+    for row in range(4):  # 4 micro-batches in the whole run, whatever the number of ranks
+        if row % run.world_size == run.rank:
+            backward(model, row, last=row >= 4 - run.world_size)
+    grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    if run.rank == 0:
+        from safetensors.torch import save_file
+        save_file({name: grad.contiguous() for name, grad in grads.items()}, f"{folder}/gradients.safetensors")
+    print(json.dumps(clip_grad_norm(model, 1.0).item()))
+elif what == "reductions":
+    model = model_of(kind)
+    counts = []
+    for micro_batches in (1, 3):
+        with profile() as profiler:
+            for number in range(micro_batches):
+                backward(model, number, last=number == micro_batches - 1)
+        events = [event for event in profiler.key_averages() if "reduce" in event.key and "c10d" in event.key]
+        counts.append(sum(event.count for event in events))
+        model.zero_grad()
+    print(json.dumps(counts))
+elif what == "bf16":
+    seen = {}
+    makers = {
+        "neobert": lambda: neobert(50, 16, 4, 2, 30),
+        "bert": lambda: bert(50, 16, 4, 2, 30),
+        "gpt2": lambda: gpt2(50, 16, 4, 2, embd_pdrop=0, resid_pdrop=0.0),
+        "llama": lambda: llama(50, 16, 4, 2, intermediate_size=30),
+    }
+    for name, make in makers.items():
+        with torch.device("meta"):
+            model = make().eval()
+        parallelize(model, strategy, run, torch.bfloat16)
+        init_on_device(model, run.device, 0)
+        inputs = []
+        model.blocks[-1].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model(torch.arange(24).view(2, 12))
+        alone = make().eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = alone(torch.arange(24).view(2, 12))
+        hidden.square().sum().backward()
+        seen[name] = [str(inputs[0].dtype), ((hidden - expected).norm() / expected.norm()).item()]
+    print(json.dumps(seen))
+elif what == "talk":
+    said = [collectives.all_reduce_sum(run.rank + 1), collectives.all_reduce_max(run.rank),
+    collectives.all_reduce_min(run.rank), collectives.all_gather_object(run.rank * 10)]
+    said.append(collectives.all_reduce_sum_(torch.tensor([1.0, run.rank])).tolist())
+    order = []
+    with collectives.rank0_first("first"):
+        open(f"{folder}/made", "a").write(str(run.rank))
+        order.append(open(f"{folder}/made").read()[0])
+    said.append(order)
+    for error in (UserError("a mistake of rank 0"), ValueError("a bug of rank 0")):
+        for call in ("from_main", "main_first"):
+            try:
+                if call == "from_main" and isinstance(error, UserError):
+                    def fail():
+                        raise error
+                    collectives.run_on_rank0_and_broadcast(fail)
+                elif call == "main_first":
+                    with collectives.rank0_first(f"{call} {type(error).__name__}"):
+                        raise error if run.rank == 0 else AssertionError("not reached")
+            except Exception as caught:
+                said.append(f"{type(caught).__name__}: {caught}")
+    sys.stderr.write(json.dumps(said) + "\\n")
+collectives.all_reduce_sum(0)
+hard_exit(0)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT)
+    return file
+
+
+def gradients_alone(kind):
+    """Those of one process in float64, by plain autograd."""
+    model = {"neobert": neobert, "bert": bert}[kind](50, 16, 2, 2, 30, seed=3).double()
+    for row in range(4):
+        ids = (torch.arange(24).view(2, 12) + 7 * row) % 50
+        rows = model(ids).flatten(0, 1)[[1, 5, 14]]
+        labels = torch.tensor([1, 5, 14]) + row
+        (nn.functional.cross_entropy(model.head(rows), labels, reduction="sum") / 12).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("fsdp", "neobert"), ("ddp", "bert")])
+def test_gradients_are_those_of_one_process_the_heads_among_them(tmp_path, script, strategy, kind):
+    """The head is used outside of forward; sizes are not divided by the ranks; two micro-batches each."""
+    from safetensors.torch import load_file
+
+    norms = [float(out.splitlines()[-1]) for out in ranks.run(script, 2, "gradients", tmp_path, strategy, kind)[:1]]
+    expected = gradients_alone(kind)
+    found = load_file(tmp_path / "gradients.safetensors")
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].double(), gradient, atol=1e-6, rtol=1e-4)
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+    assert norms == pytest.approx([whole], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_gradients_are_reduced_once_however_many_micro_batches_there_are(tmp_path, script, strategy):
+    one, three = json.loads(ranks.run(script, 2, "reductions", tmp_path, strategy, "neobert")[0].splitlines()[-1])
+    assert one == three > 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_what_blocks_add_to_is_in_fp32_as_on_one_process(tmp_path, script, strategy):
+    seen = json.loads(ranks.run(script, 2, "bf16", tmp_path, strategy, "none")[0].splitlines()[-1])
+    assert len(seen) == 4
+    for name, (dtype, difference) in seen.items():
+        assert dtype == "torch.float32", name
+        assert difference < 0.01, name  # the rounding of embeddings and norms' weights
+
+
+def test_ranks_hear_of_each_others_numbers_and_of_the_firsts_mistakes(tmp_path, script):
+    results = ranks.finish(ranks.start(script, 2, "talk", tmp_path, "none", "none"))
+    first, second = (json.loads(err.splitlines()[-1]) for _, _, err in results)
+    assert first[:5] == second[:5] == [3, 1, 0, [0, 10], [2.0, 1.0]]
+    assert first[5] == second[5] == ["0"]  # rank 0 was there first
+    assert first[6:] == ["UserError: a mistake of rank 0"] * 2 + ["ValueError: a bug of rank 0"]
+    assert second[6:8] == ["UserError: a mistake of rank 0"] * 2
+    assert second[8].startswith("DistNetworkError: rank 0 has ended: a bug")
+    assert results[1][1] == ""  # only rank 0 is heard on stdout
+
+
+def test_a_model_is_on_the_meta_device_as_a_whole_or_not_at_all():
+    model = neobert(32, 16, 1, 1, 16)
+    with torch.device("meta"):
+        model.embedding = nn.Embedding(32, 16)
+    with pytest.raises(UserError, match=r"1 of its \d+ parameters on the meta device"):
+        init_on_device(model, torch.device("cpu"), 0)
+
+
+def run_of(world_size, local_world_size=None):
+    return Run(Path("."), torch.device("cpu"), 0, world_size, local_world_size or world_size)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "run", "message"),
+    [
+        ("none", run_of(2), "strategy=none, and there are 2 processes"),
+        ("hsdp", run_of(2), "there is one node only"),
+        ("hsdp", run_of(2, 1), "needs several processes on every node"),
+        ("zero", run_of(1), "'zero' is not known. Use auto, none, ddp, fsdp, hsdp"),
+    ],
+)
+def test_strategies_that_do_not_go_with_the_processes_are_refused(strategy, run, message):
+    with pytest.raises(UserError, match=message):
+        parallelize(neobert(32, 16, 1, 1, 16), strategy, run, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("memory", "run", "strategy"),
+    [
+        (64 * 16, run_of(1), "none"),
+        (64 * 16 + 16, run_of(2), "ddp"),  # 16 parameters take a quarter of 1024 bytes per process
+        (64 * 16 - 16, run_of(2), "fsdp"),
+        (64 * 16 - 16, run_of(4, 2), "hsdp"),
+        (64 * 16 - 16, run_of(4, 1), "fsdp"),
+    ],
+)
+def test_auto_shards_what_takes_more_than_a_quarter_of_a_device(monkeypatch, memory, run, strategy):
+    monkeypatch.setattr(fsdp.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else memory * run.local_world_size)
+    model = nn.Linear(4, 4, bias=False)
+    if run.world_size == 1:
+        assert parallelize(model, "auto", run, torch.float32) == strategy
+    else:
+        assert fsdp._choose(model, run, run.world_size // run.local_world_size) == strategy
+
+
+def test_one_process_needs_none_of_it():
+    with torch.device("meta"):
+        model = neobert(32, 16, 1, 1, 16)
+    assert parallelize(model, "auto", run_of(1), torch.float32) == "none"
+    init_on_device(model, torch.device("cpu"), seed=5)
+    for (name, parameter), expected in zip(
+        model.named_parameters(), neobert(32, 16, 1, 1, 16, seed=5).parameters(), strict=True
+    ):
+        assert torch.equal(parameter, expected), name
+    set_grad_sync(model, last=True)
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    assert clip_grad_norm(model, 1.0) > 0

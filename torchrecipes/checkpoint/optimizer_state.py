@@ -1,0 +1,141 @@
+"""An optimizer's state by parameter names, as tensors for a safetensors file and a description for a JSON file.
+
+`torch.optim` numbers its parameters; a number says nothing once a group is split or a layer added. Names do, so a state
+that does not belong to a parameter is refused instead of being taken for another's.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from torchrecipes.checkpoint.quantized_state import from_plain, to_plain
+from torchrecipes.errors import UserError
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """The optimizer's state, without its object.
+
+    Returns:
+        The tensors as `<kind>.<parameter>`, such as `exp_avg.head.bias`; one without dimensions gets one. And what JSON
+        holds: the optimizer's class; its groups, each with its settings and its parameters' shapes; values that are no
+        tensors; which of the tensors had no dimensions.
+
+    Raises:
+        ValueError: the optimizer has a parameter that is not the model's.
+    """
+    tensors, values, scalars = {}, {}, []
+    for name, parameter in _named(optimizer, model):
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            key = f"{kind}.{name}"
+            if not isinstance(value, Tensor):
+                values[key] = value
+                continue
+            if value.dim() == 0:
+                scalars.append(key)
+            tensors[key] = to_plain(value.detach()).reshape(value.shape or (1,)).contiguous()
+    groups = [
+        {key: _json_value(value) for key, value in group.items() if key != "params"}
+        | {"parameters": {name: list(parameter.shape) for name, parameter in _named(optimizer, model, number)}}
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+    kind = type(optimizer).__name__
+    return tensors, {"class": kind, "groups": groups, "values": values, "scalars": scalars}
+
+
+def check_same_optimizer(description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str) -> None:
+    """Checks that a state belongs to this optimizer and these parameters.
+
+    Args:
+        description: what `flatten_optimizer` returned.
+        optimizer, model: whose state it is to become.
+        where: what it was read from, for the message.
+
+    Raises:
+        UserError: the state is of another kind of optimizer, or of other parameters; names what differs.
+    """
+    parameters = dict(_named(optimizer, model))
+    stored = {name: shape for group in description["groups"] for name, shape in group["parameters"].items()}
+    problems = [f"{name} is trained here and was not there" for name in parameters if name not in stored]
+    problems += [f"{name} was trained there and is not here" for name in stored if name not in parameters]
+    problems += [
+        f"{name} is {shape} there and {list(parameters[name].shape)} here"
+        for name, shape in stored.items()
+        if name in parameters and list(parameters[name].shape) != shape
+    ]
+    if (ours := type(optimizer).__name__) != description["class"]:
+        problems = [f"it is of {description['class']}, this run's optimizer is {ours}"]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise UserError(
+            f"{where}: its optimizer's state does not fit: {shown}. Give the settings it was trained with, or begin at "
+            f"step 1 with its weights: init_from={where}."
+        )
+
+
+def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module) -> Tensor:
+    """An empty tensor to read a stored one into, sharded as its parameter is if it has the parameter's shape.
+
+    Args:
+        key: `<kind>.<parameter>`.
+        stored: its shape and dtype, as torch.distributed.checkpoint tells them.
+        model: whose parameter it is of.
+    """
+    parameter = model.get_parameter(key.partition(".")[2])
+    if parameter.shape == stored.size:
+        return torch.empty_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
+    return torch.empty(stored.size, dtype=stored.properties.dtype)
+
+
+def unflatten_optimizer(
+    tensors: dict[str, Tensor], description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str
+) -> None:
+    """Sets the optimizer's state to a flattened one, bit by bit. Its settings, such as the learning rate, stay its own.
+
+    Args:
+        tensors, description: what `flatten_optimizer` returned.
+        optimizer, model: what is set, and whose names its parameters have.
+        where: what the state was read from, for the message.
+
+    Raises:
+        UserError: see `check_same_optimizer`.
+    """
+    check_same_optimizer(description, optimizer, model, where)
+    parameters = dict(_named(optimizer, model))
+    states: dict[str, dict] = {}
+    scalars = set(description["scalars"])
+    for key, value in (tensors | description["values"]).items():
+        kind, _, name = key.partition(".")
+        if isinstance(value, Tensor):
+            value = value.view(()) if key in scalars else from_plain(optimizer, parameters[name], kind, value)
+        states.setdefault(name, {})[kind] = value
+    numbered = {number: states[name] for number, name in enumerate(parameters) if name in states}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+    # It has put each tensor on the right device, and has given floats the parameter's dtype, which need not be theirs.
+    for name, state in states.items():
+        loaded = optimizer.state[parameters[name]]
+        for kind, value in state.items():
+            if isinstance(value, Tensor) and loaded[kind].dtype != value.dtype:
+                loaded[kind] = value.to(loaded[kind].device)
+
+
+def _named(
+    optimizer: torch.optim.Optimizer, model: nn.Module, group: int | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter, of all groups or of one, in the order in which the optimizer's state_dict numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for entry in optimizer.param_groups if group is None else [optimizer.param_groups[group]]:
+        for parameter in entry["params"]:
+            if id(parameter) not in names:
+                raise ValueError(f"the optimizer has a parameter {list(parameter.shape)} that the model does not have")
+            yield names[id(parameter)], parameter
+
+
+def _json_value(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -1,0 +1,159 @@
+"""From a value in YAML to the Python type that an annotation asks for, and the words for both in an error message."""
+
+import dataclasses
+import types
+import typing
+from collections import abc
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from torchrecipes.config.components import Component
+from torchrecipes.config.scalars import PlainNone, none_is_text, read_number
+from torchrecipes.config.suggest import closest
+
+UNION = Union
+LISTS = (list, tuple, abc.Sequence, abc.Iterable, abc.Collection)
+MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "null (off)",
+}
+_NUMBERS_FOR_PEOPLE = "(a number may be written 10000, 10_000, 10k, 2.5M, 10B or 1e-3)"
+
+
+class WrongType(Exception):
+    """A value is not what its annotation asks for; the message says what was expected and how to write it."""
+
+
+def split(annotation: Any) -> tuple[Any, tuple]:
+    """Return the kind of an annotation and its arguments: (list, (int,)) of `list[int]`, (UNION, members)."""
+    provenance, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if provenance is typing.Annotated:
+        return split(arguments[0])
+    if provenance is Union or provenance is types.UnionType:
+        return UNION, arguments
+    if annotation is None:
+        return type(None), ()
+    return provenance or annotation, arguments
+
+
+def mentions(annotation: Any, kind: type) -> bool:
+    """Whether `kind` is part of an annotation: Component of `list[Component] | None`."""
+    return annotation is kind or any(mentions(argument, kind) for argument in typing.get_args(annotation))
+
+
+def is_nested(annotation: Any) -> bool:
+    """Whether an annotation is a dataclass that stands for a group of keys."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation) and annotation is not Component
+
+
+def element_types(kind: Any, arguments: tuple, count: int) -> list[Any] | None:
+    """Return the annotation of each of `count` list elements, or None where `tuple[int, int]` wants another number."""
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        return list(arguments) if len(arguments) == count else None
+    return [arguments[0] if arguments else Any] * count
+
+
+def to_scalar(value: Any, annotation: Any) -> Any:
+    """Return `value`, which is no list or mapping that `annotation` could hold, as what `annotation` asks for.
+
+    A class that YAML has no values of, such as one of a library, is only met by a value that is an instance already.
+
+    Raises:
+        WrongType: it is something else.
+    """
+    kind, arguments = split(annotation)
+    if isinstance(value, PlainNone):
+        if kind is not Literal or "none" not in arguments:
+            raise WrongType(none_is_text(value))
+        return str(value)
+    expected = f"expected {describe(annotation)}, got {describe_value(value)}"
+    if kind is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        near = (
+            closest(value, [choice for choice in arguments if isinstance(choice, str)])
+            if isinstance(value, str)
+            else None
+        )
+        expected += f": did you mean '{near}'?" if near else ""
+    elif kind is int or kind is float:
+        return _to_number(value, kind, expected)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is str or kind is Path:
+        if isinstance(value, str):
+            return kind(value)
+        if isinstance(value, bool | int | float):
+            expected += ": put it in quotes if text is meant"
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        for member in kind:
+            if value in (member.name, member.value):
+                return member
+    elif kind in LISTS or kind in MAPPINGS:
+        expected += ": write [...] around it" if kind in LISTS and isinstance(value, bool | int | float | str) else ""
+    elif not isinstance(kind, type) or kind is Any or _is_instance(value, kind):
+        return value
+    raise WrongType(expected + ("; this key cannot be off" if value is None else ""))
+
+
+def describe(annotation: Any) -> str:
+    """Return what an annotation asks for, in a user's words."""
+    kind, arguments = split(annotation)
+    if kind is UNION:
+        return " or ".join(describe(member) for member in arguments)
+    if kind is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)} values"
+    if kind in LISTS:
+        return f"a list, each element {describe(arguments[0])}" if arguments and arguments[0] is not Any else "a list"
+    if kind in MAPPINGS or is_nested(kind):
+        return "a mapping of keys to values"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(member.name for member in kind)
+    if kind is Component:
+        return "a component"
+    if isinstance(kind, type) and kind is not Any:
+        return f"a component that makes a {kind.__name__}"
+    return "any value"
+
+
+def describe_value(value: Any) -> str:
+    """Return what a value is, in a user's words."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
+    return "a list" if isinstance(value, list) else "a mapping"
+
+
+def _to_number(value: Any, kind: type, expected: str) -> int | float:
+    number = read_number(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        hint = f" {_NUMBERS_FOR_PEOPLE}" if isinstance(value, str) else ""
+        raise WrongType(expected + hint + ("; this key cannot be off" if value is None else ""))
+    if kind is float:
+        return float(number)
+    if isinstance(number, float) and not number.is_integer():
+        raise WrongType(expected)
+    return int(number)
+
+
+def _is_instance(value: Any, kind: type) -> bool:
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # a Protocol that cannot be asked
+        return False

@@ -1,0 +1,103 @@
+"""From a YAML file and overrides to a checked instance of a recipe's `Config`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from torchrecipes.config.catalog import find_config, read_header
+from torchrecipes.config.check import check_config, default_tree, to_tree
+from torchrecipes.config.merge import INVALID, MergedConfig, Problems, Provenance, format_key_path, interpolate
+from torchrecipes.config.read_yaml import add_file, add_overrides
+from torchrecipes.errors import UserError, format_user_error
+
+C = TypeVar("C")
+
+
+def load(
+    schema: type[C], config: str | Path | None, overrides: Sequence[str] = (), recipe: str | Path | None = None
+) -> C:
+    """Return an instance of the dataclass `schema`: its defaults, under a YAML file, under overrides.
+
+    Args:
+        schema: a recipe's `Config`.
+        config: path of a YAML file, or the name of a shipped one (`neobert/quickstart`), or None for defaults
+            and overrides only.
+        overrides: `key=value`, `nested.key=value`, `list.0=value`; the last one wins.
+        recipe: the recipe's file or name, for the messages.
+
+    Returns:
+        The config. It remembers where each of its values is from, for `to_yaml`.
+
+    Raises:
+        UserError: with everything that is wrong, one line each, sorted by line: unknown, missing and duplicate keys,
+            wrong types, components that do not exist, arguments that they do not take, and YAML's surprises.
+    """
+    problems = Problems()
+    merged = MergedConfig(default_tree(schema))
+    title = "the settings"
+    if config is None:
+        merged.provenances[()] = Provenance("no config", (0, 0))
+    else:
+        path = find_config(str(config))
+        title = format_key_path(path) + _wrong_recipe(path, recipe)
+        add_file(merged, path, problems)
+    add_overrides(merged, list(overrides), problems)
+    if () not in merged.provenances:  # no file, or one without keys: each of them would only be reported as missing
+        problems.raise_all(title)
+    interpolate(merged, problems)
+    instance = check_config(merged, schema, problems)
+    problems.raise_all(title)
+    assert instance is not INVALID, "a value is broken and no problem says why"
+    # For `to_yaml`: the provenances, and the values that they speak of (a recipe may change a value later).
+    object.__setattr__(instance, "_loaded", (to_tree(instance), merged.provenances))
+    return instance
+
+
+def parse(schema: type[C], argv: Sequence[str] | None = None) -> C:
+    """Return the config that a command line asks for: `python my_recipe.py --config my.yaml lr=1e-3`.
+
+    It is for the last line of a recipe, `main(parse(Config))`. From then on what a user got wrong, here or in `main`,
+    is one message and exit code 2, as with `tune-style run` (it sets `sys.excepthook`); `--debug` shows the traceback.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, epilog="example: %(prog)s --config my.yaml optimizer.lr=1e-3")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped config")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the config's")
+    args = parser.parse_intermixed_args(argv)
+
+    def report(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        message = format_user_error(error)
+        if issubclass(kind, KeyboardInterrupt):
+            raise SystemExit(130)
+        if args.debug or message is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            print(message, file=sys.stderr)
+        if message is not None:
+            raise SystemExit(2)
+
+    sys.excepthook = report
+    with report_once():
+        return load(schema, args.config, args.overrides, recipe=sys.argv[0])
+
+
+@contextmanager
+def report_once() -> Iterator[None]:
+    """Let only the first of a job's processes report a UserError that they all meet; the others exit with code 2."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+def _wrong_recipe(path: Path, recipe: str | Path | None) -> str:
+    meant, _ = read_header(path)
+    if not meant or recipe is None or Path(recipe).stem == meant:
+        return ""
+    return f" (written for the recipe '{meant}', used with '{Path(recipe).stem}')"

@@ -1,0 +1,26 @@
+"""From a corpus to batches: rows, their order, targets, micro-batches.
+
+packing   `PackedDataset`, `PaddedDataset`: rows of equal length from documents
+shuffle   the order of the rows as arithmetic: a permutation without a list
+mlm       `MLMCollator`: masked tokens
+causal    `CausalLMCollator`: next tokens
+batch     `Batch`: what a model and a loss get
+loader    `Loader`: from a step's number to its micro-batches
+"""
+
+from torchrecipes.data.batching.batch import Batch
+from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
+from torchrecipes.data.batching.mlm import MLMCollator
+from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+
+__all__ = [
+    "Batch",
+    "CausalLMCollator",
+    "Loader",
+    "MLMCollator",
+    "PackedDataset",
+    "PaddedDataset",
+    "evaluation_batches",
+    "rows_per_rank",
+]

@@ -1,0 +1,71 @@
+"""What a causal language model has to predict: of every token the next one.
+
+A document that goes on in the next row has its next token there, so nothing is lost at a row's end. What follows a
+document's last token is the end-of-sequence token, whether or not the corpus has it: documents made by a tokenizer with
+one special token are stored as `<|endoftext|> text`, which is at once where they begin and what the one before ends in.
+"""
+
+import numpy as np
+import torch
+
+from torchrecipes.data.batching.batch import Batch, document_fields
+from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.errors import UserError
+
+IGNORED = -100  # the label of a token that has nothing to predict
+
+
+class CausalLMCollator:
+    """Makes batches for causal language modelling, from rows with `lookahead=1`.
+
+    Args:
+        eos_id: what the last token of a document has to predict, unless it is that token itself.
+        cross_document_attention: a row is one document, whatever is in it: tokens attend to, and predict, what follows
+            in the corpus. The classic way of GPT-2 and GPT-3, and the faster one where no kernel takes documents.
+
+    Raises:
+        UserError: there is no such token: it is a tokenizer for encoders.
+    """
+
+    def __init__(self, eos_id: int | None, cross_document_attention: bool = False):
+        if eos_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-sequence token, so a model cannot learn where a text ends. Make it with "
+                "causal: true (train_bpe, train_unigram, train_char, load_tokenizer)."
+            )
+        self.eos_id, self.cross_document_attention = eos_id, cross_document_attention
+
+    def batch(self, rows: PackedDataset | PaddedDataset, numbers: np.ndarray, _row_keys: np.ndarray) -> Batch:
+        """The rows with these numbers, `[B]`, -1 being a row of padding. Nothing is drawn, so keys are not used.
+
+        Raises:
+            ValueError: rows that do not show the token behind them.
+        """
+        if rows.lookahead != 1:
+            raise ValueError(
+                f"the rows have lookahead={rows.lookahead}; next tokens need {type(rows).__name__}(..., lookahead=1)"
+            )
+        block = rows.rows(numbers)
+        tokens, following = block.tokens[:, :-1], block.tokens[:, 1:]
+        is_start = np.zeros(block.tokens.shape, dtype=bool)
+        is_start.reshape(-1)[block.boundaries] = True
+        # The token of padding may be the one that ends documents.
+        is_padding = np.arange(rows.seq_len + 1) >= block.lengths[:, None]
+        labels = following.copy()
+        ends = (is_padding if self.cross_document_attention else is_start)[:, 1:]
+        labels[ends] = np.where(tokens[ends] == self.eos_id, IGNORED, self.eos_id)
+        labels[is_padding[:, :-1]] = IGNORED
+
+        if self.cross_document_attention:
+            position_ids = torch.arange(rows.seq_len).expand(tokens.shape)
+            documents = {"position_ids": position_ids, "cu_seqlens": None, "max_seqlen": rows.seq_len}
+        else:
+            row, column = np.divmod(block.boundaries, rows.seq_len + 1)
+            boundaries = (row * rows.seq_len + column)[column < rows.seq_len]
+            documents = document_fields(boundaries, tokens.shape, rows.max_segments)
+        return Batch(
+            input_ids=torch.from_numpy(tokens.copy()),
+            labels=torch.from_numpy(labels),
+            num_targets=int((labels != IGNORED).sum()),
+            **documents,
+        )

@@ -1,0 +1,141 @@
+"""Rows of equal length from a corpus of documents, packed or one document each.
+
+Both kinds give rows by their numbers, any of them at any time, and say where documents begin. Nothing is truncated: a
+document that is longer than what is left of its row goes on in another row, as a document of its own.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchrecipes.data.corpus.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """B rows of S tokens, or of S + lookahead.
+
+    Attributes:
+        tokens: `[B, S]` int64.
+        boundaries: int64, sorted: the flat positions in `[0, B * S)` at which a document (or padding) starts; the
+            start of every row is among them.
+        lengths: `[B]` int64: what is in a row before its padding, in tokens.
+    """
+
+    tokens: np.ndarray
+    boundaries: np.ndarray
+    lengths: np.ndarray
+
+
+class PackedDataset:
+    """Row i is the tokens from `i * S` to `(i + 1) * S` of the corpus; the last row is filled up with padding.
+
+    Args:
+        corpus: the documents.
+        seq_len: S, tokens per row.
+        pad_id: the padding token.
+        lookahead: tokens behind a row that `rows` shows with it: 1 for a model that predicts the next token.
+
+    Attributes:
+        num_rows: rows in the corpus.
+        max_segments: no row has more documents, padding counted as one.
+        tokens_per_row: mean number of tokens that are not padding.
+    """
+
+    def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
+        self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
+        self.num_rows = -(-corpus.num_tokens // seq_len)
+        self.max_segments = corpus.max_documents_in(seq_len) + 1
+        self.tokens_per_row = corpus.num_tokens / self.num_rows
+        # Plain arrays: a slice of a memmap object costs several microseconds.
+        self._shards = [
+            (np.asarray(shard.tokens), np.asarray(shard.document_offsets), shard.token_offset)
+            for shard in corpus.shards
+        ]
+        self._first = np.array([offset for _, _, offset in self._shards])
+
+    def rows(self, numbers: np.ndarray) -> RowBlock:
+        """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
+        row_len = self.seq_len + self.lookahead
+        tokens = np.empty((len(numbers), row_len), dtype=np.int64)
+        boundaries = [np.arange(len(numbers)) * row_len]
+        starts = numbers * self.seq_len
+        of_shard = self._first.searchsorted(starts, "right") - 1
+        for index in set(of_shard.tolist()):
+            ids, offsets, first = self._shards[max(index, 0)]
+            inside = (of_shard == index) & (numbers >= 0) & (starts + row_len <= first + len(ids))
+            where = inside.nonzero()[0]
+            local = starts[where] - first
+            for row, start in zip(where.tolist(), local.tolist(), strict=True):
+                tokens[row] = ids[start : start + row_len]
+            low, high = offsets.searchsorted(local, "right"), offsets.searchsorted(local + row_len)
+            count = high - low
+            total = int(count.sum())
+            within = np.arange(total) - np.repeat(np.cumsum(count) - count, count)
+            boundaries.append(offsets[within + np.repeat(low, count)] + np.repeat(where * row_len - local, count))
+            of_shard[where] = -2  # done
+        for row in (of_shard != -2).nonzero()[0].tolist():  # the few that cross into the next shard, the last, padding
+            boundaries.append(self._read_slowly(tokens[row], int(numbers[row])) + row * row_len)
+        lengths = np.where(numbers < 0, 0, np.clip(self.corpus.num_tokens - starts, 0, row_len))
+        return RowBlock(tokens, np.sort(np.concatenate(boundaries)), lengths)
+
+    def _read_slowly(self, out: np.ndarray, number: int) -> np.ndarray:
+        """Writes a row into `out` and gives the boundaries inside it."""
+        if number < 0:
+            out[:] = self.pad_id
+            return np.empty(0, dtype=np.int64)
+        start = number * self.seq_len
+        stop = min(start + len(out), self.corpus.num_tokens)
+        out[: stop - start] = self.corpus.read(start, stop)
+        out[stop - start :] = self.pad_id
+        padding = [stop - start] if stop - start < len(out) else []
+        return np.concatenate([self.corpus.boundaries(start, stop) - start, padding]).astype(np.int64)
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+
+class PaddedDataset:
+    """Every row begins with a document and is filled up with padding; a longer document takes several rows.
+
+    Arguments and attributes are those of `PackedDataset`.
+    """
+
+    def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
+        self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
+        self.max_segments = 2
+        self._last_row = None  # of each document, exclusive; only where some document takes several rows
+        if corpus.longest_document > seq_len:
+            lengths = [np.diff(shard.document_offsets) for shard in corpus.shards]
+            self._last_row = np.cumsum(-(-np.concatenate(lengths) // seq_len))
+        self.num_rows = corpus.num_documents if self._last_row is None else int(self._last_row[-1])
+        self.tokens_per_row = corpus.num_tokens / self.num_rows
+
+    def rows(self, numbers: np.ndarray) -> RowBlock:
+        """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
+        row_len = self.seq_len + self.lookahead
+        if self._last_row is None:
+            documents, part = np.maximum(numbers, 0), 0
+        else:
+            documents = self._last_row.searchsorted(np.maximum(numbers, 0), "right")
+            part = numbers - np.where(documents > 0, self._last_row[documents - 1], 0)
+        starts, stops = self.corpus.spans(documents)
+        starts = starts + part * self.seq_len
+        length = np.where(numbers < 0, 0, np.minimum(stops - starts, row_len))
+        tokens = np.full((len(numbers), row_len), self.pad_id, dtype=np.int64)
+        for row, (start, size) in enumerate(zip(starts.tolist(), length.tolist(), strict=True)):
+            if size:
+                tokens[row, :size] = self.corpus.read(start, start + size)
+        row_starts = np.arange(len(numbers)) * row_len
+        padded = (length > 0) & (length < row_len)
+        return RowBlock(tokens, np.sort(np.concatenate([row_starts, (row_starts + length)[padded]])), length)
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+
+def _describe(rows: PackedDataset | PaddedDataset) -> str:
+    return (
+        f"{rows.corpus.num_documents:,} documents, {rows.corpus.num_tokens:,} tokens, {rows.num_rows:,} rows of "
+        f"{rows.seq_len}, {rows.tokens_per_row:.1f} tokens used per row ({rows.tokens_per_row / rows.seq_len:.1%})"
+    )

@@ -1,0 +1,282 @@
+"""A corpus: tokenized documents on disk, read by memory map.
+
+1. `prepare_corpus` tokenizes a source into two corpora, `train` and `validation` (prepare.py does the work). Called
+   again with the same arguments it opens them; interrupted, it goes on behind the last shard that is complete.
+2. A corpus is a folder of shards (shards.py) and a `corpus.json`, which is written last.
+3. The shards one after the other are one long row of tokens, and a global position counts in it. No document crosses
+   from one shard to the next. A document is stored as the tokenizer's post-processor makes it, `[CLS] ... [SEP]`.
+
+Opening takes milliseconds: sizes are checked always, checksums by `verify()`.
+"""
+
+import json
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from torchrecipes.data.corpus.build import prepare
+from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
+from torchrecipes.data.corpus.shards import FORMAT, Shard, Statistics, checksum, open_shard
+from torchrecipes.data.sources.records import Source
+from torchrecipes.data.tokenizers.tokenizer import Tokenizer
+from torchrecipes.errors import UserError
+
+MUCH_UNKNOWN = 0.02  # of the tokens: people should hear of it
+
+
+class Corpus:
+    """Tokenized documents, opened by `open_corpus`. Safe to share between threads and to send to other processes.
+
+    Attributes:
+        folder: where it is.
+        shards: the open shards, in order; their arrays may be read directly.
+        num_documents, num_tokens: in all; special tokens included.
+        shortest_document, longest_document: in tokens, special ones included.
+        dtype: of the tokens, uint16 or uint32.
+        tokenizer_fingerprint: of the tokenizer that made it.
+        fingerprint: xxh3-128 (hex) of the content, wherever the folder is.
+        statistics: more numbers, for people: see `summary`.
+    """
+
+    def __init__(self, folder: Path, account: dict[str, Any], shards: list[Shard]):
+        self.folder, self.account, self.shards = folder, account, shards
+        self.statistics = Statistics(**account["statistics"])
+        self.num_documents, self.num_tokens = self.statistics.documents, self.statistics.tokens
+        self.shortest_document, self.longest_document = self.statistics.shortest, self.statistics.longest
+        self.dtype = shards[0].tokens.dtype
+        self.tokenizer_fingerprint: str = account["tokenizer"]["fingerprint"]
+        content = [FORMAT, self.tokenizer_fingerprint, *(shard["xxh3"] for shard in account["shards"])]
+        self.fingerprint = xxhash.xxh3_128_hexdigest(" ".join(content).encode())
+        self._first = [shard.token_offset for shard in shards]
+        self._first_document = np.array([shard.document_offset for shard in shards])
+
+    def __reduce__(self) -> tuple:
+        return open_corpus, (self.folder,)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens at the global positions from `start` up to `stop`: `[stop - start]` of `dtype`, read only."""
+        self._check(start, stop)
+        pieces = [shard.tokens[i:j] for shard, i, j in self._shards_in(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def boundaries(self, start: int, stop: int) -> np.ndarray:
+        """The global positions at which documents start, of those strictly between `start` and `stop`: int64."""
+        self._check(start, stop)
+        pieces = []
+        for shard, i, j in self._shards_in(start, stop):
+            starts = shard.document_offsets
+            # A shard's own first document starts inside where the range came from the shard before.
+            inside = starts[starts.searchsorted(i, "left" if shard.token_offset > start else "right") :]
+            pieces.append(inside[: inside.searchsorted(j)] + shard.token_offset)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents are, by their number from 0: the global positions of their starts and ends, int64."""
+        documents = np.asarray(documents, np.int64)
+        if documents.size and not (documents.min() >= 0 and documents.max() < self.num_documents):
+            raise ValueError(f"documents are numbered from 0 to {self.num_documents - 1}")
+        starts, stops = np.empty_like(documents), np.empty_like(documents)
+        of_shard = np.searchsorted(self._first_document, documents, "right") - 1
+        for index in np.unique(of_shard):
+            shard, chosen = self.shards[index], of_shard == index
+            local = documents[chosen] - shard.document_offset
+            starts[chosen] = shard.document_offsets[local] + shard.token_offset
+            stops[chosen] = shard.document_offsets[local + 1] + shard.token_offset
+        return starts, stops
+
+    def max_documents_in(self, row_len: int) -> int:
+        """The largest number of documents that touch one row, where row i is the positions `[i, i + 1) * row_len`."""
+        if row_len < 1:
+            raise ValueError(f"row_len is {row_len}, not positive")
+        most = inside = 0
+        row = -1  # the last row seen: it may go on in the next shard
+        for shard in self.shards:
+            for begin in range(0, len(shard.document_offsets) - 1, 1 << 22):
+                starts = shard.document_offsets[begin : min(begin + (1 << 22), len(shard.document_offsets) - 1)]
+                rows, within = np.divmod(starts + shard.token_offset, row_len)
+                # A row is touched by the document at its first position, and by all that start after that.
+                rows, counts = np.unique(rows[within > 0], return_counts=True)
+                if not rows.size:
+                    continue
+                if rows[0] == row:
+                    counts[0] += inside
+                row, inside = int(rows[-1]), int(counts[-1])
+                most = max(most, int(counts.max()))
+        return most + 1
+
+    def verify(self) -> None:
+        """Reads all and compares checksums.
+
+        Raises:
+            UserError: a shard is damaged; names each.
+        """
+        damaged = [
+            shard.path.name
+            for shard, stated in zip(self.shards, self.account["shards"], strict=True)
+            if checksum(shard.path) != stated["xxh3"]
+        ]
+        if damaged:
+            raise _damaged(self.folder, f"{', '.join(damaged)}: not the content that was written (wrong checksum)")
+
+    def summary(self) -> str:
+        """What is in it, as text of a few lines."""
+        numbers, split = self.statistics, self.account["split"]
+        lines = [
+            f"{split}: {numbers.documents:,} documents, {numbers.tokens:,} tokens "
+            f"({numbers.tokens / numbers.documents:,.1f} per document, {numbers.shortest:,} to {numbers.longest:,}), "
+            f"{numbers.bytes / numbers.tokens:.2f} bytes of text per token, "
+            f"{numbers.unknown / numbers.tokens:.3%} unknown tokens"
+        ]
+        if numbers.unknown > MUCH_UNKNOWN * numbers.tokens:
+            lines.append(
+                "  many tokens are unknown: the model learns to predict that one, and its losses look too good. Take a "
+                "larger vocabulary (limit_alphabet), or train_bpe, to which nothing is unknown"
+            )
+        if numbers.empty:
+            lines.append(f"  left out {numbers.empty:,}: documents that have no tokens of their own")
+        return "\n".join([*lines, *(f"  {line}" for line in self.account["skipped"])])
+
+    def __repr__(self) -> str:
+        return f"Corpus({str(self.folder)!r}: {self.num_documents:,} documents, {self.num_tokens:,} tokens)"
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"[{start}, {stop}) is not in a corpus of {self.num_tokens} tokens")
+
+    def _shards_in(self, start: int, stop: int) -> list[tuple[Shard, int, int]]:
+        """The shards that the range touches, one at least, each with the range in its own positions."""
+        index = bisect_right(self._first, start) - 1
+        found = []
+        while True:
+            shard = self.shards[index]
+            end = shard.token_offset + len(shard.tokens)
+            found.append(
+                (shard, max(start, shard.token_offset) - shard.token_offset, min(stop, end) - shard.token_offset)
+            )
+            if stop <= end:
+                return found
+            index += 1
+
+
+def open_corpus(folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Opens a corpus.
+
+    Args:
+        folder: what `prepare_corpus` made, with `/train` or `/validation` at its end.
+        tokenizer: if given, it must be the one that the corpus was made with.
+
+    Raises:
+        UserError: no corpus there, an unfinished or a damaged one, or one of another tokenizer.
+    """
+    folder = Path(folder)
+    file = folder / CORPUS_FILE
+    try:
+        account = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(_why_none(folder)) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{CORPUS_FILE} cannot be read ({error})") from error
+    try:
+        if account["format"] != FORMAT:
+            raise UserError(
+                f"{file}: its format is {account['format']!r}, this version of torchrecipes reads {FORMAT!r}. "
+                "Prepare the corpus again, in another folder."
+            )
+        made_with = account["tokenizer"]["fingerprint"]
+        if tokenizer is not None and made_with != tokenizer.fingerprint:
+            raise UserError(
+                f"{folder}: made with the tokenizer {made_with}, but the tokenizer of this run is "
+                f"{tokenizer.fingerprint}. Give the run the tokenizer of the corpus, or prepare the corpus in another "
+                "folder."
+            )
+        return Corpus(folder, account, _open_shards(folder, account))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"{CORPUS_FILE} lacks {error}") from error
+
+
+def prepare_corpus(
+    folder: str | Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    validation_fraction: float = 0.005,
+    validation_source: Source | None = None,
+    num_workers: int | None = None,
+    shard_tokens: int = 64 * 2**20,
+) -> tuple[Corpus, Corpus | None]:
+    """Tokenizes a source into the corpora `folder/train` and `folder/validation`, or opens them where that is done.
+
+    The documents keep the source's order, and the files are the same, byte for byte, whatever the number of workers and
+    however often the work was interrupted. Shards are held in memory until they are written: one per split.
+
+    Args:
+        folder: made where missing.
+        source: the documents.
+        tokenizer: makes the tokens.
+        validation_fraction: share of the documents that go to validation, chosen by a hash of the text: equal texts
+            are on the same side, always. 0: there is no validation corpus.
+        validation_source: documents for validation; then all of `source` is for training.
+        num_workers: threads that tokenize, beside one that reads (tokenizers runs outside of Python's lock). 0: none
+            beside it; None: one per core.
+        shard_tokens: tokens of a shard, at most (a longer document has a shard of its own). 64Mi are 128 MiB of uint16.
+
+    Returns:
+        Train and validation; None for the latter where there is none.
+
+    Raises:
+        UserError: no documents; none for validation; the folder holds a corpus of other settings, sources or tokenizer,
+            or cannot be written.
+    """
+    folder = Path(folder)
+    made = prepare(folder, source, tokenizer, validation_fraction, validation_source, num_workers, shard_tokens)
+    corpora = [
+        open_corpus(folder / split, tokenizer)
+        for split in ("train", "validation")
+        if split == "train" or validation_source is not None or validation_fraction
+    ]
+    if made:
+        for corpus in corpora:
+            corpus.verify()
+            print(corpus.summary(), flush=True)
+    return corpora[0], corpora[1] if len(corpora) > 1 else None
+
+
+def _open_shards(folder: Path, account: dict[str, Any]) -> list[Shard]:
+    shards: list[Shard] = []
+    tokens = documents = 0
+    for stated in account["shards"]:
+        path = folder / stated["file"]
+        try:
+            if path.stat().st_size != stated["size"]:
+                raise ValueError(f"{path.stat().st_size:,} bytes, not {stated['size']:,}")
+            shard, _, _ = open_shard(path, tokens, documents)
+            if (len(shard.tokens), len(shard.document_offsets)) != (stated["tokens"], stated["documents"] + 1):
+                raise ValueError(f"another number of tokens or documents than {CORPUS_FILE} says")
+        except FileNotFoundError:
+            raise _damaged(folder, f"{path.name} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(folder, f"{path.name}: {error}") from error
+        shards.append(shard)
+        tokens += len(shard.tokens)
+        documents += len(shard.document_offsets) - 1
+    if not shards or (tokens, documents) != (account["statistics"]["tokens"], account["statistics"]["documents"]):
+        raise _damaged(folder, f"{CORPUS_FILE}: its totals are not those of its shards")
+    return shards
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder}: this corpus is damaged: {what}. Delete {folder} and prepare the corpus again.")
+
+
+def _why_none(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder, so no corpus. Make one with prepare_corpus."
+    if (folder / "train" / CORPUS_FILE).exists():
+        return f"{folder}: not a corpus itself. Open {folder / 'train'} or {folder / 'validation'}."
+    if any(folder.glob("shard-*.safetensors")):
+        return (
+            f"{folder}: the corpus is not finished ({CORPUS_FILE} is missing). Run what prepares it again: it goes on."
+        )
+    return f"{folder}: no corpus in this folder ({CORPUS_FILE} is missing). Make one with prepare_corpus."

@@ -1,0 +1,179 @@
+"""From batches of tokens to the shards and the `corpus.json` of one split.
+
+Where a shard ends depends on the documents alone, not on how they come in batches. What was written by an earlier call
+that was interrupted is found and kept.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from torchrecipes.atomic_write import write_atomically
+from torchrecipes.data.corpus.shards import FORMAT, Statistics, checksum, open_shard, shard_name, write_shard
+from torchrecipes.data.sources.records import ReadStats
+from torchrecipes.data.tokenizers.tokenizer import Tokenizer
+from torchrecipes.errors import UserError
+
+CORPUS_FILE = "corpus.json"
+
+
+@dataclass
+class Tokenized:
+    """A batch of documents of one split: its tokens `[N]`, and per document their number (0: left out) and counts."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    characters: np.ndarray
+    bytes: np.ndarray
+    unknown: np.ndarray
+
+
+class SplitWriter:
+    """Gathers the tokens of one split and writes its shards; begins with the shards that an earlier call left."""
+
+    def __init__(self, folder: Path, split: str, settings: dict[str, Any]):
+        self.folder, self.split, self.settings = folder, split, settings
+        self.dtype = np.dtype(settings["dtype"])
+        self.source = xxhash.xxh3_128_hexdigest(to_json(settings) + split.encode())
+        self.finished = (folder / CORPUS_FILE).exists()
+        self.shards: list[Statistics] = []
+        self.tokens: list[np.ndarray] = []
+        self.lengths: list[np.ndarray] = []
+        self.current = Statistics()
+        if not self.finished:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._find_shards()
+
+    @property
+    def seen(self) -> int:
+        """How many documents of the source the shards hold already (empty ones counted)."""
+        return sum(shard.seen for shard in self.shards)
+
+    def add(self, batch: Tokenized) -> None:
+        """Adds documents; writes a shard when the next document would make it too long."""
+        ends = np.cumsum(batch.lengths)
+        first, count = 0, len(batch.lengths)
+        while first < count:
+            room = self.settings["shard_tokens"] - self.current.tokens + (int(ends[first - 1]) if first else 0)
+            last = max(first, int(ends.searchsorted(room, "right")))
+            if last == first and not self.current.tokens:
+                last = first + 1  # longer than a shard
+            self._take(batch, first, last, ends)
+            first = last
+            if first < count and self.current.documents:
+                self._write_shard()
+
+    def finish(self, skipped: ReadStats, tokenizer: Tokenizer) -> None:
+        """Writes the last shard and `corpus.json`.
+
+        Raises:
+            UserError: there are no documents.
+        """
+        if self.current.documents:
+            self._write_shard()
+        total = sum(self.shards, self.current)
+        if not self.shards:
+            raise UserError(
+                f"all {total.seen:,} documents of the {self.split} data are empty after tokenization. Look at the "
+                "source and at the tokenizer's normalizer."
+            )
+        paths = [self.folder / shard_name(i) for i in range(len(self.shards))]
+        account = {
+            "format": FORMAT,
+            "split": self.split,
+            "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+            "settings": self.settings,
+            "statistics": asdict(total),
+            "skipped": skipped.lines()[1:],
+            "shards": [
+                {
+                    "file": path.name,
+                    "size": path.stat().st_size,
+                    "xxh3": checksum(path),
+                    "tokens": shard.tokens,
+                    "documents": shard.documents,
+                }
+                for path, shard in zip(paths, self.shards, strict=True)
+            ],
+        }
+        with writing(self.folder):
+            write_atomically(self.folder / CORPUS_FILE, [to_json(account)])
+        self.finished = True
+
+    def clear(self) -> None:
+        """Removes the shards."""
+        for i in range(len(self.shards)):
+            (self.folder / shard_name(i)).unlink(missing_ok=True)
+
+    def _find_shards(self) -> None:
+        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        while (path := self.folder / shard_name(len(self.shards))).exists():
+            try:
+                _, source, statistics = open_shard(path, 0, 0)
+            except (ValueError, KeyError, TypeError):
+                break
+            if source != self.source:
+                break
+            self.shards.append(statistics)
+        kept = {shard_name(i) for i in range(len(self.shards))}
+        for other in self.folder.glob("shard-*.safetensors"):  # behind a damaged one
+            if other.name not in kept:
+                other.unlink()
+
+    def _take(self, batch: Tokenized, first: int, last: int, ends: np.ndarray) -> None:
+        if first == last:
+            return
+        begin = int(ends[first - 1]) if first else 0
+        lengths = batch.lengths[first:last]
+        kept = lengths[lengths > 0]
+        self.tokens.append(batch.tokens[begin : int(ends[last - 1])])
+        self.lengths.append(kept)
+        self.current += Statistics(
+            seen=last - first,
+            documents=len(kept),
+            empty=last - first - len(kept),
+            tokens=int(kept.sum()),
+            characters=int(batch.characters[first:last].sum()),
+            bytes=int(batch.bytes[first:last].sum()),
+            unknown=int(batch.unknown[first:last].sum()),
+            shortest=int(kept.min(initial=np.iinfo(np.int64).max)) if len(kept) else 0,
+            longest=int(kept.max(initial=0)),
+        )
+
+    def _write_shard(self) -> None:
+        offsets = np.zeros(self.current.documents + 1, np.int64)
+        np.cumsum(np.concatenate(self.lengths), out=offsets[1:])
+        path = self.folder / shard_name(len(self.shards))
+        with writing(self.folder):
+            write_shard(path, self.tokens, offsets, self.source, self.current)
+        self.shards.append(self.current)
+        self.tokens, self.lengths, self.current = [], [], Statistics()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a message on `folder`.
+
+    Raises:
+        UserError: in place of an OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write the corpus ({error.strerror or error}). Make room or give it another folder; "
+            "shards that are complete are kept, and the same call goes on behind them."
+        ) from error
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """The text of a JSON file for people, equal for equal content."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -1,0 +1,149 @@
+"""The file format of a corpus: a shard is a safetensors file with `tokens` and `document_offsets`.
+
+`tokens` is uint16 or uint32 `[N]`; `document_offsets` is int64 `[D+1]`, from 0 to N. The header's `__metadata__` holds
+what the shard was made from and its statistics, so that an interrupted preparation can go on behind the last shard.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from torchrecipes.atomic_write import write_atomically
+
+FORMAT = "torchrecipes-corpus-1"
+DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
+OFFSETS = np.dtype("<i8")
+
+
+@dataclass
+class Statistics:
+    """What is in one shard, or in several together.
+
+    `seen` counts the documents of the source that were read for it, `documents` those that are in it: `empty` ones
+    have no token but the special ones around a document. `shortest` and `longest` are in tokens, special ones included.
+    """
+
+    seen: int = 0
+    documents: int = 0
+    empty: int = 0
+    tokens: int = 0
+    characters: int = 0
+    bytes: int = 0
+    unknown: int = 0
+    shortest: int = 0
+    longest: int = 0
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        # Of two shards, one may have no documents and so no shortest one.
+        sums["shortest"] = min(self.shortest or other.shortest, other.shortest or self.shortest)
+        sums["longest"] = max(self.longest, other.longest)
+        return Statistics(**sums)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A shard, opened: arrays are read-only views of the file.
+
+    Attributes:
+        path: the file.
+        token_offset: global position of its first token.
+        document_offset: number of documents in the shards before it.
+        tokens: uint16 or uint32 `[N]`.
+        document_offsets: int64 `[D+1]`, positions in `tokens`.
+    """
+
+    path: Path
+    token_offset: int
+    document_offset: int
+    tokens: np.ndarray
+    document_offsets: np.ndarray
+
+
+def shard_name(index: int) -> str:
+    """The file name of shard number `index`, from 0."""
+    return f"shard-{index:05d}.safetensors"
+
+
+def write_shard(
+    path: Path, tokens: list[np.ndarray], document_offsets: np.ndarray, source: str, statistics: Statistics
+) -> None:
+    """Writes a shard: whole, or not at all.
+
+    Args:
+        path: of the file.
+        tokens: arrays of one type, uint16 or uint32, whose concatenation is the shard's tokens; one at least.
+        document_offsets: int64 `[D+1]`.
+        source: a fingerprint of all that the tokens were made from.
+        statistics: of the shard.
+    """
+    code = next(code for code, dtype in DTYPES.items() if dtype == tokens[0].dtype)
+    num_tokens = sum(map(len, tokens))
+    # The offsets come first, so that both arrays are aligned.
+    middle = OFFSETS.itemsize * len(document_offsets)
+    end = middle + num_tokens * DTYPES[code].itemsize
+    header = {
+        "__metadata__": {"format": FORMAT, "source": source, "statistics": json.dumps(asdict(statistics))},
+        "document_offsets": {"dtype": "I64", "shape": [len(document_offsets)], "data_offsets": [0, middle]},
+        "tokens": {"dtype": code, "shape": [num_tokens], "data_offsets": [middle, end]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    arrays = [document_offsets.astype(OFFSETS, copy=False), *tokens]
+    write_atomically(
+        path, [struct.pack("<Q", len(text)), text, *(memoryview(array).cast("B") for array in arrays if array.size)]
+    )
+
+
+def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Shard, str, Statistics]:
+    """Maps a shard into memory.
+
+    Returns:
+        The shard, and `source` and `statistics` as it was written with.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: there is no such file, or it is no shard or not a whole one.
+    """
+    content = np.memmap(path, np.uint8, "r")
+    size = len(content)
+    header_size = int(content[:8].view("<u8")[0]) if size >= 8 else size
+    if header_size > size - 8:
+        raise ValueError("its header is damaged")
+    header = json.loads(bytes(content[8 : 8 + header_size]))
+    if header["__metadata__"]["format"] != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    offsets, tokens = header["document_offsets"], header["tokens"]
+    first = 8 + header_size
+    middle, end = tokens["data_offsets"]
+    dtype = DTYPES[tokens["dtype"]]
+    count, length = offsets["shape"][0], tokens["shape"][0]
+    if (middle, end, size) != (8 * count, middle + length * dtype.itemsize, first + end) or count < 2:
+        raise ValueError("its size is not what its header says")
+    # Plain arrays over the map: slices of np.memmap itself cost three times as much.
+    shard = Shard(
+        path=path,
+        token_offset=token_offset,
+        document_offset=document_offset,
+        tokens=np.ndarray(length, dtype, content, first + middle),
+        document_offsets=np.ndarray(count, OFFSETS, content, first),
+    )
+    return shard, header["__metadata__"]["source"], Statistics(**json.loads(header["__metadata__"]["statistics"]))
+
+
+def checksum(path: Path) -> str:
+    """xxh3-64 (hex) of a file's content."""
+    digest = xxhash.xxh3_64()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            yield block

@@ -1,0 +1,219 @@
+"""A text that every machine with Python has: the documentation in the standard library itself.
+
+1. The language reference's topics, as `help("assert")` shows them.
+2. The docstrings of modules, classes and functions, in the order of their names.
+3. The comments that stand between the lines of code, where they are two or more lines of prose.
+
+Nothing is imported (modules such as `antigravity` or `idlelib` do things when they are): the source files are parsed.
+It is English about programming, about 3 MB of it: enough for a small model to learn something to see in minutes.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, documents
+from torchrecipes.errors import UserError
+
+READING = 1  # raise it when the same library gives other documents than before: it enters the fingerprint
+NUM_PARTS = 8
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "__phello__"}
+TOPICS = "pydoc_data/topics.py"
+SHORTEST = 20  # characters; below are remarks such as "See base class."
+
+DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+COMMENT = re.compile(r"^[ \t]*#(.*)$")
+WORD = re.compile(r"[A-Za-z][a-z']*[.,:;!?)]?")
+
+
+def python_docs(limit_mb: float | None = None) -> "PythonDocs":
+    """Return the documentation in the standard library of the Python that runs this.
+
+    Where a distribution has parts of the library in packages of their own, there are fewer documents.
+
+    Args:
+        limit_mb: megabytes (10^6 bytes of UTF-8) of documents to stop after; None is all.
+
+    Raises:
+        UserError: `limit_mb` is not above 0; this Python comes without the source of its library.
+    """
+    if limit_mb is not None and limit_mb <= 0:
+        raise UserError(f"data.source.limit_mb is {limit_mb}; it is megabytes above 0, or null for all")
+    library = sysconfig.get_path("stdlib")
+    sizes = {}
+    for folder, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in LEFT_OUT and name.isidentifier()]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            if path.is_file():  # a link may lead nowhere
+                sizes[path.relative_to(library).as_posix()] = path.stat().st_size
+    if not sizes:
+        raise UserError(f"{library} has no Python files, so there are no docs in them: give text with files(path=...)")
+    return PythonDocs(library, sizes, None if limit_mb is None else int(limit_mb * 1e6))
+
+
+@dataclass
+class PythonDocs:
+    """A source: what `python_docs` finds. `sizes` are bytes by file name, `limit` bytes of documents or None."""
+
+    library: str
+    sizes: dict[str, int]
+    limit: int | None
+    report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The library's folder."""
+        return f"the standard library of Python {sys.version.split()[0]} in {self.library}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the documents as UTF-8."""
+        return sum(len(item.text.encode()) for item in self._items if isinstance(item, Document))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of Python's version, the names and sizes of the library's files, and the limit."""
+        text = json.dumps([READING, sys.version.split()[0], sorted(self.sizes.items()), self.limit])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield topics, docstrings, comments; a file that cannot be parsed is only reported."""
+        self.report = ReadStats()
+        return documents(self._items, self.report)
+
+    def parts(self) -> list[Source]:
+        """Return sources that hold their documents, so that only this process reads the library."""
+        items = self._items
+        size = -(-len(items) // NUM_PARTS) or 1
+        ranges = [(start, items[start : start + size]) for start in range(0, len(items), size)]
+        return [DocumentList(part, f"{self.name}, from document {start}") for start, part in ranges]
+
+    @cached_property
+    def _items(self) -> tuple[Document | BadRecord, ...]:
+        items, size = [], 0
+        for item in _read_library(Path(self.library), list(self.sizes)):
+            if isinstance(item, Document):
+                size += len(item.text.encode())
+                if self.limit is not None and size > self.limit:
+                    break
+            items.append(item)
+        return tuple(items)
+
+
+@dataclass
+class DocumentList:
+    """A source in memory: `items` are documents, and records that are only reported."""
+
+    items: tuple[Document | BadRecord, ...]
+    name: str
+    report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the documents as UTF-8."""
+        return sum(len(item.text.encode()) for item in self.items if isinstance(item, Document))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all texts."""
+        return hashlib.sha256(json.dumps(self.items).encode()).hexdigest()[:32]
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents, and begin a new report."""
+        self.report = ReadStats()
+        return documents(self.items, self.report)
+
+    def parts(self) -> list[Source]:
+        """Return this source."""
+        return [self]
+
+
+def _read_library(library: Path, names: list[str]) -> Iterator[Document | BadRecord]:
+    seen = set()
+    for item in _read_files(library, names):
+        if isinstance(item, BadRecord):
+            yield item
+        elif len(item.text) >= SHORTEST and item.text not in seen and _can_be_encoded(item.text):
+            seen.add(item.text)
+            yield item
+
+
+def _read_files(library: Path, names: list[str]) -> Iterator[Document | BadRecord]:
+    comments: list[Document] = []  # prose first
+    for name in sorted(names, key=lambda name: (name != TOPICS, name)):
+        try:
+            source = (library / name).read_bytes()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an invalid escape in somebody's docstring
+                tree = ast.parse(source)
+            topics = list(_topics(tree)) if name == TOPICS else []
+        except (SyntaxError, ValueError, RecursionError, OSError) as error:
+            yield BadRecord(name, "cannot be read as Python", str(error))
+            continue
+        if name == TOPICS:
+            yield from topics
+            continue
+        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        yield from _docstrings(tree, module)
+        comments += _comments(source.decode("utf-8", "replace"), tree, module)
+    yield from comments
+
+
+def _topics(tree: ast.Module) -> Iterator[Document]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for topic, text in sorted(ast.literal_eval(node.value).items()):
+                yield Document(inspect.cleandoc(text), f"topic {topic}")
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[Document]:
+    # In the order of the source: a class, then its methods. An `if` or `try` around them is no part of the name.
+    if isinstance(node, DEFINITIONS):
+        text = ast.get_docstring(node)
+        if text and not text.isspace():
+            yield Document(text, name)
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, DEFINITIONS):
+            yield from _docstrings(child, f"{name}.{child.name}")
+        elif isinstance(child, ast.stmt | ast.excepthandler):
+            yield from _docstrings(child, name)
+
+
+def _comments(source: str, tree: ast.Module, module: str) -> Iterator[Document]:
+    inside = set()  # lines of strings over several lines, where # is no comment
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno > node.lineno:
+            inside.update(range(node.lineno, node.end_lineno + 1))
+    lines = re.split(r"\r\n|\r|\n", source)
+    matches = [None if number in inside else COMMENT.match(line) for number, line in enumerate(lines, 1)]
+    for is_comment, block in groupby(enumerate(matches, 1), key=lambda item: item[1] is not None):
+        if is_comment:
+            block = list(block)
+            text = inspect.cleandoc("\n".join(match[1].lstrip("#") for _, match in block))
+            if len(block) > 1 and _is_prose(text):
+                yield Document(text, f"{module}:{block[0][0]}")
+
+
+def _is_prose(text: str) -> bool:
+    # Commented-out code, rulers and tables have few tokens that look like words.
+    tokens = text.split()
+    return len(tokens) >= 8 and sum(map(bool, map(WORD.fullmatch, tokens))) >= 0.7 * len(tokens)
+
+
+def _can_be_encoded(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

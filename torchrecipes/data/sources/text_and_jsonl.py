@@ -1,0 +1,248 @@
+"""Plain text and JSON lines: from numbered lines to documents.
+
+1. Plain text: a document is a line, a paragraph (what stands between blank lines), or the whole file.
+2. JSON lines: a document is the text of one object per line.
+3. A text longer than a limit is cut into several documents, at white space where there is any; nothing is dropped.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+
+from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, not_utf8
+from torchrecipes.data.sources.records import EMPTY_TEXT, BadRecord, Document
+
+NOT_UTF8 = "not UTF-8"
+LONGEST_RECORD = 256 << 20  # bytes of a line that has to be in memory as a whole to be read: JSON, a table's row
+
+
+class Pieces:
+    """One text, given in any number of strings, as documents of at most `limit` characters.
+
+    A cut is made after the last white space in the second half of what fits, or else where it fits no more. The pieces
+    joined are the text, but for pieces of white space alone, which are dropped. The cuts depend on the text only.
+    """
+
+    def __init__(self, source: str, limit: int):
+        self.source, self.limit, self.count = source, limit, 0
+        self.held: list[str] = []
+        self.length = 0  # characters in `held`
+
+    def add(self, text: str) -> Iterator[Document]:
+        """Go on with `text`; yields the pieces that are complete."""
+        self.held.append(text)
+        self.length += len(text)
+        if self.length > self.limit:
+            joined, start = "".join(self.held), 0
+            while len(joined) - start > self.limit:
+                stop = _cut(joined, start, self.limit)
+                yield from self._piece(joined[start:stop])
+                start = stop
+            self.held, self.length = [joined[start:]], len(joined) - start
+
+    def end(self) -> Iterator[Document]:
+        """Yield the last piece."""
+        return self._piece("".join(self.held))
+
+    def _piece(self, text: str) -> Iterator[Document]:
+        self.count += 1
+        if text and not text.isspace():
+            yield Document(text, self.source if self.count == 1 else f"{self.source} (piece {self.count})")
+
+
+def cut_long(text: str, source: str, limit: int) -> Iterator[Document]:
+    """Yield `text` as one document, or as several of at most `limit` characters."""
+    if len(text) <= limit:
+        yield Document(text, source)
+    else:
+        pieces = Pieces(source, limit)
+        yield from pieces.add(text)
+        yield from pieces.end()
+
+
+def read_text_lines(line_groups: Iterable[Lines], name: str, limit: int) -> Iterator[Document | BadRecord]:
+    """Yield every line that is not blank as a document, as it is, without its end.
+
+    A line that is not UTF-8 is a bad record; of one too long for memory, the pieces before the damage remain.
+    """
+    pieces, lost = None, False  # of a line that came in fragments
+    for number, lines, goes_on in line_groups:
+        if goes_on or pieces or lost:
+            line = lines[0]
+            pieces = pieces or Pieces(f"{name}:{number}", limit)
+            if type(line) is bytes and not lost:
+                yield BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
+                lost = True
+            elif not lost:
+                yield from pieces.add(line)
+            if goes_on:
+                continue
+            if not lost:
+                yield from pieces.end()
+            pieces, lost = None, False
+            lines, number = lines[1:], number + 1
+        for line in lines:
+            if line and not line.isspace():
+                if type(line) is bytes:
+                    yield BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
+                elif len(line) <= limit:
+                    yield Document(line, f"{name}:{number}")
+                else:
+                    yield from cut_long(line, f"{name}:{number}", limit)
+            number += 1
+
+
+def read_text_blocks(
+    line_groups: Iterable[Lines], name: str, limit: int, whole: bool
+) -> Iterator[Document | BadRecord]:
+    """Yield paragraphs, or with `whole` all that there is, as documents; lines are joined by `\\n`.
+
+    A line that is not UTF-8 is a bad record, and with it its paragraph (or the file): only what was already given,
+    because it was longer than the limit, remains.
+    """
+    pieces, lost, inside = None, False, False
+    for number, lines, goes_on in line_groups:
+        for line in lines:
+            if not inside and not whole and (not line or line.isspace()):
+                if pieces:
+                    yield from pieces.end()
+                pieces, lost = None, False
+            elif type(line) is bytes:
+                if not lost:
+                    yield BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
+                pieces, lost = None, True
+            elif not lost:
+                if pieces:
+                    yield from pieces.add(line if inside else f"\n{line}")
+                else:
+                    pieces = Pieces(f"{name}:{number}", limit)
+                    yield from pieces.add(line)
+            inside = goes_on
+            number += 1
+    if pieces:
+        yield from pieces.end()
+
+
+def read_json_lines(
+    line_groups: Iterable[Lines], name: str, text_column: str, limit: int, from_start: bool
+) -> Iterator[Document | BadRecord]:
+    """Yield the text under `text_column` of every line's object; blank lines are no records.
+
+    Of a key that is there twice the last value counts. NaN and Infinity are read as Python does: only the text is used.
+
+    Args:
+        line_groups: the lines; a fragment is a line too long for memory.
+        name: of the file.
+        text_column: name of the key in the objects.
+        limit: characters of a document.
+        from_start: `line_groups` begin with the file's first line, so that a file that is one JSON value is recognised.
+
+    Raises:
+        UnreadableFile: the file is one JSON value over several lines, or an array.
+    """
+    raw_decode = json.JSONDecoder().raw_decode
+    unseen, too_long = from_start, False
+    for number, lines, goes_on in line_groups:
+        if goes_on or too_long:
+            if not too_long:
+                yield BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
+            too_long = goes_on
+            lines, number = lines[1:], number + (not goes_on)
+        for line in lines:
+            if line and not line.isspace():
+                if unseen:
+                    _refuse_one_value(line)
+                    unseen = False
+                try:
+                    record, end = raw_decode(line)
+                    text = record[text_column]
+                    good = end == len(line) and type(text) is str
+                except (ValueError, LookupError, TypeError, RecursionError):
+                    good = False
+                if not good:
+                    yield from _json_record(line, f"{name}:{number}", text_column, limit)
+                elif len(text) <= limit and text.isascii() and "\r" not in text and text and not text.isspace():
+                    yield Document(text, f"{name}:{number}")
+                else:
+                    yield from text_field(text, f"{name}:{number}", limit)
+            number += 1
+
+
+def text_field(text: object, source: str, limit: int) -> Iterator[Document | BadRecord]:
+    """Yield the value of a record's text field as documents with `\\n` as line end, or the reason why it is none."""
+    if text is None:
+        yield BadRecord(source, "the text is null")
+    elif not isinstance(text, str):
+        yield BadRecord(source, "the text is not a string", f"it is {_kind(text)}")
+    elif not text or text.isspace():
+        yield BadRecord(source, EMPTY_TEXT)
+    elif (half := _surrogate(text)) is not None:
+        code = f"\\u{ord(text[half]):04x} at character {half + 1}"
+        yield BadRecord(source, "half of a surrogate pair, which no encoding can write", code)
+    else:
+        yield from cut_long(text.replace("\r\n", "\n").replace("\r", "\n"), source, limit)
+
+
+def _json_record(line: str | bytes, source: str, text_column: str, limit: int) -> Iterator[Document | BadRecord]:
+    # The slow path: every check, one after the other, with the words for what is wrong.
+    if isinstance(line, bytes):
+        yield BadRecord(source, NOT_UTF8, not_utf8(line))
+        return
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        yield BadRecord(source, "not JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}")
+        return
+    except ValueError:
+        yield BadRecord(source, "a number with too many digits")
+        return
+    except RecursionError:
+        yield BadRecord(source, "nested too deeply")
+        return
+    if not isinstance(record, dict):
+        yield BadRecord(source, "not a JSON object", f"it is {_kind(record)}")
+    elif text_column not in record:
+        keys = ", ".join(f"'{key}'" for key in list(record)[:10]) or "none at all"
+        yield BadRecord(source, f"no key '{text_column}'", f"its keys are {keys}")
+    else:
+        yield from text_field(record[text_column], source, limit)
+
+
+def _surrogate(text: str) -> int | None:
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _refuse_one_value(line: str | bytes) -> None:
+    opening = line.lstrip()[:1]
+    if isinstance(line, bytes) or opening not in ("[", "{"):
+        return
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        return
+    except ValueError:
+        value = None
+        if line.strip() not in ("[", "{") and opening != "[":
+            return
+    if opening == "{" and value is None:
+        raise UnreadableFile("JSON, but one object over several lines", "convert it, e.g. jq -c . a.json > a.jsonl")
+    if value is None or (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
+        raise UnreadableFile("a JSON array, not one object per line", "convert it, e.g. jq -c '.[]' a.json > a.jsonl")
+
+
+def _cut(text: str, start: int, limit: int) -> int:
+    stop = start + limit
+    cut = 1 + max(text.rfind(space, start + limit // 2, stop) for space in (" ", "\n", "\t", "\u3000"))
+    return cut or stop
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    names = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,284 @@
+"""Text from a causal language model: prompts in, continuations out, with a cache of keys and values.
+
+Prompts of different lengths share a batch: they are filled up on their right. What padding leaves in the cache is never
+prompt_counts, because a token sees the positions up to its own, and those have been written over by then.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchrecipes.errors import UserError
+from torchrecipes.evaluation.sampling import check_sampling, filter_logits, sample, uniform_numbers
+from torchrecipes.modules.cache import KVCache
+
+EOS_CHECK_INTERVAL = 8  # tokens between two looks whether all texts have ended: a look waits for the device
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How a prompt goes on.
+
+    Attributes:
+        prompt: as it was given.
+        text: what the model has added; `prompt + text` is the whole.
+        num_tokens: that the model has added, the one that ends a text included.
+        ended: whether the model ended the text itself, and not the number of tokens or positions.
+    """
+
+    prompt: str
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+    unpadded_vocab_size: int | None = None,
+    suppress_tokens: Sequence[int] = (),
+    prompt_counts: Counter[tuple[int, ...]] | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    on_token: Callable[[list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Continues every prompt by at most `max_new_tokens` tokens, all of them in one batch.
+
+    A text also ends where the model has no more positions: prompt and continuation together are never longer than
+    `max_position_embeddings`. No global random generator is touched, and training mode is restored.
+
+    Under `fully_shard` every rank calls this with the same arguments.
+
+    Args:
+        model: a causal one: `model(input_ids, position_ids=..., cache=...)` and `model.head`.
+        prompts: ids of each, one at least.
+        max_new_tokens: 1 or more.
+        temperature: 0 takes the likeliest token always; less than 1 sharpens the model's distribution.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the likeliest tokens whose probabilities come to this.
+        seed: chooses the samples. A prompt's continuation does not depend on the others in the batch; given twice, it
+            is continued in two ways.
+        eos_id: the token that ends a text. None: none does.
+        unpadded_vocab_size: ids from here on are padding of the vocabulary and are never chosen. None: there are none.
+        suppress_tokens: other ids that are never chosen.
+        prompt_counts: how often each prompt came in earlier batches of the same work, counted on here: the texts are
+            then the same in whatever batches the prompts come. None: this is the only batch.
+        autocast: makes the context to compute in.
+        on_token: called after every step with a token per prompt; what comes after a text's end means nothing. It
+            makes the host wait for each.
+
+    Returns:
+        The new tokens of every prompt, with `eos_id` as the last one where the model has ended the text.
+
+    Raises:
+        UserError: no prompt, an empty or too long one, an id that the model does not have, a setting out of range, or
+            a model that gives no finite numbers.
+    """
+    prompts = [list(prompt) for prompt in prompts]
+    check_sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it is 1 or more.")
+    if not prompts:
+        raise UserError("there is no prompt to continue. Give one at least.")
+    check_prompts(model, prompts)
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest, positions = int(lengths.max()), model.config.max_position_embeddings
+    steps = min(max_new_tokens, positions - int(lengths.min()))
+    uniform = uniform_numbers(prompts, steps, seed, prompt_counts).to(device) if temperature else None
+
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in zip(input_ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    input_ids, next_position = input_ids.to(device), lengths.to(device)[:, None]
+    position_ids = torch.arange(longest, device=device).expand(len(prompts), -1)
+    last_index = next_position - 1  # of the token in the input whose hidden state gives the next one
+
+    new_tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
+    suppressed = torch.tensor(suppress_tokens, dtype=torch.int64).to(device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    broken = torch.zeros_like(ended)  # looked at when all is done: a look waits for the device
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(), _without_compile(model):
+            cache = _cache(model, len(prompts), min(longest + steps, positions), device)
+            for step in range(steps):
+                hidden = model(input_ids, position_ids=position_ids, cache=cache)
+                last_BD = hidden.gather(1, last_index[:, :, None].expand(-1, -1, hidden.shape[2])).squeeze(1)
+                logits = model.head(last_BD)[:, :unpadded_vocab_size].float()
+                broken |= ~logits.isfinite().all(-1)
+                logits = logits.index_fill(1, suppressed, float("-inf"))
+                token_B = (
+                    sample(filter_logits(logits, temperature, top_k, top_p), uniform[:, step])
+                    if temperature
+                    else logits.argmax(-1)
+                )
+                new_tokens[:, step] = token_B
+                ended |= broken | (next_position.squeeze(1) + 1 >= positions)
+                if eos_id is not None:
+                    ended |= token_B == eos_id
+                if on_token:
+                    on_token(token_B.tolist())
+                if (on_token or (step + 1) % EOS_CHECK_INTERVAL == 0) and _all_everywhere(ended, model):
+                    break
+                # A text that has ended goes on unseen; its position stays one that there is.
+                input_ids, position_ids = token_B[:, None], next_position.clamp(max=cache.max_len - 1)
+                next_position, last_index = next_position + 1, torch.zeros_like(next_position)
+    finally:
+        model.train(was_training)
+    if broken.any():
+        raise UserError(
+            "the model gives NaN or infinite logits: its weights are damaged, or its training diverged. Take an "
+            "earlier checkpoint."
+        )
+    return [
+        _up_to_the_end(tokens[: positions - len(prompt)], eos_id)
+        for prompt, tokens in zip(prompts, new_tokens[:, : step + 1].tolist(), strict=True)
+    ]
+
+
+def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> None:
+    """Checks that the model can continue every prompt.
+
+    Args:
+        model: a causal one.
+        prompts: ids of each.
+        names: what a message calls each prompt. None: prompt 1, prompt 2, ...
+
+    Raises:
+        UserError: a prompt has no token, leaves no room for a new one, or has an id that the model does not have.
+    """
+    positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    for name, prompt in zip(names, prompts, strict=True):
+        if not prompt:
+            raise UserError(f"{name}: no token. Let it begin with the token that begins a document.")
+        if len(prompt) >= positions:
+            raise UserError(
+                f"{name}: {len(prompt):,} tokens, and the model has {positions:,} positions (max_position_embeddings), "
+                "which leaves no room for a new one. Shorten the prompt."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise UserError(
+                f"{name}: the ids {min(prompt)} to {max(prompt)}, and the model has {vocab_size:,} tokens. "
+                "Take the model's own tokenizer."
+            )
+
+
+def generate_text(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    prompt_counts: Counter[tuple[int, ...]] | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    on_token: Callable[[str], None] | None = None,
+) -> list[Completion]:
+    """`generate` from texts to texts; the arguments are the same.
+
+    The token for text that the tokenizer does not know is never chosen: it stands for none.
+
+    Args:
+        model: as in `generate`.
+        tokenizer: a `torchrecipes.data` Tokenizer, loaded for causal models: a prompt begins as a document does, and
+            its end-of-sequence token ends a text.
+        prompts: texts. The empty one begins a document.
+        on_token: called with each piece of the first prompt's text as soon as its characters are whole.
+    """
+    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    continued = generate(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+        unpadded_vocab_size=tokenizer.unpadded_vocab_size,
+        suppress_tokens=[] if tokenizer.unknown_id is None else [tokenizer.unknown_id],
+        prompt_counts=prompt_counts,
+        autocast=autocast,
+        on_token=_in_pieces(tokenizer, prompt_ids[0], on_token) if on_token and prompt_ids else None,
+    )
+    return [
+        _continuation(tokenizer, prompt, ids, new)
+        for prompt, ids, new in zip(prompts, prompt_ids, continued, strict=True)
+    ]
+
+
+def _continuation(tokenizer, prompt: str, ids: list[int], new: list[int]) -> Completion:
+    return Completion(prompt, _added_text(tokenizer, ids, new), len(new), ended=new[-1] == tokenizer.eos_id)
+
+
+def _added_text(tokenizer, ids: list[int], new: list[int]) -> str:
+    """What `new` tokens, up to the one that ends a text, add to the text of `ids`."""
+    if tokenizer.eos_id in new:
+        new = new[: new.index(tokenizer.eos_id)]
+    # Decoded together: a character may begin in the prompt's last token, and a first word has no space before it.
+    before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new)
+    same = 0
+    while same < len(before) and before[same] == whole[same : same + 1]:
+        same += 1
+    return whole[same:]
+
+
+def _in_pieces(tokenizer, ids: list[int], on_token: Callable[[str], None]) -> Callable[[list[int]], None]:
+    new, told = [], 0
+
+    def add(tokens: list[int]) -> None:
+        nonlocal told
+        new.append(tokens[0])
+        text = _added_text(tokenizer, ids, new)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
+            on_token(text[told:])
+            told = len(text)
+
+    return add
+
+
+def _cache(model: nn.Module, batch: int, max_len: int, device: torch.device) -> KVCache:
+    attention = model.blocks[0].self_attn
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        dtype = attention.qkv_proj.weight.dtype
+    return KVCache(len(model.blocks), batch, max_len, attention.num_kv_heads, attention.head_dim, dtype, device)
+
+
+def _all_everywhere(ended: Tensor, model: nn.Module) -> bool:
+    """Whether all texts have ended, on all ranks of a sharded model: each is needed to gather the others' weights."""
+    done = ended.all()
+    if isinstance(model, FSDPModule):
+        done = done.int()
+        torch.distributed.all_reduce(done, torch.distributed.ReduceOp.MIN)
+    return bool(done)
+
+
+def _without_compile(model: nn.Module) -> AbstractContextManager:
+    """Blocks that are compiled for training run as they are: every length of a prompt would compile them anew."""
+    if all(getattr(block, "_compiled_call_impl", None) is None for block in model.blocks):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _up_to_the_end(tokens: list[int], eos_id: int | None) -> list[int]:
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens

@@ -1,0 +1,94 @@
+"""The largest attention logit of every head: what QK-clip watches (Kimi K2, arXiv:2507.20534, section 2.1)."""
+
+import torch
+from torch import Tensor
+
+from torchrecipes.modules.attention_backend import AttentionBackend
+
+# Scores that exist at a time: many fewer make slow products, on a GPU sooner than on a CPU; more of them hidden ones.
+_SCORES, _SCORES_ON_GPU = 2**23, 2**26
+
+
+def max_logits(q: Tensor, k: Tensor, backend: AttentionBackend) -> Tensor:
+    """The largest `q . k / sqrt(H)` of every query head, over all tokens and the keys that each of them sees.
+
+    Scores are made for a few queries at a time, and never all at once.
+
+    Args:
+        q: `[B, S, N, H]`, rotated, as `attention` takes it.
+        k: `[B, S, K, H]`.
+        backend: from `choose_attention_backend`: documents, causality and window count as in `attention`, whatever
+            the kernel.
+
+    Returns:
+        `[N]` fp32, without gradient; its precision is that of a product in q's dtype. A head whose scores are not
+        finite has -inf: there is nothing to learn from it.
+    """
+    found = torch.full((q.shape[2],), float("-inf"), device=q.device)
+    record_max_logits(found, q, k, backend)
+    return found
+
+
+def record_max_logits(largest: Tensor, q: Tensor, k: Tensor, backend: AttentionBackend) -> None:
+    """Raises `largest`, `[N]` fp32, in place to `max_logits(q, k, backend)` where that is more.
+
+    `torch.compile` sees one operation.
+    """
+    left, right = backend.window_size
+    if backend.causal or backend.name == "tiled":
+        right = 0
+    if backend.cu_seqlens is not None:  # no key of the same document is further away
+        left, right = (min(reach if reach >= 0 else backend.max_seqlen, backend.max_seqlen) for reach in (left, right))
+    _record(largest, q.detach(), k.detach(), backend.mask, backend.gather, backend.cu_seqlens, left, right)
+
+
+@torch.library.custom_op("torchrecipes::record_max_logits", mutates_args=("largest",))
+def _record(
+    largest: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    gather: Tensor | None,
+    cu_seqlens: Tensor | None,
+    left: int,
+    right: int,
+) -> None:
+    if gather is not None:
+        q, k = (x.flatten(0, 1)[gather.flatten()].unflatten(0, gather.shape) for x in (q, k))
+    batch, length, heads, size = q.shape
+    key_heads, num_keys = k.shape[2], k.shape[1]
+    q = (q * size**-0.5).view(batch, length, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
+    k = k.permute(0, 2, 3, 1)[:, :, None]  # [B, K, 1, H, S]
+    if mask is not None and mask.shape[-2:] != (length, num_keys):
+        mask = None  # a tile on the diagonal, which says no more than `right`
+    segments = None
+    if cu_seqlens is not None:
+        positions = torch.arange(batch * length, device=q.device, dtype=cu_seqlens.dtype)
+        segments = torch.searchsorted(cu_seqlens, positions, right=True).view(batch, length)
+    position = torch.arange(num_keys, device=q.device)
+    found = torch.full_like(largest, float("-inf"))
+    rows = max(1, (_SCORES_ON_GPU if q.is_cuda else _SCORES) // (batch * heads * num_keys))
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        # Keys that none of these queries sees are not even multiplied.
+        first = max(0, start - left) if left >= 0 else 0
+        last = min(num_keys, stop + right) if right >= 0 else num_keys
+        scores = torch.matmul(q[:, :, :, start:stop], k[..., first:last])  # [B, K, G, rows, keys]
+        if mask is not None:
+            scores += mask[:, :, None, start:stop, first:last]
+        else:
+            distance = position[start:stop, None] - position[None, first:last]
+            hidden = torch.zeros_like(distance, dtype=torch.bool)
+            if left >= 0:
+                hidden = hidden | (distance > left)
+            if right >= 0:
+                hidden = hidden | (distance < -right)
+            if segments is not None:
+                hidden = hidden | (segments[:, start:stop, None] != segments[:, None, first:last])
+                hidden = hidden[:, None, None]
+            scores.masked_fill_(hidden, float("-inf"))
+        found = torch.maximum(found, scores.amax(dim=(0, 3, 4)).flatten().float())
+    largest.copy_(torch.where(found.isfinite(), torch.maximum(largest, found), largest))
+
+
+_record.register_fake(lambda *_: None)

@@ -1,0 +1,207 @@
+"""Attention over packed or dense rows, and the layer made of it.
+
+Rows keep the shape `[B, S]`; documents inside them are described by `cu_seqlens`, the document boundaries over the
+`B * S` flattened tokens. A token attends to the tokens of its own document only, so it always sees at least itself.
+There is no padding mask: padding is one more document at the end of a row.
+
+`window=w` lets a token see the `w` tokens before it and, unless causal, the `w` tokens after it, besides itself:
+`|i - j| <= w`. That is the convention of flash attention and of ModernBERT's `sliding_window` in `transformers`; the
+causal decoders there (Mistral and its kin) count the token itself, so their `sliding_window=W` is `window=W - 1`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
+from torchrecipes.modules.cache import LayerCache
+from torchrecipes.modules.cpu.tiled_causal_attention import CausalTiles
+from torchrecipes.modules.max_logits import record_max_logits
+from torchrecipes.modules.norm import RMSNorm, rms_norm
+from torchrecipes.modules.rotary import apply_rotary
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    backend: AttentionBackend | None = None,
+) -> Tensor:
+    """Softmax attention, scaled by `1 / sqrt(H)`, of every token to the tokens of its own document.
+
+    Args:
+        q: `[B, S, N, H]`, any strides whose last is 1.
+        k, v: `[B, S, K, H]`, of q's dtype; K divides N, and head n of q uses head `n // (N // K)`.
+        cu_seqlens: `[documents + 1]`, see `choose_attention_backend`. None: every row is one document.
+        max_seqlen, causal, window, dropout_p: see `choose_attention_backend`.
+        backend: what `choose_attention_backend` made from the five arguments above, which are then not given again.
+
+    Returns:
+        `[B, S, N, H]` of q's dtype.
+
+    Raises:
+        ValueError: a backend and what it was made from are both given, or `choose_attention_backend` refuses the
+            arguments.
+    """
+    if backend is None:
+        backend = choose_attention_backend(
+            cu_seqlens,
+            (q.shape[0], q.shape[1]),
+            max_seqlen=max_seqlen,
+            causal=causal,
+            window=window,
+            dropout_p=dropout_p,
+            device=q.device,
+            dtype=q.dtype,
+        )
+    elif cu_seqlens is not None or max_seqlen is not None or causal or window is not None or dropout_p:
+        raise ValueError("give attention() a backend, or the arguments that a backend is made from, not both")
+
+    if k.shape[2] != q.shape[2] and backend.name in ("sdpa", "varlen"):
+        # Not left to the kernels: only some take fewer key heads, and the others would be chosen silently.
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    if backend.name == "varlen":
+        return _varlen(q, k, v, backend)
+    if backend.gather is None:
+        return _rows(q, k, v, backend)
+    out_RLNH = _rows(_take(q, backend.gather), _take(k, backend.gather), _take(v, backend.gather), backend)
+    return _take(out_RLNH, backend.scatter)
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
+    """Attention inside rows, `[B, S, N, H]`, with the backend's mask."""
+    if backend.name == "tiled":
+        return CausalTiles.apply(q, k, v, backend.mask)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if backend.name == "sdpa":
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=backend.mask, dropout_p=backend.dropout_p, is_causal=backend.causal
+        )
+        return out.transpose(1, 2)
+    # The query heads of a key head are more rows of one product.
+    by_key_head = (q.shape[0], k.shape[1], -1, q.shape[3])
+    scores = torch.matmul((q * q.shape[-1] ** -0.5).reshape(by_key_head), k.transpose(-1, -2))
+    scores_BNSS = scores.view(*q.shape[:3], -1)
+    if backend.mask is not None:
+        scores_BNSS.add_(backend.mask)
+    weights_BNSS = scores_BNSS.softmax(-1)
+    if backend.dropout_p:
+        weights_BNSS = F.dropout(weights_BNSS, backend.dropout_p)
+    return torch.matmul(weights_BNSS.view(scores.shape), v).view(q.shape).transpose(1, 2)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
+    head_dim = q.shape[-1]
+    tensors = [x.flatten(0, 1) for x in (q, k, v)]
+    if head_dim % 8:  # the kernel takes multiples of 8; zeros change no product
+        tensors = [F.pad(x, (0, -head_dim % 8)) for x in tensors]
+    bounds, longest = backend.cu_seqlens, backend.max_seqlen
+    window = {"window_size": backend.window_size}
+    out_TNH = varlen_attn(*tensors, bounds, bounds, longest, longest, scale=head_dim**-0.5, **window)
+    return out_TNH[..., :head_dim].view(q.shape)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of `[B, S, N, H]` by their flat positions: `[*index.shape, N, H]`."""
+    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values.
+
+    Parameters: `qkv_proj` (rows: all query heads, then key heads, then value heads) and `o_proj`; with `qk_norm` also
+    `q_norm` and `k_norm`.
+
+    Attributes:
+        max_logits: None, or `[N]` fp32: a forward pass in training raises it to each head's largest logit.
+
+    Args:
+        hidden_size: D.
+        num_heads: N, query heads.
+        num_kv_heads: K, key and value heads; divides N. None: N.
+        head_dim: H. None: D / N.
+        bias: whether both projections have one.
+        qk_norm: RMSNorm of queries and keys before the rotation: `head`, over each head (Qwen3), or `all`, over all
+            heads together (OLMoE; Muennighoff et al. 2024, arXiv:2409.02060). None: no norm.
+        norm_eps: of these norms.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        if num_heads % self.num_kv_heads or (head_dim is None and hidden_size % num_heads):
+            raise ValueError(
+                f"{num_heads} attention heads need a hidden size ({hidden_size}) that is a multiple of them, "
+                f"and a number of key-value heads ({self.num_kv_heads}) that divides them"
+            )
+        heads = num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
+        rows = (num_heads, self.num_kv_heads, self.num_kv_heads)
+        self.row_splits = {"qkv_proj.weight": tuple(n * self.head_dim for n in rows)}  # three matrices, for Muon
+        self.max_logits: Tensor | None = None
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
+        if qk_norm not in (None, "head", "all"):
+            raise ValueError(f"qk_norm is {qk_norm!r}; it is 'head', 'all' or None")
+        self.qk_norm = qk_norm
+        if qk_norm:
+            of_q, of_k = (1, 1) if qk_norm == "head" else (num_heads, self.num_kv_heads)
+            self.q_norm = RMSNorm(of_q * self.head_dim, norm_eps)
+            self.k_norm = RMSNorm(of_k * self.head_dim, norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        backend: AttentionBackend,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attends, and with a cache also to what it holds.
+
+        Args:
+            x_BSD: hidden states.
+            rotary: from `rope_cos_sin`; None without rotation.
+            backend: from `choose_attention_backend`; with a cache from `KVCache.at`.
+            cache: this layer's, from `KVCache.at`.
+        """
+        qkv = self.qkv_proj(x_BSD).unflatten(-1, (-1, self.head_dim))
+        # Queries and keys stay together through the rotation: one pass instead of two.
+        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        if self.qk_norm:
+            qk = self._normalized(qk)
+        if rotary is not None:
+            qk = apply_rotary(qk, *rotary)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        if self.max_logits is not None and self.training:
+            record_max_logits(self.max_logits, q, k, backend)
+        return self.o_proj(attention(q, k, v, backend=backend).flatten(2))
+
+    def _normalized(self, qk: Tensor) -> Tensor:
+        """Queries and keys, `[B, S, N + K, H]`, each with its norm."""
+        if self.qk_norm == "head":  # in one pass: every head has the weight of its kind
+            weights = (self.q_norm.weight.expand(self.num_heads, -1), self.k_norm.weight.expand(self.num_kv_heads, -1))
+            return rms_norm(qk, torch.cat(weights), self.q_norm.eps)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        return torch.cat((self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)), dim=2)
