@@ -148,7 +148,8 @@ def warmup_stable_decay(
     decay_length = _steps("decay", decay_steps, decay_ratio, 0.1, max_steps)
     if warmup + decay_length > max_steps:
         raise UserError(
-            f"lr_scheduler: {warmup} steps of warm-up and {decay_length} of decay are more than max_steps = {max_steps}. "
+            f"lr_scheduler: {warmup} steps of warm-up and {decay_length} of decay are more than max_steps = "
+            f"{max_steps}. "
             "Lower warmup_steps or decay_steps (or the ratios), or raise max_steps."
         )
     return _schedule(max_steps, warmup, decay_length, decay, min_lr_ratio)
@@ -157,7 +158,8 @@ def warmup_stable_decay(
 def _schedule(max_steps, warmup_steps, decay_steps, decay, min_lr_ratio):
     if not 0 <= min_lr_ratio <= 1:
         raise UserError(
-            f"lr_scheduler.min_lr_ratio: {min_lr_ratio} is not between 0 and 1. Give the last learning rate as a share of "
+            f"lr_scheduler.min_lr_ratio: {min_lr_ratio} is not between 0 and 1. Give the last learning rate as a "
+            f"share of "
             "the full one, such as 0.1."
         )
     return Schedule(max_steps, warmup_steps, decay_steps, decay, min_lr_ratio)
@@ -176,13 +178,15 @@ def _steps(what, steps, ratio, default_ratio, max_steps):
         ratio = default_ratio if ratio is None else ratio
         if not 0 <= ratio <= 1:
             raise UserError(
-                f"lr_scheduler.{what}_ratio: {ratio} is not between 0 and 1. It is a share of max_steps; for a number of "
+                f"lr_scheduler.{what}_ratio: {ratio} is not between 0 and 1. It is a share of max_steps; for a "
+                f"number of "
                 f"steps use {what}_steps."
             )
         return round(ratio * max_steps)
     if not 0 <= steps <= max_steps:
         raise UserError(
-            f"lr_scheduler.{what}_steps: {steps} is not between 0 and max_steps = {max_steps}. Use a number in that range, "
+            f"lr_scheduler.{what}_steps: {steps} is not between 0 and max_steps = {max_steps}. Use a number in that "
+            f"range, "
             f"or {what}_ratio, a share of max_steps."
         )
     return steps
