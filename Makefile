@@ -3,19 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test lint clean
+# Where torch alone comes from, if not from pip's own index: https://download.pytorch.org/whl/cpu has builds without CUDA.
+TORCH_INDEX_URL ?=
+
+.PHONY: help install quickstart test lint docs clean
 help:
 	@echo "make quickstart   train a small NeoBERT on this machine (about 5 minutes on 2 cores)"
 	@echo "make test         run the whole test suite"
-	@echo "make lint         ruff and the import rules"
-	@echo "make clean        remove .venv and the quickstart's run"
+	@echo "make lint         ruff, the import rules and the types of the public interface"
+	@echo "make docs         build the documentation into site/"
+	@echo "make clean        remove .venv, site/ and the quickstart's run"
+	@echo
+	@echo "Without a GPU, add TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu unless your package index serves CPU builds."
 
 install: .venv/.installed
 
-# Installed again only when what it is made from changed.
+# Reinstalled only when one of these files changed.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX_URL),$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -34,5 +41,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 clean:
-	rm -rf .venv $(RUN)
+	rm -rf .venv site $(RUN)

@@ -1,30 +1,31 @@
-"""The documentation says what is so: its snippets run, its commands are known, its tables are the code's."""
+"""The documentation is right: snippets run, commands validate, keys and links exist."""
 
 import argparse
-import ast
+import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
+import pkgutil
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
-import torch
 
-import torchrecipes.models
+import torchrecipes
 from torchrecipes.cli.main import VERBS, main
 from torchrecipes.cli.run import load_recipe
-from torchrecipes.config import load, to_yaml
-from torchrecipes.config.catalog import builtin_configs, find_recipe
-from torchrecipes.config.components import parameters, resolve
-from torchrecipes.data.sources.text_files import files
-from torchrecipes.training.metrics import MetricLogger
-from torchrecipes.training.run import MAY_CHANGE
+from torchrecipes.config import Component, load, to_yaml
+from torchrecipes.config.catalog import builtin_recipes, find_recipe
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page.exists()] + sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+# What follows a key's name in names of files (`tokenizer.json`) and in attributes of Python objects (`model.head`).
+NOT_KEYS = "py yaml json jsonl safetensors model txt head router_loss weight step check".split()
+FOREIGN = {"add_bos_token"}  # options of other libraries
 
 
 def read(page):
@@ -110,120 +111,67 @@ def test_links_lead_to_files_and_headings():
                 assert heading in slugs, f"{page.name}: {link}#{heading}"
 
 
-def in_yaml(value):
-    """A default as a config would write it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(list(value) if isinstance(value, tuple) else value)
+def keys_of(schema, prefix=""):
+    """Every key of a `Config`, dotted; a component's key ends in `.*`."""
+    for name, kind in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind) and kind is not Component:
+            yield from keys_of(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
-def keys_table(recipe):
-    """The keys of a recipe's Config as Markdown: name, default, and the comment beside it."""
-    text = read(Path(recipe))
-    lines = text.splitlines()
-    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
-
-    def rows(node, prefix):
-        for field in node.body:
-            if not isinstance(field, ast.AnnAssign):
-                continue
-            name, kind = f"{prefix}{field.target.id}", ast.unparse(field.annotation)
-            if kind in classes:
-                yield from rows(classes[kind], f"{name}.")
-                continue
-            choices = re.search(r"Literal\[(.*?)\]", kind)
-            said = f"one of {choices[1].replace(chr(39), '`')}: " if choices and kind.startswith("Literal") else ""
-            yield f"| `{name}` | {default(field.value)} | {said}{comment(field)} |"
-
-    def default(value):
-        if isinstance(value, ast.Call) and value.func.id == "component":
-            shown = ast.literal_eval(value.args[0])
-            extra = [f"{word.arg}={ast.unparse(word.value)}" for word in value.keywords if word.arg != "injected"]
-            name = f"{shown.rpartition('.')[2]}({', '.join(extra)})" if isinstance(shown, str) else in_yaml(shown)
-            return f"`{name}`"
-        if isinstance(value, ast.Call):  # field(default_factory=lambda: ...)
-            value = value.keywords[0].value.body
-        return "required" if ast.unparse(value) == "MISSING" else f"`{in_yaml(ast.literal_eval(value))}`"
-
-    def comment(field):
-        found = [line.split("  # ", 1)[1] for line in lines[field.lineno - 1 : field.end_lineno] if "  # " in line]
-        said = " ".join(found).replace("|", "or").replace("<", "&lt;").replace(">", "&gt;")
-        return re.sub(r"\b(None|True|False)\b", lambda word: in_yaml(ast.literal_eval(word[1])), said)
-
-    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows(classes["Config"], "")])
+@functools.cache
+def known_keys():
+    return {key for recipe in builtin_recipes() for key in keys_of(load_recipe(recipe.path).Config)}
 
 
-PAGE_OF = {"mlm_pretrain": DOCS / "recipes.md", "causal_pretrain": DOCS / "causal_pretrain.md"}
+@functools.cache
+def known_arguments():
+    """Names of the parameters of everything that the library exports."""
+    names = {"_component_"}
+    for module in pkgutil.walk_packages(torchrecipes.__path__, "torchrecipes."):
+        if module.name.startswith("torchrecipes.cli") or "._" in module.name:
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            if callable(value) and getattr(value, "__module__", "").startswith("torchrecipes."):
+                methods = [method for method in vars(value).values() if inspect.isfunction(method)]
+                for function in [value, *(methods if inspect.isclass(value) else ())]:
+                    with contextlib.suppress(TypeError, ValueError):
+                        names |= set(inspect.signature(function).parameters)
+    return names
 
 
-@pytest.mark.parametrize("recipe", PAGE_OF)
-def test_the_table_of_keys_is_the_config_dataclass(recipe):
-    table = keys_table(find_recipe(recipe))
-    assert table in read(PAGE_OF[recipe]), f"{PAGE_OF[recipe].name} should hold\n{table}"
-
-
-# What a config may name, and the arguments that the recipe passes itself.
-COMPONENTS = {
-    "torchrecipes.models.": "neobert neobert_base neobert_100m neobert_tiny bert bert_base bert_small bert_mini "
-    "bert_tiny gpt2 gpt2_tiny gpt2_small gpt2_medium gpt2_large gpt2_xl gpt_750m llama_700m llama llama_tiny "
-    "qwen3 qwen3_tiny qwen3_0_6b qwen3_moe moe_tiny moe_1b moe_1_5b olmoe olmoe_tiny moe moe_500m",
-    "torchrecipes.optim.": "adamw adamw_8bit adamw_4bit adamw_cpu_offload muon muon_clip cosine linear constant "
-    "warmup_stable_decay",
-    "torchrecipes.data.sources.": "files hf_dataset python_docs text_span",
-    "torchrecipes.data.tokenizers.": "train_wordpiece train_bpe train_unigram train_char load_tokenizer",
-    "torchrecipes.training.loggers.": "TensorBoard WandB",
-}
-RUNTIME = {"model", "max_steps", "vocab_size of a model", "seed", "source", "folder of a tokenizer", "output_dir"}
-
-
-def components_table():
-    """Every shipped component as Markdown, with the arguments that a config may give and their defaults."""
-    rows = ["| component | arguments |", "|---|---|"]
-    for home, names in COMPONENTS.items():
-        for path in [home + name for name in names.split()]:
-            kind = "model" if ".models." in path else "tokenizer" if ".tokenizers." in path else ""
-            shown = []
-            for name, parameter in parameters(resolve(path)).items():
-                if name in RUNTIME or f"{name} of a {kind}" in RUNTIME:
-                    continue
-                needed = parameter.default is inspect.Parameter.empty
-                shown.append(f"`{name}`" if needed else f"`{name}: {in_yaml(parameter.default)}`")
-            rows.append(f"| `{path}` | {', '.join(shown)} |")
-    return "\n".join(rows)
-
-
-def test_the_table_of_components_is_their_signatures():
-    table = components_table()
-    assert table in read(DOCS / "recipes.md"), f"docs/recipes.md should hold\n{table}"
-
-
-def first_column(text):
-    return re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE)[1:]  # without the heading
-
-
-def test_the_shipped_configs_are_listed():
-    listed = [cell.strip("`") for page in PAGE_OF.values() for cell in first_column(section(page, "Configs"))]
-    assert sorted(listed) == sorted(config.name for config in builtin_configs())
-
-
-def test_the_sizes_are_those_of_the_models():
-    for name, width, stated in re.findall(
-        r"^\| `(\w+)` \| (\d+ x \d+) \| ([\d,]+)", section(DOCS / "recipes.md", "Sizes"), re.MULTILINE
-    ):
-        with torch.device("meta"):
-            model = getattr(torchrecipes.models, name)()
-        assert f"{sum(p.numel() for p in model.parameters()):,}" == stated, name
-        assert f"{model.config.num_hidden_layers} x {model.config.hidden_size}" == width, name
-
-
-def test_the_metrics_are_listed(tmp_path):
-    metrics = MetricLogger(
-        tmp_path, 1, device=torch.device("cpu"), tokens_per_step=1, flops_per_token=1, peak_flops=1, loggers=()
+def is_known(key):
+    """Whether a dotted key is a key of a recipe, a group of keys, or a component's argument."""
+    if any(known == key or known.startswith(f"{key}.") for known in known_keys()):
+        return True
+    parts = key.split(".")
+    return any(".".join(parts[:i]) in known_keys() for i in range(1, len(parts))) and all(
+        part in known_arguments() or part.isdigit() for part in parts[-1:]
     )
-    with metrics, metrics.begin_step():
-        line = metrics.log(1, lr=1.0, grad_norm=torch.ones(()))
-    listed = re.findall(r"`([^`]+)`", " ".join(first_column(section(DOCS / "recipes.md", "What it prints and writes"))))
-    assert {name for name in listed if not name.startswith("eval/")} == set(line)
+
+
+def mentioned_keys(page):
+    """Every `key`, `key=value` and `key: value` in running text, as (key, whether it has a value)."""
+    text = re.sub(r"^```.*?^```", "", read(page), flags=re.MULTILINE | re.DOTALL)
+    for span in re.findall(r"`([^`]+)`", text):
+        for word in span.replace("'", "").split(" "):
+            if found := re.fullmatch(r"([a-z_][a-z0-9_]*(?:\.[a-z0-9_]+)*)(=\S*)?", word):
+                yield found[1], bool(found[2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_mention_only_keys_that_exist(page):
+    roots = {key.split(".")[0] for key in known_keys()}
+    names = roots | known_arguments() | FOREIGN
+    unknown = []
+    for key, has_value in mentioned_keys(page):
+        first, *rest = key.split(".")
+        if not rest and has_value and key not in names:
+            unknown.append(key)
+        if rest and first in roots and rest[-1] not in NOT_KEYS and not is_known(key):
+            unknown.append(key)
+    assert unknown == []
 
 
 def test_the_quickstart_is_described_as_it_is():
@@ -235,16 +183,6 @@ def test_the_quickstart_is_described_as_it_is():
     described += [f"step-{step:08d}/" for step in kept]
     assert config.model.args["num_hidden_layers"] == 6 and "NeoBERT of six layers" in page
     assert [text for text in described if text not in page] == []
-
-
-def test_the_arguments_of_files_are_listed():
-    cells = first_column(section(DOCS / "data.md", "Sources"))
-    assert set(inspect.signature(files).parameters) <= {cell.strip("`") for cell in cells}
-
-
-def test_what_may_change_in_a_resumed_run_is_listed():
-    listed = re.search(r"These may change:\n(.*?)\.\n", read(DOCS / "checkpoints.md"), re.DOTALL)[1]
-    assert sorted(re.findall(r"`([^`]+)`", listed)) == sorted(MAY_CHANGE)
 
 
 def test_the_five_mistakes_are_answered_as_shown(tmp_path, monkeypatch, capsys):
@@ -268,14 +206,3 @@ def test_origins_are_shown_as_they_are(tmp_path, monkeypatch):
     written = to_yaml(load(schema, "mine.yaml", ["optimizer.lr=5e-4"]))
     shown = blocks(DOCS / "configuration.md", "text")[-1]
     assert shown in written, written
-
-
-def test_what_the_recipe_passes_is_listed():
-    listed = {}
-    for key, names in re.findall(
-        r"^\| `(\w+)` \| ([^|]*) \|$", section(DOCS / "configuration.md", "Components"), re.MULTILINE
-    ):
-        listed[key] = set(re.findall(r"`(\w+)`", names))
-    schema = load_recipe(find_recipe("mlm_pretrain")).Config
-    passed = {field.name: set(field.metadata.get("injected", ())) for field in dataclasses.fields(schema)}
-    assert listed == {key: names for key, names in passed.items() if names}
