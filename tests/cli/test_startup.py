@@ -71,7 +71,8 @@ def test_version(capsys):
 
 def test_an_unknown_verb_gets_a_suggestion(capsys):
     assert cli.main(["rnu", "x"]) == 2
-    assert capsys.readouterr().err == "tune-style has no command 'rnu': did you mean 'run'?\n"
+    err = capsys.readouterr().err
+    assert "'rnu'" in err and "'run'" in err and err.count("\n") == 1
 
 
 @pytest.fixture

@@ -128,10 +128,10 @@ def test_a_nested_dataclass_needs_no_default():
     assert load(WithBareNested, None, ["nested.share=0.1"]).nested.share == 0.1
 
 
-def test_aliases_and_interpolation(tmp_path):
+def test_interpolation(tmp_path):
     config = read(
         tmp_path,
-        "nested: {names: &names [a, b]}\ntext_or_list: *names\n"
+        "nested: {names: [a, b]}\ntext_or_list: ${nested.names}\n"
         "path: ${output_dir}/corpus\ntokens: ${seed}\nseed: 5k\nlr: ${nested.share}\nanything: \\${kept}\n",
     )
     assert config.text_or_list == ["a", "b"]

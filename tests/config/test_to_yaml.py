@@ -170,3 +170,23 @@ def test_a_value_that_the_recipe_changed_says_so():
 def test_a_config_that_was_never_loaded_can_be_written():
     assert yaml.safe_load(to_yaml(Config(output_dir="x")))["optimizer"] == {"_component_": f"{HERE}.train", "size": 3}
     assert "output_dir: ???" in to_yaml(Config()) or 'output_dir: "???"' in to_yaml(Config())
+
+
+def test_an_interpolation_stays_one_so_that_no_secret_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHRECIPES_TEST_SECRET", "hunter2")
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "output_dir: runs/${data.folder}\ndata: {folder: '${oc.env:TORCHRECIPES_TEST_SECRET}'}\n"
+        f"optimizer: {{_component_: {HERE}.train, size: 1, parts: [a, '${{output_dir}}'], inner: '${{data}}'}}\n"
+        "seed: ${oc.decode:${oc.env:TORCHRECIPES_TEST_SEED,3}}\n"
+    )
+    config = load(Config, path)
+    assert config.output_dir == "runs/hunter2" and config.optimizer.args["parts"] == ["a", "runs/hunter2"]
+    text = to_yaml(config)
+    assert "hunter2" not in text
+    assert yaml.safe_load(text)["data"]["folder"] == "${oc.env:TORCHRECIPES_TEST_SECRET}"
+    assert yaml.safe_load(text)["seed"] == 3  # a number is a setting, which a resumed run compares
+    path.write_text(text)
+    assert load(Config, path) == config
+    config.output_dir = "elsewhere"  # by the recipe
+    assert yaml.safe_load(to_yaml(config))["output_dir"] == "elsewhere"

@@ -157,7 +157,7 @@ def test_a_launch_inside_a_launch_is_refused(monkeypatch, capsys):
 def test_the_config_is_checked_once_before_any_process_starts(capfd, monkeypatch):
     monkeypatch.setattr("torchrecipes.distributed.launch.launch", lambda *_, **__: pytest.fail("launched"))
     assert main(["run", "tiny.py", "--nproc-per-node", "8", "fials=x"]) == 2
-    assert capfd.readouterr().err.count("did you mean 'fails'?") == 1
+    assert capfd.readouterr().err.count("'fails'") == 1
 
 
 def test_ranks_are_numbered_threads_are_shared_out_and_overrides_arrive_whole(monkeypatch, capfd):

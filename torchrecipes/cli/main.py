@@ -56,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if verb not in VERBS:
         from torchrecipes.config.suggest import did_you_mean
 
-        print(f"tune-style has no command '{verb}': {did_you_mean(verb, VERBS, 'there are')}", file=sys.stderr)
+        print(f"tune-style has no command '{verb}'. {did_you_mean(verb, VERBS, 'The commands are')}", file=sys.stderr)
         return 2
     module_name, summary = VERBS[verb]
     module = importlib.import_module(module_name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from torchrecipes.config.components import Component
-from torchrecipes.config.scalars import PlainNone, none_is_text, read_number
+from torchrecipes.config.scalars import PlainNone, none_hint, read_number
 from torchrecipes.config.suggest import closest
 
 UNION = Union
@@ -23,23 +23,26 @@ _WORDS = {
     Path: "a path",
     type(None): "null (off)",
 }
-_NUMBERS_FOR_PEOPLE = "(a number may be written 10000, 10_000, 10k, 2.5M, 10B or 1e-3)"
 
 
 class WrongType(Exception):
-    """A value is not what its annotation asks for; the message says what was expected and how to write it."""
+    """A value is not what its annotation asks for: what was expected, and how to write it."""
+
+    def __init__(self, problem: str, hint: str | None = None):
+        super().__init__(problem)
+        self.problem, self.hint = problem, hint
 
 
 def split(annotation: Any) -> tuple[Any, tuple]:
     """Return the kind of an annotation and its arguments: (list, (int,)) of `list[int]`, (UNION, members)."""
-    provenance, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if provenance is typing.Annotated:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
         return split(arguments[0])
-    if provenance is Union or provenance is types.UnionType:
+    if origin is Union or origin is types.UnionType:
         return UNION, arguments
     if annotation is None:
         return type(None), ()
-    return provenance or annotation, arguments
+    return origin or annotation, arguments
 
 
 def mentions(annotation: Any, kind: type) -> bool:
@@ -70,20 +73,23 @@ def to_scalar(value: Any, annotation: Any) -> Any:
     kind, arguments = split(annotation)
     if isinstance(value, PlainNone):
         if kind is not Literal or "none" not in arguments:
-            raise WrongType(none_is_text(value))
+            raise WrongType("none is text to YAML", none_hint(value))
         return str(value)
-    expected = f"expected {describe(annotation)}, got {describe_value(value)}"
+    problem = f"expected {describe(annotation)}, got {describe_value(value)}"
+    hint = "This key cannot be off" if value is None else None
     if kind is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
-        near = (
-            closest(value, [choice for choice in arguments if isinstance(choice, str)])
-            if isinstance(value, str)
-            else None
-        )
-        expected += f": did you mean '{near}'?" if near else ""
+        texts = [choice for choice in arguments if isinstance(choice, str)]
+        near = closest(value, texts) if isinstance(value, str) else None
+        hint = f"Did you mean '{near}'?" if near else hint
     elif kind is int or kind is float:
-        return _to_number(value, kind, expected)
+        number = read_number(value) if isinstance(value, str) else value
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            if kind is float or isinstance(number, int) or number.is_integer():
+                return kind(number)
+        elif isinstance(value, str):
+            hint = "A number may be written 10000, 10_000, 10k, 2.5M, 10B or 1e-3"
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -91,16 +97,17 @@ def to_scalar(value: Any, annotation: Any) -> Any:
         if isinstance(value, str):
             return kind(value)
         if isinstance(value, bool | int | float):
-            expected += ": put it in quotes if text is meant"
+            hint = "Put it in quotes if text is meant"
     elif isinstance(kind, type) and issubclass(kind, Enum):
         for member in kind:
             if value in (member.name, member.value):
                 return member
     elif kind in LISTS or kind in MAPPINGS:
-        expected += ": write [...] around it" if kind in LISTS and isinstance(value, bool | int | float | str) else ""
+        if kind in LISTS and isinstance(value, bool | int | float | str):
+            hint = "Write [...] around it"
     elif not isinstance(kind, type) or kind is Any or _is_instance(value, kind):
         return value
-    raise WrongType(expected + ("; this key cannot be off" if value is None else ""))
+    raise WrongType(problem, hint)
 
 
 def describe(annotation: Any) -> str:
@@ -138,18 +145,6 @@ def describe_value(value: Any) -> str:
     if isinstance(value, str):
         return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
     return "a list" if isinstance(value, list) else "a mapping"
-
-
-def _to_number(value: Any, kind: type, expected: str) -> int | float:
-    number = read_number(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        hint = f" {_NUMBERS_FOR_PEOPLE}" if isinstance(value, str) else ""
-        raise WrongType(expected + hint + ("; this key cannot be off" if value is None else ""))
-    if kind is float:
-        return float(number)
-    if isinstance(number, float) and not number.is_integer():
-        raise WrongType(expected)
-    return int(number)
 
 
 def _is_instance(value: Any, kind: type) -> bool:

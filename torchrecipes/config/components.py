@@ -33,24 +33,37 @@ class Component:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def component(default: str | list | None = None, /, *, injected: tuple[str, ...] = (), **default_args: Any) -> Any:
+def component(
+    default: str | list | None = None,
+    /,
+    *,
+    injected: tuple[str, ...] = (),
+    replaced_by: str | None = None,
+    replaced_if: str | None = None,
+    **default_args: Any,
+) -> Any:
     """Declare a field of a recipe's `Config` that holds a `Component`, a `Component | None` or a `list[Component]`.
 
     Args:
         default: dotted path of the component when the config names none; None is off (an empty list for
             `list[Component]`), `MISSING` makes the config name one; for a list, its dotted paths or `Component`s.
         injected: names of the arguments that the recipe passes when it calls `build`; a config cannot set them.
+        replaced_by: another key, such as `init_from`, that replaces this component when it is set: the component is
+            None then, and a config that sets both is refused.
+        replaced_if: a file, such as `config.json`; a config may set both when the folder that `replaced_by` names
+            does not hold it.
         default_args: arguments of the default component; a config that names another component drops them.
     """
+    metadata = {"injected": injected, "replaced_by": replaced_by, "replaced_if": replaced_if}
     if isinstance(default, list):
         assert not default_args, "the arguments of a list's components belong in the list: Component(path, args)"
         items = [Component(item) if isinstance(item, str) else item for item in default]
-        return dataclasses.field(default_factory=lambda: _copy(items), metadata={"injected": injected})
+        return dataclasses.field(default_factory=lambda: _copy(items), metadata=metadata)
     if default is None or default == MISSING:
         assert not default_args, "arguments without a default component"
-        return dataclasses.field(default=default, metadata={"injected": injected})
+        return dataclasses.field(default=default, metadata=metadata)
     node = Component(default, default_args)
-    return dataclasses.field(default_factory=lambda: _copy(node), metadata={"injected": injected})
+    return dataclasses.field(default_factory=lambda: _copy(node), metadata=metadata)
 
 
 def build(node: Component | None, **injected: Any) -> Any:
@@ -77,7 +90,7 @@ def resolve(path: str) -> Callable:
     """
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise UserError(f"'{path}' is not a dotted path like torchrecipes.optim.adamw")
+        raise UserError(f"'{path}' is not a dotted path like torchrecipes.optim.adamw", code="unknown_component")
     module, used = None, 0
     for end in range(1, len(parts)):
         name = ".".join(parts[:end])
@@ -85,21 +98,26 @@ def resolve(path: str) -> Callable:
             module, used = importlib.import_module(name), end
         except ModuleNotFoundError as error:
             if error.name != name:
-                raise UserError(f"{path} needs the package '{error.name}', which is not installed") from error
+                raise UserError(
+                    f"{path} needs the package '{error.name}', which is not installed", code="missing_package"
+                ) from error
             break
         except Exception as error:
-            raise UserError(f"{path}: importing {name} failed: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"importing {name} failed: {type(error).__name__}: {error}", code="import_failed"
+            ) from error
     if module is None:
-        near = did_you_mean(parts[0], _top_level_names(), "packages that are imported already")
-        raise UserError(f"there is no package '{parts[0]}': {near}")
+        hint = did_you_mean(parts[0], _top_level_names(), "Packages that are imported already")
+        raise UserError(f"there is no package '{parts[0]}'", hint=hint, code="unknown_component")
     target: Any = module
     for position in range(used, len(parts)):
         holder, name = ".".join(parts[:position]), parts[position]
         if not hasattr(target, name):
-            raise UserError(f"{holder} has no '{name}': {did_you_mean(name, _public_names(target), 'it has')}")
+            hint = did_you_mean(name, _public_names(target), "It has")
+            raise UserError(f"{holder} has no '{name}'", hint=hint, code="unknown_component")
         target = getattr(target, name)
     if not callable(target):
-        raise UserError(f"{path} is a {type(target).__name__}, not something that can be called")
+        raise UserError(f"{path} is a {type(target).__name__}, which cannot be called", code="unknown_component")
     return target
 
 
@@ -139,7 +157,8 @@ def _annotation(parameter: inspect.Parameter, names: dict[str, Any]) -> Any:
     if parameter.annotation is inspect.Parameter.empty:
         return Any
     try:
-        return typing.get_type_hints(type("One", (), {"__annotations__": {"it": parameter.annotation}}), names)["it"]
+        holder = type("Holder", (), {"__annotations__": {"it": parameter.annotation}})
+        return typing.get_type_hints(holder, names, include_extras=True)["it"]
     except Exception:  # an annotation that only exists for type checkers: that argument's type is not checked
         return Any
 

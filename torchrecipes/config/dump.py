@@ -1,4 +1,4 @@
-"""Writes a config back as YAML that `load` reads again, every value with its provenance beside it."""
+"""Writes a config as YAML that `load` reads again, each value with its provenance beside it."""
 
 import math
 import re
@@ -15,14 +15,24 @@ _PLAIN_TEXT = re.compile(r"[A-Za-z0-9_./~][\w./ +-]*(?<! )")
 _ABSENT = object()
 
 
+class _Interpolation(str):
+    """Text with `${...}` that is not escaped."""
+
+
 def to_yaml(config: Any) -> str:
     """Return the resolved config as YAML, each value with a trailing comment on where it is from.
 
     The comment is `default`, `file:line`, `override`, or `set in code` where the value is not the one that was loaded.
-    Numbers are written in full, text is quoted where it could be read as something else.
+    Numbers are written in full, text is quoted where it could be read as something else. Text from the
+    environment stays an interpolation (`${oc.env:TOKEN}`), so that a secret is not written to disk.
     """
     tree = to_tree(config)
-    loaded, provenances = getattr(config, "_loaded", ({}, {}))
+    loaded, provenances, interpolations = getattr(config, "_loaded", ({}, {}, {}))
+    for key_path, text in interpolations.items():
+        value = _at(tree, key_path)
+        if value == _at(loaded, key_path) and not isinstance(value, bool | int | float):
+            for root in (tree, loaded):
+                _at(root, key_path[:-1])[key_path[-1]] = _Interpolation(text)
     lines: list[tuple[str, str]] = []
     _write(tree, loaded, provenances, (), "", lines)
     width = min(max((len(text) for text, comment in lines if comment), default=0), 60)
@@ -59,6 +69,12 @@ def _item(tree: Any, key: str | int) -> Any:
     return tree[key] if isinstance(tree, list) and isinstance(key, int) and key < len(tree) else _ABSENT
 
 
+def _at(tree: Any, key_path: KeyPath) -> Any:
+    for key in key_path:
+        tree = _item(tree, key)
+    return tree
+
+
 def _fits_a_line(value: dict | list) -> bool:
     if isinstance(value, dict):
         return not value
@@ -70,6 +86,8 @@ def _inline(value: Any) -> str:
         return "{}"
     if isinstance(value, list):
         return "[" + ", ".join(_inline(item) for item in value) + "]"
+    if isinstance(value, _Interpolation):
+        return _word(str(value))
     if isinstance(value, str):
         return _word(value.replace("${", "\\${"))  # a plain ${, not an interpolation
     if value is None:

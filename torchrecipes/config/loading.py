@@ -1,9 +1,9 @@
-"""From a YAML file and overrides to a checked instance of a recipe's `Config`."""
+"""Loads a YAML file and overrides into a checked instance of a recipe's `Config`."""
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,11 @@ C = TypeVar("C")
 
 
 def load(
-    schema: type[C], config: str | Path | None, overrides: Sequence[str] = (), recipe: str | Path | None = None
+    schema: type[C],
+    config: str | Path | None,
+    overrides: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    check: Callable[[C], list[UserError]] | None = None,
 ) -> C:
     """Return an instance of the dataclass `schema`: its defaults, under a YAML file, under overrides.
 
@@ -28,13 +32,15 @@ def load(
             and overrides only.
         overrides: `key=value`, `nested.key=value`, `list.0=value`; the last one wins.
         recipe: the recipe's file or name, for the messages.
+        check: returns further problems of a config whose keys are valid each by itself.
 
     Returns:
         The config. It remembers where each of its values is from, for `to_yaml`.
 
     Raises:
-        UserError: with everything that is wrong, one line each, sorted by line: unknown, missing and duplicate keys,
-            wrong types, components that do not exist, arguments that they do not take, and YAML's surprises.
+        UserError: lists all problems, one line each, sorted by line: unknown, missing and duplicate keys, wrong types,
+            values out of range, components that do not exist, arguments that they do not take, ambiguous YAML. Its
+            code is `invalid_config`; its `problems` have the key, hint and code of each.
     """
     problems = Problems()
     merged = MergedConfig(default_tree(schema))
@@ -49,11 +55,11 @@ def load(
     if () not in merged.provenances:  # no file, or one without keys: each of them would only be reported as missing
         problems.raise_all(title)
     interpolate(merged, problems)
-    instance = check_config(merged, schema, problems)
+    instance = check_config(merged, schema, problems, check)
     problems.raise_all(title)
     assert instance is not INVALID, "a value is broken and no problem says why"
-    # For `to_yaml`: the provenances, and the values that they speak of (a recipe may change a value later).
-    object.__setattr__(instance, "_loaded", (to_tree(instance), merged.provenances))
+    # For `to_yaml`: the values as they were loaded (a recipe may change one later), and where each is from.
+    object.__setattr__(instance, "_loaded", (to_tree(instance), merged.provenances, merged.interpolations))
     return instance
 
 

@@ -1,9 +1,11 @@
-"""The merged of a config (defaults, a YAML file, overrides), merged into one tree that knows where each value is from.
+"""Merges defaults, a YAML file and overrides into one tree that knows the provenance of each value.
 
-A tree is made of dicts, lists and scalars; a key_path in it is a path of keys, such as ("optimizer", "lr"). OmegaConf
-keeps no line numbers, so the merge is done here, with an provenance for every value, and OmegaConf resolves `${...}`.
+A tree is made of dicts, lists and scalars; a key path is a tuple of keys, such as ("optimizer", "lr"). OmegaConf keeps
+no line numbers, so the merge is done here; OmegaConf resolves `${...}`.
 """
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,40 +36,45 @@ DEFAULT = Provenance("default", (2, 0))
 
 @dataclass
 class Problems:
-    """All that is wrong with a config, gathered in one pass."""
+    """The mistakes in a config, gathered in one pass."""
 
-    found: list[tuple[Provenance, str]] = field(default_factory=list)
+    found: list[tuple[Provenance, UserError]] = field(default_factory=list)
 
-    def add(self, provenance: Provenance, message: str) -> None:
-        """Note a problem; the same one twice counts once."""
-        if (provenance, message) not in self.found:
-            self.found.append((provenance, message))
+    def add(self, provenance: Provenance, problem: str, **fields: Any) -> None:
+        """Add a mistake; the same one twice counts once. `fields` are those of `UserError`: key, hint, code."""
+        self.add_error(provenance, UserError(problem, **fields))
+
+    def add_error(self, provenance: Provenance, error: UserError) -> None:
+        """Add a mistake that is an error already."""
+        if not any(where == provenance and str(other) == str(error) for where, other in self.found):
+            self.found.append((provenance, error))
 
     def raise_all(self, title: str) -> None:
-        """Raise one UserError with every problem, sorted by line, then the overrides in their order; none: return."""
+        """Raise one UserError that lists every mistake, sorted by line, then the overrides in their order; if any.
+
+        Its code is `invalid_config`, its `problems` have the fields of each.
+        """
         if not self.found:
             return
         ordered = sorted(self.found, key=lambda problem: problem[0].rank)
-        lines = [f"  {provenance.where}: {message}" for provenance, message in ordered]
-        count = "one problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError("\n".join([f"{title}: {count}", *lines]))
+        lines = [f"  {provenance.where}: {error}" for provenance, error in ordered]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise UserError(
+            "\n".join([f"{title}: {count}", *lines]), code="invalid_config", problems=[error for _, error in ordered]
+        )
 
 
 @dataclass
 class MergedConfig:
-    """The merged tree, and the provenance of every value in it that is not a default."""
+    """The merged tree, the provenance of each value that is not a default, and the text of interpolations
+    that read the environment."""
 
     tree: dict[str, Any]
     provenances: dict[KeyPath, Provenance] = field(default_factory=dict)
-
-    def provenance(self, key_path: KeyPath) -> Provenance:
-        """Return where the value at `key_path` is from."""
-        return self.provenances.get(key_path, DEFAULT)
+    interpolations: dict[KeyPath, str] = field(default_factory=dict)
 
     def nearest(self, key_path: KeyPath) -> Provenance:
-        """Return where an error about `key_path` is to be looked for: its own provenance, or that of what should hold
-        it.
-        """
+        """Return the provenance of the value at `key_path`, or else of the nearest key above it that has one."""
         for end in range(len(key_path), -1, -1):
             if key_path[:end] in self.provenances:
                 return self.provenances[key_path[:end]]
@@ -86,10 +93,9 @@ class MergedConfig:
         return found
 
     def merge(self, value: Any, provenances: dict[KeyPath, Provenance], key_path: KeyPath = ()) -> None:
-        """Lay `value` over what is at `key_path`: mappings merge, anything else replaces. `provenances` has those "
-        "of `value`.
+        """Merge `value`, whose provenances are `provenances`, into `key_path`: mappings merge, anything else replaces.
 
-        A `_component_` that differs from the one below drops the arguments from below: they belonged to the other one.
+        A `_component_` that differs from the one below drops its arguments, which belonged to the other one.
         """
         below = self.get(key_path)
         if isinstance(value, dict) and isinstance(below, dict):
@@ -114,7 +120,11 @@ class MergedConfig:
 
 
 def interpolate(merged: MergedConfig, problems: Problems) -> None:
-    """Replace every `${other.key}` and `${oc.env:NAME}` in the tree by what it refers to, as OmegaConf does."""
+    """Replace every `${other.key}` and `${oc.env:NAME}` in the tree by its value.
+
+    `merged.interpolations` keeps the text of those whose value is from the environment, directly or by way of another
+    key: it may be a secret.
+    """
     places = [key_path for key_path, value in leaves(merged.tree) if isinstance(value, str) and "${" in value]
     if not places:
         return
@@ -122,14 +132,17 @@ def interpolate(merged: MergedConfig, problems: Problems) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+    def add_error(key_path: KeyPath, error: Exception) -> None:
+        reason = str(error).split("\n", 1)[0]
+        where, hint = merged.nearest(key_path), "For a plain '${' write '\\${'"
+        problems.add(where, reason, key=format_key(key_path), hint=hint, code="bad_interpolation")
+
+    texts = {key_path: merged.get(key_path) for key_path in places}
     for key_path in list(places):
         try:
             OmegaConf.create({"value": merged.get(key_path)})
         except OmegaConfBaseException as error:  # a `${` without its `}` is refused on sight
-            problems.add(
-                merged.nearest(key_path),
-                f"{format_key(key_path)}: {_first_line(error)}. For a plain '${{' write '\\${{'",
-            )
+            add_error(key_path, error)
             merged.get(key_path[:-1])[key_path[-1]] = INVALID
             places.remove(key_path)
     whole = OmegaConf.create(merged.tree, flags={"allow_objects": True})
@@ -142,12 +155,15 @@ def interpolate(merged: MergedConfig, problems: Problems) -> None:
         except InterpolationToMissingValueError:  # the missing key is reported itself
             value = INVALID
         except OmegaConfBaseException as error:
-            problems.add(
-                merged.nearest(key_path),
-                f"{format_key(key_path)}: {_first_line(error)}. For a plain '${{' write '\\${{'",
-            )
+            add_error(key_path, error)
             value = INVALID
         merged.get(key_path[:-1])[key_path[-1]] = value
+    names = {name for text in texts.values() for name in re.findall(r"oc\.env:\s*(\w+)", text)}
+    secrets = [os.environ[name] for name in names if os.environ.get(name)]
+    for key_path, text in texts.items():
+        value = str(merged.get(key_path))
+        if "oc.env" in text or any(secret in value for secret in secrets):
+            merged.interpolations[key_path] = text
 
 
 def leaves(tree: Any, key_path: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
@@ -165,12 +181,8 @@ def format_key(key_path: KeyPath) -> str:
 
 
 def format_key_path(path: Path) -> str:
-    """Return a file's path relative to the working folder where it lies in it, whole otherwise."""
+    """Return a file's path, relative to the working folder where it lies in it, else absolute."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path.resolve())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0]

@@ -1,11 +1,13 @@
-"""Reads YAML files and overrides into merged, with the line of every value.
+"""Reads YAML files and overrides into a merged config, with the line of every value.
 
-The nodes of `yaml.compose` carry marks and keep duplicate keys, which a loaded dict no longer does, so they are walked.
+PyYAML's nodes carry line numbers and keep duplicate keys, which a loaded dict does not, so they are walked here.
+`ruamel.yaml` keeps lines too, but it is one more dependency, reads scalars by YAML 1.2 where OmegaConf and every other
+reader of config.yaml use 1.1, and the refusals of ambiguous words would have to be written all the same.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torchrecipes.errors import UserError
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _TAG = "tag:yaml.org,2002:"
+_ALIAS = "aliases and anchors (* and &) are not supported"
 _TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "timestamp", "value", "map", "seq")}
 
 
@@ -44,15 +47,15 @@ def add_file(merged: MergedConfig, path: Path, problems: Problems) -> None:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"Cannot read the config file {shown}: {reason}.") from error
+        raise UserError(f"cannot read the config file {shown}: {reason}", code="unreadable_config") from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        problems.add(at(_error_line(error)), f"not valid YAML: {_error_reason(error)}")
+        problems.add(at(_error_line(error)), **_describe(error))
         return
     if not isinstance(node, yaml.MappingNode):
         what = "the file is empty" if node is None else "this is not a config"
-        problems.add(at(1), f"{what}: expected lines of `key: value`")
+        problems.add(at(1), what, hint="Write lines of `key: value`", code="not_a_config")
         return
     # Errors about the config as a whole, such as a missing key, point at its first line.
     provenances: dict[KeyPath, Provenance] = {(): at(1)}
@@ -66,8 +69,10 @@ def add_overrides(merged: MergedConfig, overrides: list[str], problems: Problems
     A value is one YAML word, or a YAML list, mapping or quoted text where it begins like one; `*.txt`, `a: b` are text.
     """
     parsed = [_split(text, Provenance(f"override '{text}'", (1, n)), problems) for n, text in enumerate(overrides)]
-    # A `_component_` drops arguments from below, which those of the same command line, wherever they stand, are not.
-    found = sorted((item for item in parsed if item), key=lambda item: not item[0].endswith(PATH_KEY))
+    found = [item for item in parsed if item]
+    # A `_component_` drops the arguments below it; those of the same command line, wherever they stand, are kept.
+    with_arguments = {key.rpartition(".")[0] for key, _, _ in found}
+    found.sort(key=lambda item: not (item[0].endswith(PATH_KEY) or (item[0] in with_arguments and _is_path(item[1]))))
     for key, value, provenance in found:
         key_path = _open(merged, key, provenance, problems)
         if key_path:
@@ -80,30 +85,39 @@ def _split(text: str, provenance: Provenance, problems: Problems) -> tuple[str, 
     if equals and _KEY.fullmatch(key):
         if value.strip():
             return key, value.strip(), provenance
-        problems.add(provenance, f"no value: write {key}=null to switch off, or {key}=\"''\" for empty text")
+        hint = f"Write {key}=null to switch it off, or {key}=\"''\" for empty text"
+        problems.add(provenance, "no value", hint=hint, code="bad_override")
         return None
     bare = key.lstrip("-")
     if bare != key and _KEY.fullmatch(bare):
-        problems.add(provenance, f"not an override: write {bare}={value or 'VALUE'}, without dashes")
+        hint = f"Write {bare}={value or 'VALUE'}, without dashes"
     else:
-        problems.add(provenance, "not an override: write key=value or nested.key=value, without spaces around the =")
+        hint = "Write key=value or nested.key=value, without spaces around the ="
+    problems.add(provenance, "not an override", hint=hint, code="bad_override")
     return None
 
 
+def _is_path(text: object) -> bool:
+    return isinstance(text, str) and "." in text and all(part.isidentifier() for part in text.split("."))
+
+
 def _open(merged: MergedConfig, key: str, provenance: Provenance, problems: Problems) -> KeyPath | None:
-    # Returns the key_path that `key` names, with a mapping to hold it: what is off or not there begins as an empty one.
+    # Returns the key path that `key` names, with a mapping to hold it: an empty one where there is none yet.
     key_path: KeyPath = ()
     for part in key.split("."):
         holder = merged.get(key_path)
-        if holder is None and key_path:
-            holder = {}
-            merged.merge(holder, {key_path: provenance}, key_path)
+        if key_path and (holder is None or _is_path(holder)):  # off, or a component that is given by its bare path
+            place = merged.nearest(key_path)
+            holder = {} if holder is None else {PATH_KEY: holder}
+            merged.merge(holder, {key_path: provenance, (*key_path, PATH_KEY): place}, key_path)
         if isinstance(holder, list):
             if not part.isdecimal() or int(part) >= len(holder):
-                known = f"has {len(holder)} elements, counted from 0"
+                name = format_key(key_path)
                 problems.add(
                     provenance,
-                    f"{format_key(key_path)} is a list that {known}: to replace it write {format_key(key_path)}=[...]",
+                    f"{name} is a list with {len(holder)} elements, counted from 0",
+                    hint=f"Write {name}=[...] to replace it",
+                    code="unknown_key",
                 )
                 return None
             key_path = (*key_path, int(part))
@@ -111,7 +125,8 @@ def _open(merged: MergedConfig, key: str, provenance: Provenance, problems: Prob
             key_path = (*key_path, part)
         else:
             if holder is not INVALID:
-                problems.add(provenance, f"{format_key(key_path)} is {holder!r}, which has no keys of its own")
+                name = format_key(key_path)
+                problems.add(provenance, f"{name} is {holder!r}, which has no keys of its own", code="unknown_key")
             return None
     return key_path
 
@@ -123,45 +138,47 @@ def _read_override(
         try:
             return read_scalar(value)
         except AmbiguousScalar as error:
-            problems.add(provenance, f"{format_key(key_path)}: {error}")
+            _add_ambiguous(problems, provenance, key_path, error)
             return INVALID
     try:
-        node = yaml.compose(value, Loader=yaml.SafeLoader)
+        node = yaml.compose(value, Loader=_Loader)
     except yaml.YAMLError as error:
-        problems.add(provenance, f"the value is not valid YAML: {_error_reason(error)}")
+        problems.add(provenance, key=format_key(key_path), **_describe(error))
         return INVALID
     return _Reader(lambda _: provenance, provenances, problems).read(node, key_path)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses anchors and aliases, which can make a file of ten lines a tree that no memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node:
+        if getattr(self.peek_event(), "anchor", None):
+            raise yaml.composer.ComposerError(problem=_ALIAS, problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 @dataclass
 class _Reader:
-    """Turns YAML nodes into a tree, notes each value's provenance, and gathers problems."""
+    """Turns YAML nodes into a tree with the provenance of each value, and gathers problems."""
 
     origin_of: Callable[[yaml.Mark], Provenance]
     provenances: dict[KeyPath, Provenance]
     problems: Problems
-    open_nodes: list[int] = field(default_factory=list)
 
     def read(self, node: yaml.Node, key_path: KeyPath) -> Any:
         """Return the value of `node`, which stands at `key_path`."""
         provenance = self.provenances.setdefault(key_path, self.origin_of(node.start_mark))
         if node.tag not in _TAGS:
-            self.problems.add(
-                provenance, f"{format_key(key_path)}: the YAML tag {node.tag} is not allowed here: put text in quotes"
-            )
+            self._add(provenance, key_path, f"the YAML tag {node.tag} is not allowed", "Put text in quotes", "yaml_tag")
             return INVALID
         if isinstance(node, yaml.ScalarNode):
             return self._read_scalar(node, key_path, provenance)
-        if id(node) in self.open_nodes:
-            self.problems.add(provenance, f"{format_key(key_path)}: this alias refers to what it is a part of")
-            return INVALID
-        self.open_nodes.append(id(node))
         if isinstance(node, yaml.SequenceNode):
-            result: Any = [self.read(item, (*key_path, index)) for index, item in enumerate(node.value)]
-        else:
-            result = self._read_mapping(node, key_path)
-        self.open_nodes.pop()
-        return result
+            return [self.read(item, (*key_path, index)) for index, item in enumerate(node.value)]
+        return self._read_mapping(node, key_path)
+
+    def _add(self, provenance: Provenance, key_path: KeyPath, problem: str, hint: str, code: str) -> None:
+        self.problems.add(provenance, problem, key=format_key(key_path) or None, hint=hint, code=code)
 
     def _read_mapping(self, node: yaml.MappingNode, key_path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -169,17 +186,17 @@ class _Reader:
             provenance = self.origin_of(key_node.start_mark)
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.add(provenance, f"{format_key(key_path) or 'the config'}: a key must be one word")
-            elif key_node.tag == _TAG + "merge":
-                self.problems.add(provenance, "merge keys (<<) are not supported: write the keys out")
+                self._add(provenance, key_path, "this key is not a word", "Keys are single words", "bad_key")
+                continue
+            here = (*key_path, key)
+            if key_node.tag == _TAG + "merge":
+                self._add(provenance, key_path, "merge keys (<<) are not supported", "Write the keys out", "bad_key")
             elif key in result:
-                first = f"first in {self.provenances[(*key_path, key)].where}"
-                self.problems.add(
-                    provenance, f"the key '{format_key((*key_path, key))}' is given twice, {first}: remove one"
-                )
+                first = f"this key is given twice, first in {self.provenances[here].where}"
+                self._add(provenance, here, first, "Remove one", "duplicate_key")
             else:
-                self.provenances[(*key_path, key)] = provenance
-                result[key] = self.read(value_node, (*key_path, key))
+                self.provenances[here] = provenance
+                result[key] = self.read(value_node, here)
         return result
 
     def _read_scalar(self, node: yaml.ScalarNode, key_path: KeyPath, provenance: Provenance) -> Any:
@@ -188,8 +205,12 @@ class _Reader:
         try:
             return read_scalar(node.value)
         except AmbiguousScalar as error:
-            self.problems.add(provenance, f"{format_key(key_path)}: {error}")
+            _add_ambiguous(self.problems, provenance, key_path, error)
             return INVALID
+
+
+def _add_ambiguous(problems: Problems, provenance: Provenance, key_path: KeyPath, error: AmbiguousScalar) -> None:
+    problems.add(provenance, error.problem, key=format_key(key_path), hint=error.hint, code="ambiguous_word")
 
 
 def _error_line(error: yaml.YAMLError) -> int:
@@ -197,17 +218,22 @@ def _error_line(error: yaml.YAMLError) -> int:
     return mark.line + 1 if mark else 1
 
 
-def _error_reason(error: yaml.YAMLError) -> str:
+def _describe(error: yaml.YAMLError) -> dict[str, str | None]:
     reason = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
+    if reason == _ALIAS:
+        return {
+            "problem": reason,
+            "hint": "Write the value out, or refer to it as ${key}; text that begins with * or & needs quotes",
+            "code": "yaml_alias",
+        }
     hints = {
-        r"'\t'": "indent with spaces, not tabs",
-        "cannot start any token": "put text that begins with a special character in quotes",
-        "undefined alias": "put text that begins with * in quotes",
-        "alphabetic or numeric character": "put text that begins with * or & in quotes",
-        "mapping values are not allowed": "put text that contains ': ' in quotes, and check the indentation",
-        "single document": "keep one config in a file, without a second ---",
-        "expected <block end>": "check the indentation of this line",
-        "could not find expected ':'": "a key, a colon and a space are expected in this line or the one before",
+        r"'\t'": "Indent with spaces, not tabs",
+        "cannot start any token": "Put text that begins with a special character in quotes",
+        "alphabetic or numeric character": "Put text that begins with * or & in quotes",
+        "mapping values are not allowed": "Put text that contains ': ' in quotes, and check the indentation",
+        "single document": "Keep one config in a file, without a second ---",
+        "expected <block end>": "Check the indentation of this line",
+        "could not find expected ':'": "A key, a colon and a space are expected in this line or the one before",
     }
     hint = next((hint for sign, hint in hints.items() if sign in f"{reason} {error}"), None)
-    return f"{reason} ({hint})" if hint else reason
+    return {"problem": f"not valid YAML: {reason}", "hint": hint, "code": "invalid_yaml"}

@@ -1,7 +1,7 @@
-"""What one unquoted YAML word means: numbers as people write them, and the words that YAML 1.1 would twist.
+"""Reads one unquoted YAML word: numbers as people write them, and words that YAML 1.1 would change.
 
-YAML 1.1 (which PyYAML and OmegaConf implement) reads `1:30` as 90, `010` as 8 and `on` as true, without a word, and
-`1e-3` and `None` as text. Here `1e-3` is a number, and what is ambiguous is refused with the remedy.
+YAML 1.1 (which PyYAML and OmegaConf implement) reads `1:30` silently as 90, `010` as 8 and `on` as true, and `1e-3`
+and `None` as text. Here `1e-3` is a number, and ambiguous words are refused with the remedy.
 """
 
 import re
@@ -21,7 +21,11 @@ _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class AmbiguousScalar(Exception):
-    """An unquoted word that YAML 1.1 reads as something else than it looks like; the message holds the remedy."""
+    """An unquoted word that YAML 1.1 reads as something else than it looks like: what it is, and the remedy."""
+
+    def __init__(self, problem: str, hint: str):
+        super().__init__(problem)
+        self.problem, self.hint = problem, hint
 
 
 class PlainNone(str):
@@ -41,17 +45,17 @@ def read_scalar(text: str) -> bool | int | float | str | None:
         return text in _TRUE
     if word in {"yes", "on", "no", "off"}:
         meant = "true" if word in {"yes", "on"} else "false"
-        raise AmbiguousScalar(f"{text} is {meant} to YAML: write {meant}, or '{text}' in quotes for text")
+        raise AmbiguousScalar(f"{text} is {meant} to YAML", f"Write {meant}, or '{text}' in quotes for text")
     if text == "none":
         return PlainNone(text)
     if word == "none":
-        raise AmbiguousScalar(none_is_text(text))
+        raise AmbiguousScalar(f"{text} is text to YAML", none_hint(text))
     if _SEXAGESIMAL.fullmatch(text):
-        remedy = "write the number in full, or put it in quotes for text"
-        raise AmbiguousScalar(f"{text} is a number in base 60 to YAML: {remedy}")
+        remedy = "Write the number in full, or put it in quotes for text"
+        raise AmbiguousScalar(f"{text} is a number in base 60 to YAML", remedy)
     if _LEADING_ZERO.fullmatch(text):
         plain = text.replace("_", "").lstrip("+-0") or "0"
-        raise AmbiguousScalar(f"{text} is an octal number to YAML: write {plain}, or '{text}' in quotes for text")
+        raise AmbiguousScalar(f"{text} is an octal number to YAML", f"Write {plain}, or '{text}' in quotes for text")
     if _INTEGER.fullmatch(text):
         return int(text.replace("_", ""))
     if _OTHER_BASE.fullmatch(text):
@@ -63,9 +67,9 @@ def read_scalar(text: str) -> bool | int | float | str | None:
     return text
 
 
-def none_is_text(text: str) -> str:
-    """The remedy for a `none` that is none of a key's choices."""
-    return f"{text} is text to YAML: write null to switch off, or '{text}' in quotes for text"
+def none_hint(text: str) -> str:
+    """Return the remedy for a `none` that is none of a key's choices."""
+    return f"Write null to switch off, or '{text}' in quotes for text"
 
 
 def read_number(text: str) -> int | float | None:

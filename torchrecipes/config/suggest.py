@@ -1,4 +1,4 @@
-"""The closest valid name: the part of an error message that saves the most time."""
+"""Suggests the closest valid name."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ def closest(name: str, valid: Iterable[str]) -> str | None:
     return spelled[found[0]] if found else None
 
 
-def did_you_mean(name: str, valid: Iterable[str], otherwise: str = "valid here") -> str:
-    """Return the end of a message on a wrong `name`: the closest of `valid`, or all of them after `otherwise`."""
+def did_you_mean(name: str, valid: Iterable[str], otherwise: str = "Valid here") -> str:
+    """Return the hint for a wrong `name`: the closest of `valid`, or all of them after `otherwise`."""
     valid = sorted(valid)
     near = closest(name, valid)
     if near:
-        return f"did you mean '{near}'?"
+        return f"Did you mean '{near}'?"
     if not valid:
         return f"{otherwise}: nothing"
     return f"{otherwise}: {', '.join(valid[:40])}" + (", ..." if len(valid) > 40 else "")
