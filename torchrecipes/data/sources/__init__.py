@@ -13,8 +13,18 @@ tables              from rows to documents: CSV, TSV, Parquet
 
 from torchrecipes.data.sources.file_slice import text_span
 from torchrecipes.data.sources.hugging_face import hf_dataset
-from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source
+from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
 from torchrecipes.data.sources.standard_library import python_docs
 from torchrecipes.data.sources.text_files import files
 
-__all__ = ["BadRecord", "Document", "ReadStats", "Source", "files", "hf_dataset", "python_docs", "text_span"]
+__all__ = [
+    "BadRecord",
+    "Document",
+    "ReadStats",
+    "Source",
+    "files",
+    "hf_dataset",
+    "python_docs",
+    "require_documents",
+    "text_span",
+]

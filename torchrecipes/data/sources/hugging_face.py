@@ -66,7 +66,7 @@ def hf_dataset(
         count = len(rows) if max_documents is None else min(len(rows), max_documents)
         if not count:
             raise _error("name", f"{options.label} is empty", None, "no_documents")
-    return DatasetSource(options, _content(options, rows), count, on_bad_record)
+    return DatasetSource(options, _fingerprint(options, rows), count, on_bad_record)
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,13 @@ class Options:
 
 @dataclass
 class DatasetSource:
-    """A source made by `hf_dataset`: the first `count` rows of a dataset (None, of a streamed one: all)."""
+    """A source made by `hf_dataset`: the first `count` rows of a dataset (None, of a streamed one: all).
+
+    `fingerprint` is a hash of the options, and of the content of a folder or what the hub says about the dataset.
+    """
 
     options: Options
-    content: str
+    fingerprint: str
     count: int | None
     on_bad_record: str
     report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
@@ -139,15 +142,6 @@ class DatasetSource:
     def num_bytes(self) -> int:
         """Not known before the rows are read: 0."""
         return 0
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the options, and of the content of a folder or what the hub says about the dataset."""
-        options = asdict(self.options) | {"streaming": None}
-        if Path(self.options.name).is_dir():  # it may be moved
-            options["name"] = None
-        text = json.dumps([options, self.content], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents, with a new report.
@@ -248,15 +242,16 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
-def _content(options: Options, rows: Any) -> str:
-    """Describe the content: of a folder its files, of a dataset on the hub what is known without reading it."""
-    folder = Path(options.name)
+def _fingerprint(options: Options, rows: Any) -> str:
+    described, folder = asdict(options) | {"streaming": None}, Path(options.name)
     if folder.is_dir():
+        described["name"] = None  # it may be moved
         # Hidden folders hold what tools note on their downloads.
         names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        return json.dumps([[name.as_posix(), content_checksum(folder / name)] for name in names])
-    if options.streaming:
-        return ""
-    info = rows.info
-    return json.dumps([len(rows), info.dataset_size, info.download_size, str(info.version), str(rows.features)])
+        described["content"] = [[name.as_posix(), content_checksum(folder / name)] for name in names]
+    elif not options.streaming:
+        info = rows.info
+        sizes = [len(rows), info.dataset_size, info.download_size]
+        described["content"] = [*sizes, str(info.version), str(rows.features)]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]

@@ -123,7 +123,7 @@ def _refuse_saved_dataset(folder: str, names: list[str]) -> None:
         raise UserError(
             f"{folder} was written by save_to_disk of the datasets library",
             key="path",
-            hint=f"Read it with _component_=torchrecipes.data.sources.hf_dataset name={folder} in place of path.",
+            hint=f"Read it with _component_=torchrecipes.data.sources.hf_dataset name={folder} instead of path.",
             code="saved_dataset",
         )
 
