@@ -5,13 +5,16 @@ import importlib
 import inspect
 import pkgutil
 import re
+import typing
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
 import torchrecipes
 from torchrecipes.cli.main import VERBS
+from torchrecipes.cli.run import load_recipe
 from torchrecipes.config.catalog import builtin_recipes
+from torchrecipes.config.schema_page import markdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,11 +43,8 @@ def config_pages() -> dict[str, str]:
 
 
 def _config_page(recipe) -> str:
-    try:
-        from torchrecipes.config.schema_page import schema_page
-    except ImportError:
-        return f"# {recipe.name}\n\n```python\n{recipe.path.read_text(encoding='utf-8')}\n```\n"
-    return schema_page(recipe.path)
+    keys = markdown(load_recipe(recipe.path).Config)
+    return f"# {recipe.name}\n\n{recipe.summary}\n\n{keys}"
 
 
 def cli_page() -> str:
@@ -80,7 +80,7 @@ def _api_page(module, exported) -> str:
         value = getattr(module, name)
         home = getattr(value, "__module__", None) or module.__name__
         path = f"{home}.{getattr(value, '__qualname__', name)}" if home.startswith("torchrecipes.") else None
-        if path:
+        if path and typing.get_origin(value) is not typing.Annotated:  # a type alias has no page
             lines.append(f"::: {path}\n")
     return "\n".join(lines)
 

@@ -60,7 +60,7 @@ def _write(
                 _write(value, before, provenances, here, f"{indent}  ", lines)
             continue
         known = before == value and type(before) is type(value)
-        lines.append((f"{head} {_inline(value)}", provenances.get(here, DEFAULT).short if known else "set in code"))
+        lines.append((f"{head} {inline(value)}", provenances.get(here, DEFAULT).short if known else "set in code"))
 
 
 def _item(tree: Any, key: str | int) -> Any:
@@ -81,11 +81,12 @@ def _fits_a_line(value: dict | list) -> bool:
     return not any(isinstance(item, dict | list) and item for item in value)
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
+    """Return a value as YAML of one line."""
     if isinstance(value, dict):
         return "{}"
     if isinstance(value, list):
-        return "[" + ", ".join(_inline(item) for item in value) + "]"
+        return "[" + ", ".join(inline(item) for item in value) + "]"
     if isinstance(value, _Interpolation):
         return _word(str(value))
     if isinstance(value, str):
