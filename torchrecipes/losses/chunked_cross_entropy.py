@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchrecipes.estimation import chunk_starts, kernel_device
+
 IGNORED = -100  # the label of a row that has no target: torch's own default
 MIB = 1 << 20
 
@@ -89,7 +91,7 @@ def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, devic
     every call. Logits of a few characters fit the cache whole, and the fewer chunks, the less it costs to start them.
     """
     rows = max(1, 256 * MIB // (vocab_size * dtype.itemsize))
-    if device.type == "cpu":
+    if kernel_device(device) == "cpu":
         rows = min(rows, max(512, MIB // (vocab_size * dtype.itemsize)))
     num_chunks = max(1, -(-num_rows // rows))
     return max(1, -(-num_rows // num_chunks))
@@ -155,11 +157,11 @@ def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, 
         plain_N1 = torch.empty(num_rows, 1, dtype=softmax_dtype, device=device)
         extra_N1 = torch.empty_like(plain_N1) if any(extra) else None
 
-        for start in range(0, num_rows, chunk_size):
+        for start in chunk_starts(num_rows, chunk_size):
             chunk = slice(start, min(start + chunk_size, num_rows))
             logits_CV = logits_buffer[: chunk.stop - chunk.start]
             torch.mm(hidden_ND[chunk], weight_VD.t(), out=logits_CV)
-            for first in range(start, chunk.stop, rows_per_tile):
+            for first in (start + offset for offset in chunk_starts(chunk.stop - start, rows_per_tile)):
                 tile = slice(first, min(first + rows_per_tile, chunk.stop))
                 plain_N1[tile], extra_R1 = _tile_loss(
                     logits_CV[tile.start - start : tile.stop - start],
@@ -243,7 +245,7 @@ def _add_outer(sum_VD, grad_CV, hidden_CD, is_first):
     (vocab_size, size), dtype = sum_VD.shape, grad_CV.dtype
     block_size = max(1, _scratch_bytes(sum_VD.device) // (size * dtype.itemsize))
     buffer = torch.empty(min(block_size, vocab_size), size, dtype=dtype, device=sum_VD.device)
-    for start in range(0, vocab_size, block_size):
+    for start in chunk_starts(vocab_size, block_size):
         sum_KD = sum_VD[start : start + block_size]
         product_KD = torch.mm(grad_CV[:, start : start + block_size].t(), hidden_CD, out=buffer[: len(sum_KD)])
         if is_first:
@@ -258,7 +260,7 @@ def _rows_per_tile(vocab_size, dtype, device):
 
 def _scratch_bytes(device):
     # On a CPU what fits its second-level caches; on a GPU enough to fill every multiprocessor and hide kernel launches.
-    return 2 * MIB if device.type == "cpu" else 32 * MIB
+    return 2 * MIB if kernel_device(device) == "cpu" else 32 * MIB
 
 
 def _matmul_dtype(hidden, weight):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrecipes.estimation import is_estimating, kernel_device
 from torchrecipes.modules.cpu.tiled_causal_attention import TILE
 
 # The longest rows for which holding all scores is worth their memory.
@@ -98,6 +99,9 @@ def choose_attention_backend(
     rows, row_len = shape
     if window is not None and window < 0:
         raise ValueError(f"window must be 0 or more, not {window}")
+    if is_estimating() and kernel_device(device) == "cuda":
+        # What flash attention keeps: queries, keys, values and outputs, never the scores.
+        return AttentionBackend("sdpa", causal=causal)
     half = dtype in (torch.bfloat16, torch.float16)
     packed_or_window = cu_seqlens is not None or window is not None
     if device.type == "cuda" and half and packed_or_window and not dropout_p and _has_flash(device):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from torchrecipes.estimation import is_estimating, kernel_device
 from torchrecipes.modules.feed_forward import SwiGLU
 
 SCORES = ("softmax", "sigmoid")
@@ -118,7 +119,7 @@ class Experts(nn.Module):
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
         with torch.autocast(device, enabled=False):
-            dispatch = _dispatch_in_slots if device == "cpu" else _dispatch_sorted
+            dispatch = _dispatch_in_slots if kernel_device(x_TD.device) == "cpu" else _dispatch_sorted
             token_M, place_Tk, ends_E = dispatch(expert_Tk, len(self.down_proj))
             return _GroupedSwiGLU.apply(
                 x_TD.to(dtype),
@@ -168,8 +169,10 @@ def _dispatch_in_slots(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Ten
     return token_of_slot, slot_Tk, None
 
 
-def _slots(count_E: Tensor, _total: int) -> int:
+def _slots(count_E: Tensor, total: int) -> int:
     """Slots of each expert: as many as the fullest needs. The host reads it, which costs nothing on a CPU."""
+    if is_estimating():
+        return -(-total // len(count_E))
     return max(1, int(count_E.max()))
 
 
@@ -244,7 +247,7 @@ def _inner_backward(gate_up_M2I: Tensor, weight_M1: Tensor, grad_MI: Tensor) -> 
 
 def _tiles(x: Tensor) -> list[slice]:
     """Rows at once: on a CPU as many as stay in its cache through several operations."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_estimating():
         return [slice(None)]
     rows = max(1, TILE // x.shape[1])
     return [slice(start, start + rows) for start in range(0, len(x), rows)]

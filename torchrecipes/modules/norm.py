@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from torchrecipes.estimation import kernel_device
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalization, computed in fp32 or wider (Zhang and Sennrich 2019, arXiv:1910.07467).
@@ -39,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: `[D]`, or `[N, D]` for one of each row of `[..., N, D]`.
         eps: added to the mean of squares.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if kernel_device(x.device) == "cpu" and not torch.compiler.is_compiling():
         return _EagerRMSNorm.apply(x, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

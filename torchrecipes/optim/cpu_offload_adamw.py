@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw as adamw_step
 from torch.optim.optimizer import ParamsT
 
 from torchrecipes.errors import UserError
+from torchrecipes.estimation import kernel_device
 from torchrecipes.optim.adamw_groups import adamw_groups
 
 
@@ -34,7 +35,7 @@ def adamw_cpu_offload(
     betas = tuple(betas)
     groups = adamw_groups(model, lr, betas, eps, weight_decay)
     devices = {p.device for group in groups for _, p in group["params"]}
-    elsewhere = sorted(str(device) for device in devices if device.type not in ("cuda", "meta"))
+    elsewhere = sorted(str(device) for device in devices if kernel_device(device) not in ("cuda", "meta"))
     if elsewhere:
         raise UserError(
             f"optimizer adamw_cpu_offload: parameters are on {', '.join(elsewhere)}, and it moves averages from a CUDA "

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchrecipes.estimation import kernel_device
+
 SCALE, CUBIC = math.sqrt(8 / math.pi), 0.044715
 TILE = 1 << 17  # elements whose fp32 values stay in the cache
 
@@ -17,7 +19,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     On a CPU it is computed as `x * sigmoid(2 z)`, the same number as `x * (1 + tanh(z)) / 2`, because the CPU's tanh
     takes four times as long as its sigmoid; and forward computes the derivative at once, which is kept in place of x.
     """
-    if x.device.type != "cpu":
+    if kernel_device(x.device) != "cpu":
         return F.gelu(x, approximate="tanh")
     if torch.is_grad_enabled() and x.requires_grad:
         return _GeluTanh.apply(x)
