@@ -49,7 +49,7 @@ def make_corpus(folder: Path, vocab_size: int, num_tokens: int):
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
     corpus, _ = prepare_corpus(
         folder / "corpus",
-        files(str(folder / "text.txt")),
+        files(str(folder / "text.txt"), sample_by="line"),
         make_tokenizer(backend, special, pad_vocab_to_multiple_of=1),
         validation_fraction=0,
         num_workers=0,

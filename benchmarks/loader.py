@@ -36,7 +36,7 @@ def make_corpus(folder: Path, num_tokens: int):
             length = int(rng.integers(20, 400))
             file.write(" ".join(words[rng.integers(0, len(words), length)]) + "\n")
             left -= length
-    source = files(str(folder / "text.txt"))
+    source = files(str(folder / "text.txt"), sample_by="line")
     tokenizer = train_wordpiece(source, vocab_size=VOCAB)
     corpus, _ = prepare_corpus(folder / "corpus", source, tokenizer, validation_fraction=0)
     tokenizer.save(folder / "tokenizer")

@@ -22,7 +22,7 @@ SEQ_LEN, ROWS, VOCAB = 256, 16, 16_384
 
 def make_text():
     """A tokenizer of 16,384 made-up words, and random texts of 20 to 200 of them."""
-    from torchrecipes.data.sources.text_files import Document
+    from torchrecipes.data.sources import Document
     from torchrecipes.data.tokenizers.load import train_wordpiece
 
     rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ class Ours:
         from torchrecipes.models import neobert
         from torchrecipes.optim import adamw
 
-        corpus, _ = prepare_corpus(folder / "corpus", files(str(folder / "text.txt")), tokenizer)
+        corpus, _ = prepare_corpus(folder / "corpus", files(str(folder / "text.txt"), sample_by="line"), tokenizer)
         self.model = neobert(
             vocab_size=tokenizer.vocab_size,
             hidden_size=args.hidden_size,

@@ -18,7 +18,7 @@ from torchrecipes.planning.preflight_checks import ROWS
 SETTINGS = """
 tokenizer: {_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_size: 300}
 data:
-  source: {_component_: torchrecipes.data.sources.files, path: TEXT}
+  source: {_component_: torchrecipes.data.sources.files, path: TEXT, sample_by: line}
   validation_fraction: 0.1
   tokenizer_threads: 0
 model: {_component_: torchrecipes.models.neobert_tiny, max_position_embeddings: 64}

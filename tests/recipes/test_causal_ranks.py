@@ -14,7 +14,7 @@ STEPS = 20
 SETTINGS = f"""
 tokenizer: {{_component_: torchrecipes.data.tokenizers.train_bpe, vocab_size: 300, causal: true}}
 data:
-  source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
+  source: {{_component_: torchrecipes.data.sources.files, path: TEXT, sample_by: line}}
   corpus_dir: CORPUS
   validation_fraction: 0.1
   tokenizer_threads: 0

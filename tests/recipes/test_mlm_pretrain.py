@@ -26,7 +26,7 @@ STEPS = 12
 SETTINGS = f"""
 tokenizer: {{_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_size: 400}}
 data:
-  source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
+  source: {{_component_: torchrecipes.data.sources.files, path: TEXT, sample_by: line}}
   validation_fraction: 0.1
   tokenizer_threads: 0
 model:

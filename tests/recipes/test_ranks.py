@@ -19,7 +19,7 @@ STEPS = 30
 SETTINGS = f"""
 tokenizer: {{_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_size: 300}}
 data:
-  source: {{_component_: torchrecipes.data.sources.files, path: TEXT}}
+  source: {{_component_: torchrecipes.data.sources.files, path: TEXT, sample_by: line}}
   corpus_dir: CORPUS
   validation_fraction: 0.1
   tokenizer_threads: 0

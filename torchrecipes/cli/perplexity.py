@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `perplexity`."""
     parser.epilog = (
         "example: tune-style perplexity runs/gpt2 --data held_out.jsonl\n"
-        "         tune-style perplexity runs/gpt2 --data 'books/*.txt' --sample-by document --stride 256"
+        "         tune-style perplexity runs/gpt2 --data 'books/*.txt' --stride 256"
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -28,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-column", default="text", metavar="KEY", help="of JSON lines and tables (default text)")
     parser.add_argument(
-        "--sample-by", default="line", metavar="WHAT", help="a document of plain text: line, paragraph or document"
+        "--sample-by",
+        default="document",
+        metavar="WHAT",
+        help="a document of plain text: document (a file), paragraph, line",
     )
     parser.add_argument(
         "--on-bad-record", default="stop", metavar="WHAT", help="stop, or skip: count and pass over (default stop)"
@@ -49,12 +51,10 @@ def main(args: argparse.Namespace) -> None:
     try:
         _main(args)
     except UserError as error:
-        raise UserError(re.sub(r"data\.source\.(\w+)=?", _as_option, str(error))) from None
-
-
-def _as_option(key: re.Match) -> str:
-    # The source speaks of a config's keys.
-    return f"--{key[1].replace('_', '-')}{' ' if key[0].endswith('=') else ''}"
+        if error.key is None or error.key.startswith("-"):
+            raise
+        option = "--data" if error.key == "path" else f"--{error.key.replace('_', '-')}"  # from the source's argument
+        raise UserError(error.problem, key=option, hint=error.hint, code=error.code) from None
 
 
 def _main(args: argparse.Namespace) -> None:
@@ -65,7 +65,7 @@ def _main(args: argparse.Namespace) -> None:
     wait_without_spinning()
 
     from torchrecipes.data.progress import Progress
-    from torchrecipes.data.sources.text_files import files, require_documents
+    from torchrecipes.data.sources import files, require_documents
 
     source = files(args.data, text_column=args.text_column, sample_by=args.sample_by, on_bad_record=args.on_bad_record)
     folder, model, tokenizer, autocast = load_causal(args, "perplexity")

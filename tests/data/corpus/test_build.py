@@ -150,7 +150,7 @@ def test_a_validation_source_of_its_own(tokenizer, tmp_path):
     train, validation = prepare_corpus(tmp_path, Source(texts), tokenizer, validation_source=validation_source)
     assert tokens_of(train) == tokenizer.encode_batch([d.text for d in texts])
     assert tokens_of(validation) == tokenizer.encode_batch([d.text for d in others])
-    assert "left out 1: no text\n    v:1" in validation.summary() and "no text" not in train.summary()
+    assert "skipped 1: no text\n    v:1" in validation.summary() and "no text" not in train.summary()
 
 
 def test_no_validation(tokenizer, tmp_path):
@@ -171,10 +171,10 @@ def test_what_is_left_out_is_counted_and_told(tokenizer, tmp_path, capsys):
     told = capsys.readouterr().out
     assert train.summary() in told
     for line in (
-        "left out 7: no key 'text'",
+        "skipped 7: no key 'text'",
         "f.jsonl:0: keys: body",
         "and 2 more",
-        "left out 1: not UTF-8",
+        "skipped 1: not UTF-8",
     ):
         assert line in told
     assert "left out 1: documents that have no tokens of their own" in train.summary()

@@ -1,73 +1,68 @@
-"""A source that is a stretch of one plain text file, as one document with its line ends as they are.
+"""`text_span`: a slice of one plain text file as one document, for character-level models.
 
-A character-level model is trained on nine tenths of a text and looked at on the last: two sources of one file.
+Such a model is trained on nine tenths of a text and evaluated on the rest: two sources over one file.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchrecipes.data.sources.records import Document, ReadStats, documents
+from torchrecipes.data.sources.line_reader import UnreadableFile, open_blocks
+from torchrecipes.data.sources.records import Document, ReadStats, content_checksum, documents
 from torchrecipes.errors import UserError
 
 
 def text_span(path: str, start: float = 0.0, stop: float = 1.0) -> "TextSpan":
-    """Return the text of a file from the share `start` to the share `stop` of its characters, as one document.
+    """Return the text of a file from the fraction `start` to the fraction `stop` of its characters, as one document.
 
     Args:
         path: a plain text file, UTF-8. Line ends become `\\n`. It is read into memory.
-        start, stop: shares of the characters; 0 and 1 are the whole file. What one span ends before, another begins at.
+        start: fraction of the characters before the slice.
+        stop: fraction of the characters where the slice ends; a slice that starts there continues it.
 
     Raises:
-        UserError: no such file, or shares that are none; and, when the source is read, a file that is not UTF-8, or a
-            span that is blank.
+        UserError: no such file, or invalid fractions; and, when the source is read, a file that is not UTF-8 text, or a
+            slice without text.
     """
     if not 0 <= start < stop <= 1:
-        # Not the config's key: a source cannot know whether it is data.source or data.validation_source.
-        raise UserError(f"text_span: start={start} and stop={stop}; they are shares of a file, 0 <= start < stop <= 1")
+        problem, hint = f"start is {start} and stop is {stop}", "They are fractions of a file, 0 <= start < stop <= 1."
+        raise UserError(problem, key="start", hint=hint, code="invalid_value")
     if not Path(path).is_file():
-        kind = "a folder; text_span reads one file, files reads folders" if Path(path).is_dir() else "no such file"
-        raise UserError(f"text_span: {path}: {kind}")
-    status = os.stat(path)
-    return TextSpan(str(path), start, stop, status.st_size, status.st_mtime_ns)
+        hint = "text_span reads one file; torchrecipes.data.sources.files reads folders."
+        problem = f"{path} is a folder" if Path(path).is_dir() else f"there is no file {path}"
+        raise UserError(problem, key="path", hint=hint, code="no_such_file")
+    return TextSpan(str(path), start, stop)
 
 
 @dataclass
 class TextSpan:
-    """A source: made by `text_span`."""
+    """A source made by `text_span`."""
 
     path: str
     start: float
     stop: float
-    size: int
-    modified_ns: int
     report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
 
     @property
     def name(self) -> str:
-        """The file, and which part of it."""
+        """The file and the slice."""
         return f"{self.path} from {self.start:.0%} to {self.stop:.0%}"
 
     @property
     def num_bytes(self) -> int:
-        """Size of the part in bytes, about."""
-        return round(self.size * (self.stop - self.start))
+        """Approximate size of the slice in bytes."""
+        return round(Path(self.path).stat().st_size * (self.stop - self.start))
 
     @property
     def fingerprint(self) -> str:
-        """Of the file's name, size and time of change, and of the shares; the folder may be moved."""
-        described = [Path(self.path).name, self.size, self.modified_ns, self.start, self.stop]
-        return hashlib.sha256(json.dumps(described).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-    def parts(self) -> list["TextSpan"]:
-        """Return this part."""
-        return [self]
+        """A hash of the file's content and of the slice, wherever the file is."""
+        described = [content_checksum(self.path), self.start, self.stop]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield the document, and begin a new report.
+        """Yield the document, with a new report.
 
         Raises:
             UserError: as in `text_span`.
@@ -77,14 +72,17 @@ class TextSpan:
 
     def _read(self) -> Iterator[Document]:
         try:
-            text = Path(self.path).read_text(encoding="utf-8")
+            with open_blocks(self.path) as blocks:
+                text = b"".join(blocks).decode()
+        except UnreadableFile as error:
+            raise UserError(f"{self.path}: {error.reason}: {error.detail}", code="not_text") from None
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path} is not UTF-8 at byte {error.start:,} ({error.reason}). Save it as UTF-8."
-            ) from None
+            problem = f"{self.path} is not UTF-8 at byte {error.start:,} ({error.reason})"
+            raise UserError(problem, hint="Save it as UTF-8.", code="not_text") from None
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}", code="unreadable_file") from error
         span = text[int(self.start * len(text)) : int(self.stop * len(text))]
         if not span.strip():
-            raise UserError(f"{self.name}: {len(span):,} characters, nothing but white space. Give more text.")
-        yield Document(span.removeprefix("\ufeff"), self.path)
+            problem = f"{self.name} holds {len(span):,} characters, nothing but white space"
+            raise UserError(problem, hint="Give more text.", code="no_documents")
+        yield Document(span, self.path)

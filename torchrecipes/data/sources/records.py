@@ -1,24 +1,28 @@
-"""What a source of text gives, and the account of it.
+"""Documents, bad records, and the statistics of reading them.
 
-1. A source reads records: lines, JSON objects, table rows, docstrings.
-2. A record with a text is a `Document`; one without is a `BadRecord`, with the reason why.
-3. A `ReadStats` counts both. It is picklable and adds up, so that several processes can read the parts of one source.
+1. A source reads records: files, lines, JSON objects, table rows, docstrings.
+2. A record with a text is a `Document`; one without is a `BadRecord` with the reason.
+3. `ReadStats` counts both.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import xxhash
+
+from torchrecipes.config.suggest import did_you_mean
 from torchrecipes.errors import UserError
 
-# A record whose text is empty or blank is counted, but stops nothing: there is nothing in it to train on, or to fix.
-EMPTY_TEXT = "the text is empty"
+EMPTY_TEXT = "the text is empty"  # counted, but never an error: there is nothing in it to train on, or to repair
 EXAMPLES_PER_REASON = 5
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a file, for its checksum
 
 
 class Document(NamedTuple):
-    """A text, and where it comes from: `file:line` (a row's number in Parquet), or a name.
+    """A text and where it comes from: `file:line` (in Parquet, the number of the row), or a name.
 
     The text is never blank, its line ends are `\\n`, and it can be encoded as UTF-8.
     """
@@ -28,9 +32,9 @@ class Document(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A record (or a file) that gives no document.
+    """A record, or a file, that gives no document.
 
-    `reason` is the same for all of its kind, so that it can be counted; `detail` is its own.
+    Records are counted by `reason`, which names the kind of fault; `detail` is about this one.
     """
 
     source: str
@@ -43,9 +47,9 @@ class BadRecord(NamedTuple):
 
 @dataclass
 class ReadStats:
-    """How many documents were read, and how many records gave none: by reason, with the first examples of each.
+    """Counts of the documents that were read and of the records that were skipped.
 
-    `characters` are Unicode characters; `examples` are `file:line: detail`.
+    `characters` are Unicode characters. `skipped` and `examples` are by reason; an example is `file:line: detail`.
     """
 
     documents: int = 0
@@ -60,20 +64,11 @@ class ReadStats:
         if len(examples) < EXAMPLES_PER_REASON:
             examples.append(f"{record.source}: {record.detail}" if record.detail else record.source)
 
-    def merge(self, other: "ReadStats") -> None:
-        """Add the counts of another part of the same source; merge in the order of the parts for the same examples."""
-        self.documents += other.documents
-        self.characters += other.characters
-        for reason, count in other.skipped.items():
-            self.skipped[reason] = self.skipped.get(reason, 0) + count
-            examples = self.examples.setdefault(reason, [])
-            examples += other.examples[reason][: EXAMPLES_PER_REASON - len(examples)]
-
     def lines(self) -> list[str]:
-        """Return the account for people: a line for the total, and for every reason its count and examples."""
+        """Return a line with the totals, then for every reason its count and examples."""
         lines = [f"{self.documents:,} documents, {self.characters:,} characters"]
         for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
-            lines.append(f"left out {count:,}: {reason}")
+            lines.append(f"skipped {count:,}: {reason}")
             lines += [f"  {example}" for example in self.examples[reason]]
             if count > len(self.examples[reason]):
                 lines.append(f"  and {count - len(self.examples[reason]):,} more")
@@ -84,11 +79,13 @@ class ReadStats:
 
 
 class Source(Protocol):
-    """Documents in an order that is the same every time: what `data.source` of a recipe is.
+    """Documents in an order that is the same every time: `data.source` in a config is one.
 
-    `name` says in words where they come from; `num_bytes` is the size of the input in bytes as stored; `fingerprint` is
-    equal for equal configuration and unchanged inputs, and is made without reading them. `report` is the account of the
-    latest iteration, complete when that has ended; the parts' reports, merged, are the whole's.
+    Attributes:
+        name: where the documents come from, for messages.
+        num_bytes: size of the input in bytes as stored, for the progress bar; 0 if it is not known.
+        fingerprint: equal for equal arguments and equal content, wherever the input is and whenever it was written.
+        report: counts of the latest iteration; complete when that has ended.
     """
 
     name: str
@@ -97,20 +94,16 @@ class Source(Protocol):
     report: ReadStats
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield the documents; iterate again to read again."""
-        ...
-
-    def parts(self) -> "list[Source]":
-        """Return picklable sources whose documents, one part after the other, are those of this source."""
+        """Yield the documents; a second iteration reads them again."""
         ...
 
 
 def documents(items: Iterable[Document | BadRecord], report: ReadStats, stop: bool = False) -> Iterator[Document]:
-    """Yield the documents of `items`; count all in `report`, which is complete when the iteration ends.
+    """Yield the documents of `items`; count all items in `report`, which is complete when the iteration ends.
 
     Raises:
-        UserError: with `stop`, at a bad record (an empty text is none); the message names it, those that follow soon,
-            and the remedy.
+        UserError: with `stop`, at a bad record other than an empty text (code `bad_record`); names it and those that
+            follow soon.
     """
     items = iter(items)
     count = characters = 0
@@ -121,7 +114,7 @@ def documents(items: Iterable[Document | BadRecord], report: ReadStats, stop: bo
                 characters += len(item.text)
                 yield item
             elif stop and item.reason != EMPTY_TEXT:
-                raise UserError(_explain(item, items))
+                raise _bad_records(item, items)
             else:
                 report.add(item)
     finally:
@@ -130,20 +123,60 @@ def documents(items: Iterable[Document | BadRecord], report: ReadStats, stop: bo
 
 
 def require_documents(source: Source, report: ReadStats) -> None:
-    """Check that `source`, which was read to its end with `report` as the account, gave any document.
+    """Check that `source`, which was read to its end with these counts, gave any document.
 
     Raises:
-        UserError: it gave none; the message lists what was seen instead.
+        UserError: it gave none (code `no_documents`); lists what was skipped.
     """
     if not report.documents:
-        seen = report.lines()[1:] or ["it is empty, or holds blank lines only"]
-        raise UserError("\n  ".join([f"no documents in {source.name}", *seen]))
+        skipped = report.lines()[1:] or ["it is empty, or holds blank lines only"]
+        raise UserError("\n  ".join([f"no documents in {source.name}", *skipped]), code="no_documents")
 
 
-def _explain(first: BadRecord, rest: Iterator[Document | BadRecord]) -> str:
-    # Who repairs a file by hand wants to see all that is wrong with it; but to read on for long is a wait.
+def check_options(on_bad_record: str, max_document_chars: int, **choices: tuple[str, tuple[str, ...]]) -> None:
+    """Check the arguments that sources share; `choices` maps further arguments to (value, valid values).
+
+    Raises:
+        UserError: a value is not valid (code `invalid_value`).
+    """
+    for key, (value, valid) in {"on_bad_record": (on_bad_record, ("stop", "skip")), **choices}.items():
+        if value not in valid:
+            hint = did_you_mean(str(value), valid, "Valid values")
+            raise UserError(f"'{value}' is not a valid value", key=key, hint=hint, code="invalid_value")
+    if max_document_chars < 100:
+        raise UserError(
+            f"{max_document_chars} is less than 100", key="max_document_chars", hint="Set 100 or more.",
+            code="invalid_value",
+        )  # fmt: skip
+
+
+def content_checksum(path: str | Path) -> str:
+    """Return the size of a file and the xxh3-128 of its beginning, its end and evenly spaced samples, at most 1 MiB.
+
+    The time of the last change does not enter: a file that is copied or touched is the same file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        last = max(size - SAMPLE_BYTES, 0)
+        for start in range(SAMPLES):
+            file.seek(start * SAMPLE_BYTES if size <= SAMPLES * SAMPLE_BYTES else start * last // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return f"{size}-{digest.hexdigest()}"
+
+
+def _bad_records(first: BadRecord, rest: Iterator[Document | BadRecord]) -> UserError:
+    # Whoever repairs a file by hand wants to see all its faults, but reading on for long is a wait.
     near = [item for item in islice(rest, 10_000) if type(item) is BadRecord and item.reason != EMPTY_TEXT]
     bad = [first, *near[:9]]
-    key = "name the text's key with data.source.text_column, " * any(item.reason.startswith("no ") for item in bad)
-    remedy = f"Repair the data, {key}or count and skip such records with data.source.on_bad_record=skip"
-    return "\n".join([*map(str, bad), remedy])
+    column = "name the column that holds the text with text_column, " * any(
+        item.reason.startswith("no ") for item in bad
+    )
+    return UserError(
+        "\n".join(map(str, bad)),
+        hint=f"Repair the data, {column}or count and skip such records with on_bad_record=skip.",
+        code="bad_record",
+    )

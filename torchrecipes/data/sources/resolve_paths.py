@@ -1,20 +1,22 @@
-"""From the paths in a config to the list of files to read.
+"""Turns the paths of a config into the list of files to read.
 
-1. A path is a file, a folder (all of it, sub-folders too), a pattern with `*`, `**`, `?` or `[]`, or a list of those.
+1. A path is a file, a folder (with its sub-folders), a pattern with `*`, `**`, `?` or `[]`, or a list of those.
 2. A folder gives its files in the order of their names, so that every run and every machine reads the same order.
-3. What a folder or pattern holds and is not read is said, with the reason.
+3. What a folder or pattern holds and is not read is reported with the reason. A folder that another tool wrote
+   (`save_to_disk`; a dataset with training and test files) is refused with the setting that reads it.
 
-A file's format follows from its name. A file that is named, or that a pattern names by its extension (`logs/*.log`), is
-read as plain text where the extension is not known; one that only lies in a folder is left out.
+The name of a file decides its format. A file that is named, or that a pattern names by its extension (`logs/*.log`), is
+read as plain text if the extension is unknown; one that only lies in a folder is skipped.
 """
 
-import difflib
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torchrecipes.config.suggest import closest
 from torchrecipes.data.sources.records import BadRecord
 from torchrecipes.errors import UserError
 
@@ -30,16 +32,19 @@ FORMATS = {
 HIDDEN = "hidden (its name starts with a dot)"
 UNKNOWN = "unknown format; to read such files as plain text, name them or a pattern like folder/*.ext"
 NO_FILE = "not a file that can be read"
+CARD = "the card of a dataset; name it to read it"
 TWICE = "named twice"
+TRAINING, HELD_OUT = (
+    re.compile(rf"({names})([-._]\d+(-of-\d+)?)?\.[a-z]+(\.gz)?") for names in ("train", "test|validation|valid|dev")
+)
 
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file to read. `name` is how messages show it, `relative` is what of its path enters a fingerprint."""
+    """A file to read."""
 
     path: str  # absolute
-    name: str  # as the config has it
-    relative: str  # below the folder or pattern that named it, with /
+    name: str  # as the config has it, for messages
     format: str  # one of FORMATS' values
     gzipped: bool
     size: int  # bytes on disk
@@ -47,13 +52,15 @@ class FoundFile:
 
 
 def find_files(paths: list[str]) -> tuple[list[FoundFile], list[BadRecord]]:
-    """Return the files that `paths` stand for, in their order, and what was seen there and is left out.
+    """Return the files that `paths` stand for, in their order, and what was found there and is skipped.
 
     Raises:
-        UserError: a path that matches nothing (with the nearest name that exists), or no file to read in any of them.
+        UserError: a path that matches nothing (code `no_such_file`; names the closest one), no file to read in any
+            (`no_files`), or a folder that another source reads (`saved_dataset`, `held_out_files`).
     """
     if not paths or not all(isinstance(path, str) and path for path in paths):
-        raise UserError("data.source.path names no file: give a file, a folder, a pattern like texts/*.txt, or a list")
+        hint = "Give a file, a folder, a pattern like texts/*.txt, or a list of these."
+        raise UserError("no file is named", key="path", hint=hint, code="no_files")
     found: dict[str, FoundFile] = {}
     skipped = []
     for path in paths:
@@ -65,42 +72,82 @@ def find_files(paths: list[str]) -> tuple[list[FoundFile], list[BadRecord]]:
             else:
                 found[item.path] = item
     if not found:
-        seen = "".join(f"\n  {record}" for record in skipped[:20]) or " (nothing there)"
-        raise UserError(f"no file to read in {', '.join(map(os.path.abspath, paths))}{seen}")
+        seen = "".join(f"\n  {record}" for record in skipped[:20]) or " (nothing is there)"
+        places = ", ".join(map(os.path.abspath, paths))
+        raise UserError(f"no file to read in {places}{seen}", key="path", code="no_files")
     return list(found.values()), skipped
 
 
 def _search(path: str) -> Iterator[FoundFile | BadRecord]:
     if "://" in path:
-        raise UserError(f"data.source.path is an address, {path}: download it first, then give the file's path")
+        hint = "Download it, then give the path of the file."
+        raise UserError(f"{path} is an address", key="path", hint=hint, code="no_such_file")
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         yield from _folder(path)
     elif os.path.lexists(path):
-        yield _file(path, os.path.basename(path), named=True)
+        yield _file(path, named=True)
     elif glob.has_magic(path):
         yield from _pattern(path)
     else:
-        raise UserError(f"there is no file or folder {os.path.abspath(path)}; {_nearest(os.path.abspath(path))}")
+        path = os.path.abspath(path)
+        raise _no_such_file(f"there is no file or folder {path}", path)
 
 
 def _folder(folder: str) -> Iterator[FoundFile | BadRecord]:
     unreadable: list[OSError] = []
     entries = []
     for parent, folders, names in os.walk(folder, onerror=unreadable.append):
+        _refuse_saved_dataset(parent, names)
+        _refuse_held_out_files(folder, parent, names)
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         hidden = [name for name in folders if name.startswith(".") and name not in links]
         folders[:] = [name for name in folders if name not in hidden and name not in links]
         entries += [(os.path.join(parent, name), "") for name in names]
         entries += [(os.path.join(parent, name), HIDDEN) for name in hidden]
-        entries += [(os.path.join(parent, name), "a link to a folder; name it if it is meant") for name in links]
+        entries += [(os.path.join(parent, name), "a link to a folder; name it to read it") for name in links]
     entries += [(error.filename, f"cannot be listed ({error.strerror})") for error in unreadable]
-    # By the parts of the path, so that the order is that of a tree, and no matter of the separator or the locale.
+    has_tables = any(FORMATS.get(os.path.splitext(path)[1], "text") != "text" for path, _ in entries)
+    # By the parts of the path, so that the order is that of a tree and independent of the separator and the locale.
     for path, reason in sorted(entries, key=lambda entry: entry[0].split(os.sep)):
         if reason:
             yield BadRecord(path, reason)
+        elif has_tables and path == os.path.join(folder, "README.md") and _is_card(path):
+            yield BadRecord(path, CARD)
         else:
-            yield _file(path, os.path.relpath(path, folder), named=False)
+            yield _file(path, named=False)
+
+
+def _refuse_saved_dataset(folder: str, names: list[str]) -> None:
+    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
+        raise UserError(
+            f"{folder} was written by save_to_disk of the datasets library",
+            key="path",
+            hint=f"Read it with _component_=torchrecipes.data.sources.hf_dataset name={folder} instead of path.",
+            code="saved_dataset",
+        )
+
+
+def _refuse_held_out_files(folder: str, parent: str, names: list[str]) -> None:
+    training = sorted(name for name in names if TRAINING.fullmatch(name))
+    held_out = sorted(name for name in names if HELD_OUT.fullmatch(name))
+    if training and held_out:
+        raise UserError(
+            f"{parent} holds training files and files that are meant to be held out ({training[0]}, {held_out[0]})",
+            key="path",
+            hint=f"Give '{os.path.join(folder, '**', 'train*')}' to read the training files, or "
+            f"'{os.path.join(folder, '**', '*')}' to read all.",
+            code="held_out_files",
+        )
+
+
+def _is_card(path: str) -> bool:
+    # Datasets on the hub have a README.md with YAML in front.
+    try:
+        with open(path, "rb") as file:
+            return file.readline().rstrip() == b"---"
+    except OSError:
+        return False
 
 
 def _pattern(pattern: str) -> Iterator[FoundFile | BadRecord]:
@@ -109,20 +156,17 @@ def _pattern(pattern: str) -> Iterator[FoundFile | BadRecord]:
         fixed = os.path.dirname(fixed)
     matches = sorted(glob.glob(pattern, recursive=True), key=lambda match: match.split(os.sep))
     if not matches:
-        parent = os.path.abspath(fixed or os.curdir)
-        held = _holds(parent) if os.path.isdir(parent) else f"there is no {parent}; {_nearest(parent)}"
-        raise UserError(f"nothing matches the pattern {os.path.abspath(pattern)}; {held}")
+        raise _no_such_file(f"nothing matches {os.path.abspath(pattern)}", os.path.join(os.path.abspath(fixed), ""))
     suffix = os.path.splitext(pattern)[1]
     for match in matches:
         if os.path.isdir(match):
             if "**" not in pattern:
                 yield BadRecord(match, "a folder; give its path, or a pattern with **")
         else:
-            named = bool(suffix) and not glob.has_magic(suffix) and match.endswith(suffix)
-            yield _file(match, os.path.relpath(match, fixed or os.curdir), named)
+            yield _file(match, bool(suffix) and not glob.has_magic(suffix) and match.endswith(suffix))
 
 
-def _file(path: str, relative: str, named: bool) -> FoundFile | BadRecord:
+def _file(path: str, named: bool) -> FoundFile | BadRecord:
     base = os.path.basename(path)
     if base.startswith(".") and not named:
         return BadRecord(path, HIDDEN)
@@ -141,31 +185,26 @@ def _file(path: str, relative: str, named: bool) -> FoundFile | BadRecord:
         return _refuse(path, "Parquet inside gzip: unpack it first", named)
     if form is None:
         return BadRecord(path, UNKNOWN)
-    relative = relative.replace(os.sep, "/")
-    return FoundFile(os.path.abspath(path), path, relative, form, gzipped, status.st_size, status.st_mtime_ns)
+    return FoundFile(os.path.abspath(path), path, form, gzipped, status.st_size, status.st_mtime_ns)
 
 
 def _refuse(path: str, detail: str, named: bool) -> BadRecord:
     if named:
-        raise UserError(f"{os.path.abspath(path)}: {NO_FILE}: {detail}")
+        raise UserError(f"{os.path.abspath(path)}: {NO_FILE}: {detail}", key="path", code="unreadable_file")
     return BadRecord(path, NO_FILE, detail)
 
 
-def _nearest(path: str) -> str:
-    """Return the end of a message on a path that does not exist: the name that it most likely misspells."""
+def _no_such_file(problem: str, path: str) -> UserError:
+    """Return the error for a path that does not exist, with the name that it most likely misspells."""
     parent, wanted = os.path.split(path)
     while not os.path.isdir(parent):
         parent, wanted = os.path.split(parent)
     try:
-        close = difflib.get_close_matches(wanted, os.listdir(parent), n=1, cutoff=0.5)
+        names = sorted(name for name in os.listdir(parent) if not name.startswith("."))
     except OSError as error:
-        return f"{parent} cannot be listed ({error.strerror})"
-    return f"did you mean {os.path.join(parent, close[0])}?" if close else _holds(parent)
-
-
-def _holds(folder: str) -> str:
-    try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        return f"{folder} cannot be listed ({error.strerror})"
-    return f"{folder} holds: {', '.join(names[:10]) or 'nothing'}" + (", ..." if len(names) > 10 else "")
+        hint = f"{parent} cannot be listed ({error.strerror})"
+    else:
+        near = closest(wanted, names) if wanted else None
+        holds = f"{parent} holds: {', '.join(names[:10]) or 'nothing'}" + (", ..." if len(names) > 10 else "")
+        hint = f"Did you mean {os.path.join(parent, near)}?" if near else holds
+    return UserError(problem, key="path", hint=hint, code="no_such_file")

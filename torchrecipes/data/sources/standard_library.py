@@ -1,11 +1,11 @@
-"""A text that every machine with Python has: the documentation in the standard library itself.
+"""`python_docs`: the documentation in Python's standard library, a text that every machine has.
 
 1. The language reference's topics, as `help("assert")` shows them.
 2. The docstrings of modules, classes and functions, in the order of their names.
 3. The comments that stand between the lines of code, where they are two or more lines of prose.
 
-Nothing is imported (modules such as `antigravity` or `idlelib` do things when they are): the source files are parsed.
-It is English about programming, about 3 MB of it: enough for a small model to learn something to see in minutes.
+Nothing is imported (modules such as `antigravity` or `idlelib` have side effects): the source files are parsed. It is
+about 3 MB of English about programming, enough to see a small model learn within minutes.
 """
 
 import ast
@@ -23,12 +23,11 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, documents
+from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, documents
 from torchrecipes.errors import UserError
 
 READING = 1  # raise it when the same library gives other documents than before: it enters the fingerprint
-NUM_PARTS = 8
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "__phello__"}
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "__phello__"}
 TOPICS = "pydoc_data/topics.py"
 SHORTEST = 20  # characters; below are remarks such as "See base class."
 
@@ -38,9 +37,9 @@ WORD = re.compile(r"[A-Za-z][a-z']*[.,:;!?)]?")
 
 
 def python_docs(limit_mb: float | None = None) -> "PythonDocs":
-    """Return the documentation in the standard library of the Python that runs this.
+    """Return the documentation in the standard library of the running Python.
 
-    Where a distribution has parts of the library in packages of their own, there are fewer documents.
+    Where a distribution ships parts of the library in separate packages, there are fewer documents.
 
     Args:
         limit_mb: megabytes (10^6 bytes of UTF-8) of documents to stop after; None is all.
@@ -49,22 +48,23 @@ def python_docs(limit_mb: float | None = None) -> "PythonDocs":
         UserError: `limit_mb` is not above 0; this Python comes without the source of its library.
     """
     if limit_mb is not None and limit_mb <= 0:
-        raise UserError(f"data.source.limit_mb is {limit_mb}; it is megabytes above 0, or null for all")
+        raise UserError(f"{limit_mb} is not above 0", key="limit_mb", hint="Set megabytes, or null for all.")
     library = sysconfig.get_path("stdlib")
     sizes = {}
     for folder, folders, names in os.walk(library):
-        folders[:] = [name for name in folders if name not in LEFT_OUT and name.isidentifier()]
+        folders[:] = [name for name in folders if name not in SKIPPED and name.isidentifier()]
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
             if path.is_file():  # a link may lead nowhere
                 sizes[path.relative_to(library).as_posix()] = path.stat().st_size
     if not sizes:
-        raise UserError(f"{library} has no Python files, so there are no docs in them: give text with files(path=...)")
+        hint = "Read text of your own with _component_=torchrecipes.data.sources.files path=..."
+        raise UserError(f"{library} holds no Python files, so no documentation", hint=hint, code="no_documents")
     return PythonDocs(library, sizes, None if limit_mb is None else int(limit_mb * 1e6))
 
 
 @dataclass
 class PythonDocs:
-    """A source: what `python_docs` finds. `sizes` are bytes by file name, `limit` bytes of documents or None."""
+    """A source made by `python_docs`: `sizes` are bytes by file name, `limit` is bytes of documents or None."""
 
     library: str
     sizes: dict[str, int]
@@ -83,21 +83,14 @@ class PythonDocs:
 
     @property
     def fingerprint(self) -> str:
-        """Of Python's version, the names and sizes of the library's files, and the limit."""
+        """A hash of Python's version, the names and sizes of the library's files, and the limit."""
         text = json.dumps([READING, sys.version.split()[0], sorted(self.sizes.items()), self.limit])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield topics, docstrings, comments; a file that cannot be parsed is only reported."""
+        """Yield topics, docstrings, comments, with a new report; a file that cannot be parsed is only counted."""
         self.report = ReadStats()
         return documents(self._items, self.report)
-
-    def parts(self) -> list[Source]:
-        """Return sources that hold their documents, so that only this process reads the library."""
-        items = self._items
-        size = -(-len(items) // NUM_PARTS) or 1
-        ranges = [(start, items[start : start + size]) for start in range(0, len(items), size)]
-        return [DocumentList(part, f"{self.name}, from document {start}") for start, part in ranges]
 
     @cached_property
     def _items(self) -> tuple[Document | BadRecord, ...]:
@@ -109,34 +102,6 @@ class PythonDocs:
                     break
             items.append(item)
         return tuple(items)
-
-
-@dataclass
-class DocumentList:
-    """A source in memory: `items` are documents, and records that are only reported."""
-
-    items: tuple[Document | BadRecord, ...]
-    name: str
-    report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the documents as UTF-8."""
-        return sum(len(item.text.encode()) for item in self.items if isinstance(item, Document))
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all texts."""
-        return hashlib.sha256(json.dumps(self.items).encode()).hexdigest()[:32]
-
-    def __iter__(self) -> Iterator[Document]:
-        """Yield the documents, and begin a new report."""
-        self.report = ReadStats()
-        return documents(self.items, self.report)
-
-    def parts(self) -> list[Source]:
-        """Return this source."""
-        return [self]
 
 
 def _read_library(library: Path, names: list[str]) -> Iterator[Document | BadRecord]:

@@ -1,71 +1,70 @@
-"""Tables with a column of text: CSV, TSV and Parquet, row by row.
+"""Reads the text column of tables: CSV, TSV and Parquet, row by row.
 
-1. CSV has double quotes (RFC 4180), so that a field may hold line ends and commas; TSV has no quoting, a row is a line.
-   The first line of both names the columns.
-2. A row with more or fewer fields than columns is a bad record; so is a quote that is not closed: the reading goes on
-   with the line after the one that opened it.
-3. Parquet is read a batch of rows at a time, and only the column with the text.
+1. CSV has double quotes (RFC 4180), so a field may hold line ends and commas; TSV has no quoting, a row is a line. The
+   first line of both names the columns, unless the config does.
+2. A row with another number of fields than columns is a bad record. So is a quote that is never closed: reading
+   continues with the line after the one that opened it.
+3. Parquet is read with `pyarrow`, a batch of rows at a time, and only the text column.
+
+CSV is read with Python's `csv` and not with `pyarrow.csv`: that one gives no line numbers, and one bad row ends a file.
 """
 
 import csv
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, not_utf8
+from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, decode_or_keep, not_utf8
 from torchrecipes.data.sources.records import BadRecord, Document
 from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, NOT_UTF8, text_field
 
 FIELD_COUNT = "a row with another number of fields than there are columns"
 BAD_QUOTES = "a quote that is not closed, or in the wrong place"
-QUOTED_LINES = 10_000  # lines of one row, in quotes, before the quote counts as not closed
-QUOTED_CHARACTERS = 16 << 20  # the same
+LONGEST_FIELD = 64 << 20  # characters of a row in quotes, which are in memory until the quote is closed
 PARQUET_ROWS = 256  # per batch
 
 
 def read_csv(
-    line_groups: Iterable[Lines], name: str, text_column: str, limit: int, tabs: bool
+    line_groups: Iterable[Lines], name: str, text_column: str, limit: int, tabs: bool, columns: list[str] | None = None
 ) -> Iterator[Document | BadRecord]:
     """Yield the field in the column `text_column` of every row.
 
     Args:
-        line_groups: the lines of the whole file.
-        name: of the file.
+        line_groups: the lines of the file.
+        name: file name for messages.
         text_column: name of the column.
         limit: characters of a document.
         tabs: fields are separated by tabs, and quotes are characters like any other.
+        columns: names of the columns, for a file without a header line.
 
     Raises:
-        UnreadableFile: the first line does not name the column.
+        UnreadableFile: no such column; a quoted field of more than 64 Mi characters.
     """
     rows = _tab_rows(_numbered(line_groups, name)) if tabs else _quoted_rows(_numbered(line_groups, name), name)
-    columns = None
+    index = None if columns is None else _column(columns, text_column, "the columns in the config are")
     for number, row in rows:
         source = f"{name}:{number}"
         if isinstance(row, BadRecord):
             yield row
-        elif columns is None:
+        elif index is None:
             columns = [column.strip() for column in row]
-            index = _column(columns, text_column, "the first line, which names the columns, is")
+            hint = "a file without a header line needs columns=[...]; the first line, which names the columns, is"
+            index = _column(columns, text_column, hint)
         elif len(row) != len(columns):
             yield BadRecord(source, FIELD_COUNT, f"{len(row)}, not {len(columns)}")
         else:
             yield from _document(row[index], source, limit)
 
 
-def read_parquet(
-    path: str, name: str, text_column: str, limit: int, first_group: int = 0, end_group: int | None = None
-) -> Iterator[Document | BadRecord]:
-    """Yield the value in the column `text_column` of every row, or of those of some row groups.
+def read_parquet(path: str, name: str, text_column: str, limit: int) -> Iterator[Document | BadRecord]:
+    """Yield the value in the column `text_column` of every row.
 
-    A damaged row group is one bad record, from where its damage begins; the next groups are read all the same.
+    A corrupt row group is one bad record, at the row where the damage begins; the next groups are read all the same.
 
     Args:
-        path: of the file.
-        name: of the file in messages; an source is `name:row`, from 1.
-        text_column: name of the column, which holds strings.
+        path: the file.
+        name: file name for messages; the source of a document is `name:row`, counted from 1.
+        text_column: name of a column of any Arrow string type.
         limit: characters of a document.
-        first_group: the first row group to read.
-        end_group: the row group to stop before; None reads all.
 
     Raises:
         UnreadableFile: not a Parquet file, or one without such a column.
@@ -73,34 +72,40 @@ def read_parquet(
     import pyarrow
 
     with _open_parquet(path, text_column) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        for group in range(first_group, len(sizes) if end_group is None else end_group):
-            row = 1 + sum(sizes[:group])
+        first = 1
+        for group in range(file.num_row_groups):
+            row = first
+            first += file.metadata.row_group(group).num_rows
             try:
-                # One thread: the parts of a source are read by a process each, and a forked thread pool would hang.
-                for batch in file.iter_batches(
-                    PARQUET_ROWS, row_groups=[group], columns=[text_column], use_threads=False
-                ):
-                    for text in _strings(batch.column(0)):
+                # One thread: for one column others gain nothing, and processes forked later would inherit their pool.
+                batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[text_column], use_threads=False)
+                for batch in batches:
+                    for text in column_texts(batch.column(0)):
                         yield from _document(text, f"{name}:{row}", limit)
                         row += 1
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                yield BadRecord(f"{name}:{row}", "damaged Parquet data", _first_line(error))
+                yield BadRecord(f"{name}:{row}", "corrupt Parquet data", _first_line(error))
 
 
-def parquet_groups(path: str, text_column: str, target: int) -> list[tuple[int, int]]:
-    """Return ranges of row groups of at least `target` bytes of input; none for a file that cannot be read."""
-    ranges, first, held = [], 0, 0
+def is_text(kind) -> bool:
+    """Return whether an Arrow type holds strings: string, large_string, string_view, or a dictionary of them."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def column_texts(column) -> list[str | bytes | None]:
+    """Return the values of an Arrow string array; one that is not UTF-8 is bytes."""
+    import pyarrow
+
     try:
-        with _open_parquet(path, text_column) as file:
-            for group in range(file.num_row_groups):
-                held += file.metadata.row_group(group).total_byte_size
-                if held >= target or group == file.num_row_groups - 1:
-                    ranges.append((first, group + 1))
-                    first, held = group + 1, 0
-    except UnreadableFile:
-        return []  # the reader says so
-    return ranges
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+        return [value if value is None else decode_or_keep(value) for value in values]
 
 
 @contextmanager
@@ -114,11 +119,10 @@ def _open_parquet(path: str, text_column: str):
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
             raise
-        raise UnreadableFile("not a Parquet file, or a damaged one", _first_line(error)) from error
+        raise UnreadableFile("not a Parquet file, or a corrupt one", _first_line(error)) from error
     with file:
         kind = schema.field(_column(schema.names, text_column, "its columns are")).type
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        if not is_text(kind):
             raise UnreadableFile(f"the column '{text_column}' holds no strings", f"but {kind}")
         yield file
 
@@ -141,31 +145,14 @@ def _column(columns: list[str], wanted: str, introduction: str) -> int:
     return columns.index(wanted)
 
 
-def _strings(column) -> list[str | bytes | None]:
-    import pyarrow
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        values = column.cast(pyarrow.large_binary()).to_pylist()
-        return [value if value is None else _string(value) for value in values]
-
-
-def _string(value: bytes) -> str | bytes:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
 def _numbered(line_groups: Iterable[Lines], name: str) -> Iterator[tuple[int, str | BadRecord]]:
     too_long = False
-    for number, lines, goes_on in line_groups:
-        if goes_on or too_long:
+    for number, lines, is_fragment in line_groups:
+        if is_fragment or too_long:
             if not too_long:
                 yield number, BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
-            too_long = goes_on
-            lines, number = lines[1:], number + (not goes_on)
+            too_long = is_fragment
+            lines, number = lines[1:], number + (not is_fragment)
         for line in lines:
             bad = isinstance(line, bytes)
             yield number, BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line)) if bad else line
@@ -190,14 +177,15 @@ def _quoted_rows(
 
     def feed() -> Iterator[str]:
         characters = 0
-        while len(taken) < QUOTED_LINES and characters < QUOTED_CHARACTERS:
-            item = again.pop() if again else next(lines, None)
-            if item is None:
-                return
+        while item := again.pop() if again else next(lines, None):
             taken.append(item)
             if isinstance(item[1], BadRecord):
                 return  # ends the row: an error inside quotes
             characters += len(item[1])
+            if characters > LONGEST_FIELD and len(taken) > 1:
+                # What follows may be inside the quotes or not: reading it as rows could make documents of its lines.
+                detail = f"line {taken[0][0]}: its quote is not closed within {LONGEST_FIELD >> 20} Mi characters"
+                raise UnreadableFile("a quoted field that is too long", detail)
             yield item[1] + "\n"
 
     while True:

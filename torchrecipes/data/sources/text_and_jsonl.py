@@ -1,8 +1,11 @@
-"""Plain text and JSON lines: from numbered lines to documents.
+"""Turns the numbered lines of plain text and JSON lines into documents.
 
-1. Plain text: a document is a line, a paragraph (what stands between blank lines), or the whole file.
+1. Plain text: a document is a file, a paragraph (the lines between blank lines) or a line.
 2. JSON lines: a document is the text of one object per line.
 3. A text longer than a limit is cut into several documents, at white space where there is any; nothing is dropped.
+
+`pyarrow.json` and `datasets` stop at the first line that is not JSON, or whose keys have other types, without its
+number; both hold the other columns in memory.
 """
 
 import json
@@ -12,14 +15,14 @@ from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, not_utf
 from torchrecipes.data.sources.records import EMPTY_TEXT, BadRecord, Document
 
 NOT_UTF8 = "not UTF-8"
-LONGEST_RECORD = 256 << 20  # bytes of a line that has to be in memory as a whole to be read: JSON, a table's row
+LONGEST_RECORD = 256 << 20  # bytes of a line that must be in memory to be parsed: JSON, a row of a table
 
 
 class Pieces:
-    """One text, given in any number of strings, as documents of at most `limit` characters.
+    """Cuts one text, which comes in any number of strings, into documents of at most `limit` characters.
 
-    A cut is made after the last white space in the second half of what fits, or else where it fits no more. The pieces
-    joined are the text, but for pieces of white space alone, which are dropped. The cuts depend on the text only.
+    A cut is after the last white space in the second half of what fits, or else where the limit is. The pieces joined
+    are the text, except that pieces of white space alone are dropped. The cuts depend on the text only.
     """
 
     def __init__(self, source: str, limit: int):
@@ -28,7 +31,7 @@ class Pieces:
         self.length = 0  # characters in `held`
 
     def add(self, text: str) -> Iterator[Document]:
-        """Go on with `text`; yields the pieces that are complete."""
+        """Append `text` and yield the pieces that are complete."""
         self.held.append(text)
         self.length += len(text)
         if self.length > self.limit:
@@ -62,11 +65,11 @@ def cut_long(text: str, source: str, limit: int) -> Iterator[Document]:
 def read_text_lines(line_groups: Iterable[Lines], name: str, limit: int) -> Iterator[Document | BadRecord]:
     """Yield every line that is not blank as a document, as it is, without its end.
 
-    A line that is not UTF-8 is a bad record; of one too long for memory, the pieces before the damage remain.
+    A line that is not UTF-8 is a bad record. Of a line in fragments, the pieces before the bad byte are kept.
     """
     pieces, lost = None, False  # of a line that came in fragments
-    for number, lines, goes_on in line_groups:
-        if goes_on or pieces or lost:
+    for number, lines, is_fragment in line_groups:
+        if is_fragment or pieces or lost:
             line = lines[0]
             pieces = pieces or Pieces(f"{name}:{number}", limit)
             if type(line) is bytes and not lost:
@@ -74,7 +77,7 @@ def read_text_lines(line_groups: Iterable[Lines], name: str, limit: int) -> Iter
                 lost = True
             elif not lost:
                 yield from pieces.add(line)
-            if goes_on:
+            if is_fragment:
                 continue
             if not lost:
                 yield from pieces.end()
@@ -92,17 +95,17 @@ def read_text_lines(line_groups: Iterable[Lines], name: str, limit: int) -> Iter
 
 
 def read_text_blocks(
-    line_groups: Iterable[Lines], name: str, limit: int, whole: bool
+    line_groups: Iterable[Lines], name: str, limit: int, paragraphs: bool
 ) -> Iterator[Document | BadRecord]:
-    """Yield paragraphs, or with `whole` all that there is, as documents; lines are joined by `\\n`.
+    """Yield the file, or with `paragraphs` its paragraphs, as documents; lines are joined by `\\n`.
 
-    A line that is not UTF-8 is a bad record, and with it its paragraph (or the file): only what was already given,
-    because it was longer than the limit, remains.
+    A line that is not UTF-8 makes a bad record of its paragraph or file: only pieces that were complete before it, of
+    a text longer than the limit, are kept.
     """
     pieces, lost, inside = None, False, False
-    for number, lines, goes_on in line_groups:
+    for number, lines, is_fragment in line_groups:
         for line in lines:
-            if not inside and not whole and (not line or line.isspace()):
+            if not inside and paragraphs and (not line or line.isspace()):
                 if pieces:
                     yield from pieces.end()
                 pieces, lost = None, False
@@ -116,37 +119,36 @@ def read_text_blocks(
                 else:
                     pieces = Pieces(f"{name}:{number}", limit)
                     yield from pieces.add(line)
-            inside = goes_on
+            inside = is_fragment
             number += 1
     if pieces:
         yield from pieces.end()
 
 
 def read_json_lines(
-    line_groups: Iterable[Lines], name: str, text_column: str, limit: int, from_start: bool
+    line_groups: Iterable[Lines], name: str, text_column: str, limit: int
 ) -> Iterator[Document | BadRecord]:
     """Yield the text under `text_column` of every line's object; blank lines are no records.
 
-    Of a key that is there twice the last value counts. NaN and Infinity are read as Python does: only the text is used.
+    If a key is there twice, the last value counts. NaN and Infinity are accepted: only the text is used.
 
     Args:
-        line_groups: the lines; a fragment is a line too long for memory.
-        name: of the file.
+        line_groups: the lines of the file; a fragment is of a line that is too long.
+        name: file name for messages.
         text_column: name of the key in the objects.
         limit: characters of a document.
-        from_start: `line_groups` begin with the file's first line, so that a file that is one JSON value is recognised.
 
     Raises:
         UnreadableFile: the file is one JSON value over several lines, or an array.
     """
     raw_decode = json.JSONDecoder().raw_decode
-    unseen, too_long = from_start, False
-    for number, lines, goes_on in line_groups:
-        if goes_on or too_long:
+    unseen, too_long = True, False
+    for number, lines, is_fragment in line_groups:
+        if is_fragment or too_long:
             if not too_long:
                 yield BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
-            too_long = goes_on
-            lines, number = lines[1:], number + (not goes_on)
+            too_long = is_fragment
+            lines, number = lines[1:], number + (not is_fragment)
         for line in lines:
             if line and not line.isspace():
                 if unseen:
@@ -168,7 +170,7 @@ def read_json_lines(
 
 
 def text_field(text: object, source: str, limit: int) -> Iterator[Document | BadRecord]:
-    """Yield the value of a record's text field as documents with `\\n` as line end, or the reason why it is none."""
+    """Yield the value of a record's text field as documents with `\\n` as line end, or the reason why it is not one."""
     if text is None:
         yield BadRecord(source, "the text is null")
     elif not isinstance(text, str):
@@ -183,7 +185,7 @@ def text_field(text: object, source: str, limit: int) -> Iterator[Document | Bad
 
 
 def _json_record(line: str | bytes, source: str, text_column: str, limit: int) -> Iterator[Document | BadRecord]:
-    # The slow path: every check, one after the other, with the words for what is wrong.
+    # The slow path: every check, one after the other, with a message for each.
     if isinstance(line, bytes):
         yield BadRecord(source, NOT_UTF8, not_utf8(line))
         return
