@@ -78,7 +78,7 @@ class Ours:
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = adamw(self.model, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-        self.schedule, self.guard, self.step = cosine(max_steps=10**6), Guard(), 0
+        self.scheduler, self.guard, self.step = cosine(self.optimizer, max_steps=10**6), Guard(), 0
         rows = PackedDataset(corpus, self.row_len, pad_id=0, lookahead=1)
         targets = CausalLMCollator(eos_id=0, cross_document_attention=True)
         self.loader = Loader(
@@ -102,8 +102,8 @@ class Ours:
                 (loss / targets).backward()
                 loss_sum += plain
             grad_norm = clip_grad_norm(self.model, 1.0)
-            self.schedule.apply(self.optimizer, self.step)
             self.guard.step(self.optimizer, loss_sum / targets, grad_norm)
+            self.scheduler.step()
             self.optimizer.zero_grad()
             self.guard.look(self.step)
         return steps * self.rows * self.row_len / (time.perf_counter() - start)

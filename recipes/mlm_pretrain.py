@@ -81,7 +81,9 @@ class Config:
     epochs: float | None = None  # times that every row is seen
 
     optimizer: Component = component("torchrecipes.optim.adamw", injected=("model",), lr=1e-3)  # makes the groups, too
-    lr_scheduler: Component = component("torchrecipes.optim.cosine", injected=("max_steps",))  # warm-up and decay
+    lr_scheduler: Component = component(
+        "torchrecipes.optim.cosine", injected=("optimizer", "max_steps")
+    )  # warm-up and decay
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
     precision: Literal["auto", "bf16", "fp32", "float8", "float8_rowwise"] = "auto"  # of matrix products
     emulate_float8: bool = False  # on a device without it: slow, for tests
@@ -152,14 +154,14 @@ def main(config: Config) -> None:
     check_tokenizer_compatibility(model, tokenizer, config.seq_len)
     model.train()
     convert_to_float8(model, config.precision, device=run.device, emulate=config.emulate_float8)
-    apply_activation_checkpointing(model.blocks, config.activation_checkpointing)
+    apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
         for block in model.blocks:
             block.compile()
-    parallelize(model, config.parallel.strategy, run, precision)
+    parallelize(model, config.parallel.strategy, run.device, precision)
     init_on_device(model, run.device, config.seed)
     optimizer = build(config.optimizer, model=model)
-    schedule = build(config.lr_scheduler, max_steps=max_steps)
+    lr_scheduler = build(config.lr_scheduler, optimizer=optimizer, max_steps=max_steps)
 
     checkpointer = Checkpointer(run.output_dir, config.keep_last, config.async_save, config.on_save_error)
 
@@ -168,6 +170,7 @@ def main(config: Config) -> None:
         checkpoint.load_optimizer(model, optimizer)
         checkpoint.restore_rng()
         guard.load_state_dict(checkpoint.state["guard"])
+        lr_scheduler.load_state_dict(checkpoint.state["lr_scheduler"])
         return checkpoint.step
 
     resumed = checkpointer.resume(config.resume)
@@ -225,7 +228,7 @@ def main(config: Config) -> None:
 
     def save(step: int) -> Path:
         state = {"corpus": train_corpus.fingerprint, "skipped_steps": skipped_steps, "guard": guard.state_dict()}
-        state["micro_batch_size"] = micro_rows
+        state |= {"micro_batch_size": micro_rows, "lr_scheduler": lr_scheduler.state_dict()}
         kept = {"config_yaml": to_yaml(config), "recipe_source": Path(__file__).read_text(encoding="utf-8")}
         return checkpointer.save(step, model, optimizer, tokenizer, state=state, **kept)
 
@@ -262,8 +265,9 @@ def main(config: Config) -> None:
             collectives.all_reduce_sum_(loss_sum)
 
             grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
-            schedule.apply(optimizer, step)
             skipped = guard.step(optimizer, loss_sum / targets, grad_norm)
+            lr = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
             optimizer.zero_grad()
             metrics.update(loss_sum, targets, skipped)
 
@@ -275,7 +279,6 @@ def main(config: Config) -> None:
             ends = stopped or step == max_steps
             save_now = ends or (config.save_every and step % config.save_every == 0)
             if save_now or step % config.log_every == 0:
-                lr = optimizer.param_groups[0]["lr"]
                 metrics.log(step, lr=lr, grad_norm=grad_norm, **guard.metrics())
             if guard.check(step, sync=save_now, checkpoint=saved) == "rollback":
                 past, step = step, restore(checkpointer.latest_valid())

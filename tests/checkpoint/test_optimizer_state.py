@@ -79,13 +79,14 @@ def test_the_order_of_parameters_and_the_groups_may_change():
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters())
     train(model, optimizer, 2)
-    groups = [{"params": [model.gate, model.unused]}, {"params": [model.one, model.matrix], "lr": 0.5}]
+    groups = [{"params": [model.gate, model.unused]}, {"params": [model.one, model.matrix], "lr": 0.5, "eps": 1e-5}]
     other_optimizer = torch.optim.AdamW(groups)
     copied(model, optimizer, model, other_optimizer)
     for parameter in (model.matrix, model.one, model.gate):
         for kind, value in optimizer.state[parameter].items():
             assert torch.equal(value, other_optimizer.state[parameter][kind])
-    assert other_optimizer.param_groups[1]["lr"] == 0.5
+    assert other_optimizer.param_groups[1]["lr"] == 1e-3  # what a scheduler had set
+    assert other_optimizer.param_groups[1]["eps"] == 1e-5
 
 
 def test_a_state_in_another_dtype_than_its_parameter_keeps_it():

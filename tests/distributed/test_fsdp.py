@@ -1,7 +1,6 @@
-"""What ranks tell each other, and how a model is spread over them."""
+"""Collectives, and models sharded over ranks."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +8,11 @@ from torch import nn
 
 from tests import ranks
 from torchrecipes.distributed import fsdp
-from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize, set_grad_sync
+from torchrecipes.distributed.fsdp import choose_strategy, clip_grad_norm, init_on_device, parallelize, set_grad_sync
 from torchrecipes.errors import UserError
 from torchrecipes.models import bert, neobert
-from torchrecipes.training.run import Run
+
+CPU = torch.device("cpu")
 
 SCRIPT = """
 import json, sys
@@ -33,7 +33,7 @@ run = start_run(folder, seed=0, config_yaml="", resume="auto")
 def model_of(kind):
     with torch.device("meta"):
         model = {"neobert": neobert, "bert": bert}[kind](50, 16, 2, 2, 30)
-    parallelize(model, strategy, run, torch.float32)
+    parallelize(model, strategy, run.device, torch.float32)
     init_on_device(model, run.device, 3)
     return model
 
@@ -77,7 +77,7 @@ elif what == "bf16":
     for name, make in makers.items():
         with torch.device("meta"):
             model = make().eval()
-        parallelize(model, strategy, run, torch.bfloat16)
+        parallelize(model, strategy, run.device, torch.bfloat16)
         init_on_device(model, run.device, 0)
         inputs = []
         model.blocks[-1].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
@@ -179,52 +179,54 @@ def test_a_model_is_on_the_meta_device_as_a_whole_or_not_at_all():
     model = neobert(32, 16, 1, 1, 16)
     with torch.device("meta"):
         model.embedding = nn.Embedding(32, 16)
-    with pytest.raises(UserError, match=r"1 of its \d+ parameters on the meta device"):
-        init_on_device(model, torch.device("cpu"), 0)
+    with pytest.raises(UserError) as error:
+        init_on_device(model, CPU, 0)
+    assert error.value.code == "partly_on_meta" and "1 of the model's" in str(error.value)
 
 
-def run_of(world_size, local_world_size=None):
-    return Run(Path("."), torch.device("cpu"), 0, world_size, local_world_size or world_size)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "run", "message"),
-    [
-        ("none", run_of(2), "strategy=none, and there are 2 processes"),
-        ("hsdp", run_of(2), "there is one node only"),
-        ("hsdp", run_of(2, 1), "needs several processes on every node"),
-        ("zero", run_of(1), "'zero' is not known. Use auto, none, ddp, fsdp, hsdp"),
-    ],
-)
-def test_strategies_that_do_not_go_with_the_processes_are_refused(strategy, run, message):
-    with pytest.raises(UserError, match=message):
-        parallelize(neobert(32, 16, 1, 1, 16), strategy, run, torch.float32)
+def test_a_foreign_model_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(3, 3)
+    with pytest.raises(UserError) as error:
+        init_on_device(model, CPU, 0)
+    assert error.value.code == "no_init_weights"
 
 
 @pytest.mark.parametrize(
-    ("memory", "run", "strategy"),
+    ("strategy", "ranks", "code"),
     [
-        (64 * 16, run_of(1), "none"),
-        (64 * 16 + 16, run_of(2), "ddp"),  # 16 parameters take a quarter of 1024 bytes per process
-        (64 * 16 - 16, run_of(2), "fsdp"),
-        (64 * 16 - 16, run_of(4, 2), "hsdp"),
-        (64 * 16 - 16, run_of(4, 1), "fsdp"),
+        ("none", (2, 2), "strategy_needs_other_processes"),
+        ("hsdp", (2, 2), "strategy_needs_other_processes"),
+        ("hsdp", (2, 1), "strategy_needs_other_processes"),
+        ("zero", (1, 1), "unknown_name"),
     ],
 )
-def test_auto_shards_what_takes_more_than_a_quarter_of_a_device(monkeypatch, memory, run, strategy):
-    monkeypatch.setattr(fsdp.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else memory * run.local_world_size)
-    model = nn.Linear(4, 4, bias=False)
-    if run.world_size == 1:
-        assert parallelize(model, "auto", run, torch.float32) == strategy
-    else:
-        assert fsdp._choose(model, run, run.world_size // run.local_world_size) == strategy
+def test_strategies_that_do_not_suit_the_processes_are_refused(strategy, ranks, code):
+    with pytest.raises(UserError) as error:
+        choose_strategy(nn.Linear(4, 4), strategy, CPU, *ranks)
+    assert (error.value.key, error.value.code) == ("compute.strategy", code)
+
+
+@pytest.mark.parametrize(
+    ("memory", "ranks", "strategy"),
+    [
+        (64 * 16, (1, 1), "none"),
+        (64 * 16 + 16, (2, 2), "ddp"),  # 16 parameters take a quarter of 1024 bytes per process
+        (64 * 16 - 16, (2, 2), "fsdp"),
+        (64 * 16 - 16, (4, 2), "hsdp"),
+        (64 * 16 - 16, (4, 1), "fsdp"),
+    ],
+)
+def test_auto_shards_what_takes_more_than_a_quarter_of_a_device(monkeypatch, memory, ranks, strategy):
+    monkeypatch.setattr(fsdp.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else memory * ranks[1])
+    assert choose_strategy(nn.Linear(4, 4, bias=False), "auto", CPU, *ranks) == strategy
 
 
 def test_one_process_needs_none_of_it():
     with torch.device("meta"):
         model = neobert(32, 16, 1, 1, 16)
-    assert parallelize(model, "auto", run_of(1), torch.float32) == "none"
-    init_on_device(model, torch.device("cpu"), seed=5)
+    assert parallelize(model, "auto", CPU, torch.float32) == "none"
+    init_on_device(model, CPU, seed=5)
     for (name, parameter), expected in zip(
         model.named_parameters(), neobert(32, 16, 1, 1, 16, seed=5).parameters(), strict=True
     ):

@@ -301,7 +301,7 @@ folder, sizes, prompts, eos = sys.argv[1], *map(json.loads, sys.argv[2:])
 run = start_run(folder, seed=0, config_yaml="", resume="auto")
 with torch.device("meta"):
     model = llama(**sizes)
-parallelize(model, "fsdp", run, torch.float32)
+parallelize(model, "fsdp", run.device, torch.float32)
 init_on_device(model, run.device, 1)
 model.train()
 found = [generate(model, prompts, max_new_tokens=20, temperature=t, seed=3, eos_id=eos) for t in (0, 0.7)]

@@ -39,8 +39,8 @@ folder, family, strategy, mode = sys.argv[1:5]
 run = start_run(folder, seed=0, config_yaml="", resume="auto")
 with torch.device("meta"):
     model = FAMILIES[family](*SIZES)
-apply_activation_checkpointing(model.blocks, mode)
-parallelize(model, strategy, run, torch.float32)
+apply_activation_checkpointing(model, mode)
+parallelize(model, strategy, run.device, torch.float32)
 init_on_device(model, run.device, 3)
 for row in range(4):
     if row % run.world_size == run.rank:
@@ -112,7 +112,7 @@ def test_recomputed_activations_change_no_bit(family, mode, bf16):
     found = []
     for how in ("none", mode):
         model = FAMILIES[family](*SIZES, **arguments)
-        apply_activation_checkpointing(model.blocks, how)
+        apply_activation_checkpointing(model, how)
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             found.append(gradients(model, ids))
@@ -129,7 +129,7 @@ def test_compiled_blocks_of_experts_have_the_same_gradients_on_a_cpu(family, mod
     model = FAMILIES[family](*SIZES)
     ids = torch.arange(300).view(2, 150) % 50
     expected = gradients(model, ids)
-    apply_activation_checkpointing(model.blocks, mode)
+    apply_activation_checkpointing(model, mode)
     for block in model.blocks:
         block.compile(backend="aot_eager")
     for name, gradient in gradients(model, ids).items():
@@ -143,7 +143,7 @@ def test_compiled_blocks_have_the_same_gradients_and_one_graph(family, mode):
     model = FAMILIES[family](*SIZES)
     steps = [(torch.arange(300).view(2, 150) * step) % 50 for step in (1, 2, 3)]
     expected = [gradients(model, ids) for ids in steps]
-    apply_activation_checkpointing(model.blocks, mode)
+    apply_activation_checkpointing(model, mode)
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -30,7 +30,7 @@ def test_compiled_blocks_are_one_graph(monkeypatch, builder, mode, bf16):
 
     steps = [(torch.arange(64).view(2, 32) * step) % 50 for step in (1, 3, 7)]
     expected = [gradients(ids) for ids in steps]
-    apply_activation_checkpointing(model.blocks, mode)
+    apply_activation_checkpointing(model, mode)
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

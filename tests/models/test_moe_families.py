@@ -293,7 +293,7 @@ tokenizer = train_wordpiece([Document("a small text for a small tokenizer, " * 3
 
 with torch.device("meta"):
     model = moe(**(FREE | {"vocab_size": 62, "router_aux_loss_coef": 0.0}))
-parallelize(model, strategy, run, torch.float32)
+parallelize(model, strategy, run.device, torch.float32)
 init_on_device(model, run.device, seed=3 if what == "save" else 9)
 optimizer = adamw(model, lr=1e-2)
 balance = ExpertBalance(model, update_rate=0.125)

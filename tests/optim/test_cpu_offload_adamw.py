@@ -26,14 +26,16 @@ def offloaded(net):
 
 
 def train(net, optimizer, steps, first=1):
+    scheduler = linear(optimizer, 10, warmup_steps=2)
+    scheduler.load_state_dict({"last_epoch": first - 1})
     for step in range(first, first + steps):
         torch.manual_seed(step)
         tokens = torch.randint(16, (8,))
         for half in tokens.chunk(2):  # micro-batches
             nn.functional.cross_entropy(net(half), half.flip(0)).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 0.1)
-        linear(10, warmup_steps=2).apply(optimizer, step)
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
     return list(net.parameters())
 

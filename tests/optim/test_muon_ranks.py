@@ -145,7 +145,7 @@ def make(seed):
     with torch.device("meta"):
         model = llama(62, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                       intermediate_size=31, tie_word_embeddings=False, seed=seed)
-    parallelize(model, strategy, run, torch.float32)
+    parallelize(model, strategy, run.device, torch.float32)
     init_on_device(model, run.device, seed)
     return model, muon(model, ns_dtype="fp32")
 

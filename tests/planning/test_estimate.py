@@ -49,7 +49,7 @@ def measured_peak(build, *, dtype, rows, row_len, mode="none", micro_batches=1, 
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build().train()
-        apply_activation_checkpointing(model.blocks, mode)
+        apply_activation_checkpointing(model, mode)
         trained = optimizer(model)
         cu_seqlens = torch.arange(0, rows * row_len + 1, row_len // 4, dtype=torch.int32)
         targets = torch.arange(rows * math.ceil(0.15 * row_len))

@@ -234,7 +234,10 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
         (["model._component_=tests.recipes.components.broken"], r"model: KeyError: 'mine' \(.*components.py:\d+\)"),
         (["optimizer._component_=tests.recipes.components.nothing"], "gave NoneType, and no torch.optim.Optimizer"),
         (["optimizer._component_=torch.optim.SGD"], "one problem.*torch.optim.SGD needs the argument 'params'"),
-        (["lr_scheduler._component_=tests.recipes.components.Schedule"], r"has no apply\(optimizer, step\)"),
+        (
+            ["lr_scheduler._component_=tests.recipes.components.Schedule"],
+            "gave Schedule, and no torch.optim.lr_scheduler",
+        ),
         (["resume=RUN"], r"This is a run; its newest is resume=.*checkpoints/step-00000012"),
         (["init_from=RUN"], r"init_from: .* This is a run; its newest model is .*checkpoints/step-00000012"),
     ],

@@ -115,7 +115,7 @@ def test_recomputed_activations_give_the_same_gradients(precision, mode):
     models = [neobert(64, **SIZES) for _ in range(2)]
     for model in models:
         convert(model, precision)
-    apply_activation_checkpointing(models[1].blocks, mode)
+    apply_activation_checkpointing(models[1], mode)
     for model in models:
         loss_of(model).backward()
     for parameter, other in zip(*(model.parameters() for model in models), strict=True):
@@ -171,7 +171,7 @@ def two_ranks(rank, store, answers):
         alone, model = neobert(64, **SIZES), neobert(64, **SIZES)
         for each in (alone, model):
             convert(each, precision)
-        apply_activation_checkpointing(model.blocks, "selective")
+        apply_activation_checkpointing(model, "selective")
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mp_policy=policy)

@@ -14,6 +14,9 @@ from torchrecipes.checkpoint.quantized_state import from_plain, to_plain
 from torchrecipes.errors import UserError
 
 
+SCHEDULED = {"lr", "momentum", "betas"}  # settings that torch's learning-rate schedulers change
+
+
 def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     """The optimizer's state, without its object.
 
@@ -91,7 +94,9 @@ def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module) -> Te
 def unflatten_optimizer(
     tensors: dict[str, Tensor], description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str
 ) -> None:
-    """Sets the optimizer's state to a flattened one, bit by bit. Its settings, such as the learning rate, stay its own.
+    """Sets the optimizer's state to a flattened one, bit for bit.
+
+    Of its settings, those that a scheduler changes (`SCHEDULED`) are restored, too; the others stay its own.
 
     Args:
         tensors, description: what `flatten_optimizer` returned.
@@ -113,6 +118,15 @@ def unflatten_optimizer(
     numbered = {number: states[name] for number, name in enumerate(parameters) if name in states}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+    stored = {name: group for group in description["groups"] for name in group["parameters"]}
+    for number, group in enumerate(optimizer.param_groups):
+        name, _ = next(_named(optimizer, model, number))
+        for key in group.keys() & SCHEDULED & stored[name].keys():
+            value = stored[name][key]
+            if isinstance(group[key], Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(value, list) else value
     # It has put each tensor on the right device, and has given floats the parameter's dtype, which need not be theirs.
     for name, state in states.items():
         loaded = optimizer.state[parameters[name]]

@@ -1,19 +1,18 @@
-"""How a model is spread over the processes of a run: PyTorch's `fully_shard` (FSDP2) in three forms.
+"""Shards a model over the processes of a run with PyTorch's `fully_shard` (FSDP2).
 
-| strategy | weights, gradients, optimizer state | when                                               |
-|----------|-------------------------------------|----------------------------------------------------|
-| `none`   | whole                               | one process                                        |
-| `ddp`    | whole on every rank                 | they fit beside the activations: least traffic     |
-| `fsdp`   | split over all ranks                | they do not (Zhao et al. 2023, 2304.11277)         |
-| `hsdp`   | split within a node, a copy on each | several nodes whose network is slower than a node's |
+| strategy | weights, gradients, optimizer state    | when                                               |
+|----------|----------------------------------------|----------------------------------------------------|
+| `none`   | not sharded                            | one process                                        |
+| `ddp`    | replicated on every rank               | they fit beside the activations: least traffic     |
+| `fsdp`   | sharded over all ranks                 | they do not (Zhao et al. 2023, 2304.11277)         |
+| `hsdp`   | sharded in a node, replicated on nodes | several nodes whose network is slower than a node's |
 
-Parameters keep their names, and a model keeps its class' attributes: a loop reads the same with any of them. `ddp` is
-`fully_shard` over a mesh whose second dimension is 1, so that there is one kind of gradient, norm and checkpoint.
+Parameters keep their names and the model its class, so a loop reads the same with any of them. `ddp` is `fully_shard`
+over a mesh whose shard dimension has size 1, so there is one kind of gradient, norm and checkpoint.
 """
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,99 +20,135 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from torchrecipes.distributed.collectives import dist_env
 from torchrecipes.errors import UserError
 from torchrecipes.modules import Router
-
-if TYPE_CHECKING:
-    from torchrecipes.training.run import Run
+from torchrecipes.modules.blocks import transformer_blocks
 
 STRATEGIES = ("auto", "none", "ddp", "fsdp", "hsdp")
 BYTES_PER_PARAMETER = 16  # weight, gradient and two averages of AdamW in fp32
-SHARE_FOR_DDP = 0.25  # of the device's memory: with more, activations have too little left, and `auto` shards
+SHARE_FOR_DDP = 0.25  # of the device; with more, too little is left for activations, and `auto` shards
 
 
-def parallelize(model: nn.Module, strategy: str, run: "Run", dtype: torch.dtype) -> str:
-    """Spreads the model over the run's processes, in place, and says how.
+def parallelize(model: nn.Module, strategy: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Shards or replicates the model over the run's processes, in place. Call it after activation checkpointing and
+    `compile`.
 
-    Call it after activation checkpointing and `compile`.
-
-    Every block is a unit of its own; embedding, last norm and head belong to the root, which stays gathered between
-    forward and backward, so that the head may be used outside of `forward`.
+    Every block (`transformer_blocks`) is a unit of its own. Embedding, last norm and head belong to the root, which
+    stays unsharded between forward and backward, so that a loss may use the head outside of `forward`.
 
     Args:
-        model: has `blocks`; on the meta device, or the same on every rank.
+        model: any module, on the meta device or with the same weights on every rank.
         strategy: `auto`, `none`, `ddp`, `fsdp` or `hsdp`. `auto` is `none` on one process, `ddp` where weights,
             gradients and AdamW's state take less than a quarter of a device, else `fsdp`, or `hsdp` on several nodes.
-        run: says how many processes there are.
-        dtype: that forward and backward compute in. Weights stay in fp32 and gradients are added up in it.
+        device: this process' device.
+        dtype: what blocks compute in. Weights stay in fp32, and gradients are reduced in fp32.
 
     Returns:
-        The strategy that it came to.
+        The strategy that was applied.
 
     Raises:
-        UserError: the strategy does not go with the number of processes.
+        UserError: the strategy does not suit the number of processes.
     """
-    if strategy not in STRATEGIES:
-        raise UserError(f"parallel.strategy: {strategy!r} is not known. Use {', '.join(STRATEGIES)}.")
-    if strategy == "none" and run.world_size > 1:
-        raise UserError(
-            f"parallel.strategy=none, and there are {run.world_size} processes: each would train a model of its own. "
-            "Use auto, ddp, fsdp or hsdp, or start one process."
-        )
-    nodes = run.world_size // run.local_world_size
-    if strategy == "hsdp" and nodes == 1:
-        raise UserError(
-            "parallel.strategy=hsdp shards within each node and copies across nodes, and there is one node only. Use "
-            "fsdp to shard, or ddp to copy."
-        )
-    if strategy == "hsdp" and run.local_world_size == 1:
-        raise UserError("parallel.strategy=hsdp needs several processes on every node. Use fsdp or ddp.")
-    if run.world_size == 1:
-        return "none"
-    if strategy == "auto":
-        strategy = _choose(model, run, nodes)
-    numbers = str(dtype).removeprefix("torch.")
-    where = f"{run.world_size} processes" + (f" on {nodes} nodes" if nodes > 1 else "")
-    print(f"{where}, {run.device.type}: {strategy}, {numbers}", flush=True)
-    shape = {
-        "ddp": (run.world_size, 1),
-        "fsdp": (run.world_size,),
-        "hsdp": (nodes, run.local_world_size),
-    }[strategy]
-    names = ("replicate", "shard")[-len(shape) :]
-    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
+    _, _, world_size, local_world_size = dist_env()
+    strategy = choose_strategy(model, strategy, device, world_size, local_world_size)
+    if strategy == "none":
+        return strategy
+    nodes = world_size // local_world_size
+    where = f"{world_size} processes" + (f" on {nodes} nodes" if nodes > 1 else "")
+    print(f"{where}, {device.type}: {strategy}, {str(dtype).removeprefix('torch.')}", flush=True)
+    shapes = {"ddp": (world_size, 1), "fsdp": (world_size,), "hsdp": (nodes, local_world_size)}
+    shape = shapes[strategy]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # masks and rotary tables have the dtype that they should have
+        cast_forward_inputs=False,  # masks and rotary tables keep their dtypes
     )
     in_fp32 = replace(policy, param_dtype=None)
-    for block in model.blocks:
-        for part in block.modules():
-            if isinstance(part, Router):  # rounded to bf16, it would send a token in a hundred to another expert
-                fully_shard(part, mesh=mesh, mp_policy=in_fp32, reshard_after_forward=strategy != "ddp")
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=strategy != "ddp")
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    reshard = strategy != "ddp"
+    for block in transformer_blocks(model):
+        if block is model:
+            continue
+        for module in block.modules():
+            if isinstance(module, Router):  # rounded to bf16, it would send a token in a hundred to another expert
+                fully_shard(module, mesh=mesh, mp_policy=in_fp32, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The CPU's backward pass of an embedding adds up tokens in the weight's dtype: in bf16 the sum of a frequent
+    # token's gradients stops growing. Autocast still computes the head's products in bf16.
+    root_policy = in_fp32 if device.type == "cpu" else policy
+    fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
     return strategy
 
 
-def init_on_device(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Moves the model to the device; what is on the meta device begins there with its initial weights.
+def choose_strategy(
+    model: nn.Module, strategy: str, device: torch.device, world_size: int, local_world_size: int
+) -> str:
+    """The strategy for so many processes: see `parallelize`, whose arguments and errors these are."""
+    if strategy not in STRATEGIES:
+        raise UserError(
+            f"{strategy!r} is not one of {', '.join(STRATEGIES)}", key="compute.strategy", code="unknown_name"
+        )
 
-    A rank draws its own part of weights that are a function of (seed, name): the same as on one process.
+    def refused(problem: str, hint: str) -> UserError:
+        return UserError(problem, key="compute.strategy", hint=hint, code="strategy_needs_other_processes")
+
+    if strategy == "none" and world_size > 1:
+        raise refused(
+            f"none would train a separate model in each of the {world_size} processes",
+            "Use auto, ddp, fsdp or hsdp, or start one process.",
+        )
+    nodes = world_size // local_world_size
+    if strategy == "hsdp" and nodes == 1:
+        raise refused(
+            "hsdp shards within each node and replicates across nodes, and there is one node only",
+            "Use fsdp to shard, or ddp to replicate.",
+        )
+    if strategy == "hsdp" and local_world_size == 1:
+        raise refused("hsdp needs several processes on every node", "Use fsdp or ddp.")
+    if world_size == 1:
+        return "none"
+    if strategy != "auto":
+        return strategy
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size
+    if BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()) < SHARE_FOR_DDP * memory:
+        return "ddp"
+    return "hsdp" if nodes > 1 and local_world_size > 1 else "fsdp"
+
+
+def init_on_device(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Moves the model to the device; a model on the meta device gets its initial weights there.
+
+    Initial weights are a function of (seed, name), of which each rank draws its own shard: the same as on one process.
 
     Args:
-        model: has `init_weights(seed)`; all of it on the meta device, or nothing.
-        device: of this process.
-        seed: of the initial weights.
+        model: on the meta device as a whole (then it has `init_weights(seed)`), or not at all.
+        device: this process' device.
+        seed: chooses the initial weights.
+
+    Raises:
+        UserError: some of the parameters are on the meta device, or all and there is no `init_weights`.
     """
     on_meta = [parameter.is_meta for parameter in model.parameters()]
     if any(on_meta) and not all(on_meta):
         raise UserError(
-            f"the model has {sum(on_meta)} of its {len(on_meta)} parameters on the meta device. Initialization would "
-            "write over the others: build all of it there, and set weights in init_weights(seed)."
+            f"{sum(on_meta)} of the model's {len(on_meta)} parameters are on the meta device, and initialization would "
+            "overwrite the others",
+            key="model",
+            hint="Build all of it there, and set weights in init_weights(seed).",
+            code="partly_on_meta",
         )
     if any(on_meta):
+        if not hasattr(model, "init_weights"):
+            raise UserError(
+                f"{type(model).__name__} is on the meta device and has no init_weights(seed)",
+                key="model",
+                hint="Add that method, or build the model on the CPU.",
+                code="no_init_weights",
+            )
         model.to_empty(device=device)
         model.init_weights(seed)
     else:
@@ -121,26 +156,16 @@ def init_on_device(model: nn.Module, device: torch.device, seed: int) -> None:
 
 
 def set_grad_sync(model: nn.Module, last: bool) -> None:
-    """Says whether the next backward pass is the step's last: ranks exchange their gradients only then."""
+    """Tells FSDP whether the next backward pass is the step's last: gradients are reduced in that one only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales all gradients down so that their norm, over the whole model, is `max_norm` at most.
+    """Scales all gradients so that their total norm, over all ranks, is at most `max_norm`.
 
     Returns:
-        The norm before, a scalar on the device, the same on all ranks.
+        The norm before scaling, a scalar on the device, the same on all ranks.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _choose(model: nn.Module, run: "Run", nodes: int) -> str:
-    if run.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(run.device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / run.local_world_size
-    if BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters()) < SHARE_FOR_DDP * memory:
-        return "ddp"
-    return "hsdp" if nodes > 1 and run.local_world_size > 1 else "fsdp"

@@ -11,7 +11,7 @@ from torchrecipes.optim.groups import weight_decay_groups
 def adamw_groups(
     model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, problems: tuple = ()
 ) -> list[dict]:
-    """The groups of `weight_decay_groups`, each with its peak learning rate as `initial_lr`.
+    """Checks the settings and makes the groups of `weight_decay_groups`.
 
     Args:
         model, lr, betas, eps, weight_decay: see `adamw`.
@@ -34,6 +34,4 @@ def adamw_groups(
         problems.append("model: no parameter is trainable. Set requires_grad=True on what the optimizer shall change")
     if problems:
         raise UserError("\n".join(f"optimizer {problem}." for problem in problems))
-    for group in groups:
-        group["initial_lr"] = lr
     return groups

@@ -20,7 +20,7 @@ def adamw(
 
     Args:
         model: its parameters with `requires_grad=True` are trained.
-        lr: the peak learning rate. Every group remembers it as `initial_lr`, which a `Schedule` multiplies.
+        lr: the peak learning rate.
         betas: how slowly the averages of the gradient and of its square forget. 0.98 for the second is the choice of
             RoBERTa (Liu et al., 2019, arXiv:1907.11692) for masked language models.
         eps: added to the root of the second average.

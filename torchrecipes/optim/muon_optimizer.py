@@ -110,7 +110,7 @@ def muon_groups(
     ns_dtype: str,
     problems: Iterable[str] = (),
 ) -> list[dict]:
-    """Groups for `Muon`, each with its `kind`, its settings and its peak learning rate as `initial_lr`.
+    """Groups for `Muon`, each with its `kind` and its settings.
 
     Args:
         problems: what is wrong with other settings, to be told together with what is wrong with these.
@@ -155,10 +155,10 @@ def muon_groups(
             problems.append(f"adamw_param_patterns: {pattern!r} fits no parameter; they have names such as {names[:1]}")
     matrices = [pair for pair in muon_params(model) if not any(fnmatchcase(pair[0], p) for p in patterns)]
     taken = {id(parameter) for _, parameter in matrices}
-    hidden = {"kind": "muon", "lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+    hidden = {"kind": "muon", "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
     hidden |= {"nesterov": nesterov, "ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "scale": scale}
     hidden |= {"ns_dtype": ns_dtype}
-    others = {"kind": "adamw", "lr": adamw_lr, "initial_lr": adamw_lr, "betas": betas, "eps": adamw_eps, "fused": True}
+    others = {"kind": "adamw", "lr": adamw_lr, "betas": betas, "eps": adamw_eps, "fused": True}
     groups = [hidden | {"params": matrices}] if matrices else []
     for group in weight_decay_groups(model, adamw_weight_decay):
         rest = [pair for pair in group["params"] if id(pair[1]) not in taken]

@@ -81,10 +81,11 @@ def _schedule(config: Any) -> None:
     steps = MANY if steps is None else steps
     if steps < 1 or config.seq_len < 1 or config.global_batch_size < 1:
         return  # told already
-    schedule = build(config.lr_scheduler, max_steps=steps)
-    if not callable(getattr(schedule, "apply", None)):
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    schedule = build(config.lr_scheduler, optimizer=optimizer, max_steps=steps)
+    if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
         raise UserError(
-            f"{config.lr_scheduler.path} gave {type(schedule).__name__}, which has no apply(optimizer, step)"
+            f"{config.lr_scheduler.path} gave {type(schedule).__name__}, and no torch.optim.lr_scheduler.LRScheduler"
         )
 
 

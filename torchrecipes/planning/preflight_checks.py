@@ -342,7 +342,9 @@ def _budget(config: Any, rows: PackedDataset | PaddedDataset) -> tuple[Check, in
             total_tokens=config.total_tokens,
             epochs=config.epochs,
         )
-        build(config.lr_scheduler, max_steps=steps)
+        import torch
+
+        build(config.lr_scheduler, optimizer=torch.optim.SGD([torch.zeros(1)]), max_steps=steps)
     except UserError as error:
         return Check("budget", "failed", str(error)), None
     epochs = steps * config.global_batch_size / rows.num_rows

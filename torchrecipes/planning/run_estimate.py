@@ -201,7 +201,7 @@ def _memory(
 
     def build_model() -> nn.Module:
         model = _network(config)
-        apply_activation_checkpointing(model.blocks, config.activation_checkpointing)
+        apply_activation_checkpointing(model, config.activation_checkpointing)
         return model.train()
 
     def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:

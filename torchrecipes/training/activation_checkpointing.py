@@ -8,20 +8,35 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from torchrecipes.errors import UserError
+from torchrecipes.modules.blocks import transformer_blocks
 
 CHECKPOINT_MODES = ("none", "full", "selective")
 
+# FSDP's hooks of a module inside a block (a router) mark their work for the profiler, and there is more of it in the
+# forward pass than when it is recomputed.
+SAC_IGNORED_OPS.update(
+    {
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    }
+)
 
-def apply_activation_checkpointing(blocks: nn.ModuleList, mode: str = "full") -> None:
+
+def apply_activation_checkpointing(model: nn.Module, mode: str = "full") -> None:
     """Keeps less of every block for the backward pass, and computes the rest again there. Call it before `compile`.
 
     Gradients are the same to the last bit, dropout included, and parameter names do not change.
 
     Args:
-        blocks: changed in place.
+        model: any module; its blocks (`transformer_blocks`) are changed in place.
         mode: `full` keeps a block's input only (Chen et al. 2016, 1604.06174): a step costs about a third more time.
             `selective` keeps, too, what matrix products and attention kernels return, and computes norms, activations
             and other cheap operations again (Korthikanti et al. 2022, 2205.05198): most of the memory, little time.
@@ -31,10 +46,14 @@ def apply_activation_checkpointing(blocks: nn.ModuleList, mode: str = "full") ->
         UserError: another mode.
     """
     if mode not in CHECKPOINT_MODES:
-        raise UserError(f"activation_checkpointing: {mode!r} is not known. Use {', '.join(CHECKPOINT_MODES)}.")
+        raise UserError(
+            f"{mode!r} is not one of {', '.join(CHECKPOINT_MODES)}",
+            key="compute.activation_checkpointing",
+            code="unknown_name",
+        )
     if mode == "none":
         return
-    for block in blocks:
+    for block in transformer_blocks(model):
         block.forward = _checkpointed(block.forward, selective=mode == "selective")
 
 
@@ -44,13 +63,13 @@ def _checkpointed(forward: Callable, selective: bool) -> Callable:
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
 
-    def cast_anew(hidden: Tensor, *args, **kwargs) -> Tensor:
+    def cast_anew(*args, **kwargs):
         # Autocast without its cache of cast weights: with it, a second forward pass has fewer operations than its
         # recomputation, which torch refuses.
-        device = hidden.device.type
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return forward(hidden, *args, **kwargs)
+            return forward(*args, **kwargs)
 
     return lambda *args, **kwargs: checkpoint(cast_anew, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 

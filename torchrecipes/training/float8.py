@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.torchao_import import import_torchao
 
 RECIPES = {"float8": "tensorwise", "float8_rowwise": "rowwise"}  # names of torchao's Float8LinearRecipeName
 CAPABILITY = {"float8": (8, 9), "float8_rowwise": (9, 0)}  # of the first GPUs that multiply so
+_HEADS = {"head", "lm_head"}  # of a model without repeated blocks, which is converted as a whole
 MULTIPLE = 16  # that both sizes of a weight must be, for the matrix products of the hardware
 
 
@@ -70,14 +72,16 @@ def convert_to_float8(model: nn.Module, precision: str, *, device: torch.device,
     if emulate:
         config = replace(config, emulate=True)
 
-    def chosen(module: nn.Module, _name: str) -> bool:
+    def chosen(module: nn.Module, name: str) -> bool:
         if not isinstance(module, nn.Linear) or any(size % MULTIPLE for size in module.weight.shape):
             return False
-        return emulate or _pays(precision, *module.weight.shape)
+        return name.partition(".")[0] not in _HEADS and (emulate or _pays(precision, *module.weight.shape))
 
-    float8.convert_to_float8_training(model.blocks, module_filter_fn=chosen, config=config)
+    blocks = transformer_blocks(model)
+    part = blocks if isinstance(blocks, nn.Module) else model
+    float8.convert_to_float8_training(part, module_filter_fn=chosen, config=config)
     kind = import_torchao("float8.float8_linear").Float8Linear
-    converted = sum(isinstance(module, kind) for module in model.blocks.modules())
+    converted = sum(isinstance(module, kind) for module in part.modules())
     if not converted:
         raise UserError(
             f"precision={precision}: no linear layer of the model's blocks is large enough to be faster in float8, or "
