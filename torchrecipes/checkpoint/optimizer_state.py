@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrecipes.checkpoint.quantized_state import from_plain, to_plain
 from torchrecipes.errors import UserError
 
-
 SCHEDULED = {"lr", "momentum", "betas"}  # settings that torch's learning-rate schedulers change
 
 
