@@ -1,4 +1,4 @@
-"""`run` with more than one process: what is refused, how errors and signals end all of them."""
+"""`run` with more than one process: refused flags, and how errors and signals end all of them."""
 
 import os
 import re
@@ -13,9 +13,9 @@ import pytest
 from torchrecipes.cli import main as cli
 from torchrecipes.cli.main import main
 
-# Its processes meet without torch, which takes seconds to import, unless `gloo` says so.
+# Its processes do not import torch, which takes seconds, unless `fails` is `gloo`.
 RECIPE = '''
-"""A recipe whose ranks end as they are told."""
+"""A recipe whose ranks end as its config says."""
 import os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,49 +109,48 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "flag", "hint"),
     [
-        ("--nproc-per-node two", "--nproc-per-node two: give a number from 1, or gpu, cpu or auto"),
-        ("--nproc-per-node 0", "--nproc-per-node 0: give a number from 1"),
-        ("--nnodes 2", "--nnodes 2 needs --rdzv-endpoint HOST:PORT, the same on every node"),
-        ("--nnodes 1:2", "--nnodes 1:2 needs --rdzv-endpoint HOST:PORT"),
-        ("--nnodes 3:2 --rdzv-endpoint a:1", "--nnodes 3:2: give a number of nodes, as in --nnodes 2, or MIN:MAX"),
-        ("--nnodes x", "--nnodes x: give a number of nodes"),
-        ("--nnodes 2 --rdzv-endpoint node0", "--rdzv-endpoint node0: give a host and a port from 1 to 65535, as in"),
-        ("--nnodes 2 --rdzv-endpoint node0:99999", "as in --rdzv-endpoint node0:29500."),
-        ("--nnodes 2 --rdzv-endpoint :29500", "--rdzv-endpoint :29500: give a host and a port"),
-        ("--nnodes 2 --master-addr a --master-port 1", "--node-rank is missing: with --master-addr each node is told"),
-        ("--nnodes 2 --rdzv-backend static --rdzv-endpoint a:1", "--node-rank is missing"),
-        ("--nnodes 2 --node-rank 2 --master-addr a", "--node-rank 2: with --nnodes 2 it goes from 0 to 1."),
-        ("--nnodes 2 --node-rank 0", "--master-addr is missing: the name of node 0, the same on all 2 nodes."),
-        ("--nnodes 1:2 --node-rank 0 --master-addr a", "--rdzv-backend static has a fixed number of nodes, not 1:2"),
-        ("--master-port 70000", "--master-port 70000: give a port from 1 to 65535."),
-        ("--rdzv-endpoint a:1 --master-addr a", "--rdzv-endpoint and --master-addr, --master-port say the same thing"),
-        ("--rdzv-backend c10d --rdzv-endpoint a:1 --node-rank 1", "leave --node-rank out."),
-        ("--rdzv-backend c10d --master-addr a", "leave --master-addr and --master-port out."),
-        ("--max-restarts -1", "--max-restarts -1: give 0 or more."),
-        ("--grace-period -1", "--grace-period -1.0: give 0 seconds or more."),
+        ("--nproc-per-node two", "--nproc-per-node", "gpu, cpu or auto"),
+        ("--nproc-per-node 0", "--nproc-per-node", "from 1"),
+        ("--nnodes 2", "--nnodes", "--rdzv-endpoint"),
+        ("--nnodes 1:2", "--nnodes", "--rdzv-endpoint"),
+        ("--nnodes 3:2 --rdzv-endpoint a:1", "--nnodes", "MIN:MAX"),
+        ("--nnodes x", "--nnodes", "--nnodes 2"),
+        ("--nnodes 2 --rdzv-endpoint node0", "--rdzv-endpoint", "65535"),
+        ("--nnodes 2 --rdzv-endpoint node0:99999", "--rdzv-endpoint", "node0:29500."),
+        ("--nnodes 2 --rdzv-endpoint :29500", "--rdzv-endpoint", "65535"),
+        ("--nnodes 2 --master-addr a --master-port 1", "--node-rank", "0 to 1"),
+        ("--nnodes 2 --rdzv-backend static --rdzv-endpoint a:1", "--node-rank", "0 to 1"),
+        ("--nnodes 2 --node-rank 2 --master-addr a", "--node-rank", "0 to 1."),
+        ("--nnodes 2 --node-rank 0", "--master-addr", "all 2 nodes"),
+        ("--nnodes 1:2 --node-rank 0 --master-addr a", "--rdzv-backend", "1:2"),
+        ("--master-port 70000", "--master-port", "65535"),
+        ("--rdzv-endpoint a:1 --master-addr a", "--rdzv-endpoint", "--master-addr"),
+        ("--rdzv-backend c10d --rdzv-endpoint a:1 --node-rank 1", "--rdzv-backend", "--node-rank"),
+        ("--rdzv-backend c10d --master-addr a", "--rdzv-backend", "--master-addr and --master-port"),
+        ("--max-restarts -1", "--max-restarts", "0 or more"),
+        ("--grace-period -1", "--grace-period", "0 seconds or more"),
     ],
 )
-def test_flags_that_make_no_launch_are_one_message(words, message, capsys):
+def test_wrong_flags_are_one_message(words, flag, hint, capsys):
     for verb in ("run", "validate"):
         assert main([verb, "tiny.py", *words.split()]) == 2
         err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1, err
+        assert err.startswith(f"{flag}: ") and hint in err and err.count("\n") == 1, err
 
 
-def test_gpus_are_looked_for_where_the_run_is(monkeypatch, capsys):
+def test_gpus_are_counted_where_the_run_is(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["validate", "tiny.py", "--nproc-per-node", "gpu"]) == 0
     assert main(["run", "tiny.py", "--nproc-per-node", "gpu"]) == 2
-    told = "--nproc-per-node gpu: torch finds no GPU on this machine. Give a number, or cpu.\n"
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err.startswith("--nproc-per-node: ")
 
 
 def test_a_launch_inside_a_launch_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert main(["run", "tiny.py", "--nproc-per-node", "2"]) == 2
-    assert "was started by torchrun or tune-style run already" in capsys.readouterr().err
+    assert "--nproc-per-node" in capsys.readouterr().err
 
 
 def test_the_config_is_checked_once_before_any_process_starts(capfd, monkeypatch):
@@ -160,7 +159,7 @@ def test_the_config_is_checked_once_before_any_process_starts(capfd, monkeypatch
     assert capfd.readouterr().err.count("'fails'") == 1
 
 
-def test_ranks_are_numbered_threads_are_shared_out_and_overrides_arrive_whole(monkeypatch, capfd):
+def test_ranks_threads_and_overrides_reach_the_processes(monkeypatch, capfd):
     monkeypatch.setattr("torchrecipes.cli.launch_flags.cores", lambda: 7)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     note = "two words 'and' $HOME \"quotes\""
@@ -184,35 +183,36 @@ def run_here(*words: str) -> int:
     return stop.value.code
 
 
-def test_a_users_mistake_on_one_rank_is_told_once_and_not_tried_again(capfd):
+def test_a_users_mistake_on_one_rank_is_reported_once_and_not_restarted(capfd):
     assert run_here("--nproc-per-node", "2", "--max-restarts", "3", "fails=mistake") == 2
     assert capfd.readouterr().err == "rank 1: x.txt: line 3 is empty. Fill it.\n"
     assert not Path("out/start-1-rank-0").exists()
 
 
-def test_a_killed_rank_is_named_and_all_start_again_then_a_bug_is_one_traceback(capfd):
+def test_a_killed_rank_is_named_and_all_restart_then_a_bug_is_one_traceback(capfd):
     assert run_here("--nproc-per-node", "2", "--max-restarts", "1", "fails=twice") == 1
     killed, again, *trace = capfd.readouterr().err.splitlines()
-    assert killed.startswith("rank 1 was killed (SIGKILL). Out of memory on the host?") and "dmesg" in killed
-    assert again == "starting all processes again (1 of 1)"
+    assert killed.startswith("rank 1 was killed (SIGKILL).") and "dmesg" in killed
+    assert "(1 of 1)" in again
     assert trace[0] == "[rank 1] Traceback (most recent call last):"
     assert trace[-1] == "ZeroDivisionError: division by zero"
     assert sum("Traceback" in line for line in trace) == 1
     assert Path("out/start-1-rank-0").exists()
 
 
-def test_a_rank_that_ends_without_a_word_is_named(capfd):
+def test_a_rank_that_ends_without_a_message_is_named(capfd):
     assert run_here("--nproc-per-node", "2", "fails=exit") == 1
-    assert capfd.readouterr().err == "rank 1 ended with exit code 7 and said nothing\n"
+    err = capfd.readouterr().err
+    assert err.startswith("rank 1 ") and "exit code 7" in err and err.count("\n") == 1
 
 
-def test_of_a_rank_killed_in_a_collective_only_the_cause_is_told(capfd):
+def test_only_the_cause_is_reported_when_a_rank_dies_in_a_collective(capfd):
     assert run_here("--nproc-per-node", "2", "fails=gloo") == 1
     err = capfd.readouterr().err
     assert err.startswith("rank 1 was killed (SIGKILL)") and "Traceback" not in err and "peer" not in err
 
 
-def test_sigterm_reaches_every_rank_once_and_they_leave_after_saving():
+def test_sigterm_reaches_every_rank_once_and_they_exit_after_saving():
     process = launcher("--nproc-per-node", "2", "--max-restarts", "1")
     wait_for(process, 2)
     process.terminate()
@@ -229,14 +229,14 @@ def test_sigterm_to_one_rank_alone_ends_all_after_saving():
     assert not Path("out/start-1-rank-0").exists()
 
 
-def test_a_rank_that_does_not_leave_is_killed_after_the_grace_period():
+def test_a_rank_that_does_not_exit_is_killed_after_the_grace_period():
     # Ctrl+C on a terminal goes to the launcher's whole process group.
     process = launcher("--nproc-per-node", "2", "--grace-period", "3", "fails=stubborn", process_group=0)
     wait_for(process, 2)
     os.killpg(process.pid, signal.SIGINT)
     code, err = end_of(process)
     assert code == 130
-    assert err.startswith("rank 1 had not ended 3 s after the signal and was killed") and err.count("\n") == 1
+    assert err.startswith("rank 1 ") and "--grace-period" in err and err.count("\n") == 1
     assert Path("out/saved-0").read_text() == "2"
 
 
@@ -258,9 +258,9 @@ def test_a_mistake_on_one_node_ends_the_other():
     nodes = two_nodes("fails=mistake")
     codes, errs = zip(*[end_of(node) for node in nodes], strict=True)
     assert codes == (2, 2)
-    told = sorted(err.splitlines()[-1] for err in errs)
-    assert told[1] == "rank 1: x.txt: line 3 is empty. Fill it."
-    assert told[0] == f"ended: {told[1]} (on {socket.gethostname()})"
+    ended, error = sorted(err.splitlines()[-1] for err in errs)
+    assert error == "rank 1: x.txt: line 3 is empty. Fill it."
+    assert ended == f"ended: {error} (on {socket.gethostname()})"
 
 
 def test_a_signal_to_one_node_ends_both_after_saving():
@@ -270,11 +270,11 @@ def test_a_signal_to_one_node_ends_both_after_saving():
     nodes[0].terminate()
     codes, errs = zip(*[end_of(node) for node in nodes], strict=True)
     assert codes == (143, 143)
-    assert all(re.fullmatch(r"meeting 2 nodes at \S+ \.\.\.\n", err) for err in errs), errs
+    assert all(re.fullmatch(r"rendezvous of 2 nodes at \S+ \.\.\.\n", err) for err in errs), errs
     assert [Path(f"out/saved-{rank}").read_text() for rank in (0, 1)] == ["15", "15"]
 
 
-def test_a_rank_of_another_launcher_tells_its_error_itself(monkeypatch, capsys):
+def test_a_rank_of_another_launcher_prints_its_error_itself(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,4 +1,4 @@
-"""The flags that ask for more than one process: torchrun's names, checked with a remedy for each mistake."""
+"""The flags of `run` for more than one process, with torchrun's names."""
 
 import argparse
 import os
@@ -19,12 +19,12 @@ class Launch:
     Attributes:
         nproc_per_node: processes on this node.
         min_nodes, max_nodes: how many nodes the run may have.
-        backend: how the nodes find each other: `c10d`, or `static` where each is told its number.
-        endpoint: HOST:PORT where they meet. Port 0: a free one, for a single node.
-        run_id: tells runs at one endpoint apart.
-        node_rank: this node's number, for `static`.
+        backend: of the rendezvous: `c10d`, or `static` where each node has a fixed rank.
+        endpoint: HOST:PORT of the rendezvous. Port 0: a free one, for a single node.
+        run_id: distinguishes runs at one endpoint.
+        node_rank: this node's rank, for `static`.
         local_addr: the name under which the other nodes reach this one; None: its host name.
-        max_restarts: how often all processes are started again after one died.
+        max_restarts: how often all processes are restarted after one has died.
         grace_period: seconds between SIGTERM and SIGKILL.
     """
 
@@ -41,21 +41,21 @@ class Launch:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags. None of them given: one process, this one."""
+    """Declare the flags. Without any of them the recipe runs in this process."""
     group = parser.add_argument_group(
         "more than one process", "The names are torchrun's. With none of these the recipe runs in this process."
     )
     group.add_argument("--nproc-per-node", metavar="N", help="processes on this node: a number, gpu, cpu or auto (1)")
     group.add_argument("--nnodes", metavar="N", help="nodes, or MIN:MAX (1)")
-    group.add_argument("--node-rank", type=int, metavar="N", help="this node's number, from 0; with --master-addr")
-    group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet; the same on all of them")
-    group.add_argument("--rdzv-backend", choices=("c10d", "static"), help="how they meet (c10d)")
-    group.add_argument("--rdzv-id", metavar="ID", help="the run's name at that place; the same on all nodes")
+    group.add_argument("--node-rank", type=int, metavar="N", help="this node's rank, from 0; with --master-addr")
+    group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="the rendezvous; the same on all nodes")
+    group.add_argument("--rdzv-backend", choices=("c10d", "static"), help="kind of rendezvous (c10d)")
+    group.add_argument("--rdzv-id", metavar="ID", help="the run's name there; the same on all nodes")
     group.add_argument("--master-addr", metavar="HOST", help="node 0, for --rdzv-backend static")
     group.add_argument("--master-port", type=int, metavar="PORT", help=f"a free port of node 0 ({_PORT})")
     group.add_argument("--local-addr", metavar="HOST", help="this node's name for the others (its host name)")
-    group.add_argument("--max-restarts", type=int, metavar="N", help="start all again when a process dies (0 times)")
-    help_grace = f"between SIGTERM, at which the processes save, and SIGKILL ({GRACE_PERIOD})"
+    group.add_argument("--max-restarts", type=int, metavar="N", help="restarts of all processes after one has died (0)")
+    help_grace = f"from SIGTERM, when the processes save, to SIGKILL ({GRACE_PERIOD})"
     group.add_argument("--grace-period", type=float, metavar="SECONDS", help=help_grace)
 
 
@@ -73,24 +73,27 @@ def check(args: argparse.Namespace, *, here: bool = True) -> Launch:
 
     Args:
         args: the parsed arguments.
-        here: whether it is for this machine; else its GPUs are not looked for, and `nproc_per_node` may be 0.
+        here: whether to launch on this machine; else its GPUs are not counted, and `nproc_per_node` may be 0.
 
     Raises:
-        UserError: they do not make a launch.
+        UserError: a flag has a wrong value, is missing, or contradicts another one; its key is the flag.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
-            "This process was started by torchrun or tune-style run already. Give the number of processes to that "
-            "one, and none of --nproc-per-node, --nnodes, ... to this."
+            "this process was started by torchrun or tune-style run",
+            hint="Give --nproc-per-node, --nnodes, ... to that command, and none of them to this one.",
+            code="nested_launch",
         )
     min_nodes, max_nodes = _nodes(args.nnodes or "1")
     if args.max_restarts is not None and args.max_restarts < 0:
-        raise UserError(f"--max-restarts {args.max_restarts}: give 0 or more.")
+        raise _wrong("--max-restarts", args.max_restarts, "Give 0 or more.")
     if args.grace_period is not None and not 0 <= args.grace_period < float("inf"):
-        raise UserError(f"--grace-period {args.grace_period}: give 0 seconds or more.")
+        raise _wrong("--grace-period", args.grace_period, "Give 0 seconds or more.")
     master = args.master_addr is not None or args.master_port is not None
     if args.rdzv_endpoint is not None and master:
-        raise UserError("--rdzv-endpoint and --master-addr, --master-port say the same thing: give one of them.")
+        raise UserError(
+            "it says the same as --master-addr and --master-port", key="--rdzv-endpoint", hint="Give one of them."
+        )
     backend = args.rdzv_backend or ("static" if master or args.node_rank is not None else "c10d")
     run_id = args.rdzv_id or "tune-style"
     local_addr = args.local_addr
@@ -99,14 +102,17 @@ def check(args: argparse.Namespace, *, here: bool = True) -> Launch:
     elif master or args.node_rank is not None:
         flag = "--node-rank" if args.node_rank is not None else "--master-addr and --master-port"
         raise UserError(
-            f"--rdzv-backend c10d numbers the nodes by itself and meets at --rdzv-endpoint: leave {flag} out."
+            "c10d numbers the nodes itself and needs only --rdzv-endpoint",
+            key="--rdzv-backend",
+            hint=f"Leave {flag} out.",
         )
     elif args.rdzv_endpoint is not None:
         endpoint = _endpoint(args.rdzv_endpoint)
     elif max_nodes > 1:
         raise UserError(
-            f"--nnodes {args.nnodes} needs --rdzv-endpoint HOST:PORT, the same on every node: the name of one of them "
-            f"and a free port there, as in --rdzv-endpoint {socket.gethostname()}:{_PORT}."
+            f"{args.nnodes} nodes need --rdzv-endpoint HOST:PORT, the same on every node",
+            key="--nnodes",
+            hint=f"Give the name and a free port of one node, as in --rdzv-endpoint {socket.gethostname()}:{_PORT}.",
         )
     else:  # this node alone: any free port, no name to look up
         endpoint, run_id, local_addr = "localhost:0", args.rdzv_id or uuid.uuid4().hex, local_addr or "localhost"
@@ -124,6 +130,10 @@ def check(args: argparse.Namespace, *, here: bool = True) -> Launch:
     )
 
 
+def _wrong(flag: str, value: object, hint: str) -> UserError:
+    return UserError(f"{value} is not valid", key=flag, hint=hint, code="wrong_value")
+
+
 def _nodes(text: str) -> tuple[int, int]:
     least, _, most = text.partition(":")
     try:
@@ -131,59 +141,60 @@ def _nodes(text: str) -> tuple[int, int]:
     except ValueError:
         nodes = (0, 0)
     if not 1 <= nodes[0] <= nodes[1]:
-        raise UserError(f"--nnodes {text}: give a number of nodes, as in --nnodes 2, or MIN:MAX, as in --nnodes 2:4.")
+        raise _wrong("--nnodes", text, "Give a number of nodes, as in --nnodes 2, or MIN:MAX, as in --nnodes 2:4.")
     return nodes
 
 
 def _endpoint(text: str) -> str:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(
-            f"--rdzv-endpoint {text}: give a host and a port from 1 to 65535, as in --rdzv-endpoint "
-            f"{(text.split(':')[0] or socket.gethostname())}:{_PORT}."
-        )
+        host = text.split(":")[0] or socket.gethostname()
+        raise _wrong("--rdzv-endpoint", text, f"Give a host and a port from 1 to 65535, as in {host}:{_PORT}.")
     return text
 
 
 def _static_endpoint(args: argparse.Namespace, min_nodes: int, max_nodes: int) -> str:
     if min_nodes != max_nodes:
-        raise UserError(f"--rdzv-backend static has a fixed number of nodes, not {args.nnodes}: give one, or use c10d.")
+        hint = "Give one number of nodes, or use c10d."
+        raise UserError(f"static has a fixed number of nodes, not {args.nnodes}", key="--rdzv-backend", hint=hint)
     if max_nodes > 1 and args.node_rank is None:
         last = max_nodes - 1
         raise UserError(
-            f"--node-rank is missing: with --master-addr each node is told its number, 0 to {last}. Or leave "
-            "--master-addr and --master-port out and give all nodes the same --rdzv-endpoint HOST:PORT."
+            f"it is missing: with --master-addr each node has its rank, 0 to {last}",
+            key="--node-rank",
+            hint="Or leave --master-addr and --master-port out and give all nodes the same --rdzv-endpoint HOST:PORT.",
         )
     if args.node_rank is not None and not 0 <= args.node_rank < max_nodes:
-        raise UserError(f"--node-rank {args.node_rank}: with --nnodes {max_nodes} it goes from 0 to {max_nodes - 1}.")
+        raise _wrong("--node-rank", args.node_rank, f"With --nnodes {max_nodes} it goes from 0 to {max_nodes - 1}.")
     if args.rdzv_endpoint is not None:
         return _endpoint(args.rdzv_endpoint)
     if max_nodes > 1 and args.master_addr is None:
-        raise UserError(f"--master-addr is missing: the name of node 0, the same on all {max_nodes} nodes.")
+        hint = f"Give the name of node 0, the same on all {max_nodes} nodes."
+        raise UserError("it is missing", key="--master-addr", hint=hint)
     port = _PORT if args.master_port is None else args.master_port
     if not 0 < port < 2**16:
-        raise UserError(f"--master-port {port}: give a port from 1 to 65535.")
+        raise _wrong("--master-port", port, "Give a port from 1 to 65535.")
     return f"{args.master_addr or 'localhost'}:{port}"
 
 
 def processes(text: str, here: bool) -> int:
-    """The number that `--nproc-per-node` asks for; 0 for a name, such as gpu, that another machine has to answer."""
+    """Return the number of processes of `--nproc-per-node`; 0 for a name, such as gpu, unless it is for here."""
     if text.isdecimal() and int(text) > 0:
         return int(text)
     if text not in ("gpu", "cpu", "auto"):
-        raise UserError(
-            f"--nproc-per-node {text}: give a number from 1, or gpu, cpu or auto (a process per GPU or core)."
-        )
+        raise _wrong("--nproc-per-node", text, "Give a number from 1, or gpu, cpu or auto (a process per GPU or core).")
     if not here:
         return 0
     import torch
 
     gpus = torch.cuda.device_count() if text != "cpu" and torch.cuda.is_available() else 0
     if text == "gpu" and not gpus:
-        raise UserError("--nproc-per-node gpu: torch finds no GPU on this machine. Give a number, or cpu.")
+        raise UserError(
+            "torch finds no GPU on this machine", key="--nproc-per-node", hint="Give a number, or cpu.", code="no_gpu"
+        )
     return gpus or cores()
 
 
 def cores() -> int:
-    """The number of CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

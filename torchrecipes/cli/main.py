@@ -82,9 +82,9 @@ def _main(argv: Sequence[str] | None) -> int:
             return 1
         message = format_user_error(error)
         if _is_one_of_many():
-            from torchrecipes.distributed.error_file import tell
+            from torchrecipes.distributed.error_file import report_error
 
-            return tell(error, message, debug=args.debug)
+            return report_error(error, message, debug=args.debug)
         if message is None:
             raise
         if args.debug:

@@ -99,10 +99,10 @@ def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object
     """
     from torchrecipes.config.catalog import find_config
     from torchrecipes.config.loading import load, report_once
-    from torchrecipes.distributed.error_file import tells_launcher
+    from torchrecipes.distributed.error_file import has_error_file
 
     # A launcher picks one of its processes' messages itself, and needs to see them all for that.
-    with contextlib.nullcontext() if tells_launcher() else report_once():
+    with contextlib.nullcontext() if has_error_file() else report_once():
         path = find_recipe(args.recipe)
         if args.config is not None:
             find_config(args.config)  # a wrong name is told before the seconds that torch's import takes

@@ -141,6 +141,27 @@ def parameters(target: Callable) -> dict[str, inspect.Parameter]:
     }
 
 
+def makes(node: Component, *kinds: type) -> bool:
+    """Return whether a component, and each one nested in it, declares that it makes an object of one of `kinds`.
+
+    A class declares its instances, a function its annotated return type. Nothing is called, so that a config can be
+    checked without executing the functions that it names.
+
+    Raises:
+        UserError: a dotted path leads nowhere.
+    """
+    target = resolve(node.path)
+    if inspect.isclass(target):
+        made = target
+    else:
+        try:
+            made = typing.get_type_hints(target).get("return")
+        except Exception:  # an annotation that only exists for type checkers
+            made = None
+    declared = inspect.isclass(made) and issubclass(made, kinds)
+    return declared and all(makes(nested, *kinds) for nested in _components_in(list(node.args.values())))
+
+
 def suggest_path(path: str, default: str | None) -> str | None:
     """Return the full path that a bare name such as `adamw` most likely means: it, or one near it, beside `default`."""
     if "." in path or not default or "." not in default:
@@ -170,6 +191,13 @@ def _public_names(holder: Any) -> set[str]:
 
 def _top_level_names() -> set[str]:
     return {name for name in sys.modules if "." not in name and not name.startswith("_")}
+
+
+def _components_in(value: Any) -> list[Component]:
+    if isinstance(value, Component):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [found for item in items for found in _components_in(item)]
 
 
 def _build_nested(value: Any, injected: dict[str, Any]) -> Any:

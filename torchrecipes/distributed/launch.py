@@ -1,11 +1,12 @@
-"""Starts the processes of a run on this node and stays with them until all have ended.
+"""Launches the processes of a run on this node and waits until all have ended.
 
-PyTorch's elastic agent (what torchrun is made of) does the meeting of the nodes, the numbering of the ranks and the
-restarts. Its own way of handling processes, `LocalElasticAgent`, could not be kept: after a signal it waits 30 s, which
-is a parameter in newer versions of torch only, it starts again what was preempted, and it prints a report of its own.
-So the four methods that torch documents for agents of one's own are written here: start, watch, stop and shut down.
+The rendezvous, the ranks and the restarts are those of PyTorch's elastic agent, on which torchrun is built. torchrun
+itself (`torch.distributed.run`) does not fit: after a signal it kills the processes within 30 s, whether or not they
+have saved a checkpoint (a parameter in newer versions of torch only); it restarts what was preempted; it prints a
+report of 30 lines for a misspelt path. The tests that kill ranks, nodes and launchers need the opposite. So this is an
+agent of our own, with the four methods that torch documents for one: start, monitor, stop and shut down.
 
-Between nodes, one small store says what all have to know: which of them got a signal, which one failed.
+Nodes share a small store, in which they publish a signal or a failure for the others.
 """
 
 import contextlib
@@ -40,8 +41,8 @@ from torchrecipes.errors import UserError
 
 POLL = 0.1  # seconds
 POLL_NODES = 1.0  # seconds: over the network, and not urgent
-AFTER_FAILURE = 20.0  # seconds that the others have after SIGTERM when one has failed: to finish writing, not to train
-ROOT_CAUSE_WAIT = 5.0  # seconds to wait for the cause, when what is known is only that a peer was lost
+AFTER_FAILURE = 20.0  # seconds from SIGTERM to SIGKILL for the others when one has failed: to finish writing
+ROOT_CAUSE_WAIT = 5.0  # seconds to wait for the cause when a process only reports that it lost a peer
 RENDEZVOUS_TIMEOUT = 600  # seconds that nodes wait for each other
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -63,7 +64,7 @@ class _Failure:
 
 
 class _Failed(Exception):
-    """Ends the agent; everything has been said."""
+    """Ends the agent; the failure has been printed."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -87,36 +88,37 @@ def launch(
 ) -> int:
     """Run `command` in `nproc_per_node` processes on this node, as ranks of one run over all nodes.
 
-    SIGTERM and SIGINT are passed on to every process once; SIGHUP as SIGTERM. The first process that fails ends all
-    the others. Called from the main thread.
+    SIGTERM and SIGINT are forwarded to every process once; SIGHUP as SIGTERM. The first process that fails ends all the
+    others. Call it from the main thread.
 
     Args:
         command: a program and its arguments.
         nproc_per_node, min_nodes, max_nodes, backend, endpoint, run_id, node_rank, local_addr, max_restarts: as
             torchrun's flags.
-        grace_period: seconds that the processes have after a signal until they are killed.
-        environment: the environment of the processes, without their numbers.
+        grace_period: seconds from a signal to SIGKILL.
+        environment: the environment of the processes, without their ranks.
 
     Returns:
-        The exit code: 0; 2 for a user's mistake and 1 for a bug or a death, told on stderr; 128 + the signal's number.
+        The exit code: 0; 2 for a user's mistake and 1 for a bug or a killed process, both reported on stderr; 128 + the
+        signal's number.
 
     Raises:
-        UserError: the nodes did not find each other.
+        UserError: the rendezvous failed (code `rendezvous`).
     """
     configs = (
         {"rank": node_rank}
         if backend == "static"
         else {"read_timeout": RENDEZVOUS_TIMEOUT, "join_timeout": RENDEZVOUS_TIMEOUT}
     )
-    if "LOGLEVEL" not in os.environ:  # torch's wish to see what its agent does; else we say what there is to say
+    if "LOGLEVEL" not in os.environ:  # set by users who want to see the log of torch's agent
         elastic = logging.getLogger("torch.distributed.elastic")
         elastic.propagate = False
         elastic.addHandler(logging.NullHandler())
     where = f"{max_nodes} nodes at {endpoint}" if max_nodes > 1 else endpoint
     if max_nodes > 1:
-        print(f"meeting {where} ...", file=sys.stderr)
+        print(f"rendezvous of {where} ...", file=sys.stderr)
     agent = None
-    # A node that waits for others is ended by the signal itself: Python would handle it only after the waiting.
+    # During the rendezvous signals have their default action: Python would handle them only after the wait.
     before = {number: signal.getsignal(number) for number in (*_STOPS, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -147,33 +149,30 @@ def launch(
             agent.leave()
     except (RendezvousError, DistError) as error:
         if agent is None or not agent.met:
-            raise UserError(_no_meeting(error, where)) from error
-        print(
-            "ended: another node has gone, and the place where the nodes meet with it. Its own message says why.",
-            file=sys.stderr,
-        )
+            raise _rendezvous_error(error, where) from error
+        print("ended: the node that holds the rendezvous has gone. Its own message says why.", file=sys.stderr)
         return 1
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
-    if agent.preempted is None:  # else others may still come back to this place
+    if agent.preempted is None:  # else other nodes may still use it
         with contextlib.suppress(Exception):
             handler.shutdown()
     return code
 
 
-def _no_meeting(error: Exception, where: str) -> str:
+def _rendezvous_error(error: Exception, where: str) -> UserError:
     detail = str(error.__cause__ or error).split("\n", 1)[0]
-    return (
-        f"The nodes did not meet ({where}): {type(error).__name__}: {detail}. Start the command on every node within "
-        f"{RENDEZVOUS_TIMEOUT // 60} minutes, with the same --nnodes, --rdzv-endpoint and --rdzv-id, and with a "
-        f"port that is free "
-        "on the host of the endpoint and open between the nodes."
+    return UserError(
+        f"the rendezvous of {where} failed: {type(error).__name__}: {detail}",
+        hint=f"Start the command on every node within {RENDEZVOUS_TIMEOUT // 60} minutes, with the same --nnodes, "
+        "--rdzv-endpoint and --rdzv-id, and a port that is free on the endpoint's host and open between the nodes.",
+        code="rendezvous",
     )
 
 
 class _Agent(SimpleElasticAgent):
-    """The processes of one node. The four methods with an underscore are those that torch's agent calls."""
+    """The processes of one node."""
 
     def __init__(self, spec: WorkerSpec, environment: dict[str, str], folder: Path, grace_period: float) -> None:
         super().__init__(spec)
@@ -185,24 +184,22 @@ class _Agent(SimpleElasticAgent):
         self._workers: list[_Worker] = []
         self._signals: list[int] = []  # as they came
         self._starts = 0
-        self._status_store: TCPStore | None = (
-            None  # what nodes tell each other in this start; also the processes' own store
-        )
+        self._status_store: TCPStore | None = None  # shared by the nodes for one start; the ranks use it, too
         self._nodes = 1
         self._next_look = 0.0
 
     def _catch_signals(self) -> None:
-        """From here on they are collected in `_signals`."""
+        """Collect signals in `_signals` from now on."""
         for number in (*_STOPS, signal.SIGHUP):
             if number in _STOPS or signal.getsignal(number) != signal.SIG_IGN:  # ignored: nohup, the run goes on
                 signal.signal(number, lambda received, _frame: self._signals.append(received))
 
     def _die_of_signals(self) -> None:
-        """From here on, while no processes are there: see `launch`."""
+        """Give signals their default action again, while there are no processes."""
         for number in _STOPS:
             signal.signal(number, signal.SIG_DFL)
 
-    # What torch's agent calls
+    # Called by torch's agent
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._catch_signals()
@@ -236,25 +233,25 @@ class _Agent(SimpleElasticAgent):
                 [worker_group.spec.entrypoint, *worker_group.spec.args],
                 env=environment,
                 stdin=subprocess.DEVNULL,  # eight processes cannot share a keyboard
-                start_new_session=True,  # Ctrl+C on the terminal reaches the launcher alone, which passes it on once
+                start_new_session=True,  # Ctrl+C on the terminal reaches the launcher alone, which forwards it once
             )
             self._workers.append(_Worker(worker.global_rank, process, error_file))
         return {local_rank: worker.process.pid for local_rank, worker in enumerate(self._workers)}
 
     def _open_status_store(self, worker_group: WorkerGroup) -> tuple[str, int]:
-        # One for every start: keys that processes of an earlier one left would lead the new ones to dead addresses.
+        # A new store for every start: keys that an earlier one left would lead the new processes to dead addresses.
         host = worker_group.master_addr
         if worker_group.group_rank == 0:
-            board = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         static = worker_group.spec.rdzv_handler.get_backend() == "static"
-        key = f"torchrecipes/port/{self._starts if static else ''}"  # static: the store of the meeting stays the same
+        key = f"torchrecipes/port/{self._starts if static else ''}"  # static: all starts share the rendezvous' store
         if worker_group.group_rank == 0:
-            worker_group.store.set(key, str(board.port))
+            worker_group.store.set(key, str(store.port))
         else:
             port = int(worker_group.store.get(key))
-            board = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-        self._status_store = board
-        return host, board.port
+            store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self._status_store = store
+        return host, store.port
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._signals:
@@ -272,14 +269,14 @@ class _Agent(SimpleElasticAgent):
             news = self._poll(at_once=True)
             self._handle(news)
             if "restart" in news and self._remaining_restarts:
-                print(f"starting all processes again: {news['restart']}", file=sys.stderr)
+                print(f"restarting all processes: {news['restart']}", file=sys.stderr)
                 return RunResult(WorkerState.FAILED)
 
         print(cause.text, file=sys.stderr)
         brief = f"{cause.text.splitlines()[0]} (on {socket.gethostname()})"
-        if self._remaining_restarts and cause.code != 2:  # a mistake would be made again
+        if self._remaining_restarts and cause.code != 2:  # a user's mistake would only repeat
             number = worker_group.spec.max_restarts - self._remaining_restarts + 1
-            print(f"starting all processes again ({number} of {worker_group.spec.max_restarts})", file=sys.stderr)
+            print(f"restarting all processes ({number} of {worker_group.spec.max_restarts})", file=sys.stderr)
             self._publish("restart", brief)
             return RunResult(WorkerState.FAILED)
         self._publish("failure", {"text": brief, "code": cause.code})
@@ -296,7 +293,7 @@ class _Agent(SimpleElasticAgent):
         # Newer versions of torch pass a timeout; ours holds for all.
         self._end(death_sig, AFTER_FAILURE if self.preempted is None else self._grace_period)
 
-    # Ends
+    # How processes end
 
     def _preempt(self, number: int) -> None:
         self.preempted = number
@@ -317,22 +314,22 @@ class _Agent(SimpleElasticAgent):
             raise _Failed(news["failure"]["code"])
 
     def _end(self, number: int, seconds: float) -> None:
-        """Send the signal to all processes, wait for them, and kill what is left after so many seconds."""
-        passed_on = len(self._signals)
-        number = number if number in _STOPS else signal.SIGTERM  # what a run listens to
+        """Send the signal to all processes, and SIGKILL to those that are left after so many seconds."""
+        forwarded = len(self._signals)
+        number = number if number in _STOPS else signal.SIGTERM  # the signals that a run handles
         self._send(number)
         deadline = time.monotonic() + seconds
         while any(worker.process.poll() is None for worker in self._workers) and time.monotonic() < deadline:
             time.sleep(POLL / 2)
-            new, passed_on = self._signals[passed_on:], len(self._signals)
-            if signal.SIGINT in new:  # Ctrl+C again: at once; and once more: whatever they do
+            new, forwarded = self._signals[forwarded:], len(self._signals)
+            if signal.SIGINT in new:  # a second Ctrl+C asks them to end at once, a third kills them
                 if self._signals.count(signal.SIGINT) > 2:
                     break
                 self._send(signal.SIGINT)
         for worker in self._workers:
             if worker.process.poll() is None:
                 worker.killed = True
-                with contextlib.suppress(ProcessLookupError):  # the session: also what the process has started
+                with contextlib.suppress(ProcessLookupError):  # the session: child processes, too
                     os.killpg(worker.process.pid, signal.SIGKILL)
         for worker in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):  # in the kernel, waiting for a device
@@ -345,7 +342,7 @@ class _Agent(SimpleElasticAgent):
                     worker.process.send_signal(number)
 
     def _cause(self) -> _Failure | None:
-        """What ended the first process that failed, or None while none has."""
+        """Return the failure that came first, or None while there is none."""
         first_seen, failures = None, {}
         while True:
             for worker in self._workers:
@@ -360,27 +357,27 @@ class _Agent(SimpleElasticAgent):
             waited = now - first_seen
             if not best.lost_peer and (ended & failures.keys() or waited > ROOT_CAUSE_WAIT):
                 return best
-            # Somebody was lost: who? A process may need a moment to die, or it is on another node.
+            # A peer was lost, but which one? A process may need a moment to die, or it is on another node.
             alone = self._nodes == 1 and len(ended) == len(self._workers)
             if alone or waited > ROOT_CAUSE_WAIT or self._signals or self._poll():
                 return best
             time.sleep(POLL)
 
     def code_after_signal(self) -> int:
-        """The exit code of a run that a signal ended; what went wrong on the way is told."""
+        """Return the exit code of a run that a signal ended; report what failed on the way."""
         codes = [worker.process.poll() for worker in self._workers]
         for worker in self._workers:
             failure = _failure(worker)
             if worker.killed:
                 print(
-                    f"rank {worker.rank} had not ended {self._grace_period:g} s after the signal and was killed: what "
-                    "it did since its last checkpoint is lost. --grace-period gives more time.",
+                    f"rank {worker.rank} was still running {self._grace_period:g} s after the signal and was killed: "
+                    "its work since the last checkpoint is lost. Give it more time with --grace-period.",
                     file=sys.stderr,
                 )
             elif failure and not failure.lost_peer:
                 print(failure.text, file=sys.stderr)
                 return failure.code
-        if codes and all(code == 0 for code in codes):  # it came in the last step
+        if codes and all(code == 0 for code in codes):  # the signal came in the last step
             return 0
         return 128 + self.preempted
 
@@ -388,7 +385,7 @@ class _Agent(SimpleElasticAgent):
 
     def _publish(self, key: str, value: object) -> None:
         if self._nodes > 1 and self._status_store is not None:
-            with contextlib.suppress(Exception):  # the node that had the store has gone: its own message says why
+            with contextlib.suppress(Exception):  # the node that holds the store has gone: its own message says why
                 if not self._status_store.check([key]):
                     self._status_store.set(key, json.dumps(value))
 
@@ -403,7 +400,7 @@ class _Agent(SimpleElasticAgent):
             return {}
 
     def leave(self) -> None:
-        """Wait until all nodes are here: the one that has the store should go last."""
+        """Wait until all nodes have called this: the one that holds the store should leave last."""
         if self._nodes == 1 or self._status_store is None:
             return
         seconds = ROOT_CAUSE_WAIT if self.preempted is None else self._grace_period
@@ -416,25 +413,25 @@ class _Agent(SimpleElasticAgent):
 
 
 def _stop_signal(code: int | None) -> int | None:
-    """The stop signal that a process' exit code tells of, or None."""
+    """Return the stop signal in a process' exit code, or None."""
     number = 0 if code is None else -code if code < 0 else code - 128
     return number if number in _STOPS else None
 
 
 def _failure(worker: _Worker) -> _Failure | None:
-    """What went wrong in a process, or None if nothing did so far."""
+    """Return the failure of a process, or None if there is none so far."""
     code = worker.process.poll()
-    told: RankError | None = read(worker.error_file)
-    if told:  # it may still be on its way out
-        text = f"rank {worker.rank}: {told.text}" if told.is_user_error else f"[rank {worker.rank}] {told.text}"
-        return _Failure(text, 2 if told.is_user_error else 1, told.lost_peer, told.time)
+    error: RankError | None = read(worker.error_file)
+    if error:  # the process may still be running
+        text = f"rank {worker.rank}: {error.text}" if error.is_user_error else f"[rank {worker.rank}] {error.text}"
+        return _Failure(text, 2 if error.is_user_error else 1, error.lost_peer, error.time)
     if code is None or code == 0 or _stop_signal(code):
         return None
     if code > 0:
-        return _Failure(f"rank {worker.rank} ended with exit code {code} and said nothing", 1, time=time.time())
+        return _Failure(f"rank {worker.rank} ended with exit code {code} and no message", 1, time=time.time())
     name = signal.Signals(-code).name
     hint = (
-        "Out of memory on the host? `dmesg` names what the kernel killed; fewer data.num_workers need less."
+        "Out of host memory? `dmesg` shows what the kernel killed; a lower data.num_workers needs less."
         if name == "SIGKILL"
         else "A crash in native code: PYTHONFAULTHANDLER=1 shows where."
     )
