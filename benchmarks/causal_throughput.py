@@ -52,7 +52,7 @@ def make_corpus(folder: Path, vocab_size: int, num_tokens: int):
         files(str(folder / "text.txt"), sample_by="line"),
         make_tokenizer(backend, special, pad_vocab_to_multiple_of=1),
         validation_fraction=0,
-        num_workers=0,
+        tokenizer_threads=0,
     )
     return corpus
 

@@ -1,8 +1,10 @@
-"""Files that are either whole or not there, whenever the power fails."""
+"""Writes files that are either complete or not there, whenever the power fails."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from torchrecipes.errors import UserError
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -24,3 +26,22 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_writable(folder: str | Path, key: str | None = None) -> None:
+    """Checks that files can be written into `folder`, or that it can be made, without making it.
+
+    Raises:
+        UserError: it cannot (code `not_writable`).
+    """
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        problem = f"{place} is not a folder"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        problem = f"no permission to write into {place}"
+    else:
+        return
+    hint = "Give another folder, or the permission to write there."
+    raise UserError(f"{folder} cannot be written: {problem}", key=key, hint=hint, code="not_writable")

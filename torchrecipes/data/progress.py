@@ -1,7 +1,10 @@
-"""Progress of a long pass over data: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long pass over data: a tqdm bar on a terminal, a line every 15 seconds elsewhere."""
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -19,7 +22,7 @@ class Progress:
     def __init__(self, what: str, total_bytes: int | None = None):
         self.what, self.total_bytes = what, total_bytes
         self.documents = self.bytes = self.tokens = 0
-        self.skipped_bytes = 0  # passed without work: not part of the speed
+        self.skipped_bytes = 0  # already done by an earlier call: not part of the speed
         self.start = self.shown = time.monotonic()
         terminal = sys.stderr.isatty()
         layout = "{desc} {percentage:3.0f}%|{bar}|{postfix}" if total_bytes else "{desc}{postfix}"
@@ -61,6 +64,25 @@ class Progress:
             left = int((self.total_bytes - done) / self.bytes * seconds)
             parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         return ", ".join(parts)
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Prints `what` now and with the time passed every 15 seconds: for calls into a library that show nothing."""
+    done, start = threading.Event(), time.monotonic()
+
+    def show() -> None:
+        while not done.wait(LINE_EVERY):
+            print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _count(number: float) -> str:

@@ -39,7 +39,9 @@ def made(request, tmp_path_factory):
     texts = [" ".join(rng.choice(WORDS, rng.integers(1, 60))) for _ in range(150)]
     (folder / "text.txt").write_text("\n".join(texts))
     source, tokenizer = files(str(folder / "text.txt")), word_tokenizer(*request.param.split())
-    corpus, _ = prepare_corpus(folder / "c", source, tokenizer, validation_fraction=0, num_workers=0, shard_tokens=700)
+    corpus, _ = prepare_corpus(
+        folder / "c", source, tokenizer, validation_fraction=0, tokenizer_threads=0, shard_tokens=700
+    )
     assert len(corpus.shards) > 3
     return corpus, tokenizer, [tokenizer.encode(text) for text in texts]
 

@@ -23,7 +23,7 @@ def parts(tmp_path_factory):
     (folder / "text.txt").write_text("\n".join(texts))
     source = files(str(folder / "text.txt"))
     tokenizer = train_wordpiece(source, vocab_size=64)
-    corpus, _ = prepare_corpus(folder / "corpus", source, tokenizer, validation_fraction=0, num_workers=0)
+    corpus, _ = prepare_corpus(folder / "corpus", source, tokenizer, validation_fraction=0, tokenizer_threads=0)
     return corpus, tokenizer, MLMCollator(tokenizer, 0.2)
 
 

@@ -18,7 +18,9 @@ def made(tmp_path_factory):
     (folder / "text.txt").write_text("\n".join(texts))
     source = files(str(folder / "text.txt"))
     tokenizer = train_wordpiece(source, vocab_size=64)
-    corpus, _ = prepare_corpus(folder / "c", source, tokenizer, validation_fraction=0, num_workers=0, shard_tokens=700)
+    corpus, _ = prepare_corpus(
+        folder / "c", source, tokenizer, validation_fraction=0, tokenizer_threads=0, shard_tokens=700
+    )
     assert len(corpus.shards) > 3
     return corpus, tokenizer, [tokenizer.encode(text) for text in texts]
 

@@ -24,7 +24,7 @@ def test_spans_of_a_file_are_its_text_cut_by_characters(path):
 def test_a_span_becomes_one_document_of_a_corpus(path, tmp_path):
     train, validation = text_span(path, stop=0.9), text_span(path, start=0.9)
     tokenizer = train_char(train, causal=True)
-    corpora = prepare_corpus(tmp_path / "corpus", train, tokenizer, validation_source=validation, num_workers=0)
+    corpora = prepare_corpus(tmp_path / "corpus", train, tokenizer, validation_source=validation, tokenizer_threads=0)
     for corpus, source in zip(corpora, (train, validation), strict=True):
         assert corpus.num_documents == 1
         begin, *ids = corpus.read(0, corpus.num_tokens).tolist()

@@ -50,7 +50,7 @@ def test_the_corpus_is_that_of_files(folders, kind, streaming):
     assert texts(source) == texts(expected)
     tokenizer = train_bpe(expected, vocab_size=300, causal=True)
     made, wanted = (
-        prepare_corpus(folders / name, each, tokenizer, validation_fraction=0, num_workers=2)[0]
+        prepare_corpus(folders / name, each, tokenizer, validation_fraction=0, tokenizer_threads=2)[0]
         for name, each in (("made", source), ("wanted", expected))
     )
     assert made.num_tokens == wanted.num_tokens and made.num_documents == wanted.num_documents

@@ -184,14 +184,9 @@ def test_decoding_gives_the_text_back(trained):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model_type": "word"}, "neither unigram nor bpe"),
-        ({"model_type": "char"}, "neither unigram nor bpe"),
-        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
-    ],
+    "options", [{"model_type": "word"}, {"model_type": "char"}, {"treat_whitespace_as_suffix": True}]
 )
-def test_kinds_that_tokenizers_cannot_express_are_refused(options, message, tmp_path):
+def test_kinds_that_tokenizers_cannot_express_are_refused(options, tmp_path):
     file = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts()),
@@ -202,8 +197,9 @@ def test_kinds_that_tokenizers_cannot_express_are_refused(options, message, tmp_
         **options,
     )
     (tmp_path / "m.model").write_bytes(file.getvalue())
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         load_tokenizer(tmp_path / "m.model")
+    assert error.value.code == "unsupported_sentencepiece"
 
 
 def test_damaged_files_are_refused_in_words(trained, tmp_path):

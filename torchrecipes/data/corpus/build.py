@@ -1,11 +1,11 @@
-"""How a corpus is made: documents in, shards out.
+"""Builds a corpus: documents in, shards out.
 
-1. This thread reads documents, decides by a hash of the text which split each belongs to, and gathers batches.
-2. Other threads tokenize the batches (tokenizers works outside of Python's lock, so threads do what processes would,
-   without copies of the text). Results are taken in the order of the batches.
-3. The tokens of a split are gathered until a shard is full. It is written under a temporary name and renamed.
-4. `corpus.json` is written last. What is there when the work is interrupted is a number of whole shards; the next call
-   reads the source from its start, passes the documents that these shards hold, and goes on.
+1. This thread reads documents, decides by a hash of the text which split each belongs to, and collects batches.
+2. Other threads tokenize the batches (`tokenizers` releases Python's lock, so threads do what processes would, without
+   copies of the text). Results are taken in the order of the batches.
+3. The tokens of a split are collected until a shard is full. It is written under a temporary name and renamed.
+4. `corpus.json` is written last. If the work is interrupted, complete shards remain; the next call reads the source
+   from its start, skips the documents that these shards hold, and continues.
 
 Where a shard ends depends on the documents alone, so the files are the same however the work was done.
 """
@@ -24,45 +24,56 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from torchrecipes.atomic_write import write_atomically
+from torchrecipes.atomic_write import check_writable, write_atomically
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE, SplitWriter, Tokenized, to_json, writing
 from torchrecipes.data.corpus.shards import FORMAT
 from torchrecipes.data.progress import Progress
-from torchrecipes.data.sources.records import ReadStats, Source, require_documents
+from torchrecipes.data.sources.records import Document, ReadStats, Source, require_documents
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, one_thread
 from torchrecipes.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs must not prepare the same folder at once
+except ImportError:  # Windows: two runs must not build in the same folder at once
     fcntl = None
 
 SETTINGS_FILE = "prepare.json"
-BATCH_CHARACTERS = 1 << 17  # tokenized at a time by one thread: the objects of tokenizers take 100 times as many bytes
+HASHES = 1 << 64  # number of values of a document's hash
+BATCH_CHARACTERS = 1 << 17  # tokenized at a time by one thread: encodings take 100 times as many bytes
 
 
-def prepare(
+def check_corpus_dir(folder: str | Path) -> None:
+    """Checks, before a tokenizer is trained, that a corpus is in `folder` or can be written there.
+
+    Raises:
+        UserError: neither (code `not_writable`).
+    """
+    if not (Path(folder) / "train" / CORPUS_FILE).exists():
+        check_writable(folder, key="data.corpus_dir")
+
+
+def build_corpus(
     folder: Path,
     source: Source,
     tokenizer: Tokenizer,
     validation_fraction: float,
     validation_source: Source | None,
-    num_workers: int | None,
+    tokenizer_threads: int | None,
     shard_tokens: int,
 ) -> bool:
-    """Makes what is missing of the corpora `folder/train` and `folder/validation`. Arguments: see `prepare_corpus`.
+    """Builds what is missing of the corpora `folder/train` and `folder/validation`. Arguments: see `prepare_corpus`.
 
     Returns:
         Whether anything was missing.
     """
     if not 0 <= validation_fraction < 1:
-        raise UserError(
-            f"data.validation_fraction is {validation_fraction}; it is a share of the documents, from 0 to below 1."
-        )
-    if shard_tokens < 1 or (num_workers is not None and num_workers < 0):
-        raise UserError(
-            f"shard_tokens={shard_tokens}, num_workers={num_workers}: the first is 1 or more, the other 0 or more."
-        )
+        hint = "Set a fraction of the documents, from 0 to below 1."
+        raise UserError(f"{validation_fraction} is out of range", key="data.validation_fraction", hint=hint)
+    if tokenizer_threads is not None and tokenizer_threads < 0:
+        hint = "Set 0 or more, or null for one per core."
+        raise UserError(f"{tokenizer_threads} is negative", key="data.tokenizer_threads", hint=hint)
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens is {shard_tokens}; it is 1 or more")
     if validation_source is not None:
         validation: dict[str, Any] = {"source": validation_source.fingerprint}
     else:
@@ -87,22 +98,70 @@ def prepare(
             with writing(folder):
                 write_atomically(folder / SETTINGS_FILE, [to_json(settings)])
         elif complete():
-            return False  # another process was at it while this one waited
-        if num_workers is None:
-            num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            return False  # another process built it while this one waited
+        threads = tokenizer_threads
+        if threads is None:
+            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         writers = {split: SplitWriter(folder / split, split, settings) for split in splits}
-        if validation_source is None:
-            limit = int(validation_fraction * 2**64)
-
-            def split_of(text: bytes) -> str:
-                return "validation" if xxhash.xxh3_64_intdigest(text) < limit else "train"
-
-            _tokenize_source(source, tokenizer, writers, split_of, num_workers)
-        else:
-            _tokenize_source(source, tokenizer, {"train": writers["train"]}, lambda _: "train", num_workers)
-            validation_writer = {"validation": writers["validation"]}
-            _tokenize_source(validation_source, tokenizer, validation_writer, lambda _: "validation", num_workers)
+        try:
+            if validation_source is None:
+                limit = _validation_limit(source, validation_fraction)
+                _tokenize_source(source, tokenizer, writers, limit, threads)
+            else:
+                _tokenize_source(source, tokenizer, {"train": writers["train"]}, 0, threads)
+                validation_writer = {"validation": writers["validation"]}
+                _tokenize_source(validation_source, tokenizer, validation_writer, HASHES, threads)
+        except KeyboardInterrupt:
+            saved = sum(len(writer.shards) for writer in writers.values())
+            print(
+                f"\nInterrupted while tokenizing. {saved} complete shards are kept in {folder}; run the same command "
+                "to continue after them.",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise
     return True
+
+
+def _validation_limit(source: Source, fraction: float) -> int:
+    """Return the hash below which a document is for validation, so that at least one document is.
+
+    Reads the source up to its first such document; where there is none, the document with the lowest hash is taken.
+
+    Raises:
+        UserError: all documents have one text (code `one_document`).
+    """
+    limit, lowest, highest = int(fraction * HASHES), HASHES, 0
+    if not limit:
+        return 0
+    for document in source:
+        value = _hash(_encode(document))
+        if value < limit:
+            return limit
+        lowest, highest = min(lowest, value), max(highest, value)
+    require_documents(source, source.report)
+    if lowest == highest:
+        raise UserError(
+            "the source holds one document, so none can be held out for validation",
+            key="data.validation_fraction",
+            hint="Split the text with sample_by: paragraph or line; or hold out its end with two sources, "
+            "torchrecipes.data.sources.text_span stop=0.9 and, as data.validation_source, start=0.9; or give another "
+            "data.validation_source; or train without validation: data.validation_fraction=0 eval_every=null.",
+            code="one_document",
+        )
+    return lowest + 1
+
+
+def _hash(text: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(text)
+
+
+def _encode(document: Document) -> bytes:
+    try:
+        return document.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        problem = f"{document.source} cannot be encoded as UTF-8 ({error})"
+        raise UserError(problem, hint="Repair or remove it.", code="bad_record") from error
 
 
 @dataclass
@@ -112,7 +171,7 @@ class Batch:
     texts: dict[str, list[str]]
     bytes: dict[str, list[int]]
     num_characters: int = 0
-    passed_bytes: int = 0  # of documents that are in shards already
+    skipped_bytes: int = 0  # of documents that are in shards already
 
     def add(self, split: str, text: str, num_bytes: int) -> None:
         """Adds a document of `num_bytes` bytes of UTF-8."""
@@ -125,15 +184,15 @@ def _tokenize_source(
     source: Source,
     tokenizer: Tokenizer,
     writers: dict[str, SplitWriter],
-    split_of: Callable[[bytes], str],
-    num_workers: int,
+    validation_limit: int,
+    threads: int,
 ) -> None:
-    """Reads a source to its end, and finishes `writers`, the splits that its documents go to."""
+    """Reads a source to its end and finishes `writers`: documents with a hash below the limit are for validation."""
     if all(writer.finished for writer in writers.values()):
         return
     done = sum(len(writer.shards) for writer in writers.values())
     if done:
-        print(f"{done} shards are complete from an earlier call: going on behind them", file=sys.stderr, flush=True)
+        print(f"{done} shards are complete from an earlier call: continuing after them", file=sys.stderr, flush=True)
     progress = Progress("tokenizing", source.num_bytes)
     backend = tokenizer.text_backend
 
@@ -145,61 +204,49 @@ def _tokenize_source(
         }
 
     try:
-        results = _in_order(tokenize, _batches(source, writers, split_of), num_workers)
+        results = _in_order(tokenize, _batches(source, writers, validation_limit), threads)
         with one_thread(), closing(results):
             for batch, result in results:
                 for split, tokenized in result.items():
                     writers[split].add(tokenized)
                     progress.add(len(tokenized.lengths), int(tokenized.bytes.sum()), len(tokenized.tokens))
-                progress.add(0, 0, skipped_bytes=batch.passed_bytes)
+                progress.add(0, 0, skipped_bytes=batch.skipped_bytes)
     finally:
         progress.close()
     report = source.report
     require_documents(source, report)
-    for split, writer in writers.items():
-        if not writer.seen and not writer.current.seen and not writer.finished:
-            for each in writers.values():  # the remedy is another setting: nothing must be in its way
-                each.clear()
-            raise UserError(_none_for(split, report.documents))
+    train = writers.get("train")
+    if train is not None and not train.seen and not train.current.seen and not train.finished:
+        for writer in writers.values():  # the remedy is another setting: nothing must be in its way
+            writer.clear()
+        raise UserError(
+            f"all {report.documents:,} documents are for validation, none is for training",
+            key="data.validation_fraction",
+            hint="Lower it.",
+            code="no_training_documents",
+        )
     for split, writer in writers.items():
         if not writer.finished:
-            # What a source leaves out is told once.
+            # What a source skipped is reported once.
             writer.finish(ReadStats() if split == "validation" and len(writers) > 1 else report, tokenizer)
 
 
-def _none_for(split: str, documents: int) -> str:
-    """That no document is for a split, and what to do about it."""
-    instead = "give data.validation_source, or train without validation: data.validation_fraction=0 eval_every=null."
-    if documents <= 2:  # no share of so few is likely to give both splits one
-        return f"there is no document for {split} among {documents}, too few to draw from: {instead}"
-    share = f"higher ({max(0.1, min(0.5, 3 / documents)):.1g} is good for so few)" if split == "validation" else "lower"
-    return (
-        f"none of the {documents:,} documents is for {split}: they are drawn with the probability "
-        f"data.validation_fraction by a hash of the text. Set it {share}, {instead}"
-    )
-
-
-def _batches(source: Source, writers: dict[str, SplitWriter], split_of: Callable[[bytes], str]) -> Iterator[Batch]:
-    to_pass = {split: sys.maxsize if writer.finished else writer.seen for split, writer in writers.items()}
+def _batches(source: Source, writers: dict[str, SplitWriter], validation_limit: int) -> Iterator[Batch]:
+    to_skip = {split: sys.maxsize if writer.finished else writer.seen for split, writer in writers.items()}
 
     def new() -> Batch:
         return Batch({split: [] for split in writers}, {split: [] for split in writers})
 
     batch = new()
     for document in source:
-        try:
-            content = document.text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{document.source}: not text that can be encoded ({error}). Repair or remove it."
-            ) from error
-        split = split_of(content)
-        if to_pass[split]:
-            to_pass[split] -= 1
-            batch.passed_bytes += len(content)
+        content = _encode(document)
+        split = "validation" if _hash(content) < validation_limit else "train"
+        if to_skip[split]:
+            to_skip[split] -= 1
+            batch.skipped_bytes += len(content)
         else:
             batch.add(split, document.text, len(content))
-        if batch.num_characters >= BATCH_CHARACTERS or batch.passed_bytes >= 64 * BATCH_CHARACTERS:
+        if batch.num_characters >= BATCH_CHARACTERS or batch.skipped_bytes >= 64 * BATCH_CHARACTERS:
             yield batch
             batch = new()
     yield batch
@@ -222,18 +269,18 @@ def _tokenize(
     return Tokenized(tokens, lengths, characters, np.array(num_bytes, np.int64), unknown)
 
 
-def _in_order(work: Callable[[Any], Any], items: Iterator[Any], num_workers: int) -> Iterator[tuple[Any, Any]]:
-    """Every item with `work(item)`, in order; `num_workers` threads work ahead, on a bounded number of items."""
-    if num_workers == 0:
+def _in_order(work: Callable[[Any], Any], items: Iterator[Any], threads: int) -> Iterator[tuple[Any, Any]]:
+    """Yield every item with `work(item)`, in order; `threads` threads work ahead on a bounded number of items."""
+    if threads == 0:
         for item in items:
             yield item, work(item)
         return
-    pool = ThreadPoolExecutor(num_workers)
+    pool = ThreadPoolExecutor(threads)
     try:
         ahead: deque = deque()
         for item in items:
             ahead.append((item, pool.submit(work, item)))
-            if len(ahead) > 2 * num_workers:
+            if len(ahead) > 2 * threads:
                 done, future = ahead.popleft()
                 yield done, future.result()
         for done, future in ahead:
@@ -243,10 +290,10 @@ def _in_order(work: Callable[[Any], Any], items: Iterator[Any], num_workers: int
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds a corpus, complete or begun, of these settings; False where it holds none.
+    """Return whether the folder holds a corpus with these settings, complete or not; False where it holds none.
 
     Raises:
-        UserError: it holds one of other settings.
+        UserError: it holds one with other settings (code `other_corpus`).
     """
     file = folder / SETTINGS_FILE
     if not any(folder.glob("*/shard-*.safetensors")):
@@ -254,26 +301,28 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
     try:
         made_with = dict(json.loads(file.read_text("utf-8")))
     except FileNotFoundError:
-        raise UserError(
-            f"{folder}: holds shards, but no {SETTINGS_FILE} that says of what. Choose another folder."
-        ) from None
+        problem = f"{folder} holds shards, but no {SETTINGS_FILE} that says what they were made from"
+        raise UserError(problem, key="data.corpus_dir", hint="Give another folder.", code="corrupt_corpus") from None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}). Delete {folder} to prepare the corpus again.") from error
+        hint = f"Delete {folder} to build the corpus again."
+        raise UserError(f"{file} cannot be read ({error})", hint=hint, code="corrupt_corpus") from error
     differ = [key for key, value in settings.items() if made_with.get(key) != value]
     if differ:
-        lines = [f"{key}: {made_with.get(key)} there, {settings[key]} now" for key in differ]
+        lines = [f"{key}: {made_with.get(key)} saved, {settings[key]} current" for key in differ]
         if "source" in differ or ("validation" in differ and "source" in settings["validation"]):
-            lines.append("(a source changes with its files' names, sizes and times, and with how they are read)")
+            lines.append("(a source changes with the content and order of its files, and with how they are read)")
         raise UserError(
-            "\n  ".join([f"{folder}: holds a corpus that was prepared from something else:", *lines])
-            + f"\nGive this one another folder, or delete {folder}."
+            "\n  ".join([f"{folder} holds a corpus that was built from something else:", *lines]),
+            key="data.corpus_dir",
+            hint=f"Give another folder, or delete {folder}.",
+            code="other_corpus",
         )
     return True
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from preparing the same folder; the lock goes when its holder does, even when killed."""
+    """Keeps other processes from building in the same folder; the kernel releases the lock however the process ends."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -282,7 +331,7 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{folder}: another process prepares this corpus; waiting for it", file=sys.stderr, flush=True)
+                print(f"waiting for another process that builds the corpus in {folder}", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:  # a file system without locks
                 pass

@@ -1,12 +1,12 @@
-"""A corpus: tokenized documents on disk, read by memory map.
+"""`Corpus`: tokenized documents on disk, read by memory map.
 
-1. `prepare_corpus` tokenizes a source into two corpora, `train` and `validation` (prepare.py does the work). Called
-   again with the same arguments it opens them; interrupted, it goes on behind the last shard that is complete.
+1. `prepare_corpus` tokenizes a source into two corpora, `train` and `validation` (build.py does the work). Called again
+   with the same arguments it opens them; after an interruption it continues after the last complete shard.
 2. A corpus is a folder of shards (shards.py) and a `corpus.json`, which is written last.
-3. The shards one after the other are one long row of tokens, and a global position counts in it. No document crosses
+3. The shards one after the other are one long row of tokens; a global position is a position in it. No document crosses
    from one shard to the next. A document is stored as the tokenizer's post-processor makes it, `[CLS] ... [SEP]`.
 
-Opening takes milliseconds: sizes are checked always, checksums by `verify()`.
+Opening takes milliseconds: sizes are always checked, checksums by `verify()`.
 """
 
 import json
@@ -17,28 +17,29 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from torchrecipes.data.corpus.build import prepare
+from torchrecipes.data.corpus.build import build_corpus
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
 from torchrecipes.data.corpus.shards import FORMAT, Shard, Statistics, checksum, open_shard
 from torchrecipes.data.sources.records import Source
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
-MUCH_UNKNOWN = 0.02  # of the tokens: people should hear of it
+MUCH_UNKNOWN = 0.02  # fraction of the tokens above which the summary warns
+FEW_DOCUMENTS = 10  # for validation: below, the summary warns
 
 
 class Corpus:
-    """Tokenized documents, opened by `open_corpus`. Safe to share between threads and to send to other processes.
+    """Tokenized documents, opened by `open_corpus`. Threads may share it; pickled, it is its path and is opened again.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         shards: the open shards, in order; their arrays may be read directly.
-        num_documents, num_tokens: in all; special tokens included.
-        shortest_document, longest_document: in tokens, special ones included.
-        dtype: of the tokens, uint16 or uint32.
-        tokenizer_fingerprint: of the tokenizer that made it.
-        fingerprint: xxh3-128 (hex) of the content, wherever the folder is.
-        statistics: more numbers, for people: see `summary`.
+        num_documents, num_tokens: totals, special tokens included.
+        shortest_document, longest_document: lengths in tokens, special ones included.
+        dtype: type of the tokens, uint16 or uint32.
+        tokenizer_fingerprint: fingerprint of the tokenizer that made it.
+        fingerprint: xxh3-128 (hex) of the tokenizer's fingerprint and the content, wherever the folder is.
+        statistics: more numbers: see `summary`.
     """
 
     def __init__(self, folder: Path, account: dict[str, Any], shards: list[Shard]):
@@ -57,24 +58,24 @@ class Corpus:
         return open_corpus, (self.folder,)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens at the global positions from `start` up to `stop`: `[stop - start]` of `dtype`, read only."""
+        """The tokens at the global positions from `start` up to `stop`: `[stop - start]` of `dtype`, read-only."""
         self._check(start, stop)
         pieces = [shard.tokens[i:j] for shard, i, j in self._shards_in(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def boundaries(self, start: int, stop: int) -> np.ndarray:
-        """The global positions at which documents start, of those strictly between `start` and `stop`: int64."""
+        """The global positions strictly between `start` and `stop` at which documents start, int64."""
         self._check(start, stop)
         pieces = []
         for shard, i, j in self._shards_in(start, stop):
             starts = shard.document_offsets
-            # A shard's own first document starts inside where the range came from the shard before.
+            # The first document of a shard starts inside the range if the range began in an earlier shard.
             inside = starts[starts.searchsorted(i, "left" if shard.token_offset > start else "right") :]
             pieces.append(inside[: inside.searchsorted(j)] + shard.token_offset)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where documents are, by their number from 0: the global positions of their starts and ends, int64."""
+        """The global positions of the starts and ends of documents, given by their numbers from 0; int64."""
         documents = np.asarray(documents, np.int64)
         if documents.size and not (documents.min() >= 0 and documents.max() < self.num_documents):
             raise ValueError(f"documents are numbered from 0 to {self.num_documents - 1}")
@@ -92,7 +93,7 @@ class Corpus:
         if row_len < 1:
             raise ValueError(f"row_len is {row_len}, not positive")
         most = inside = 0
-        row = -1  # the last row seen: it may go on in the next shard
+        row = -1  # the last row seen: it may continue in the next shard
         for shard in self.shards:
             for begin in range(0, len(shard.document_offsets) - 1, 1 << 22):
                 starts = shard.document_offsets[begin : min(begin + (1 << 22), len(shard.document_offsets) - 1)]
@@ -108,21 +109,25 @@ class Corpus:
         return most + 1
 
     def verify(self) -> None:
-        """Reads all and compares checksums.
+        """Reads all shards and compares checksums.
 
         Raises:
-            UserError: a shard is damaged; names each.
+            UserError: shards are corrupt (code `corrupt_corpus`); names each.
         """
-        damaged = [
+        corrupt = [
             shard.path.name
             for shard, stated in zip(self.shards, self.account["shards"], strict=True)
             if checksum(shard.path) != stated["xxh3"]
         ]
-        if damaged:
-            raise _damaged(self.folder, f"{', '.join(damaged)}: not the content that was written (wrong checksum)")
+        if corrupt:
+            raise _corrupt(self.folder, f"{', '.join(corrupt)}: wrong checksum")
 
-    def summary(self) -> str:
-        """What is in it, as text of a few lines."""
+    def summary(self, seq_len: int | None = None) -> str:
+        """Describes the content in a few lines, with warnings about what makes training or its evaluation poor.
+
+        Args:
+            seq_len: tokens per row. If given, documents that are much shorter are reported.
+        """
         numbers, split = self.statistics, self.account["split"]
         lines = [
             f"{split}: {numbers.documents:,} documents, {numbers.tokens:,} tokens "
@@ -132,11 +137,23 @@ class Corpus:
         ]
         if numbers.unknown > MUCH_UNKNOWN * numbers.tokens:
             lines.append(
-                "  many tokens are unknown: the model learns to predict that one, and its losses look too good. Take a "
-                "larger vocabulary (limit_alphabet), or train_bpe, to which nothing is unknown"
+                "  warning: many tokens are unknown: the model learns to predict that one, and losses look too good. "
+                "Use a larger vocabulary (limit_alphabet), or train_bpe, to which nothing is unknown"
+            )
+        mean = numbers.tokens / numbers.documents
+        if split == "validation" and numbers.documents < FEW_DOCUMENTS:
+            lines.append(
+                f"  warning: {numbers.documents} documents make a noisy validation loss. Set data.validation_fraction "
+                "higher, or give data.validation_source"
+            )
+        if seq_len is not None and mean < seq_len / 8:
+            lines.append(
+                f"  warning: documents are short, {mean:,.0f} tokens on average in rows of {seq_len:,}, and attention "
+                "never crosses from one to another. If they are lines or paragraphs of longer texts, set sample_by to "
+                "document"
             )
         if numbers.empty:
-            lines.append(f"  left out {numbers.empty:,}: documents that have no tokens of their own")
+            lines.append(f"  skipped {numbers.empty:,}: documents that have no tokens of their own")
         return "\n".join([*lines, *(f"  {line}" for line in self.account["skipped"])])
 
     def __repr__(self) -> str:
@@ -147,7 +164,7 @@ class Corpus:
             raise ValueError(f"[{start}, {stop}) is not in a corpus of {self.num_tokens} tokens")
 
     def _shards_in(self, start: int, stop: int) -> list[tuple[Shard, int, int]]:
-        """The shards that the range touches, one at least, each with the range in its own positions."""
+        """The shards that the range touches, at least one, each with the range in its own positions."""
         index = bisect_right(self._first, start) - 1
         found = []
         while True:
@@ -169,32 +186,36 @@ def open_corpus(folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpu
         tokenizer: if given, it must be the one that the corpus was made with.
 
     Raises:
-        UserError: no corpus there, an unfinished or a damaged one, or one of another tokenizer.
+        UserError: no corpus there (code `no_corpus`), an unfinished one (`unfinished_corpus`), a corrupt one
+            (`corrupt_corpus`), or one of another tokenizer (`other_tokenizer`).
     """
     folder = Path(folder)
     file = folder / CORPUS_FILE
     try:
         account = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(_why_none(folder)) from None
+        raise _no_corpus(folder) from None
     except (OSError, ValueError) as error:
-        raise _damaged(folder, f"{CORPUS_FILE} cannot be read ({error})") from error
+        raise _corrupt(folder, f"{CORPUS_FILE} cannot be read ({error})") from error
     try:
         if account["format"] != FORMAT:
             raise UserError(
-                f"{file}: its format is {account['format']!r}, this version of torchrecipes reads {FORMAT!r}. "
-                "Prepare the corpus again, in another folder."
+                f"{file} has the format {account['format']!r}, and this version of torchrecipes reads {FORMAT!r}",
+                hint="Build the corpus again, in another folder.",
+                code="corpus_format",
             )
         made_with = account["tokenizer"]["fingerprint"]
         if tokenizer is not None and made_with != tokenizer.fingerprint:
             raise UserError(
-                f"{folder}: made with the tokenizer {made_with}, but the tokenizer of this run is "
-                f"{tokenizer.fingerprint}. Give the run the tokenizer of the corpus, or prepare the corpus in another "
-                "folder."
+                f"the corpus in {folder} was made with the tokenizer {made_with}, but the tokenizer of this run is "
+                f"{tokenizer.fingerprint}",
+                key="data.corpus_dir",
+                hint="Use the tokenizer of the corpus, or another folder.",
+                code="other_tokenizer",
             )
         return Corpus(folder, account, _open_shards(folder, account))
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"{CORPUS_FILE} lacks {error}") from error
+        raise _corrupt(folder, f"{CORPUS_FILE} lacks {error}") from error
 
 
 def prepare_corpus(
@@ -203,34 +224,38 @@ def prepare_corpus(
     tokenizer: Tokenizer,
     validation_fraction: float = 0.005,
     validation_source: Source | None = None,
-    num_workers: int | None = None,
+    tokenizer_threads: int | None = None,
     shard_tokens: int = 64 * 2**20,
+    seq_len: int | None = None,
 ) -> tuple[Corpus, Corpus | None]:
-    """Tokenizes a source into the corpora `folder/train` and `folder/validation`, or opens them where that is done.
+    """Tokenizes a source into the corpora `folder/train` and `folder/validation`, or opens them if that is done.
 
-    The documents keep the source's order, and the files are the same, byte for byte, whatever the number of workers and
+    The documents keep the source's order, and the files are the same, byte for byte, whatever the number of threads and
     however often the work was interrupted. Shards are held in memory until they are written: one per split.
 
     Args:
-        folder: made where missing.
+        folder: made if missing.
         source: the documents.
         tokenizer: makes the tokens.
-        validation_fraction: share of the documents that go to validation, chosen by a hash of the text: equal texts
-            are on the same side, always. 0: there is no validation corpus.
+        validation_fraction: fraction of the documents held out for validation, chosen by a hash of the text, so that
+            equal texts are always on the same side; at least one document. 0: no validation corpus.
         validation_source: documents for validation; then all of `source` is for training.
-        num_workers: threads that tokenize, beside one that reads (tokenizers runs outside of Python's lock). 0: none
-            beside it; None: one per core.
-        shard_tokens: tokens of a shard, at most (a longer document has a shard of its own). 64Mi are 128 MiB of uint16.
+        tokenizer_threads: threads that tokenize, beside one that reads. 0: that one does both; None: one per core.
+        shard_tokens: maximum tokens of a shard (a longer document has a shard of its own). 64Mi are 128 MiB of uint16.
+        seq_len: tokens per row, for the warning of `Corpus.summary`.
 
     Returns:
-        Train and validation; None for the latter where there is none.
+        Train and validation; None for the latter if there is none.
 
     Raises:
-        UserError: no documents; none for validation; the folder holds a corpus of other settings, sources or tokenizer,
-            or cannot be written.
+        UserError: no documents; a single one, and a fraction of it is to be held out (code `one_document`); the folder
+            holds a corpus of other settings, sources or tokenizer (`other_corpus`), or cannot be written
+            (`not_writable`).
     """
     folder = Path(folder)
-    made = prepare(folder, source, tokenizer, validation_fraction, validation_source, num_workers, shard_tokens)
+    made = build_corpus(
+        folder, source, tokenizer, validation_fraction, validation_source, tokenizer_threads, shard_tokens
+    )
     corpora = [
         open_corpus(folder / split, tokenizer)
         for split in ("train", "validation")
@@ -239,7 +264,7 @@ def prepare_corpus(
     if made:
         for corpus in corpora:
             corpus.verify()
-            print(corpus.summary(), flush=True)
+            print(corpus.summary(seq_len), flush=True)
     return corpora[0], corpora[1] if len(corpora) > 1 else None
 
 
@@ -253,30 +278,30 @@ def _open_shards(folder: Path, account: dict[str, Any]) -> list[Shard]:
                 raise ValueError(f"{path.stat().st_size:,} bytes, not {stated['size']:,}")
             shard, _, _ = open_shard(path, tokens, documents)
             if (len(shard.tokens), len(shard.document_offsets)) != (stated["tokens"], stated["documents"] + 1):
-                raise ValueError(f"another number of tokens or documents than {CORPUS_FILE} says")
+                raise ValueError(f"not the number of tokens or documents in {CORPUS_FILE}")
         except FileNotFoundError:
-            raise _damaged(folder, f"{path.name} is missing") from None
+            raise _corrupt(folder, f"{path.name} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(folder, f"{path.name}: {error}") from error
+            raise _corrupt(folder, f"{path.name}: {error}") from error
         shards.append(shard)
         tokens += len(shard.tokens)
         documents += len(shard.document_offsets) - 1
     if not shards or (tokens, documents) != (account["statistics"]["tokens"], account["statistics"]["documents"]):
-        raise _damaged(folder, f"{CORPUS_FILE}: its totals are not those of its shards")
+        raise _corrupt(folder, f"{CORPUS_FILE}: its totals are not those of its shards")
     return shards
 
 
-def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(f"{folder}: this corpus is damaged: {what}. Delete {folder} and prepare the corpus again.")
+def _corrupt(folder: Path, what: str) -> UserError:
+    hint = f"Delete {folder} and build the corpus again."
+    return UserError(f"the corpus in {folder} is corrupt: {what}", hint=hint, code="corrupt_corpus")
 
 
-def _why_none(folder: Path) -> str:
+def _no_corpus(folder: Path) -> UserError:
+    problem, hint, code = f"{folder} holds no {CORPUS_FILE}", "Make a corpus with prepare_corpus.", "no_corpus"
     if not folder.is_dir():
-        return f"{folder}: no such folder, so no corpus. Make one with prepare_corpus."
-    if (folder / "train" / CORPUS_FILE).exists():
-        return f"{folder}: not a corpus itself. Open {folder / 'train'} or {folder / 'validation'}."
-    if any(folder.glob("shard-*.safetensors")):
-        return (
-            f"{folder}: the corpus is not finished ({CORPUS_FILE} is missing). Run what prepares it again: it goes on."
-        )
-    return f"{folder}: no corpus in this folder ({CORPUS_FILE} is missing). Make one with prepare_corpus."
+        problem = f"there is no folder {folder}"
+    elif (folder / "train" / CORPUS_FILE).exists():
+        hint = f"Open {folder / 'train'} or {folder / 'validation'}."
+    elif any(folder.glob("shard-*.safetensors")):
+        hint, code = "The corpus is not finished: run what builds it again to continue.", "unfinished_corpus"
+    return UserError(problem, hint=hint, code=code)

@@ -1,7 +1,7 @@
-"""From batches of tokens to the shards and the `corpus.json` of one split.
+"""Writes batches of tokens as the shards and the `corpus.json` of one split.
 
-Where a shard ends depends on the documents alone, not on how they come in batches. What was written by an earlier call
-that was interrupted is found and kept.
+Where a shard ends depends on the documents alone, not on the batches. Shards that an interrupted call wrote are found
+and kept.
 """
 
 import json
@@ -25,7 +25,7 @@ CORPUS_FILE = "corpus.json"
 
 @dataclass
 class Tokenized:
-    """A batch of documents of one split: its tokens `[N]`, and per document their number (0: left out) and counts."""
+    """A batch of documents of one split: its tokens `[N]`, and per document their number (0: skipped) and counts."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -35,7 +35,7 @@ class Tokenized:
 
 
 class SplitWriter:
-    """Gathers the tokens of one split and writes its shards; begins with the shards that an earlier call left."""
+    """Collects the tokens of one split and writes its shards, after those that an earlier call left."""
 
     def __init__(self, folder: Path, split: str, settings: dict[str, Any]):
         self.folder, self.split, self.settings = folder, split, settings
@@ -81,8 +81,9 @@ class SplitWriter:
         total = sum(self.shards, self.current)
         if not self.shards:
             raise UserError(
-                f"all {total.seen:,} documents of the {self.split} data are empty after tokenization. Look at the "
-                "source and at the tokenizer's normalizer."
+                f"all {total.seen:,} documents of the {self.split} data are empty after tokenization",
+                hint="Check the source and the tokenizer's normalizer.",
+                code="no_documents",
             )
         paths = [self.folder / shard_name(i) for i in range(len(self.shards))]
         account = {
@@ -124,7 +125,7 @@ class SplitWriter:
                 break
             self.shards.append(statistics)
         kept = {shard_name(i) for i in range(len(self.shards))}
-        for other in self.folder.glob("shard-*.safetensors"):  # behind a damaged one
+        for other in self.folder.glob("shard-*.safetensors"):  # after a corrupt one
             if other.name not in kept:
                 other.unlink()
 
@@ -160,17 +161,19 @@ class SplitWriter:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a message on `folder`.
+    """Turns an error of the disk into a message about `folder`.
 
     Raises:
-        UserError: in place of an OSError inside.
+        UserError: in place of an OSError inside (code `not_writable`).
     """
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot write the corpus ({error.strerror or error}). Make room or give it another folder; "
-            "shards that are complete are kept, and the same call goes on behind them."
+            f"the corpus cannot be written to {folder} ({error.strerror or error})",
+            key="data.corpus_dir",
+            hint="Make room or give another folder. Complete shards are kept: the same command continues after them.",
+            code="not_writable",
         ) from error
 
 

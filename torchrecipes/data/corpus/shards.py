@@ -1,7 +1,8 @@
 """The file format of a corpus: a shard is a safetensors file with `tokens` and `document_offsets`.
 
 `tokens` is uint16 or uint32 `[N]`; `document_offsets` is int64 `[D+1]`, from 0 to N. The header's `__metadata__` holds
-what the shard was made from and its statistics, so that an interrupted preparation can go on behind the last shard.
+what the shard was made from and its statistics, so that an interrupted call can be continued after the last
+shard.
 """
 
 import json
@@ -22,9 +23,9 @@ OFFSETS = np.dtype("<i8")
 
 @dataclass
 class Statistics:
-    """What is in one shard, or in several together.
+    """Counts of one shard, or of several together.
 
-    `seen` counts the documents of the source that were read for it, `documents` those that are in it: `empty` ones
+    `seen` counts the documents of the source that were read for it, `documents` those that are in it; `empty` ones
     have no token but the special ones around a document. `shortest` and `longest` are in tokens, special ones included.
     """
 
@@ -48,7 +49,7 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A shard, opened: arrays are read-only views of the file.
+    """An open shard; arrays are read-only views of the file.
 
     Attributes:
         path: the file.
@@ -73,14 +74,14 @@ def shard_name(index: int) -> str:
 def write_shard(
     path: Path, tokens: list[np.ndarray], document_offsets: np.ndarray, source: str, statistics: Statistics
 ) -> None:
-    """Writes a shard: whole, or not at all.
+    """Writes a shard, complete or not at all.
 
     Args:
-        path: of the file.
+        path: the file.
         tokens: arrays of one type, uint16 or uint32, whose concatenation is the shard's tokens; one at least.
         document_offsets: int64 `[D+1]`.
-        source: a fingerprint of all that the tokens were made from.
-        statistics: of the shard.
+        source: a fingerprint of everything that the tokens were made from.
+        statistics: counts of the shard.
     """
     code = next(code for code, dtype in DTYPES.items() if dtype == tokens[0].dtype)
     num_tokens = sum(map(len, tokens))
@@ -104,16 +105,16 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
     """Maps a shard into memory.
 
     Returns:
-        The shard, and `source` and `statistics` as it was written with.
+        The shard, and the `source` and `statistics` it was written with.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: there is no such file, or it is no shard or not a whole one.
+        OSError, ValueError, KeyError, TypeError: there is no such file, or it is no complete shard.
     """
     content = np.memmap(path, np.uint8, "r")
     size = len(content)
     header_size = int(content[:8].view("<u8")[0]) if size >= 8 else size
     if header_size > size - 8:
-        raise ValueError("its header is damaged")
+        raise ValueError("its header is corrupt")
     header = json.loads(bytes(content[8 : 8 + header_size]))
     if header["__metadata__"]["format"] != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")

@@ -1,11 +1,7 @@
-"""Tokenizers: load one, or train one on the text that a model will see.
-
-`load_tokenizer` reads a `tokenizer.json`, a Hugging Face folder or a SentencePiece model; `train_wordpiece`,
-`train_bpe`, `train_unigram` and `train_char` make one from documents (tokenizer_training.py). All give a `Tokenizer`
-(tokenizer.py).
-"""
+"""`load_tokenizer`: a `tokenizer.json`, a Hugging Face folder, BERT's `vocab.txt` or a SentencePiece model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, special_tokens
@@ -25,28 +21,33 @@ def load_tokenizer(
         path: a `tokenizer.json`, a folder that has one (a Hugging Face model's or tokenizer's, a checkpoint), a BERT
             `vocab.txt`, or a SentencePiece `.model`; to the latter `[CLS]`, `[SEP]`, `[PAD]` and `[MASK]` are added
             where it has none (its begin- and end-of-sentence tokens are `[CLS]` and `[SEP]` where it has these).
-        pad_vocab_to_multiple_of: the number of ids is filled up to a multiple of this. 1: none is added.
-        required: the roles that must be filled. None: `("mask", "pad")`, which masked language modelling needs.
+        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this. 1: not padded.
+        required: roles that must be filled. None: `("mask", "pad")`, which masked language modelling needs, or
+            `("eos",)` with `causal`.
         causal: for a model that predicts the next token. Whatever the tokenizer's own form of a document is, it becomes
-            `eos text`, or `bos text eos` where there are both. An eos is needed; it pads where there is no padding.
+            `eos text`, or `bos text eos` where there are both. The eos token pads where there is no padding token.
 
     Raises:
-        UserError: nothing to read there, or a required special token is missing.
+        UserError: there is no tokenizer, ids of the file would change, or a required special token is missing (code
+            `no_special_token`).
     """
     if required is None:
         required = ("eos",) if causal else ("mask", "pad")
     if unknown := [role for role in required if role not in ROLES]:
-        raise UserError(f"required: {', '.join(unknown)} is none of the roles {', '.join(ROLES)}.")
-    backend, roles = read_tokenizer(Path(path), causal)
+        raise ValueError(f"required: {', '.join(unknown)} is none of the roles {', '.join(ROLES)}")
+    files = read_tokenizer(Path(path), causal)
+    roles = files.roles
     for role in required:
         if role not in roles:
-            other = "train_bpe with causal: true" if causal else "train_wordpiece"
+            names = ", ".join(special_tokens(files.backend).values()) or "none"
             raise UserError(
-                f"{path}: this tokenizer has no {role} token, which is needed here (special tokens: "
-                f"{', '.join(special_tokens(backend).values()) or 'none'}). Name one in tokenizer_config.json beside "
-                f'tokenizer.json, as in "{role}_token": "{USUAL_NAMES[role][0]}" (it is added where the vocabulary '
-                f"lacks it), or take another tokenizer, e.g. {other}."
+                f"the tokenizer in {path} has no {role} token, which this model needs (special tokens: {names})",
+                hint=f'Name one in tokenizer_config.json beside tokenizer.json, as in "{role}_token": '
+                f'"{USUAL_NAMES[role][0]}" (it is added if the vocabulary lacks it), or use another tokenizer, e.g. '
+                f"{'train_bpe' if causal else 'train_wordpiece'}.",
+                code="no_special_token",
             )
     if causal:
         roles = {"bos": roles["eos"], "pad": roles["eos"], **roles}
-    return make_tokenizer(backend, roles, pad_vocab_to_multiple_of, causal)
+    tokenizer = make_tokenizer(files.backend, roles, pad_vocab_to_multiple_of, causal)
+    return replace(tokenizer, config=files.config, chat_template=files.chat_template)

@@ -1,14 +1,15 @@
-"""A SentencePiece `.model` file as a `tokenizers` object that gives the same ids.
+"""Converts a SentencePiece `.model` file to a `tokenizers` object that gives the same ids.
 
-1. `sentencepiece` loads the file, which checks it; the few fields that its Python interface does not show (scores as
-   stored, the table of the normalizer) are read from the file itself, a protocol buffer.
-2. The pieces keep their ids. What a masked language model needs and the model lacks is added behind them.
+1. `sentencepiece` loads the file, which checks it. The few fields that its Python interface does not show (scores as
+   stored, the table of the normalizer) are read from the file, a protocol buffer, in 50 lines: `sentencepiece`'s own
+   message classes would need the `protobuf` package, which `sentencepiece` does not install.
+2. The pieces keep their ids. What a masked language model needs and the model lacks is added after them.
 3. The normalizer is the model's own table (`Precompiled`) and its treatment of blanks.
 
-The ids are equal on text. They differ in corners where the two libraries do:
+The ids are equal on text. They differ in rare cases in which the two libraries do:
 - Several combining marks on one character, in an order that is not Unicode's, come into Unicode's order; a mark that
   the table does not know on a character that it replaces ("½" with an accent) is lost.
-- Of two segmentations with the same score ("====" as "=" "===" or "===" "="), the other one may be taken.
+- Of two segmentations with the same score ("====" as "=" "===" or "===" "="), either may be taken.
 - A text that begins with a user-defined symbol has no blank before it.
 - The literal texts "\u2581" and "<0x41>" are a blank and a byte.
 """
@@ -55,7 +56,8 @@ def load_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
         `[SEP]`, `<sep>` or else its end-of-sentence token is `sep`; `[MASK]`, `<mask>` is `mask`.
 
     Raises:
-        UserError: no SentencePiece model, or one of a kind that `tokenizers` cannot express.
+        UserError: no SentencePiece model (code `unreadable_tokenizer`), or one of a kind that `tokenizers` cannot
+            express (`unsupported_sentencepiece`).
     """
     try:
         content = path.read_bytes()
@@ -70,15 +72,18 @@ def load_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
         ):
             if wrong:
                 raise UserError(
-                    f"{path}: this SentencePiece model cannot be used, because {what}. Train it with "
-                    "--model_type=unigram or bpe and without that option, or use train_wordpiece."
+                    f"the SentencePiece model {path} cannot be used: {what}",
+                    hint="Train it with --model_type=unigram or bpe and without that option, or use train_wordpiece.",
+                    code="unsupported_sentencepiece",
                 )
         return _convert(model, composes=library.normalize("e\u0301").endswith("\u00e9")), _roles(model)
     except UserError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
-            f"{path}: not a SentencePiece model ({error}). Give the .model file that spm_train wrote."
+            f"{path} is not a SentencePiece model ({error})",
+            hint="Give the .model file that spm_train wrote.",
+            code="unreadable_tokenizer",
         ) from error
 
 

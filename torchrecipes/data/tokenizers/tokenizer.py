@@ -1,10 +1,10 @@
-"""What the rest of the library knows of a tokenizer: ids of text, and special tokens by their role.
+"""`Tokenizer`: ids of text, and special tokens by their role.
 
-1. The vocabulary is filled up to a multiple of `pad_vocab_to_multiple_of` with inert tokens, which no text contains
-   and no model
-   predicts: the embedding's rows are then a round number, which matrix products like.
-2. A document is text and nothing else: a literal `[MASK]` or `</s>` in it is tokenized as the characters that it is
-   (`encode`). Only in a prompt are the names of special tokens the tokens themselves (`encode_prompt`).
+1. The vocabulary is padded to a multiple of `pad_vocab_to_multiple_of` with tokens `<|inert_0|>`, ... that no text
+   contains and no model predicts: matrix products are faster if the embedding has a round number of rows. The padding
+   is part of the saved tokenizer, so that a token added later, here or in `transformers`, gets an id after it.
+2. A document is text and nothing else: a literal `[MASK]` or `</s>` in it is tokenized as characters (`encode`). Only
+   in a prompt are the names of special tokens the tokens themselves (`encode_prompt`).
 """
 
 import json
@@ -12,16 +12,18 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import xxhash
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from torchrecipes.atomic_write import write_atomically
-from torchrecipes.data.tokenizers.tokenizer_files import INERT, ROLES, begin_with, between
+from torchrecipes.data.tokenizers.tokenizer_files import CHAT_TEMPLATE, PADDING, ROLES, begin_with, between
 from torchrecipes.errors import UserError
 
 
@@ -31,12 +33,14 @@ class Tokenizer:
 
     Attributes:
         backend: as `AutoTokenizer` uses it: the names of special tokens in a text are the tokens themselves.
-        cls_id, sep_id, pad_id, mask_id, unk_id, bos_id, eos_id: the token in this role, None where there is none.
-        vocab_size: number of ids, inert ones included: the rows of an embedding.
-        unpadded_vocab_size: ids from here on are inert.
-        special_ids: all special tokens, inert ones included.
+        cls_id, sep_id, pad_id, mask_id, unk_id, bos_id, eos_id: the token in this role, or None.
+        vocab_size: number of ids including vocabulary padding: the rows of an embedding.
+        unpadded_vocab_size: ids from here on are vocabulary padding.
+        special_ids: all special tokens, vocabulary padding included.
         append_eos: whether a document ends with `eos_id`, which a prompt never does.
-        fingerprint: xxh3-128 (hex) of the tokenizer without its inert tokens. Equal fingerprints, equal ids.
+        fingerprint: xxh3-128 (hex) of the tokenizer without vocabulary padding. Equal fingerprints mean equal ids.
+        config: further keys of `tokenizer_config.json`, which `save` keeps.
+        chat_template: content of `chat_template.jinja`, which `save` keeps.
     """
 
     backend: tokenizers.Tokenizer
@@ -52,14 +56,16 @@ class Tokenizer:
     special_ids: list[int]
     append_eos: bool
     fingerprint: str
+    config: dict[str, Any] = field(default_factory=dict)
+    chat_template: bytes | None = None
 
     def __getstate__(self) -> dict:
-        # Pickling a backend forgets `encode_special_tokens`: the text backend is made anew where it is needed.
+        # Pickling a backend loses `encode_special_tokens`: the text backend is made anew where it is needed.
         return {name: value for name, value in self.__dict__.items() if name != "text_backend"}
 
     @property
     def unknown_id(self) -> int | None:
-        """`unk_id`, or None where that token has another role, too, and so says nothing of the text (GPT-2's)."""
+        """`unk_id`, or None where that token has another role, too, and so says nothing about the text (GPT-2's)."""
         others = (self.cls_id, self.sep_id, self.pad_id, self.bos_id, self.eos_id)
         return None if self.unk_id in others else self.unk_id
 
@@ -72,8 +78,8 @@ class Tokenizer:
             bos, eos = (backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
             backend.post_processor = between(backend, bos, eos)
         names = [self.backend.id_to_token(i) for i in self.special_ids]
-        # A model whose own vocabulary has the name, as Unigram's has, finds it nevertheless: there it is cut behind
-        # its first character, before the model sees it.
+        # A model whose own vocabulary has the name, such as Unigram, finds it nevertheless: there the name is cut after
+        # its first character before the model sees it.
         found = [
             name
             for name, i in zip(names, self.special_ids, strict=True)
@@ -87,7 +93,7 @@ class Tokenizer:
         return backend
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a document, between the special tokens that the tokenizer puts around it (`[CLS]` and `[SEP]`)."""
+        """Ids of a document, with the special tokens that the tokenizer puts around it (`[CLS]` and `[SEP]`)."""
         return self.text_backend.encode(text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -95,14 +101,14 @@ class Tokenizer:
         return [encoding.ids for encoding in self.text_backend.encode_batch_fast(list(texts))]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt: `[MASK]` in it is the mask token, and so for the other special tokens.
+        """Ids of a prompt, in which `[MASK]` and the names of other special tokens are the tokens.
 
-        They are what `AutoTokenizer` gives. That of a causal model does not end the text, which is to go on.
+        They are what `AutoTokenizer` gives. For a causal model no eos token follows: the model continues the text.
         """
         return self.backend.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens by their names."""
+        """The text of ids, with special tokens by their names."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def decode_token(self, token: int) -> str:
@@ -110,20 +116,24 @@ class Tokenizer:
         return self.backend.id_to_token(token) if token in self.special_ids else self.decode([token])
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, as `AutoTokenizer` and `load_tokenizer` read them.
+        """Writes the files that `AutoTokenizer` and `load_tokenizer` read.
+
+        These are `tokenizer.json`, `tokenizer_config.json` and, where the tokenizer was loaded with one,
+        `chat_template.jinja`.
 
         Args:
-            folder: made where missing; other files in it stay.
+            folder: made if missing; other files in it stay.
             model_max_length: tokens that the model takes, for the Hugging Face side.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         ids = {role: getattr(self, f"{role}_id") for role in ROLES}
         config = {
+            "model_input_names": ["input_ids", "attention_mask"],
+            **self.config,
             # Whatever the model's family, `tokenizer.json` is the tokenizer: a family's own class would rebuild it.
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{f"{role}_token": self.backend.id_to_token(i) for role, i in ids.items() if i is not None},
-            "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
         if model_max_length is not None:
@@ -131,25 +141,30 @@ class Tokenizer:
         stated = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / "tokenizer.json", [self.backend.to_str(pretty=True).encode("utf-8")])
         write_atomically(folder / "tokenizer_config.json", [stated.encode("utf-8")])
+        if self.chat_template is not None:
+            write_atomically(folder / CHAT_TEMPLATE, [self.chat_template])
 
 
 def make_tokenizer(
     backend: tokenizers.Tokenizer, roles: dict[str, AddedToken], pad_vocab_to_multiple_of: int, causal: bool = False
 ) -> Tokenizer:
-    """A `Tokenizer` around `backend`, which is changed: tokens of `roles` that it lacks and inert ones are added.
+    """Makes a `Tokenizer` around `backend`, which is changed: tokens of `roles` that it lacks and padding are added.
 
     Args:
-        backend: a tokenizer without inert tokens.
+        backend: a tokenizer without vocabulary padding at its end.
         roles: special tokens by role, one of `cls, sep, pad, mask, unk, bos, eos`.
-        pad_vocab_to_multiple_of: the number of ids is filled up to a multiple of this.
-        causal: for a model that predicts the next token. A document is `bos text eos` then, or `eos text` where both
-            are one token: it begins a document, and is what the last token of the one before has to predict. A prompt
-            is the same without the end.
+        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this.
+        causal: for a model that predicts the next token. A document is `bos text eos`, or `eos text` where both are one
+            token: it begins a document and is the last target of the one before. A prompt is the same without the end.
+
+    Raises:
+        UserError: ids between 0 and the largest belong to no token, and tokens must be added (code `holes`).
     """
     if pad_vocab_to_multiple_of < 1:
         raise UserError(
-            f"pad_vocab_to_multiple_of is {pad_vocab_to_multiple_of}; it is 1 or more (64 is a good choice)."
+            f"{pad_vocab_to_multiple_of} is less than 1", key="pad_vocab_to_multiple_of", hint="64 is a good choice."
         )
+    before = backend.get_vocab(with_added_tokens=True)
     special = special_tokens(backend)
     backend.add_special_tokens([token for token in roles.values() if token.content not in special.values()])
     end = ""
@@ -159,9 +174,10 @@ def make_tokenizer(
     fingerprint = xxhash.xxh3_128_hexdigest(_canonical(backend) + end.encode())
     unpadded_vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     vocab_size = -(-unpadded_vocab_size // pad_vocab_to_multiple_of) * pad_vocab_to_multiple_of
-    backend.add_special_tokens(
-        [AddedToken(f"<|inert_{i}|>", normalized=False, special=True) for i in range(vocab_size - unpadded_vocab_size)]
-    )
+    unused = (name for i in count() if (name := f"<|inert_{i}|>") not in before)
+    padding = islice(unused, vocab_size - unpadded_vocab_size)
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in padding])
+    _check_added(before, backend.get_vocab(with_added_tokens=True))
     ids = {f"{role}_id": backend.token_to_id(roles[role].content) if role in roles else None for role in ROLES}
     return Tokenizer(
         backend=backend,
@@ -179,10 +195,25 @@ def special_tokens(backend: tokenizers.Tokenizer) -> dict[int, str]:
     return {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
 
 
+def _check_added(before: dict[str, int], after: dict[str, int]) -> None:
+    """Checks that what was added has the ids after the largest: `tokenizers` counts tokens, and holes mislead it."""
+    first = max(before.values(), default=-1) + 1
+    added = sorted(i for name, i in after.items() if name not in before)
+    if added != list(range(first, first + len(added))):
+        holes = sorted(set(range(first)) - set(before.values()))
+        names = ", ".join(map(str, holes[:10])) + (f" and {len(holes) - 10} more" if len(holes) > 10 else "")
+        raise UserError(
+            f"the vocabulary has holes: no token has the ids {names}; tokens that are added would get ids of others",
+            hint="Give these ids to tokens, or use a vocabulary that needs no further tokens with "
+            "pad_vocab_to_multiple_of=1.",
+            code="holes",
+        )
+
+
 def _canonical(backend: tokenizers.Tokenizer) -> bytes:
     """What decides the ids, as bytes that do not depend on the order in which a file lists it."""
     content = json.loads(backend.to_str())
-    content["added_tokens"] = [token for token in content["added_tokens"] if not INERT.fullmatch(token["content"])]
+    content["added_tokens"] = [token for token in content["added_tokens"] if not PADDING.fullmatch(token["content"])]
     if content["model"]["type"] == "Unigram":  # its scores change in the last digit when a file is read and written
         content["model"]["vocab"] = [[name, f"{score:.9g}"] for name, score in content["model"]["vocab"]]
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -190,7 +221,7 @@ def _canonical(backend: tokenizers.Tokenizer) -> bytes:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps `tokenizers` from starting threads of its own, also lest it warn of processes that are forked later."""
+    """Keeps `tokenizers` from starting threads of its own, and from warning about processes that are forked later."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

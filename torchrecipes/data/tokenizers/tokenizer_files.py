@@ -1,15 +1,17 @@
-"""Tokenizers as they are found on disk: which file of a folder is read, and which token has which role.
+"""Reads tokenizer files: which file of a folder is read, and which token has which role.
 
-1. A `tokenizer.json` is read as it stands; `tokenizer_config.json` and `special_tokens_map.json` beside it say which
-   token is the mask, the padding and so on. Where they do not, the usual names do (`[MASK]`, `<mask>`, ...).
+1. A `tokenizer.json` is read as it is; `tokenizer_config.json` and `special_tokens_map.json` beside it say which token
+   is the mask, the padding and so on. Where they do not, the usual names do (`[MASK]`, `<mask>`, ...).
 2. BERT's original `vocab.txt` becomes the WordPiece tokenizer that BERT used.
 3. A SentencePiece `.model` is converted (sentencepiece_model.py).
 
-Nothing is downloaded and nothing of what is read is executed.
+Ids are those of the file, or the file is refused: `tokenizers` numbers added tokens by counting, whatever the file
+says. Nothing is downloaded and nothing of what is read is executed.
 """
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ USUAL_NAMES = {
     "eos": ("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>"),
 }
 
-INERT = re.compile(r"<\|inert_\d+\|>")
+PADDING = re.compile(r"<\|inert_\d+\|>")  # names of vocabulary padding
 
 SLOW_FILES = (
     "vocab.json",
@@ -43,48 +45,83 @@ SLOW_FILES = (
     "tiktoken.model",
 )
 
+CHAT_TEMPLATE = "chat_template.jinja"
+# Keys of tokenizer_config.json with which `transformers` would change what tokenizer.json says, or that name files.
+REBUILD_KEYS = set(
+    "add_bos_token add_eos_token add_prefix_space added_tokens_decoder auto_map backend clean_up_tokenization_spaces "
+    "do_basic_tokenize do_lower_case errors from_slow gguf_file is_local legacy max_length merges merges_file "
+    "name_or_path never_split pad_to_multiple_of sp_model_kwargs special_tokens_map_file split_special_tokens stride "
+    "strip_accents tokenize_chinese_chars tokenizer_class tokenizer_file tokenizer_padding tokenizer_truncation "
+    "trim_offsets truncation_strategy vocab vocab_file".split()
+) | {f"{role}_token" for role in ROLES}
 
-def read_tokenizer(path: Path, causal: bool = False) -> tuple[tokenizers.Tokenizer, dict[str, AddedToken]]:
+
+@dataclass
+class TokenizerFiles:
+    """What a tokenizer's files say.
+
+    Attributes:
+        backend: the tokenizer as in the file, without vocabulary padding at its end, truncation and padding.
+        roles: special tokens by role; a token may be missing in `backend`.
+        config: the other keys of `tokenizer_config.json`, which a checkpoint keeps.
+        chat_template: content of `chat_template.jinja`, or None.
+    """
+
+    backend: tokenizers.Tokenizer
+    roles: dict[str, AddedToken]
+    config: dict[str, Any] = field(default_factory=dict)
+    chat_template: bytes | None = None
+
+
+def read_tokenizer(path: Path, causal: bool = False) -> TokenizerFiles:
     """Reads a `tokenizer.json`, a Hugging Face folder, a BERT `vocab.txt` or a SentencePiece `.model`.
 
     Args:
         path: the file or folder.
         causal: for a model that predicts the next token: a SentencePiece model gets none of BERT's special tokens.
 
-    Returns:
-        The tokenizer as it is in the file, without inert tokens, truncation and padding, and the special tokens by
-        role. A token of the second may be missing in the first.
-
     Raises:
-        UserError: nothing there, or nothing that can be read.
+        UserError: there is no tokenizer (code `no_tokenizer`), a file cannot be read (`unreadable_tokenizer`), or its
+            ids are not unique (`duplicate_ids`) or would change (`moved_ids`).
     """
     if not path.exists():
         raise UserError(
-            f"{path}: no such file or folder. A tokenizer is a tokenizer.json, a folder with one (as Hugging Face's "
-            f"save_pretrained writes it), or a SentencePiece .model. Nothing is downloaded{_how_to_download(path)}"
+            f"there is no file or folder {path}",
+            key="path",
+            hint="Give a tokenizer.json, a folder with one (as Hugging Face's save_pretrained writes it), or a "
+            f"SentencePiece .model. Nothing is downloaded{_how_to_download(path)}",
+            code="no_tokenizer",
         )
     if path.is_dir():
         path = _file_in(path)
     if path.name == "vocab.txt":
-        return _read_vocab_txt(path)
-    if path.suffix == ".json":
+        files = _read_vocab_txt(path)
+    elif path.suffix == ".json":
         backend = read_json(path)
-        return backend, _roles(path, backend)
-    if path.suffix == ".model":
-        return _read_sentencepiece(path, causal)
-    raise UserError(
-        f"{path}: not a tokenizer file that is known. Give a tokenizer.json, a folder with one, a BERT vocab.txt, or a "
-        "SentencePiece .model."
-    )
+        files = TokenizerFiles(backend, _roles(path, backend))
+    elif path.suffix == ".model":
+        files = _read_sentencepiece(path, causal)
+    else:
+        raise UserError(
+            f"{path} is not a tokenizer file",
+            key="path",
+            hint="Give a tokenizer.json, a folder with one, a BERT vocab.txt, or a SentencePiece .model.",
+            code="no_tokenizer",
+        )
+    if path.name in ("tokenizer.json", "vocab.txt"):
+        files.config = {key: value for key, value in _config(path).items() if key not in REBUILD_KEYS}
+        template = path.with_name(CHAT_TEMPLATE)
+        files.chat_template = template.read_bytes() if template.is_file() else None
+    return files
 
 
 def _how_to_download(path: Path) -> str:
-    """What to say of a path that may be meant as a name of the hub (`gpt2`, `FacebookAI/roberta-base`)."""
+    """Return the end of the hint for a path that may be meant as a name on the hub (`gpt2`, `you/model`)."""
     # `runs/one` is a path where there is a folder `runs`.
     a_path = path.suffix in (".json", ".txt", ".model") or (len(path.parts) > 1 and path.parent.exists())
     if a_path or len(path.parts) > 2:
         return "."
-    return f". For a model of the hub and its tokenizer: hf download {path} --local-dir {path.name}"
+    return f". For a model on the hub and its tokenizer: hf download {path} --local-dir {path.name}"
 
 
 def _file_in(folder: Path) -> Path:
@@ -93,57 +130,109 @@ def _file_in(folder: Path) -> Path:
             return folder / name
     slow = [name for name in SLOW_FILES if (folder / name).is_file()]
     if not slow:
-        remedy = "Give the folder that holds the tokenizer."
+        hint = "Give the folder that holds the tokenizer."
         checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda path: (len(path.name), path.name))
         if checkpoints:
-            remedy = f"It is a run's: give one of its checkpoints, such as the newest, {checkpoints[-1]}"
-        raise UserError(f"{folder}: no tokenizer.json in this folder. {remedy}")
+            hint = f"It is the folder of a run: give one of its checkpoints, such as the newest, {checkpoints[-1]}"
+        raise UserError(f"{folder} holds no tokenizer.json", key="path", hint=hint, code="no_tokenizer")
     model = next((name for name in slow if name.endswith(".model")), None)
-    hint = f" (or give {folder / model} itself: plain SentencePiece ids)" if model else ""
+    plain = f" (or give {folder / model} itself: plain SentencePiece ids)" if model else ""
     raise UserError(
-        f"{folder}: only files of a slow tokenizer here ({', '.join(slow)}), no tokenizer.json. Convert it once: "
-        f"python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
-        f".save_pretrained('{folder}')\"{hint}"
+        f"{folder} holds only files of a slow tokenizer ({', '.join(slow)}), no tokenizer.json",
+        key="path",
+        hint='Convert it once: python -c "from transformers import AutoTokenizer as A; '
+        f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"{plain}",
+        code="no_tokenizer",
     )
 
 
 def read_json(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a `tokenizer.json`, without inert tokens, truncation and padding.
+    """Reads a `tokenizer.json`, without vocabulary padding at its end, truncation and padding.
+
+    Tokens that `transformers` added after the padding keep their ids, and so the padding before them stays.
 
     Raises:
-        UserError: not such a file.
+        UserError: not such a file, or its ids are not unique or not those that `tokenizers` gives.
     """
     content = _json(path)
     try:
-        content["added_tokens"] = [t for t in content["added_tokens"] if not INERT.fullmatch(t["content"])]
+        vocab = content["model"]["vocab"]
+        if isinstance(vocab, list):
+            vocab = {name: i for i, (name, _) in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        last = max((i for name, i in (vocab | added).items() if not PADDING.fullmatch(name)), default=-1)
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["id"] < last or not PADDING.fullmatch(token["content"])
+        ]
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        stated = vocab | {token["content"]: token["id"] for token in content["added_tokens"]}
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
-            f"{path}: not a tokenizer.json that tokenizers {tokenizers.__version__} can read "
-            f"({type(error).__name__}: {error}). Save it again, or upgrade tokenizers."
+            f"{path} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read "
+            f"({type(error).__name__}: {error})",
+            hint="Save it again, or upgrade tokenizers.",
+            code="unreadable_tokenizer",
         ) from error
-    # Many files carry the limits of the model they came with: a document would silently end there.
+    _check_ids(path, stated, backend)
+    # Many files carry the limits of the model they came with: documents would be cut there silently.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
+def _check_ids(path: Path, stated: dict[str, int], backend: tokenizers.Tokenizer) -> None:
+    names: dict[int, str] = {}
+    double = []
+    for name, i in stated.items():
+        if names.setdefault(i, name) != name:
+            double.append(f"{i} ({names[i]!r}, {name!r})")
+    if double:
+        raise UserError(
+            f"{path} gives an id to two tokens: {_some(double)}",
+            hint="Give every token an id of its own.",
+            code="duplicate_ids",
+        )
+    moved = [
+        f"{name!r} has id {i}, but would get {backend.token_to_id(name)}"
+        for name, i in stated.items()
+        if backend.token_to_id(name) != i
+    ]
+    if moved:
+        raise UserError(
+            f"{path}: {_some(moved)}",
+            hint="Added tokens come after the vocabulary, without a gap; number them so.",
+            code="moved_ids",
+        )
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:  # a JSON error says line and column
-        raise UserError(f"{path}: not readable as JSON ({error}). Get the file again.") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({error})", hint="Get the file again.", code="unreadable_tokenizer"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object, so no part of a tokenizer. Get the file again.")
+        hint = "Get the file again."
+        raise UserError(f"{path} does not hold a JSON object", hint=hint, code="unreadable_tokenizer")
     return content
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The content of the `tokenizer_config.json` beside `path`."""
+    file = path.with_name("tokenizer_config.json")
+    return _json(file) if file.is_file() else {}
 
 
 def _roles(path: Path, backend: tokenizers.Tokenizer) -> dict[str, AddedToken]:
     stated: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        beside = path.parent / name
-        if path.name == "tokenizer.json" and beside.is_file():
-            stated.update(_json(beside))
+    if path.name == "tokenizer.json":
+        special_tokens_map = path.with_name("special_tokens_map.json")
+        stated = (_json(special_tokens_map) if special_tokens_map.is_file() else {}) | _config(path)
     roles = {}
     for role in ROLES:
         token = stated.get(f"{role}_token")
@@ -163,19 +252,28 @@ def special_token(content: str, lstrip: bool = False) -> AddedToken:
     return AddedToken(content, lstrip=lstrip, normalized=False, special=True)
 
 
-def _read_vocab_txt(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, AddedToken]]:
+def _read_vocab_txt(path: Path) -> TokenizerFiles:
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable UTF-8 text ({error}). Get the file again.") from error
-    vocab = {token: i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+        hint = "Get the file again."
+        raise UserError(f"{path} is not UTF-8 text ({error})", hint=hint, code="unreadable_tokenizer") from error
+    lines = lines[:-1] if lines[-1] == "" else lines
+    vocab = {token: i for i, token in enumerate(lines)}
+    double = [
+        f"{token!r} in lines {i + 1} and {vocab[token] + 1}" for i, token in enumerate(lines) if vocab[token] != i
+    ]
+    if double:
+        hint = "The number of a line is an id: give every line another token."
+        raise UserError(f"{path} has tokens twice: {_some(double)}", hint=hint, code="duplicate_ids")
     missing = [name for name in ("[UNK]", "[CLS]", "[SEP]") if name not in vocab]
     if missing:
         raise UserError(
-            f"{path}: a BERT vocabulary has a line {missing[0]}, this one has none. Give a tokenizer.json instead."
+            f"{path} has no line {missing[0]}, which a BERT vocabulary has",
+            hint="Give a tokenizer.json instead.",
+            code="unreadable_tokenizer",
         )
-    config_file = path.parent / "tokenizer_config.json"
-    config = _json(config_file) if config_file.is_file() else {}
+    config = _config(path)
     backend = bert_wordpiece(
         vocab,
         lowercase=config.get("do_lower_case", True),
@@ -183,7 +281,7 @@ def _read_vocab_txt(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, AddedTo
         split_chinese=config.get("tokenize_chinese_chars", True),
     )
     names = {role: USUAL_NAMES[role][0] for role in ("cls", "sep", "pad", "mask", "unk")}
-    return backend, {role: special_token(name) for role, name in names.items() if name in vocab}
+    return TokenizerFiles(backend, {role: special_token(name) for role, name in names.items() if name in vocab})
 
 
 def bert_wordpiece(
@@ -192,7 +290,7 @@ def bert_wordpiece(
     """BERT's tokenizer over `vocab`, which holds `[UNK]`, `[CLS]` and `[SEP]`: Devlin et al. 2018, appendix A.
 
     Args:
-        vocab: ids by token; a token that goes on a word starts with `##`.
+        vocab: ids by token; a token that continues a word starts with `##`.
         lowercase: lower-cases the text.
         strip_accents: removes accents; None: as `lowercase`.
         split_chinese: makes every Chinese character a word of its own.
@@ -223,15 +321,16 @@ def begin_with(backend: tokenizers.Tokenizer, bos: str) -> processors.TemplatePr
     )
 
 
-def _read_sentencepiece(path: Path, causal: bool) -> tuple[tokenizers.Tokenizer, dict[str, AddedToken]]:
+def _read_sentencepiece(path: Path, causal: bool) -> TokenizerFiles:
     backend, names = load_sentencepiece(path)
     if causal:
-        return backend, {role: special_token(names[role]) for role in ("bos", "eos", "pad", "unk") if role in names}
-    # What masked language modelling needs and the model lacks gets BERT's names, behind the model's own ids. The mask
-    # takes the blank before it along: "a [MASK] b" is then what "a word b" is with the word masked.
+        roles = {role: special_token(names[role]) for role in ("bos", "eos", "pad", "unk") if role in names}
+        return TokenizerFiles(backend, roles)
+    # What masked language modelling needs and the model lacks gets BERT's names, after the model's own ids. The mask
+    # takes the blank before it along: "a [MASK] b" is then "a word b" with the word masked.
     roles = {role: special_token(name) for role, name in names.items()}
     for role in ("cls", "sep", "pad", "mask"):
         roles.setdefault(role, special_token(USUAL_NAMES[role][0], lstrip=role == "mask"))
     backend.add_special_tokens([roles[role] for role in ("cls", "sep", "pad", "mask")])
     backend.post_processor = between(backend, roles["cls"].content, roles["sep"].content)
-    return backend, roles
+    return TokenizerFiles(backend, roles)

@@ -1,17 +1,17 @@
-"""Tokenizers trained on documents: WordPiece, byte-level BPE, Unigram, characters.
+"""Trains tokenizers on documents: WordPiece, byte-level BPE, Unigram, characters.
 
-The same documents give the same vocabulary and the same fingerprint on every run and every machine. The trainers leave
-that open in two places, which are closed here: WordPiece numbers the characters in the order in which a hash table
-lists them (they are given in order instead), and Unigram's scores depend on how threads share the work (SentencePiece's
+The same documents give the same vocabulary and the same fingerprint in every run and on every machine. The trainers of
+`tokenizers` are not deterministic in two places, which are avoided here: WordPiece numbers characters in the order of a
+hash table (they are given in order instead), and Unigram's scores depend on how threads share the work (SentencePiece's
 own trainer adds them up in a fixed order, and is faster).
 """
 
 import io
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import tokenizers
@@ -19,8 +19,8 @@ import xxhash
 from sentencepiece import SentencePieceTrainer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from torchrecipes.atomic_write import write_atomically
-from torchrecipes.data.progress import Progress
+from torchrecipes.atomic_write import check_writable, write_atomically
+from torchrecipes.data.progress import Progress, waiting_for
 from torchrecipes.data.sources.records import Source, require_documents
 from torchrecipes.data.tokenizers.sentencepiece_model import load_sentencepiece
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, one_thread
@@ -28,7 +28,7 @@ from torchrecipes.data.tokenizers.tokenizer_files import USUAL_NAMES, bert_wordp
 from torchrecipes.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of every tokenizer of an encoder
-END = "<|endoftext|>"  # id 0 of every tokenizer of a causal model: begins a document, ends it, and pads
+END = "<|endoftext|>"  # id 0 of every tokenizer of a causal model: begins documents, ends them, and pads
 
 
 def train_wordpiece(
@@ -44,17 +44,18 @@ def train_wordpiece(
 
     Args:
         source: the documents; read twice.
-        vocab_size: ids in all, special tokens included; fewer where the text does not give as many.
+        vocab_size: number of ids, special tokens included; fewer where the text does not give as many.
         lowercase: lower-cases the text and removes accents.
         limit_alphabet: characters in the vocabulary, the most frequent ones; others become `[UNK]`.
-        pad_vocab_to_multiple_of: the number of ids is filled up to a multiple of this.
-        sample_fraction: share of the documents that the vocabulary is made from, chosen by a hash of their text: a few
-            GB are enough, and take memory in proportion.
-        folder: where the tokenizer is kept; what is there already is taken, if it came from the same source and
-            settings. None: kept nowhere.
+        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this.
+        sample_fraction: fraction of the documents that the vocabulary is made from, chosen by a hash of their text: a
+            few GB are enough, and take memory in proportion.
+        folder: where the tokenizer is saved; one that is there is loaded if it came from the same source and settings.
+            None: not saved.
 
     Raises:
-        UserError: no documents; `vocab_size` cannot hold the characters; `folder` has another tokenizer.
+        UserError: no documents (code `no_documents`); `vocab_size` cannot hold the characters; `folder` holds another
+            tokenizer (`other_tokenizer`) or cannot be written.
     """
 
     def train() -> tokenizers.Tokenizer:
@@ -72,8 +73,9 @@ def train_wordpiece(
         first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet if c in inside)]
         if len(first) > vocab_size:
             raise UserError(
-                f"vocab_size={vocab_size:,} cannot hold the {len(first):,} characters and special tokens of this text. "
-                f"Set vocab_size to twice that or more, or limit_alphabet below {len(alphabet):,}."
+                f"{vocab_size:,} ids cannot hold the {len(first):,} characters and special tokens of this text",
+                key="vocab_size",
+                hint=f"Set vocab_size to twice that or more, or limit_alphabet below {len(alphabet):,}.",
             )
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
@@ -81,16 +83,16 @@ def train_wordpiece(
             special_tokens=first,  # in this order, and every character of a word is among them
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
-            show_progress=sys.stderr.isatty(),
+            show_progress=False,  # its bars and ours would overwrite each other
         )
         blank.model = models.WordPiece(unk_token="[UNK]")
         _train(blank, source, sample_fraction, trainer)
-        # The trainer made special tokens of all characters: only the vocabulary is taken over.
+        # The trainer made special tokens of all characters: only the vocabulary is kept.
         return bert_wordpiece(blank.get_vocab(), lowercase)
 
     settings = {"type": "wordpiece", "vocab_size": vocab_size, "lowercase": lowercase, "limit_alphabet": limit_alphabet}
     settings["sample_fraction"] = sample_fraction
-    return _kept(folder, settings, source, train, pad_vocab_to_multiple_of)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of)
 
 
 def train_bpe(
@@ -101,26 +103,28 @@ def train_bpe(
     sample_fraction: float = 1.0,
     folder: str | Path | None = None,
 ) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer as GPT-2's (Radford et al. 2019).
+    """Trains a byte-level BPE tokenizer like GPT-2's (Radford et al. 2019).
 
-    Nothing is unknown to it, blanks and letter case are kept, and `decode` gives the text back (in Unicode's NFC form).
+    It has no unknown text, keeps blanks and letter case, and `decode` restores the text (in Unicode's NFC form).
 
     Args:
         source: the documents; read once.
-        vocab_size: ids in all, special tokens and 256 bytes included; fewer where the text does not give as many.
-        causal: for a model that predicts the next token: the one special token is `<|endoftext|>`, and documents are
+        vocab_size: number of ids, special tokens and 256 bytes included; fewer where the text does not give as many.
+        causal: for a model that predicts the next token: the only special token is `<|endoftext|>`, and documents are
             `<|endoftext|> text`. False: the special tokens of BERT, and `[CLS] text [SEP]`.
-        pad_vocab_to_multiple_of: the number of ids is filled up to a multiple of this.
+        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this.
         sample_fraction, folder: as for `train_wordpiece`.
 
     Raises:
-        UserError: no documents; `vocab_size` cannot hold the bytes; `folder` has another tokenizer.
+        UserError: as for `train_wordpiece`.
     """
 
     def train() -> tokenizers.Tokenizer:
         alphabet, special = sorted(pre_tokenizers.ByteLevel.alphabet()), (END,) if causal else SPECIAL
         if vocab_size < len(special) + len(alphabet):
-            raise UserError(f"vocab_size={vocab_size:,} cannot hold 256 bytes and {len(special)} special tokens.")
+            least = len(special) + len(alphabet)
+            problem = f"{vocab_size:,} ids cannot hold 256 bytes and {len(special)} special tokens"
+            raise UserError(problem, key="vocab_size", hint=f"Set {least} or more.")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,13 +134,13 @@ def train_bpe(
             min_frequency=2,
             special_tokens=[special_token(name, lstrip=name == "[MASK]") for name in special],
             initial_alphabet=alphabet,
-            show_progress=sys.stderr.isatty(),
+            show_progress=False,  # its bars and ours would overwrite each other
         )
         _train(backend, source, sample_fraction, trainer)
         return backend
 
     settings = {"type": "bpe", "vocab_size": vocab_size, "sample_fraction": sample_fraction}
-    return _kept(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
 
 
 def train_unigram(
@@ -152,14 +156,14 @@ def train_unigram(
 
     Args:
         source: the documents; read once.
-        vocab_size: ids in all, special tokens included; fewer where the text does not give as many.
+        vocab_size: number of ids, special tokens included; fewer where the text does not give as many.
         lowercase: lower-cases the text.
         causal: as for `train_bpe`; `<unk>` is a special token, too.
-        pad_vocab_to_multiple_of: the number of ids is filled up to a multiple of this.
+        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this.
         sample_fraction, folder: as for `train_wordpiece`.
 
     Raises:
-        UserError: no documents; `vocab_size` cannot hold the characters; `folder` has another tokenizer.
+        UserError: as for `train_wordpiece`.
     """
 
     def train() -> tokenizers.Tokenizer:
@@ -175,26 +179,28 @@ def train_unigram(
             with table.open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(rows)
             try:
-                SentencePieceTrainer.train(
-                    input=str(table),
-                    input_format="tsv",
-                    model_writer=model,
-                    model_type="unigram",
-                    vocab_size=vocab_size,
-                    hard_vocab_limit=False,  # fewer pieces where the text does not give as many
-                    normalization_rule_name="identity",  # done above
-                    character_coverage=0.9999,  # rarer characters are unknown
-                    num_threads=8,  # fixed: the sums over threads depend on it
-                    minloglevel=2,
-                    **_CAUSAL_PIECES if causal else _PIECES,
-                )
+                with waiting_for("training the vocabulary"):
+                    SentencePieceTrainer.train(
+                        input=str(table),
+                        input_format="tsv",
+                        model_writer=model,
+                        model_type="unigram",
+                        vocab_size=vocab_size,
+                        hard_vocab_limit=False,  # fewer pieces where the text does not give as many
+                        normalization_rule_name="identity",  # done above
+                        character_coverage=0.9999,  # rarer characters are unknown
+                        num_threads=8,  # fixed: the sums over threads depend on it
+                        minloglevel=2,
+                        **_CAUSAL_PIECES if causal else _PIECES,
+                    )
             except RuntimeError as error:
-                raise UserError(f"vocab_size={vocab_size:,} does not fit this text. SentencePiece: {error}") from error
+                problem = f"{vocab_size:,} ids do not fit this text (SentencePiece: {error})"
+                raise UserError(problem, key="vocab_size", hint="Set another number.") from error
             path = Path(scratch) / "unigram.model"
             path.write_bytes(model.getvalue())
             backend, _ = load_sentencepiece(path)
         backend.normalizer = normalizer
-        # Any white space parts words, and every word gets the mark of a blank before it.
+        # Any white space separates words, and every word gets the mark of a blank before it.
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
         )
@@ -202,7 +208,7 @@ def train_unigram(
         return backend
 
     settings = {"type": "unigram", "vocab_size": vocab_size, "lowercase": lowercase, "sample_fraction": sample_fraction}
-    return _kept(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
 
 
 # SentencePiece's names for its special pieces; an id of -1 is none.
@@ -230,12 +236,12 @@ def train_char(
         source: the documents; read once.
         limit_alphabet: characters in the vocabulary, the most frequent ones; others are unknown.
         causal: as for `train_bpe`; `<unk>` is a special token, too.
-        pad_vocab_to_multiple_of: the number of ids is filled up to a multiple of this. The default adds none: there
-            are few ids, and what is added would be a large share of them.
+        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this. The default adds nothing: padding
+            would be a large part of so few ids.
         sample_fraction, folder: as for `train_wordpiece`.
 
     Raises:
-        UserError: no documents; `folder` has another tokenizer.
+        UserError: as for `train_wordpiece`.
     """
 
     def train() -> tokenizers.Tokenizer:
@@ -252,10 +258,10 @@ def train_char(
         return backend
 
     settings = {"type": "char", "limit_alphabet": limit_alphabet, "sample_fraction": sample_fraction}
-    return _kept(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
 
 
-def _kept(
+def _load_or_train(
     folder: str | Path | None,
     settings: dict,
     source: Source,
@@ -263,7 +269,7 @@ def _kept(
     pad_vocab_to_multiple_of: int,
     causal: bool = False,
 ) -> Tokenizer:
-    """The tokenizer that `folder` keeps, or else the one that `train` makes, kept in `folder` from then on."""
+    """Loads the tokenizer in `folder`, or trains one and saves it there."""
     if causal:
         roles = {role: special_token(END) for role in ("bos", "eos", "pad")}
         if settings["type"] != "bpe":  # which knows every byte
@@ -271,7 +277,7 @@ def _kept(
     else:
         roles = {role: special_token(USUAL_NAMES[role][0]) for role in ("pad", "unk", "cls", "sep", "mask")}
         if settings["type"] in ("bpe", "unigram"):
-            # Here a blank is a part of the token behind it: the mask takes it along.
+            # Here a blank is part of the token after it: the mask takes it along.
             roles["mask"] = special_token("[MASK]", lstrip=True)
 
     def made() -> Tokenizer:
@@ -286,27 +292,34 @@ def _kept(
     settings = {**settings, "causal": causal, "source": source.fingerprint}
     record = folder / "training.json"
     if not record.exists():
+        check_writable(folder)
         tokenizer = made()
         tokenizer.save(folder)
-        write_atomically(record, [(json.dumps(settings, indent=2) + "\n").encode()])  # last: it says that all is there
+        write_atomically(record, [(json.dumps(settings, indent=2) + "\n").encode()])  # last: the tokenizer is complete
         return tokenizer
-    kept = json.loads(record.read_text("utf-8"))
-    differ = [f"{key}={kept.get(key)!r}, not {value!r}" for key, value in settings.items() if kept.get(key) != value]
+    saved = json.loads(record.read_text("utf-8"))
+    differ = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in settings.items() if saved.get(key) != value]
     if differ:
         raise UserError(
-            f"{folder}: the tokenizer in this folder was trained with {'; '.join(differ)}. Choose another folder, or "
-            f"delete this one (and the corpus that was made with it) to train anew."
+            f"the tokenizer in {folder} was trained with {'; '.join(differ)}",
+            hint="Use another output_dir or data.corpus_dir, or delete that folder and the corpus made with it.",
+            code="other_tokenizer",
         )
     return make_tokenizer(read_json(folder / "tokenizer.json"), roles, pad_vocab_to_multiple_of, causal)
 
 
 def _train(backend: tokenizers.Tokenizer, source: Source, sample_fraction: float, trainer: trainers.Trainer) -> None:
-    with one_thread():
-        backend.train_from_iterator(_texts(source, sample_fraction, "reading for the vocabulary"), trainer)
+    with one_thread(), ExitStack() as stack:
+
+        def texts() -> Iterator[str]:
+            yield from _texts(source, sample_fraction, "reading for the vocabulary")
+            stack.enter_context(waiting_for("training the vocabulary"))  # the iterator has ended, the work has not
+
+        backend.train_from_iterator(texts(), trainer)
 
 
 def _count_words(source: Source, sample_fraction: float) -> Counter[str]:
-    """How often each piece of text between white space occurs."""
+    """Counts every piece of text between white space."""
     words: Counter[str] = Counter()
     for text in _texts(source, sample_fraction, "counting words"):
         words.update(text.split())
@@ -315,16 +328,15 @@ def _count_words(source: Source, sample_fraction: float) -> Counter[str]:
 
 def _texts(source: Source, sample_fraction: float, what: str) -> Iterator[str]:
     if not 0 < sample_fraction <= 1:
-        raise UserError(
-            f"sample_fraction is {sample_fraction}; it is a share of the documents, above 0, and at most 1."
-        )
+        hint = "Set a fraction of the documents above 0 and at most 1."
+        raise UserError(f"{sample_fraction} is out of range", key="sample_fraction", hint=hint)
     limit = int(sample_fraction * 2**64)
     taken = 0
     progress = Progress(what)
     try:
         for document in source:
             progress.add(1, len(document.text))
-            # Another seed than that of the hash by which documents go to validation: the two have nothing to do.
+            # Another seed than that of the validation split, so that the two choices are independent.
             if sample_fraction == 1 or xxhash.xxh3_64_intdigest(document.text.encode(), seed=1) < limit:
                 taken += 1
                 yield document.text
@@ -332,11 +344,9 @@ def _texts(source: Source, sample_fraction: float, what: str) -> Iterator[str]:
         progress.close()
     if not progress.documents:
         if not hasattr(source, "report"):
-            raise UserError(
-                "no documents to train a tokenizer on. They are read more than once: give a list, no generator."
-            )
+            hint = "They are read more than once: give a list, not a generator."
+            raise UserError("no documents to train a tokenizer on", hint=hint, code="no_documents")
         require_documents(source, source.report)
     if not taken:
-        raise UserError(
-            f"sample_fraction={sample_fraction} takes none of {progress.documents:,} documents. Set it higher."
-        )
+        problem = f"{sample_fraction} selects none of {progress.documents:,} documents"
+        raise UserError(problem, key="sample_fraction", hint="Set it higher.")
