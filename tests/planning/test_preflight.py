@@ -177,7 +177,7 @@ def test_damaged_checkpoints_fail_with_the_remedy(tmp_path, monkeypatch):
     assert module._resume(resume_config(tmp_path))[0].reason.startswith("there is no checkpoint")
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     check, found = module._resume(resume_config(tmp_path))
-    assert check.status == "failed" and "is corrupt" in check.reason and found is None
+    assert check.status == "failed" and "is damaged" in check.reason and found is None
     (tmp_path / "config.yaml").write_text(json.dumps({"seed": 0}))
     assert "seed: 0 there, 1 now" in module._resume(resume_config(tmp_path))[0].reason
 

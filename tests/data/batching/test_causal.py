@@ -38,7 +38,7 @@ def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     texts = [" ".join(rng.choice(WORDS, rng.integers(1, 60))) for _ in range(150)]
     (folder / "text.txt").write_text("\n".join(texts))
-    source, tokenizer = files(str(folder / "text.txt")), word_tokenizer(*request.param.split())
+    source, tokenizer = files(str(folder / "text.txt"), sample_by="line"), word_tokenizer(*request.param.split())
     corpus, _ = prepare_corpus(
         folder / "c", source, tokenizer, validation_fraction=0, tokenizer_threads=0, shard_tokens=700
     )

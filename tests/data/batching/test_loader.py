@@ -21,7 +21,7 @@ def parts(tmp_path_factory):
     words = ["red", "green", "blue", "black", "white"]
     texts = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(200)]
     (folder / "text.txt").write_text("\n".join(texts))
-    source = files(str(folder / "text.txt"))
+    source = files(str(folder / "text.txt"), sample_by="line")
     tokenizer = train_wordpiece(source, vocab_size=64)
     corpus, _ = prepare_corpus(folder / "corpus", source, tokenizer, validation_fraction=0, tokenizer_threads=0)
     return corpus, tokenizer, MLMCollator(tokenizer, 0.2)

@@ -16,7 +16,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     texts = [" ".join(rng.choice(["one", "two", "three", "four"], rng.integers(1, 60))) for _ in range(150)]
     (folder / "text.txt").write_text("\n".join(texts))
-    source = files(str(folder / "text.txt"))
+    source = files(str(folder / "text.txt"), sample_by="line")
     tokenizer = train_wordpiece(source, vocab_size=64)
     corpus, _ = prepare_corpus(
         folder / "c", source, tokenizer, validation_fraction=0, tokenizer_threads=0, shard_tokens=700
