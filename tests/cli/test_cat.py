@@ -13,7 +13,4 @@ def test_a_recipe_and_a_config_are_printed_as_they_are(capsys):
 
 def test_an_unknown_name_gets_a_suggestion(capsys):
     assert main(["cat", "neobert/quikstart"]) == 2
-    assert (
-        "There is no recipe or config 'neobert/quikstart'. Did you mean 'neobert/quickstart'?"
-        in capsys.readouterr().err
-    )
+    assert "'neobert/quickstart'" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_a_copy_says_where_it_is_and_how_to_run_it(words, target, command, capsy
     assert capsys.readouterr().out == f"Wrote {target}. To run it:\n\n    tune-style {command}\n"
 
 
-def test_the_command_takes_the_config_that_runs_everywhere(shipped, capsys):
+def test_the_command_prefers_the_quickstart_config(shipped, capsys):
     (Path("shipped") / "configs" / "family" / "quickstart.yaml").write_text(
         "# recipe: mlm\n# For.\noutput_dir: runs/q\n"
     )
@@ -53,16 +53,17 @@ def test_a_path_with_spaces_is_quoted_in_the_command(capsys):
 def test_a_file_that_exists_is_kept_unless_forced(capsys):
     Path("mine.py").write_text("precious")
     assert main(["cp", "mlm", "mine.py"]) == 2
-    assert capsys.readouterr().err == "mine.py exists. Choose another name, or overwrite it with --force.\n"
+    err = capsys.readouterr().err
+    assert "mine.py" in err and "--force" in err
     assert Path("mine.py").read_text() == "precious"
     assert main(["cp", "mlm", "mine.py", "--force"]) == 0
     assert Path("mine.py").read_text() == "recipe text\n"
 
 
-def test_what_cannot_be_copied(capsys):
+def test_mistakes_are_one_message(capsys):
     assert main(["cp", "mlmm", "x.py"]) == 2
-    assert "Did you mean 'mlm'?" in capsys.readouterr().err
+    assert "'mlm'" in capsys.readouterr().err
     Path("file").write_text("")
     assert main(["cp", "mlm", "file/x.py"]) == 2
-    assert capsys.readouterr().err.startswith("Cannot write file/x.py: ")
+    assert "file/x.py" in capsys.readouterr().err
     assert not os.path.exists("x.py")

@@ -104,16 +104,16 @@ def test_lines_of_a_text_file_are_prompts(run, tmp_path, capsys):
     assert out.startswith("a")
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, capsys):
+def test_a_corrupt_checkpoint_is_skipped(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run/checkpoints/step-00000010/model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     _, err = generate(capsys, tmp_path / "run", "--prompt", "a", "--max-new-tokens", 1)
-    assert "passed over" in err and "step-00000005, cpu" in err
+    assert "step-00000010" in err and "step-00000005, cpu" in err
     for manifest in (tmp_path / "run").glob("checkpoints/*/manifest.json"):
         manifest.unlink()
     assert main(["generate", str(tmp_path / "run"), "--prompt", "a"]) == 2
-    assert "every checkpoint" in capsys.readouterr().err
+    assert str(tmp_path / "run/checkpoints") in capsys.readouterr().err
 
 
 def test_a_text_stops_at_the_model_s_positions(run, tmp_path, capsys):
@@ -143,12 +143,12 @@ def test_texts_that_are_done_are_kept_when_a_later_one_fails(end, run, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "texts.jsonl"])
-def test_a_file_is_not_written_over(name, run, tmp_path, capsys):
+def test_a_file_is_not_overwritten(name, run, tmp_path, capsys):
     output = tmp_path / name
     output.write_text("mine")
     assert main(["generate", str(run), "--prompt", "a", "--output", str(output)]) == 2
     err = capsys.readouterr().err
-    assert f"--output {output} is there already" in err and ("delete it first" in err) == (name == "texts.jsonl")
+    assert err.startswith(f"--output: {output}") and ("delete it first" in err) == (name == "texts.jsonl")
     assert output.read_text() == "mine"
 
 
@@ -169,63 +169,68 @@ def test_prompts_that_are_too_long_are_found_before_any_work(run, tmp_path, caps
         assert f"{tmp_path / name}:22: " in err and "tokens, and the model has 40 positions" in err
 
 
-def test_unknown_characters_of_a_prompt_are_told(tmp_path, capsys):
+def test_unknown_characters_of_a_prompt_are_reported(tmp_path, capsys):
     tokenizer = train_char([Document("abc" * 9, "a")], causal=True)
     save_hf(gpt2(tokenizer.vocab_size, 16, 1, 2, max_position_embeddings=32), tmp_path / "model", tokenizer)
     (tmp_path / "prompts.txt").write_text("abc\naböü\nä\n")
     words = (tmp_path / "model", "--max-new-tokens", 20)
     _, err = generate(capsys, *words, "--prompts-file", tmp_path / "prompts.txt")
-    told = "<unk> stands for text that the tokenizer does not have: 3 of them in 2 of 3 prompts"
-    assert f"{told}, the first of which is {tmp_path}/prompts.txt:2\n" in err
+    assert "3 <unk> in 2 of 3 prompts" in err and f"{tmp_path}/prompts.txt:2\n" in err
     out, err = generate(capsys, *words, "--prompt", "abc")
     assert "<unk>" not in err + out
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "key", "detail"),
     [
-        ([], "there is no prompt. Give --prompt"),
-        (["--prompts-file", "missing.txt"], "missing.txt cannot be read: No such file"),
-        (["--prompts-file", "bad.jsonl"], 'bad.jsonl:2: not an object with a text under "prompt"'),
-        (["--prompts-file", "empty.txt"], "--prompts-file empty.txt is empty"),
-        (["--prompts-file", "empty.txt", "--prompt", "a"], "--prompts-file empty.txt is empty"),
-        (["--prompts-file", "latin.txt"], "latin.txt is not UTF-8"),
-        (["--prompt", "a", "--output", "missing/texts.jsonl"], "there is no such folder"),
-        (["--prompt", "a", "--output", "folder"], "--output folder is a folder. Name a file in it: --output folder/"),
-        (["--prompt", "a", "--output", "latin.txt/texts.jsonl"], "cannot be written: Not a directory"),
-        (["--prompt", "a", "--batch-size", "0"], "--batch-size is 0; it is 1 or more"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; it is 1 or more"),
-        (["--prompt", "a", "--top-k", "0"], "--top-k is 0; it is 1 or more"),
-        (["--prompt", "a", "--top-p", "2"], "--top-p is 2.0; it is more than 0 and at most 1"),
-        (["--prompt", "a", "--device", "nonsense"], "--device nonsense"),
-        (
-            ["--prompt", "a", "--temperature", "-1"],
-            "--temperature is -1.0; it is 0 (the likeliest token always) or more",
-        ),
-        (["--prompt", "a", "--temperature", "nan"], "--temperature is nan"),
-        (["--prompt", "a", "--prompt", "the " * 60], '--prompt "the the the the the the the th...": 62 tokens, and'),
+        ([], None, "--prompt"),
+        (["--prompts-file", "missing.txt"], "--prompts-file", "missing.txt"),
+        (["--prompts-file", "bad.jsonl"], "--prompts-file", "bad.jsonl:2"),
+        (["--prompts-file", "empty.txt"], "--prompts-file", "empty.txt"),
+        (["--prompts-file", "empty.txt", "--prompt", "a"], "--prompts-file", "empty.txt"),
+        (["--prompts-file", "latin.txt"], "--prompts-file", "latin.txt"),
+        (["--prompt", "a", "--output", "missing/texts.jsonl"], "--output", "missing"),
+        (["--prompt", "a", "--output", "folder"], "--output", "folder/texts.jsonl"),
+        (["--prompt", "a", "--output", "latin.txt/texts.jsonl"], "--output", "Not a directory"),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size", "1 or more"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens", "1 or more"),
+        (["--prompt", "a", "--top-k", "0"], "--top-k", "1 or more"),
+        (["--prompt", "a", "--top-p", "2"], "--top-p", "at most 1"),
+        (["--prompt", "a", "--device", "nonsense"], "--device", "nonsense"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature", "0 (greedy) or more"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature", "nan"),
+        (["--prompt", "a", "--prompt", "the " * 60], None, '--prompt "the the the the the the the th..."'),
     ],
 )
-def test_mistakes_are_told(run, words, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_name_the_option_and_the_remedy(run, words, key, detail, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     assert main(["generate", str(run), *words]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert detail in err and err.startswith(f"{key}: " if key else "")
+
+
+def test_a_byte_order_mark_in_prompts_is_skipped(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("the fox\n", encoding="utf-8-sig")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the fox"}\n', encoding="utf-8-sig")
+    for name in ("prompts.txt", "prompts.jsonl"):
+        out, _ = generate(capsys, run, "--prompts-file", tmp_path / name, "--max-new-tokens", 1)
+        assert out.startswith("the fox")
 
 
 @pytest.mark.parametrize("verb", [["generate", "--prompt", "a"], ["perplexity", "--data", "a.txt"]])
-def test_a_folder_that_is_none_is_told(verb, tmp_path, monkeypatch, capsys):
+def test_a_folder_without_a_causal_model_is_refused(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("a\n")
     (tmp_path / "empty").mkdir()
     tokenizer = train_wordpiece([Document(TEXT, "a")], vocab_size=60)
     save_hf(neobert(tokenizer.vocab_size, 16, 2, 2, 32), tmp_path / "encoder", tokenizer)
     for folder, message in (
-        ("missing", "missing: no such folder"),
-        ("empty", "neither a model"),
+        ("missing", "missing"),
+        ("empty", "config.json"),
         ("encoder", "tune-style fill-mask encoder"),
     ):
         assert main([verb[0], folder, *verb[1:]]) == 2

@@ -1,4 +1,4 @@
-"""The job scripts: their shells and YAML parse, they carry the command whole, and what they say is what happens."""
+"""Job scripts: shell and YAML parse, the command arrives unchanged, and signals do what the script says."""
 
 import os
 import shlex
@@ -12,17 +12,22 @@ import yaml
 from torchrecipes.cli.main import main
 
 RECIPE = '''
-"""A recipe that writes down what it was given."""
+"""A recipe that writes its config to a file."""
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+
+@dataclass
+class Checkpoint:
+    resume: str = "auto"
 
 
 @dataclass
 class Config:
     output_dir: str = "out"
     note: str = ""
-    resume: str = "auto"
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
 def main(config: Config) -> None:
@@ -52,7 +57,7 @@ def script(capsys, *words: str) -> str:
     return out
 
 
-def test_slurm_has_what_it_needs(capsys):
+def test_options_of_slurm(capsys):
     options = "--nodes 3 --gpus-per-node 4 --time 1-12:00:00 --partition gpu,big --cpus-per-node 32".split()
     text = script(capsys, "slurm", *options, "tiny.py")
     sbatch = dict(line[10:].partition("=")[::2] for line in text.splitlines() if line.startswith("#SBATCH --"))
@@ -77,7 +82,7 @@ def test_slurm_has_what_it_needs(capsys):
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> scontrol.log; fi',
     "squeue": "cat state",
-    # Does as srun: passes SIGTERM on to what it runs, and ends with its exit code.
+    # As srun does: forwards SIGTERM to the command, and exits with its code.
     "srun": 'while [[ "$1" == --* ]]; do shift; done; "$@" & job=$!; trap "kill -TERM $job" TERM; wait $job; wait $job',
     "tune-style": 'exec python tune_style.py "$@"',
 }
@@ -86,7 +91,7 @@ STUBS = {
 @pytest.mark.parametrize(
     ("state", "code", "log"), [("RUNNING", 143, "requeue 4321\n"), ("COMPLETING", 143, ""), ("RUNNING", 0, "")]
 )
-def test_a_slurm_job_passes_the_signal_on_waits_for_the_save_and_goes_back_to_the_queue(
+def test_a_slurm_job_forwards_the_signal_waits_for_the_save_and_is_requeued(
     state, code, log, capsys, folder, monkeypatch
 ):
     text = script(capsys, "slurm", "--nodes", "2", "--gpus-per-node", "1", "tiny.py", OVERRIDE)
@@ -133,13 +138,13 @@ def test_the_script_for_one_machine_runs(capsys, folder):
     assert not Path("pwned").exists()
 
 
-def test_the_script_for_several_machines_asks_for_the_place_where_they_meet(capsys, folder):
+def test_the_script_for_several_machines_asks_for_the_rendezvous_node(capsys, folder):
     (folder / "my own.yaml").write_text("note: x\n")
     text = script(capsys, "torchrun", "--nodes", "2", "--gpus-per-node", "8", "tiny.py", "--config", "my own.yaml")
-    assert '--rdzv-endpoint "${1:?the name of the node where all meet}:29500"' in text
+    assert '--rdzv-endpoint "${1:?the name of the rendezvous node}:29500"' in text
     assert shlex.split(text.replace("\\\n", " ").splitlines()[-1])[-3:] == ["tiny.py", "--config", "my own.yaml"]
     done = subprocess.run(["bash"], input=text, capture_output=True, text=True)
-    assert done.returncode and "the name of the node where all meet" in done.stderr
+    assert done.returncode and "the name of the rendezvous node" in done.stderr
 
 
 def test_kubernetes_is_a_service_and_an_indexed_job(capsys):
@@ -173,23 +178,25 @@ def test_kubernetes_is_a_service_and_an_indexed_job(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "key"),
     [
-        ("slurm --nodes 0 --gpus-per-node 1 tiny.py", "--nodes 0: give 1 or more."),
-        ("slurm --nodes 1 --gpus-per-node 1 --image x tiny.py", "--image is for kubernetes, not for slurm"),
-        ("torchrun --nodes 1 --gpus-per-node 1 --time 1:00 tiny.py", "--time is for slurm, not for torchrun"),
-        ("slurm --nodes 1 --gpus-per-node 1 --time tomorrow tiny.py", "--time tomorrow: write it as in 24:00:00"),
-        ("slurm --nodes 1 --gpus-per-node 1 --grace-period 20 tiny.py", "--grace-period 20: give more than 20 seconds"),
-        ("kubernetes --nodes 1 --gpus-per-node 1 tiny.py", "--image is missing: a container's image with"),
-        ("kubernetes --nodes 1 --gpus-per-node 1 --image x --name My_Job tiny.py", "--name My_Job: use small letters"),
-        (
-            "slurm --nodes 1 --gpus-per-node 1 tiny.py resume=never",
-            "resume=never: a job that comes back from the queue",
-        ),
-        ("slurm --nodes 1 --gpus-per-node 1 tiny.py nte=x", "'note'"),
+        ("slurm --nodes 0 --gpus-per-node 1 tiny.py", "--nodes"),
+        ("slurm --nodes 1 --gpus-per-node 1 --image x tiny.py", "--image"),
+        ("torchrun --nodes 1 --gpus-per-node 1 --time 1:00 tiny.py", "--time"),
+        ("slurm --nodes 1 --gpus-per-node 1 --time tomorrow tiny.py", "--time"),
+        ("slurm --nodes 1 --gpus-per-node 1 --grace-period 20 tiny.py", "--grace-period"),
+        ("kubernetes --nodes 1 --gpus-per-node 1 tiny.py", "--image"),
+        ("kubernetes --nodes 1 --gpus-per-node 1 --image x --name My_Job tiny.py", "--name"),
+        ("slurm --nodes 1 --gpus-per-node 1 tiny.py checkpoint.resume=never", "checkpoint.resume"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_printed(words, message, capsys):
+def test_mistakes_name_the_option_and_print_no_script(words, key, capsys):
     assert main(["jobscript", *words.split()]) == 2
-    said = capsys.readouterr()
-    assert message in said.err and said.out == ""
+    out, err = capsys.readouterr()
+    assert err.startswith(f"{key}: ") and out == ""
+
+
+def test_the_config_is_checked_before_a_script_is_printed(capsys):
+    assert main("jobscript slurm --nodes 1 --gpus-per-node 1 tiny.py nte=x".split()) == 2
+    out, err = capsys.readouterr()
+    assert "'note'" in err and out == ""

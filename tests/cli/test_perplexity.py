@@ -61,7 +61,7 @@ def test_figures_are_those_of_transformers(folder, capsys):
     assert (found["window"], found["stride"]) == (32, 16)
 
 
-def test_options_are_taken(folder, capsys):
+def test_options_change_the_figures(folder, capsys):
     settings = ("--sample-by", "line", "--max-length", 20, "--stride", 3, "--batch-size", 2, "--limit", 3)
     found = measured(capsys, folder, folder / "data.txt", *settings)
     tokens, nats = expected(folder, DOCUMENTS[:3], window=20, stride=3)
@@ -71,15 +71,15 @@ def test_options_are_taken(folder, capsys):
     assert whole["documents"] == 1 and whole["bytes"] == (folder / "data.txt").stat().st_size
 
 
-def test_bad_records_are_skipped_and_told_where_wanted(folder, tmp_path, capsys):
+def test_bad_records_are_skipped_and_counted_on_request(folder, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"text": "the dog"}\n{"text": 3}\n')
     words = ["perplexity", str(folder), "--data", str(tmp_path / "data.jsonl"), "--on-bad-record", "skip", "--json"]
     assert main(words) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["documents"] == 1 and "skipped 1: the text is not a string" in err
+    assert json.loads(out)["documents"] == 1 and "skipped 1: " in err
 
 
-def test_unknown_characters_are_told(tmp_path, capsys):
+def test_unknown_characters_are_counted(tmp_path, capsys):
     tokenizer = train_char([Document("abc" * 9, "a")], causal=True)
     save_hf(llama(tokenizer.vocab_size, 16, 1, 2, 16, max_position_embeddings=32), tmp_path / "model", tokenizer)
     (tmp_path / "data.txt").write_text("abcäöüabc\n")
@@ -88,7 +88,7 @@ def test_unknown_characters_are_told(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["unknown", "3"]
 
 
-def test_a_token_that_has_another_role_is_no_unknown_text(tmp_path, capsys):
+def test_a_special_token_in_the_place_of_unk_is_not_counted(tmp_path, capsys):
     tokenizer = train_bpe([Document("abc" * 9, "a")], vocab_size=270, causal=True)
     tokenizer = replace(tokenizer, unk_id=tokenizer.eos_id)
     save_hf(llama(tokenizer.vocab_size, 16, 1, 2, 16, max_position_embeddings=32), tmp_path / "model", tokenizer)
@@ -105,26 +105,24 @@ def test_figures_are_printed_for_people(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "key", "detail"),
     [
-        (["missing.txt"], "missing.txt"),
-        (["empty.txt"], "no documents in"),
-        (["data.txt", "--stride", "40"], "--stride is 40 tokens, and the windows are of 32: --stride 32 or less"),
-        (["data.txt", "--max-length", "9", "--stride", "10"], "--stride 9 or less"),
-        (["data.txt", "--stride", "0"], "--stride is 0; it is 1 or more"),
-        (
-            ["data.txt", "--max-length", "33"],
-            "--max-length is 33 tokens, and the model has 32 positions: --max-length 32 or less",
-        ),
-        (["data.txt", "--max-length", "0"], "--max-length is 0; it is 1 or more"),
-        (["data.txt", "--batch-size", "0"], "--batch-size is 0; it is 1 or more"),
-        (["data.txt", "--limit", "0"], "--limit is 0"),
-        (["data.txt", "--sample-by", "sentence"], "sentence"),
-        (["data.jsonl"], "no key 'text'"),
+        (["missing.txt"], "--data", "missing.txt"),
+        (["empty.txt"], None, "empty.txt"),
+        (["data.txt", "--stride", "40"], "--stride", "--stride 32 or less"),
+        (["data.txt", "--max-length", "9", "--stride", "10"], "--stride", "--stride 9 or less"),
+        (["data.txt", "--stride", "0"], "--stride", "1 or more"),
+        (["data.txt", "--max-length", "33"], "--max-length", "--max-length 32 or less"),
+        (["data.txt", "--max-length", "0"], "--max-length", "1 or more"),
+        (["data.txt", "--batch-size", "0"], "--batch-size", "1 or more"),
+        (["data.txt", "--limit", "0"], "--limit", "1 or more"),
+        (["data.txt", "--sample-by", "sentence"], "--sample-by", "sentence"),
+        (["data.jsonl"], None, "'text'"),
     ],
 )
-def test_mistakes_are_told(folder, words, message, monkeypatch, capsys):
+def test_mistakes_name_the_option_and_the_remedy(folder, words, key, detail, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     (folder / "empty.txt").write_text("\n")
     assert main(["perplexity", str(folder), "--data", *words]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert detail in err and err.startswith(f"{key}: " if key else "")

@@ -50,16 +50,16 @@ def test_several_runs_are_drawn_over_each_other(tmp_path, figures):
     assert {f"{runs[0]}, training", f"{runs[1]}, training", "plain, training"} <= labels
 
 
-def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path, figures, capsys):
+def test_a_truncated_line_is_skipped(tmp_path, figures, capsys):
     run = write(tmp_path / "run", end='{"step": 21, "lo')
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\n")
     assert main(["plot", str(run / "metrics.jsonl")]) == 0
-    assert "metrics.jsonl:25: not a line of metrics" in capsys.readouterr().out
+    assert "metrics.jsonl:25" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", ["nothing there", "empty", "other", "no matplotlib", "unknown format"])
-def test_what_cannot_be_drawn_is_one_message(tmp_path, monkeypatch, capsys, case):
+def test_mistakes_are_one_message(tmp_path, monkeypatch, capsys, case):
     run = tmp_path / "run"
     arguments = ["plot", str(run)]
     if case == "empty":
@@ -76,15 +76,16 @@ def test_what_cannot_be_drawn_is_one_message(tmp_path, monkeypatch, capsys, case
         arguments += ["-o", str(tmp_path / "loss.txt")]
     assert main(arguments) == 2
     expected = {
-        "nothing there": "No such file",
-        "empty": "holds no metrics yet",
-        "other": "holds no metrics yet",
+        "nothing there": str(run),
+        "empty": "metrics.jsonl",
+        "other": "metrics.jsonl",
         "no matplotlib": "pip install matplotlib",
-        "unknown format": "cannot write",
+        "unknown format": "loss.txt",
     }
-    assert expected[case] in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert expected[case] in err and "Traceback" not in err
 
 
-def test_a_picture_without_a_suffix_is_told_under_the_name_it_has(tmp_path, figures, capsys):
+def test_a_name_without_a_suffix_gets_one(tmp_path, figures, capsys):
     assert main(["plot", str(write(tmp_path / "run")), "-o", str(tmp_path / "picture")]) == 0
-    assert f"drew {tmp_path / 'picture.png'}" in capsys.readouterr().out and (tmp_path / "picture.png").exists()
+    assert str(tmp_path / "picture.png") in capsys.readouterr().out and (tmp_path / "picture.png").exists()

@@ -48,20 +48,20 @@ def test_a_recipe_is_found_by_name_or_path(shipped, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "hint"),
     [
-        ("mlmm", "There is no recipe 'mlmm'. Did you mean 'mlm'? (All of them: tune-style ls)"),
-        ("banana", "There is no recipe 'banana'. The recipes that are shipped: mlm, odd, silent."),
-        ("folder/mine.py", "There is no recipe file folder/mine.py here."),
-        ("shipped", "shipped is not a recipe file (.py)."),
-        ("my.yaml", "my.yaml is not a recipe file (.py)."),
+        ("mlmm", "'mlm'"),
+        ("banana", "mlm, odd, silent"),
+        ("folder/mine.py", "mlm, odd, silent"),
+        ("shipped", "mlm, odd, silent"),
+        ("my.yaml", "mlm, odd, silent"),
     ],
 )
-def test_a_recipe_that_is_not_there(shipped, tmp_path, name, message):
+def test_a_recipe_that_does_not_exist(shipped, tmp_path, name, hint):
     (tmp_path / "my.yaml").write_text("")
     with pytest.raises(UserError) as caught:
         catalog.find_recipe(name)
-    assert str(caught.value).startswith(message)
+    assert caught.value.code == "not_found" and name in caught.value.problem and hint in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_a_recipe_that_is_not_there(shipped, tmp_path, name, message):
         ("siez", "'family/size'"),
     ],
 )
-def test_a_config_that_is_not_there(shipped, name, near):
+def test_a_config_that_does_not_exist(shipped, name, near):
     (shipped / "configs" / "other").mkdir()
     for made in ("family/small", "family/quickstart", "other/quickstart"):
         (shipped / "configs" / f"{made}.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError) as caught:
         catalog.find_config(name)
-    assert f"Did you mean {near}? (All of them" in str(caught.value)
+    assert caught.value.code == "not_found" and near in caught.value.hint
 
 
 def test_a_config_file_wins_over_a_shipped_name(shipped, tmp_path):
@@ -93,12 +93,14 @@ def test_a_config_file_wins_over_a_shipped_name(shipped, tmp_path):
 
 def test_without_shipped_files_the_message_says_so(shipped, monkeypatch, tmp_path):
     monkeypatch.setattr(catalog, "recipes_folder", lambda: tmp_path / "nothing")
-    with pytest.raises(UserError, match="No recipe is shipped with this installation"):
+    with pytest.raises(UserError) as caught:
         catalog.find_recipe("mlm")
+    assert caught.value.code == "not_found" and "No recipe" in caught.value.hint
 
 
 def test_cat_and_cp_find_both_kinds(shipped):
     assert catalog.find_builtin("mlm").name == catalog.find_builtin("mlm.py").name == "mlm"
     assert catalog.find_builtin("family/size").name == catalog.find_builtin("family/size.yaml").name == "family/size"
-    with pytest.raises(UserError, match="Did you mean 'family/size'"):
+    with pytest.raises(UserError) as caught:
         catalog.find_builtin("family/siez")
+    assert "'family/size'" in caught.value.hint

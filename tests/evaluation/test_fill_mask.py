@@ -62,4 +62,4 @@ def test_the_command_prints_tokens_and_probabilities(model, tokenizer, tmp_path,
 
 def test_the_command_says_what_a_folder_lacks(tmp_path, capsys):
     assert main(["fill-mask", str(tmp_path), "the [MASK]"]) == 2
-    assert "neither a model" in capsys.readouterr().err
+    assert "config.json" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`tune-style cat`: prints a shipped recipe or config as it is on disk."""
+"""`tune-style cat`: prints a shipped recipe or config."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""`tune-style cp`: copies a shipped recipe or config to a file of the user's, and says how to run the copy."""
+"""`tune-style cp`: copies a shipped recipe or config and prints the command that runs the copy."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from torchrecipes.config.catalog import BuiltinRecipe, builtin_configs, find_builtin, quickstart_first
+from torchrecipes.config.catalog import BuiltinConfig, BuiltinRecipe, builtin_configs, find_builtin, quickstart_first
 from torchrecipes.errors import UserError
 
 
@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: tune-style cp mlm_pretrain my_recipe.py\n         tune-style cp neobert/quickstart configs/my.yaml"
     )
     parser.add_argument("name", help="a recipe or a config, as `tune-style ls` names it")
-    parser.add_argument("destination", help="the file to write, or a folder to write into; folders are made as needed")
+    parser.add_argument(
+        "destination", help="the file to write, or a folder to write into; folders are created as needed"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite a file that exists")
 
 
@@ -27,24 +29,25 @@ def main(args: argparse.Namespace) -> None:
     if target.is_dir() or args.destination.endswith("/"):
         target = target / source.path.name
     elif target.suffix != source.path.suffix:
-        # A recipe is only recognised as a path by its .py.
+        # The suffix .py is what marks a recipe given as a path.
         target = target.with_name(target.name + source.path.suffix)
     if target.exists() and not args.force:
-        raise UserError(f"{target} exists. Choose another name, or overwrite it with --force.")
+        hint = "Choose another name, or overwrite it with --force."
+        raise UserError(f"{target} exists", hint=hint, code="file_exists")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path, target)
     except OSError as error:
-        raise UserError(f"Cannot write {target}: {error.strerror}.") from error
+        raise UserError(f"cannot write {target}: {error.strerror}", code="not_writable") from error
     print(f"Wrote {target}. To run it:\n\n    {_command(source, target)}")
 
 
-def _command(source, target: Path) -> str:
+def _command(source: BuiltinRecipe | BuiltinConfig, target: Path) -> str:
     if isinstance(source, BuiltinRecipe):
         configs = [config for config in builtin_configs() if config.recipe == source.name]
         config = min(configs, key=lambda config: quickstart_first(config.name), default=None)
         words = ["tune-style", "run", str(target), "--config", config.name if config else "my.yaml"]
-        config_file = None  # its output_dir may hold a run of the recipe as it is shipped, which this would go on with
+        config_file = None  # its output_dir may hold a run of the shipped recipe, which this command would resume
     else:
         words = ["tune-style", "run", source.recipe or "RECIPE", "--config", str(target)]
         config_file = source.path

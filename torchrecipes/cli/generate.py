@@ -1,4 +1,4 @@
-"""`tune-style generate`: how a trained causal model continues a text."""
+"""`tune-style generate`: continues prompts with a trained causal model."""
 
 import argparse
 import json
@@ -30,33 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts-file", metavar="FILE", help='a prompt per line, or .jsonl: an object with "prompt" per line'
     )
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="per prompt (default 100)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token always (default 0.8)"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens with total probability P (default: all)",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="choose from the K likeliest tokens (default: all)")
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="choose from the likeliest tokens that come to P (default: all)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default 16)")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="a new file: an object per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts per batch (default 16)")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="a new file with one object per prompt")
 
 
 class Prompt(NamedTuple):
-    """A text to continue, and where it stands: `file:line`, or the option."""
+    """A text to continue, and its place: `file:line`, or the option."""
 
     text: str
     place: str
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print every prompt with its continuation: one alone as it grows, several batch after batch."""
+    """Print every prompt with its continuation: a single one token by token, several batch by batch."""
     _check_options(args)
     prompts = [Prompt(text, _option(text)) for text in args.prompt]
     if args.prompts_file:
         prompts += _read_prompts(Path(args.prompts_file))
     if not prompts:
-        raise UserError('there is no prompt. Give --prompt "TEXT", or --prompts-file FILE.')
+        hint = 'Give --prompt "TEXT", or --prompts-file FILE.'
+        raise UserError("there is no prompt", hint=hint, code="no_prompt")
     with _new_file(args.output) if args.output else nullcontext() as output:
         _continue(args, prompts, output)
 
@@ -69,22 +71,22 @@ def _continue(args: argparse.Namespace, prompts: list[Prompt], output: TextIO | 
 
     prompt_ids = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
     check_prompts(model, prompt_ids, [prompt.place for prompt in prompts])
-    _tell_unknown(tokenizer, prompts, prompt_ids)
+    _report_unknown(tokenizer, prompts, prompt_ids)
     device = next(model.parameters()).device
     print(f"{folder}, {device}", file=sys.stderr, flush=True)
     tokens, seconds = 0, 0.0
-    seen = Counter()  # of all batches: a prompt that is given again goes on in another way
-    said = ""  # a prompt that is alone is printed as it grows
+    prompt_counts = Counter()  # over all batches: a prompt that is given twice is continued in two ways
+    printed = ""  # of a single prompt, which is printed token by token
 
-    def say(piece: str) -> None:
-        nonlocal said
-        more = piece if said else prompts[0].text + piece
+    def print_token(piece: str) -> None:
+        nonlocal printed
+        more = piece if printed else prompts[0].text + piece
         print(more, end="", flush=True)
-        said += more
+        printed += more
 
     for first in range(0, len(prompts), args.batch_size):
         begin = time.perf_counter()
-        found = generate_text(
+        completions = generate_text(
             model,
             tokenizer,
             [prompt.text for prompt in prompts[first : first + args.batch_size]],
@@ -93,19 +95,19 @@ def _continue(args: argparse.Namespace, prompts: list[Prompt], output: TextIO | 
             top_k=args.top_k,
             top_p=args.top_p,
             seed=args.seed,
-            prompt_counts=seen,
+            prompt_counts=prompt_counts,
             autocast=autocast,
-            on_token=say if len(prompts) == 1 else None,
+            on_token=print_token if len(prompts) == 1 else None,
         )
         seconds += time.perf_counter() - begin
-        tokens += sum(continuation.num_tokens for continuation in found)
-        if output:  # at once, so that what comes later cannot undo it
-            output.writelines(json.dumps(asdict(continuation), ensure_ascii=False) + "\n" for continuation in found)
+        tokens += sum(completion.num_tokens for completion in completions)
+        if output:  # now, so that a later failure cannot lose it
+            output.writelines(json.dumps(asdict(completion), ensure_ascii=False) + "\n" for completion in completions)
             output.flush()
-        for number, continuation in enumerate(found, start=first):
+        for number, completion in enumerate(completions, start=first):
             if number:
                 print(LINE)
-            print((continuation.prompt + continuation.text)[len(said) :], flush=True)
+            print((completion.prompt + completion.text)[len(printed) :], flush=True)
     print(f"{tokens:,} new tokens in {seconds:.1f} s, {tokens / seconds:,.0f} per second", file=sys.stderr)
 
 
@@ -113,11 +115,13 @@ def _check_options(args: argparse.Namespace) -> None:
     for option in ("--max-new-tokens", "--batch-size", "--top-k"):
         value = getattr(args, option[2:].replace("-", "_"))
         if value is not None and value < 1:
-            raise UserError(f"{option} is {value}; it is 1 or more. Without it the default holds.")
+            raise UserError(f"{value} is out of range", key=option, hint="Give 1 or more.", code="out_of_range")
     if not 0 <= args.temperature < math.inf:
-        raise UserError(f"--temperature is {args.temperature}; it is 0 (the likeliest token always) or more.")
+        hint = "Give 0 (greedy) or more."
+        raise UserError(f"{args.temperature} is out of range", key="--temperature", hint=hint, code="out_of_range")
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p is {args.top_p}; it is more than 0 and at most 1, as in --top-p 0.9.")
+        hint = "Give a number above 0 and at most 1, as in --top-p 0.9."
+        raise UserError(f"{args.top_p} is out of range", key="--top-p", hint=hint, code="out_of_range")
 
 
 def _option(text: str) -> str:
@@ -127,21 +131,24 @@ def _option(text: str) -> str:
 
 @contextmanager
 def _new_file(name: str) -> Iterator[TextIO]:
-    """Makes a file, and removes it if nothing was written: it would be in the way of the next attempt."""
+    """Create a file, and delete it if nothing was written: the next attempt would refuse to overwrite it."""
     path = Path(name)
     if path.is_dir():
-        raise UserError(f"--output {name} is a folder. Name a file in it: --output {path / 'texts.jsonl'}")
+        hint = f"Name a file in it: --output {path / 'texts.jsonl'}"
+        raise UserError(f"{name} is a folder", key="--output", hint=hint, code="is_a_folder")
     try:
         file = path.open("x", encoding="utf-8")
     except FileExistsError:
-        or_delete = ", or delete it first" if path.suffix == ".jsonl" else ""  # else it may be anything, and dear
-        raise UserError(
-            f"--output {name} is there already, and is not written over. Give another name{or_delete}."
-        ) from None
+        or_delete = ", or delete it first" if path.suffix == ".jsonl" else ""  # else it may be something precious
+        hint = f"It is not overwritten: give another name{or_delete}."
+        raise UserError(f"{name} exists", key="--output", hint=hint, code="file_exists") from None
     except FileNotFoundError:
-        raise UserError(f"--output {name}: there is no such folder. Make it first.") from None
+        raise UserError(
+            f"{path.parent} does not exist", key="--output", hint="Create the folder.", code="not_found"
+        ) from None
     except OSError as error:
-        raise UserError(f"--output {name} cannot be written: {error.strerror}. Give another name.") from None
+        problem = f"cannot write {name}: {error.strerror}"
+        raise UserError(problem, key="--output", hint="Give another name.", code="not_writable") from None
     try:
         with file:
             yield file
@@ -150,25 +157,25 @@ def _new_file(name: str) -> Iterator[TextIO]:
             path.unlink()
 
 
-def _tell_unknown(tokenizer: Any, prompts: list[Prompt], prompt_ids: list[list[int]]) -> None:
+def _report_unknown(tokenizer: Any, prompts: list[Prompt], prompt_ids: list[list[int]]) -> None:
     counts = [ids.count(tokenizer.unknown_id) for ids in prompt_ids]
     places = [prompt.place for prompt, count in zip(prompts, counts, strict=True) if count]
     if places:
         unknown = tokenizer.decode_token(tokenizer.unknown_id)
         print(
-            f"{unknown} stands for text that the tokenizer does not have: {sum(counts):,} of them in "
-            f"{len(places):,} of {len(prompts):,} prompts, the first of which is {places[0]}",
+            f"{sum(counts):,} {unknown} in {len(places):,} of {len(prompts):,} prompts, for text that the tokenizer "
+            f"cannot encode; the first is {places[0]}",
             file=sys.stderr,
         )
 
 
 def _read_prompts(file: Path) -> list[Prompt]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise UserError(f"--prompts-file {file} cannot be read: {error.strerror}. Give a file of prompts.") from None
+        raise _bad_prompts(f"cannot read {file}: {error.strerror}", "Give a file of prompts.") from None
     except UnicodeDecodeError:
-        raise UserError(f"--prompts-file {file} is not UTF-8. Save it as such.") from None
+        raise _bad_prompts(f"{file} is not UTF-8", "Save it as UTF-8.") from None
     as_json = file.suffix in (".jsonl", ".ndjson", ".json")
     prompts = []
     for number, line in enumerate(lines, start=1):
@@ -176,7 +183,7 @@ def _read_prompts(file: Path) -> list[Prompt]:
             place = f"{file}:{number}"
             prompts.append(Prompt(_prompt_of_json(line, place) if as_json else line, place))
     if not prompts:
-        raise UserError(f"--prompts-file {file} is empty: it has no prompt. Write one per line.")
+        raise _bad_prompts(f"{file} has no prompt", "Write one per line.")
     return prompts
 
 
@@ -186,5 +193,9 @@ def _prompt_of_json(line: str, place: str) -> str:
     except (ValueError, LookupError, TypeError):
         prompt = None
     if not isinstance(prompt, str):
-        raise UserError(f'{place}: not an object with a text under "prompt". Correct the line.')
+        raise _bad_prompts(f'{place} is not an object with a text under "prompt"', "Correct the line.")
     return prompt
+
+
+def _bad_prompts(problem: str, hint: str) -> UserError:
+    return UserError(problem, key="--prompts-file", hint=hint, code="bad_prompts")

@@ -11,7 +11,7 @@ from torchrecipes.errors import UserError
 KINDS = ("slurm", "torchrun", "kubernetes")
 _ONLY = {"time": "slurm", "partition": "slurm", "cpus_per_node": "slurm", "image": "kubernetes", "claim": "kubernetes"}
 _GRACE_PERIOD = 120  # seconds
-_REST = 20  # seconds of the grace period that are kept for going back to the queue
+_RESERVE = 20  # seconds of the grace period reserved for requeueing the job
 _PORT = 29500
 _MOUNT = "/runs"  # where a pod sees the volume
 
@@ -22,17 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example: tune-style jobscript slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 "
         "mlm_pretrain --config neobert/small > job.sh\n         sbatch job.sh"
     )
-    parser.add_argument("kind", choices=KINDS, metavar="|".join(KINDS), help="for whom the script is")
+    parser.add_argument("kind", choices=KINDS, metavar="|".join(KINDS), help="the scheduler")
     run.add_config_arguments(parser)
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="machines")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="GPUs, and processes, of each")
-    help_grace = f"between SIGTERM and the end, for a checkpoint ({_GRACE_PERIOD})"
-    parser.add_argument(
-        "--grace-period", type=int, default=_GRACE_PERIOD, metavar="SECONDS", help=f"the time {help_grace}"
-    )
+    help_grace = f"from SIGTERM to SIGKILL, for a checkpoint ({_GRACE_PERIOD})"
+    parser.add_argument("--grace-period", type=int, default=_GRACE_PERIOD, metavar="SECONDS", help=help_grace)
     parser.add_argument("--name", help="the job's name (the recipe's)")
-    parser.add_argument("--time", help="slurm: the longest that the job may run, as in 24:00:00; it goes on by itself")
-    parser.add_argument("--partition", help="slurm: where it runs")
+    parser.add_argument("--time", help="slurm: time limit, as in 24:00:00; the job requeues itself")
+    parser.add_argument("--partition", help="slurm: the partition")
     parser.add_argument("--cpus-per-node", type=int, metavar="N", help="slurm: cores of each machine")
     parser.add_argument("--image", help="kubernetes: the container's image, with torchrecipes in it (required)")
     parser.add_argument(
@@ -41,11 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the script, or raise a UserError with what is wrong with the config or the options."""
+    """Print the script, or raise a UserError about the config or the options."""
     _check(args)
     _, config = run.load_recipe_and_config(args)
-    if args.kind != "torchrun" and getattr(config, "resume", "auto") == "never":
-        raise UserError("resume=never: a job that comes back from the queue could not go on. Leave it at resume=auto.")
+    if args.kind != "torchrun" and getattr(getattr(config, "checkpoint", None), "resume", "auto") == "never":
+        raise UserError(
+            "with never, a job that returns from the queue could not resume",
+            key="checkpoint.resume",
+            hint="Leave it at checkpoint.resume=auto.",
+            code="would_not_resume",
+        )
     if args.kind == "slurm":
         print(_slurm(args))
     elif args.kind == "torchrun":
@@ -57,19 +60,20 @@ def main(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     for option in ("nodes", "gpus_per_node", "cpus_per_node"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: give 1 or more.")
-    if args.grace_period <= _REST:
-        raise UserError(f"--grace-period {args.grace_period}: give more than {_REST} seconds.")
+            raise _wrong(option, getattr(args, option), "Give 1 or more.")
+    if args.grace_period <= _RESERVE:
+        raise _wrong("grace_period", args.grace_period, f"Give more than {_RESERVE} seconds.")
     for option, kind in _ONLY.items():
         if getattr(args, option) is not None and args.kind != kind:
-            raise UserError(f"--{option.replace('_', '-')} is for {kind}, not for {args.kind}: leave it out.")
+            raise UserError(f"it is for {kind}, not for {args.kind}", key=_flag(option), hint="Leave it out.")
     if args.kind == "kubernetes" and not args.image:
-        raise UserError("--image is missing: a container's image with Python, torch and torchrecipes in it.")
+        hint = "Give a container image with Python, torch and torchrecipes in it."
+        raise UserError("it is missing", key="--image", hint=hint)
     stem = Path(args.recipe).stem
     args.name = args.name or re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:50].strip("-") or "run"
-    # What a pod may be called, and safe everywhere else. 63 characters are allowed, with the pod's number.
+    # A valid pod name, which is safe everywhere else. The limit is 63 characters with the pod's number.
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,55}[a-z0-9])?", args.name):
-        raise UserError(f"--name {args.name}: use small letters, digits and dashes, a letter first, at most 57.")
+        raise _wrong("name", args.name, "Use small letters, digits and dashes, a letter first, at most 57.")
     forms = {"time": r"[0-9]+([:-][0-9]+)*", "partition": r"[\w.,-]+", "image": r"[\w./:@-]+", "claim": r"[a-z0-9.-]+"}
     examples = {
         "time": "24:00:00 or 2-12:00:00",
@@ -79,7 +83,15 @@ def _check(args: argparse.Namespace) -> None:
     }
     for option, form in forms.items():
         if getattr(args, option) is not None and not re.fullmatch(form, getattr(args, option)):
-            raise UserError(f"--{option} {getattr(args, option)}: write it as in {examples[option]}.")
+            raise _wrong(option, getattr(args, option), f"Write it as in {examples[option]}.")
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _wrong(option: str, value: object, hint: str) -> UserError:
+    return UserError(f"{value} is not valid", key=_flag(option), hint=hint, code="wrong_value")
 
 
 def _recipe_words(args: argparse.Namespace) -> list[str]:
@@ -104,31 +116,31 @@ def _slurm(args: argparse.Namespace) -> str:
     lines = [f"#SBATCH --{key}{f'={value}' if value else ''}" for key, value in options.items() if value is not None]
     cpus = f"--cpus-per-task={args.cpus_per_node} " if args.cpus_per_node else ""
     return f"""#!/bin/bash
-# One tune-style per node, which starts a process per GPU. {args.grace_period} s before its time is over, and when Slurm
-# takes the nodes back, all processes finish their step and save; the job goes back to the queue and resumes from there.
+# One tune-style per node, which starts a process per GPU. {args.grace_period} s before the time limit, and when Slurm
+# preempts the job, all processes finish their step and save a checkpoint; the job is requeued and resumes from it.
 {chr(10).join(lines)}
 
 endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))"
 
-# The other nodes need their time to save when the first one has: no --kill-on-bad-exit, no --wait.
+# The other nodes need time to save after the first one has exited: no --kill-on-bad-exit, no --wait.
 srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none {cpus}\\
     tune-style run --nnodes {args.nodes} --nproc-per-node {args.gpus_per_node} --rdzv-endpoint "$endpoint" \\
-    --rdzv-id "$SLURM_JOB_ID" --grace-period {args.grace_period - _REST} \\
+    --rdzv-id "$SLURM_JOB_ID" --grace-period {args.grace_period - _RESERVE} \\
     {shlex.join(_recipe_words(args))} &
 step=$!
 
-# Slurm's signal comes to this script alone (B:); srun passes it on to every node.
+# Slurm signals this script alone (B:); srun forwards the signal to every node.
 signalled=
 trap 'signalled=yes; kill -TERM "$step" 2>/dev/null' TERM
 wait "$step"
 code=$?
-if [ -n "$signalled" ]; then  # it was the waiting that ended
+if [ -n "$signalled" ]; then  # the signal ended the wait, not the step
     trap '' TERM
     wait "$step"
     code=$?
 fi
 
-# 143: saved after SIGTERM. A job that scancel ends is no longer RUNNING and stays out of the queue.
+# 143: saved after SIGTERM. A job that scancel ends is no longer RUNNING and is not requeued.
 if [ "$code" -eq 143 ] && [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -139,24 +151,24 @@ def _plain(args: argparse.Namespace) -> str:
     words = shlex.join(_recipe_words(args))
     flags = f"--nnodes {args.nodes} --nproc-per-node {args.gpus_per_node}"
     head = f"# Starts {args.gpus_per_node} processes on this machine."
-    theirs = ours = flags
+    torchrun = ours = flags
     if args.nodes > 1:
-        head = f"""# Starts {args.gpus_per_node} processes on each of {args.nodes} nodes. On every one of them:
+        head = f"""# Starts {args.gpus_per_node} processes on each of {args.nodes} nodes. Run it on every one of them:
 #
 #     bash THIS_FILE NODE
 #
-# NODE is the name of one of them, the same on all. Its port {_PORT} has to be free, and open to the others."""
-        meet = f'--rdzv-endpoint "${{1:?the name of the node where all meet}}:{_PORT}" --rdzv-id {args.name}'
-        ours = f"{flags} \\\n    {meet}"
-        theirs = f"{flags} --rdzv-backend c10d --rdzv-endpoint NODE:{_PORT}"
+# NODE is the name of one of them, the same on all. Its port {_PORT} must be free, and open to the others."""
+        rendezvous = f'--rdzv-endpoint "${{1:?the name of the rendezvous node}}:{_PORT}" --rdzv-id {args.name}'
+        ours = f"{flags} \\\n    {rendezvous}"
+        torchrun = f"{flags} --rdzv-backend c10d --rdzv-endpoint NODE:{_PORT}"
     return f"""#!/bin/bash
 {head}
 #
-# PyTorch's own torchrun starts the same processes. Errors are told in its words then, and at SIGTERM there are 30 s:
-#     torchrun {theirs} -m torchrecipes.cli.main run ...
+# PyTorch's torchrun starts the same processes. It prints errors in its own way, and kills them 30 s after SIGTERM:
+#     torchrun {torchrun} -m torchrecipes.cli.main run ...
 
 exec tune-style run {ours} \\
-    --grace-period {args.grace_period - _REST} \\
+    --grace-period {args.grace_period - _RESERVE} \\
     {words}"""
 
 
@@ -169,10 +181,10 @@ def _kubernetes(args: argparse.Namespace, output_dir: str | None) -> str:
         words.append(f"output_dir={_MOUNT}/{Path(output_dir).name}")
     flags = ["--nnodes", str(args.nodes), "--nproc-per-node", str(args.gpus_per_node)]
     if args.nodes > 1:
-        # Kubernetes numbers the pods; and a pod does not always know itself by the name that the others use.
+        # Kubernetes numbers the pods; a pod does not always know the name by which the others reach it.
         flags += ["--node-rank", "$(JOB_COMPLETION_INDEX)"]
         flags += ["--master-addr", f"{args.name}-0.{args.name}", "--master-port", str(_PORT)]
-    flags += ["--grace-period", str(args.grace_period - _REST)]
+    flags += ["--grace-period", str(args.grace_period - _RESERVE)]
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -227,10 +239,10 @@ def _kubernetes(args: argparse.Namespace, output_dir: str | None) -> str:
 #
 # The image {args.image}
 # holds torchrecipes and the files that the command names. All {args.nodes} pods can write to the PersistentVolumeClaim
-# '{claim}' (ReadWriteMany): the run's folder lies there.
+# '{claim}' (ReadWriteMany), where the run's folder is.
 #
-# Pods that are evicted save within {args.grace_period} s and are started again, which does not count as a failure (exit
-# code 143, DisruptionTarget); a user's mistake (2) ends the job; anything else is tried again up to backoffLimit.
+# Evicted pods save a checkpoint within {args.grace_period} s and are restarted, which does not count as a failure (exit
+# code 143, DisruptionTarget); a user's mistake (2) ends the job; other failures are retried up to backoffLimit.
 # /dev/shm is for NCCL and for data.num_workers. Without shareProcessNamespace the program would be process 1, which
 # SIGTERM does not end while the pods wait for each other.
 {manifest.rstrip()}"""

@@ -1,4 +1,4 @@
-"""`tune-style ls`: the shipped recipes, what each does, and the configs that belong to it."""
+"""`tune-style ls`: lists the shipped recipes and their configs."""
 
 import argparse
 

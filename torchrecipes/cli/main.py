@@ -1,12 +1,11 @@
-"""`tune-style`: finds the verb, imports its module alone, and turns a user's mistakes into one message.
+"""`tune-style`: imports the module of one verb, runs it, and prints a user's mistake as one message.
 
 A verb is a module with two functions, and a row in `VERBS`:
 
     add_arguments(parser)   declares its arguments; `parser.epilog` holds an example
-    main(args)              does the work; imports torch, where it needs it, inside
+    main(args)              does the work; imports torch inside, if it needs it
 
-`--debug` is added to every verb here. Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's is_user_error, 130
-interrupted.
+Every verb gets `--debug`. Exit codes: 0 done, 1 a bug (with its traceback), 2 a user's mistake, 130 interrupted.
 """
 
 import argparse
@@ -24,20 +23,20 @@ VERBS = {
     "ls": ("torchrecipes.cli.ls", "list the recipes and their configs"),
     "cat": ("torchrecipes.cli.cat", "print a recipe or a config"),
     "cp": ("torchrecipes.cli.cp", "copy a recipe or a config, to change it"),
-    "validate": ("torchrecipes.cli.validate", "check a config against a recipe, and run nothing"),
-    "estimate": ("torchrecipes.cli.estimate", "tell what a run will take of memory, time and disk"),
-    "preflight": ("torchrecipes.cli.preflight", "try everything that can go wrong in a run, in minutes"),
+    "validate": ("torchrecipes.cli.validate", "check a config against a recipe without running it"),
+    "estimate": ("torchrecipes.cli.estimate", "estimate the memory, time and disk of a run"),
+    "preflight": ("torchrecipes.cli.preflight", "run pre-launch checks, in minutes"),
     "run": ("torchrecipes.cli.run", "run a recipe, a shipped one or your own"),
     "jobscript": ("torchrecipes.cli.jobscript", "print a job script for Slurm, Kubernetes or plain machines"),
-    "generate": ("torchrecipes.cli.generate", "let a trained causal model continue a text"),
-    "perplexity": ("torchrecipes.cli.perplexity", "tell how well a trained causal model predicts a text"),
-    "fill-mask": ("torchrecipes.cli.fill_mask", "ask a trained encoder what it puts in the place of [MASK]"),
-    "plot": ("torchrecipes.cli.plot", "draw the loss of a run"),
+    "generate": ("torchrecipes.cli.generate", "generate text with a trained causal model"),
+    "perplexity": ("torchrecipes.cli.perplexity", "measure a trained causal model's perplexity on text"),
+    "fill-mask": ("torchrecipes.cli.fill_mask", "predict masked tokens with a trained encoder"),
+    "plot": ("torchrecipes.cli.plot", "plot the loss of one or more runs"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: this process's) and return its exit code; a bug propagates as its exception."""
+    """Run a command line (default: this process's) and return its exit code; a bug raises its exception."""
     try:
         return _main(argv)
     except KeyboardInterrupt:
@@ -72,7 +71,7 @@ def _main(argv: Sequence[str] | None) -> int:
     args, unknown = parser.parse_known_intermixed_args(rest)
     if unknown:
         setting = unknown[0].lstrip("-")
-        hint = f"; a recipe's settings are written without dashes: {setting}" if "=" in setting else ""
+        hint = f"; a recipe's settings have no dashes: {setting}" if "=" in setting else ""
         parser.error(f"unknown option {unknown[0]}{hint}")
     try:
         module.main(args)
@@ -96,18 +95,18 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _is_one_of_many() -> bool:
-    # A rank, started by our own launcher or torchrun, which read its error from a file, or by srun and the like.
+    # A rank of our own launcher or torchrun, which read its error from a file, or of srun and the like.
     ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     return ranked or bool(os.environ.get("TORCHELASTIC_ERROR_FILE"))
 
 
 def _stdout_is_closed() -> bool:
-    # The reader of our output (`| head`) has gone. Another pipe, of a worker, may break as well: a bug to be seen.
+    # The reader of our output (`| head`) has gone. The broken pipe of a worker, in contrast, is a bug to be shown.
     stdout = 1
     poll = select.poll()
     poll.register(stdout, select.POLLOUT)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))
-    if closed:  # so that the interpreter does not add_error when it flushes at its end
+    if closed:  # so that the interpreter does not complain when it flushes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
     return closed
 
@@ -118,7 +117,7 @@ def _overview() -> str:
 
 {verbs}
 
-tune-style COMMAND --help tells more about one of them. To begin:
+For the options of a command: tune-style COMMAND --help. To begin:
 
   tune-style ls
   tune-style run mlm_pretrain --config neobert/quickstart output_dir=runs/first"""

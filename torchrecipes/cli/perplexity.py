@@ -1,4 +1,4 @@
-"""`tune-style perplexity`: how well a trained causal model predicts a text."""
+"""`tune-style perplexity`: measures the perplexity of a trained causal model on text."""
 
 import argparse
 import json
@@ -33,16 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a document of plain text: document (a file), paragraph, line",
     )
     parser.add_argument(
-        "--on-bad-record", default="stop", metavar="WHAT", help="stop, or skip: count and pass over (default stop)"
-    )
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens seen at once (default: model's positions)")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens from one window to the next (default: half of --max-length)"
+        "--on-bad-record", default="stop", metavar="WHAT", help="stop, or skip: skip and count (default stop)"
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="windows per forward pass (default: about 16,384 tokens' worth)"
+        "--max-length", type=int, metavar="N", help="tokens per window (default: the model's positions)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="documents to look at (default: all)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens between the starts of two windows (default: half of --max-length)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="windows per forward pass (default: as many as hold about 16,384 tokens)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="documents to read (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -61,7 +69,7 @@ def _main(args: argparse.Namespace) -> None:
     for option in ("--max-length", "--stride", "--batch-size", "--limit"):
         value = getattr(args, option[2:].replace("-", "_"))
         if value is not None and value < 1:
-            raise UserError(f"{option} is {value}; it is 1 or more. Without it the default holds.")
+            raise UserError(f"{value} is out of range", key=option, hint="Give 1 or more.", code="out_of_range")
     wait_without_spinning()
 
     from torchrecipes.data.progress import Progress
@@ -85,7 +93,7 @@ def _main(args: argparse.Namespace) -> None:
     progress = Progress("perplexity", None if args.limit else source.num_bytes)
     begin = time.perf_counter()
     try:
-        found = perplexity(
+        result = perplexity(
             model,
             documents(),
             window=window,
@@ -97,40 +105,46 @@ def _main(args: argparse.Namespace) -> None:
     finally:
         progress.close()
     seconds = time.perf_counter() - begin
-    if not found.documents:
+    if not result.documents:
         require_documents(source, source.report)
     for line in source.report.lines()[1:]:
         print(line, file=sys.stderr)
     settings = {"model": str(folder), "window": window, "stride": args.stride or max(1, window // 2)}
     if args.json:
         print(
-            json.dumps(settings | found.as_dict() | {"unknown_tokens": unknown, "seconds": round(seconds, 3)}, indent=2)
+            json.dumps(
+                settings | result.as_dict() | {"unknown_tokens": unknown, "seconds": round(seconds, 3)}, indent=2
+            )
         )
         return
     print(f"{folder} on {source.name}: windows of {window:,} tokens, stride {settings['stride']:,}\n")
     for name, value, said in (
-        ("documents", f"{found.documents:,}", f"{found.bytes:,} bytes of text"),
-        ("tokens", f"{found.tokens:,}", f"scored; {found.bytes_per_token:.2f} bytes each"),
-        ("loss", f"{found.nll_per_token:.4f}", "nats per token"),
-        ("perplexity", f"{found.perplexity:,.3f}", "per token"),
-        ("bits per byte", f"{found.bits_per_byte:.4f}", "for models with other tokenizers, too"),
-        ("speed", f"{found.tokens / seconds:,.0f}", f"tokens per second, {seconds:.1f} s in all"),
+        ("documents", f"{result.documents:,}", f"{result.bytes:,} bytes of text"),
+        ("tokens", f"{result.tokens:,}", f"scored; {result.bytes_per_token:.2f} bytes per token"),
+        ("loss", f"{result.nll_per_token:.4f}", "nats per token"),
+        ("perplexity", f"{result.perplexity:,.3f}", "per token"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}", "comparable between tokenizers"),
+        ("speed", f"{result.tokens / seconds:,.0f}", f"tokens per second, {seconds:.1f} s total"),
     ):
         print(f"{name:<14} {value:>14}  {said}")
     if unknown:
-        print(f"{'unknown':<14} {unknown:>14,}  tokens for text that the tokenizer does not have: figures are too good")
+        print(f"{'unknown':<14} {unknown:>14,}  tokens for text that the tokenizer cannot encode: the figures flatter")
 
 
 def _window(args: argparse.Namespace, positions: int) -> int:
     window = args.max_length or positions
     if window > positions:
         raise UserError(
-            f"--max-length is {window:,} tokens, and the model has {positions:,} positions: "
-            f"--max-length {positions} or less."
+            f"{window:,} tokens are more than the model's {positions:,} positions",
+            key="--max-length",
+            hint=f"Give --max-length {positions} or less.",
+            code="out_of_range",
         )
     if args.stride and args.stride > window:
         raise UserError(
-            f"--stride is {args.stride:,} tokens, and the windows are of {window:,}: --stride {window} or less, "
-            "or text between them would be left out."
+            f"{args.stride:,} tokens are more than a window of {window:,}: text between windows would be skipped",
+            key="--stride",
+            hint=f"Give --stride {window} or less.",
+            code="out_of_range",
         )
     return window

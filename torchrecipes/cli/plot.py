@@ -1,4 +1,4 @@
-"""`tune-style plot`: loss, evaluation, learning rate and throughput of one run, or of several over each other."""
+"""`tune-style plot`: plots loss, evaluation, learning rate and throughput of one or more runs."""
 
 import argparse
 import json
@@ -19,49 +19,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw the picture and say where it is."""
+    """Write the picture and print its path."""
     runs = {name: read_metrics(path) for name, path in _named(args.runs).items()}
     first = Path(args.runs[0])
     output = Path(args.output) if args.output else (first if first.is_dir() else first.parent) / "loss.png"
     output = output if output.suffix else output.with_suffix(".png")  # as matplotlib does it
     draw(runs, output)
-    print(f"drew {output}")
+    print(f"saved {output}")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a line that a crash cut off is passed over, and said.
+    """Return the lines of a run's metrics.jsonl; lines that are not valid, as after a crash, are skipped and reported.
 
     Raises:
-        UserError: there is no such file, or nothing in it to draw.
+        UserError: no such file (code `not_found`), or no metrics in it (`no_metrics`).
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}. Give a run's folder, as in: tune-style plot runs/small") from None
+        hint = "Give a run's folder, as in: tune-style plot runs/small"
+        raise UserError(f"{file}: {error.strerror}", hint=hint, code="not_found") from None
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
             lines.append(values | {"step": values["step"]})
         except (ValueError, TypeError, KeyError):
-            print(f"{file}:{number}: not a line of metrics, passed over")
+            print(f"{file}:{number}: skipping a line that is not valid JSON with a step")
     drawn = ("loss", "lr", "tokens_per_second")
     if not any(key in drawn or key.startswith("eval/") for line in lines for key in line):
-        raise UserError(f"{file} holds no metrics yet. Wait for the run's first log line.")
+        hint = "Wait for the run's first log line."
+        raise UserError(f"{file} has no metrics yet", hint=hint, code="no_metrics")
     return lines
 
 
 def draw(runs: dict[str, list[dict]], output: Path) -> None:
-    """Four panels with a line for every run, as a picture in the format that `output` ends with.
+    """Write four panels with a line per run, in the format of the suffix of `output`.
 
     Raises:
-        UserError: matplotlib is missing, or the picture cannot be written.
+        UserError: matplotlib is missing (code `missing_package`), or the picture cannot be written (`not_writable`).
     """
     try:
         import matplotlib
     except ImportError:
-        raise UserError("plot needs matplotlib: pip install matplotlib") from None
+        raise UserError(
+            "plot needs matplotlib", hint="Install it: pip install matplotlib", code="missing_package"
+        ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -93,7 +97,7 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
             panel.legend(frameon=False, fontsize=8)
     for panel in (loss, accuracy):
         if panel.get_lines() and any(line.get_linestyle() == ":" for line in panel.get_lines()):
-            panel.plot([], [], color=GREY, linestyle=":", label="word frequencies alone")
+            panel.plot([], [], color=GREY, linestyle=":", label="unigram baseline")
             panel.legend(frameon=False, fontsize=8)
     if not accuracy.has_data():
         accuracy.text(0.5, 0.5, "no evaluation", transform=accuracy.transAxes, ha="center", color=GREY)
@@ -106,7 +110,9 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=120)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {output}: {error}. Give another file, as in -o loss.png") from None
+        raise UserError(
+            f"cannot write {output}: {error}", hint="Give another file, as in -o loss.png", code="not_writable"
+        ) from None
     finally:
         pyplot.close(figure)
 
@@ -117,7 +123,7 @@ def _series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def _named(paths: list[str]) -> dict[str, Path]:
-    """The runs by folder name, or by path where two folders have one name."""
+    """Return the runs by folder name, or by path where two folders have the same name."""
     found = [Path(path) for path in paths]
     names = [(path if path.is_dir() else path.parent).resolve().name for path in found]
     return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, found, strict=True)}

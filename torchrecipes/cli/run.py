@@ -1,4 +1,4 @@
-"""`tune-style run`: checks a config in full, then calls the recipe's `main(config)`, here or in many processes."""
+"""`tune-style run`: checks the whole config, then calls the recipe's `main(config)`, here or in many processes."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from torchrecipes.cli import launch_flags
 from torchrecipes.config.catalog import find_recipe, recipes_folder
 from torchrecipes.errors import UserError
 
-_LAUNCHER = "TORCHRECIPES_LAUNCHER"  # in the environment of the processes that `run` starts: its process number
+_LAUNCHER = "TORCHRECIPES_LAUNCHER"  # environment variable of the processes that `run` starts: its process id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +34,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that `load_recipe_and_config` reads."""
     parser.add_argument("recipe", help="a recipe, as `tune-style ls` names it, or a file: my_recipe.py")
     parser.add_argument("--config", metavar="CONFIG", help="a config, as `tune-style ls` names it, or a file: my.yaml")
-    settings = "settings that win over the config's: seed=1 optimizer.lr=1e-3"
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=settings)
+    settings = "settings that override the config's: seed=1 optimizer.lr=1e-3"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=settings)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the recipe, in this process or in those that the flags ask for."""
+    """Run the recipe, in this process or in as many as the flags say."""
     if launch_flags.asked_for(args):
         _launch(args)
     else:
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _end_with_launcher(launcher: int) -> None:
-    # A launcher that was killed, by kill -9 or for memory, cannot end its processes: the kernel sends them SIGTERM.
+    # A launcher that was killed (kill -9, out of memory) cannot end its processes: the kernel sends them SIGTERM.
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -59,13 +59,13 @@ def _end_with_launcher(launcher: int) -> None:
 
 
 def _launch(args: argparse.Namespace) -> None:
-    # torch's network code tells each attempt to reach a node that is not up yet. Set before torch is imported.
+    # torch's network code logs each attempt to reach a node that is not up yet. Set before torch is imported.
     quiet = "TORCH_CPP_LOG_LEVEL"
     verbose = args.debug or quiet in os.environ
     if not verbose:
         os.environ[quiet] = "ERROR"
     wanted = launch_flags.check(args)
-    load_recipe_and_config(args)  # here, so that eight processes do not say the same eight times
+    load_recipe_and_config(args)  # here, so that eight processes do not print the same errors
 
     from torchrecipes.distributed.launch import launch
 
@@ -73,7 +73,7 @@ def _launch(args: argparse.Namespace) -> None:
         del os.environ[quiet]
     config = [f"--config={args.config}"] if args.config is not None else []
     debug = ["--debug"] if args.debug else []
-    # -P: as with the installed command, a file of the working folder does not pass for a module of Python's.
+    # -P: as with the installed command, a file in the working folder does not shadow a module.
     command = [
         sys.executable,
         "-P",
@@ -92,35 +92,35 @@ def _launch(args: argparse.Namespace) -> None:
 
 
 def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object]:
-    """Return the imported recipe and the checked config that the arguments ask for.
+    """Return the imported recipe and its checked config.
 
     Raises:
-        UserError: there is no such recipe or config, the file is not a recipe, or the config has problems.
+        UserError: no such recipe or config, the file is no recipe, or the config is invalid.
     """
     from torchrecipes.config.catalog import find_config
     from torchrecipes.config.loading import load, report_once
     from torchrecipes.distributed.error_file import has_error_file
 
-    # A launcher picks one of its processes' messages itself, and needs to see them all for that.
+    # A launcher chooses among its processes' messages, so it needs them all.
     with contextlib.nullcontext() if has_error_file() else report_once():
         path = find_recipe(args.recipe)
         if args.config is not None:
-            find_config(args.config)  # a wrong name is told before the seconds that torch's import takes
+            find_config(args.config)  # reports a wrong name before the seconds that torch's import takes
         recipe = load_recipe(path)
         return recipe, load(recipe.Config, args.config, args.overrides, recipe=path)
 
 
 def load_recipe(path: Path) -> ModuleType:
-    """Import the recipe file at `path`, wherever it lies, and return its module.
+    """Import the recipe file at `path` and return its module.
 
-    Components beside the recipe or in the working folder can be imported from then on, as with `python my_recipe.py`.
+    Modules beside the recipe and in the working folder can be imported from then on, as with `python my_recipe.py`.
 
     Raises:
-        UserError: the file has no `Config` or no `main`.
+        UserError: the file has no `Config` or no `main` (code `not_a_recipe`).
     """
     name = path.stem
     if name in sys.modules or not name.isidentifier() or importlib.util.find_spec(name):
-        name = f"recipe_{name}"  # a recipe called torch.py must not pass for torch
+        name = f"recipe_{name}"  # a recipe called torch.py must not shadow torch
     folder = str(path.parent)
     if path.parent != recipes_folder() and folder not in sys.path:
         sys.path.insert(0, folder)
@@ -135,6 +135,9 @@ def load_recipe(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     if not dataclasses.is_dataclass(getattr(module, "Config", None)) or not callable(getattr(module, "main", None)):
-        has = "a dataclass Config with its settings and a function main(config)"
-        raise UserError(f"{path} is not a recipe. A recipe has {has}: see tune-style cat mlm_pretrain.")
+        raise UserError(
+            f"{path} is not a recipe: it needs a dataclass Config and a function main(config)",
+            hint="For an example see: tune-style cat mlm_pretrain",
+            code="not_a_recipe",
+        )
     return module

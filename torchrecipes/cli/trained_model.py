@@ -1,4 +1,4 @@
-"""Where a trained causal model is, and how it is loaded: for the verbs that ask one something."""
+"""Finds and loads a trained model for `generate`, `perplexity` and `fill-mask`."""
 
 import argparse
 import inspect
@@ -15,7 +15,7 @@ from torchrecipes.errors import UserError
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder, the device and the precision."""
-    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a Hugging Face folder of a family")
+    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a Hugging Face folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: bf16 on a GPU, else fp32"
@@ -23,27 +23,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def wait_without_spinning() -> None:
-    """Lets threads that wait for each other sleep. Call it before torch is imported.
+    """Make OpenMP threads sleep while they wait for each other. Call it before torch is imported.
 
-    A token of a small model is a thousand short operations, and threads spin between them: on two cores that two other
-    processes used as well, that was 8 tokens per second instead of 330.
+    A token of a small model takes a thousand short operations, and threads spin between them: on two cores that two
+    other processes used as well, that was 8 tokens per second instead of 330.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def newest_whole_checkpoint(folder: Path) -> Path:
-    """`folder` itself when it holds a model, else the newest checkpoint of the run in it that has all its files.
+def newest_valid_checkpoint(folder: Path) -> Path:
+    """Return `folder` itself if it holds a model, else the newest checkpoint of the run in it with all its files.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither is there (code `not_found` or `no_model`), or no checkpoint is valid (`corrupt_checkpoint`).
     """
     if (folder / "config.json").exists():
         return folder
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Give a run's folder, a checkpoint, or a Hugging Face folder.")
+        hint = "Give a run's folder, a checkpoint, or a Hugging Face folder."
+        raise UserError(f"{folder} does not exist", hint=hint, code="not_found")
     checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda path: (len(path.name), path.name))
     if not checkpoints:
-        raise UserError(f"{folder} holds neither a model (config.json) nor a run's checkpoints. Give a run's folder.")
+        hint = "Give a run's folder."
+        raise UserError(f"{folder} has neither a config.json nor checkpoints", hint=hint, code="no_model")
 
     from torchrecipes.checkpoint.manifest import verify
 
@@ -51,17 +53,18 @@ def newest_whole_checkpoint(folder: Path) -> Path:
         problems = verify(path, checksums=False)
         if not problems:
             return path
-        print(f"passed over {path}, which is damaged: {'; '.join(problems)}", file=sys.stderr)
-    raise UserError(f"every checkpoint in {folder / 'checkpoints'} is damaged. Give the folder of another run.")
+        print(f"skipping corrupt checkpoint {path}: {'; '.join(problems)}", file=sys.stderr)
+    hint = "Give the folder of another run."
+    raise UserError(f"every checkpoint in {folder / 'checkpoints'} is corrupt", hint=hint, code="corrupt_checkpoint")
 
 
 def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Callable[[], AbstractContextManager]]:
-    """The folder, its model on its device, its tokenizer, and what makes the context to compute in.
+    """Return the folder, its model on its device, its tokenizer, and a function that returns the autocast context.
 
     Raises:
-        UserError: nothing there, an encoder, or no such device.
+        UserError: no model there, an encoder (code `not_causal`), or no such device.
     """
-    folder = newest_whole_checkpoint(Path(args.run))
+    folder = newest_valid_checkpoint(Path(args.run))
 
     import torch
 
@@ -73,9 +76,9 @@ def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Ca
     network = meta_model_from_hf(folder)
     if "cache" not in inspect.signature(network.forward).parameters:
         raise UserError(
-            f"{folder} holds an encoder ({network.config.model_type}), which reads a text as a whole and does not "
-            f"continue it; {verb} is for causal models. Ask an encoder with: tune-style fill-mask {folder} "
-            '"The [MASK] is blue."'
+            f"{folder} is an encoder ({network.config.model_type}); {verb} needs a model that predicts the next token",
+            hint=f'For an encoder use: tune-style fill-mask {folder} "The [MASK] is blue."',
+            code="not_causal",
         )
     device = _device(args.device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=True)
@@ -93,7 +96,7 @@ def _device(name: str | None) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name}: {str(error).splitlines()[0]}. Give cpu, or a device that is there."
-        ) from None
+        reason = str(error).splitlines()[0]
+        hint = "Give cpu, or a device of this machine."
+        raise UserError(f"{name}: {reason}", key="--device", hint=hint, code="no_device") from None
     return device

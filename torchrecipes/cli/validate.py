@@ -1,4 +1,4 @@
-"""`tune-style validate`: the check that `run` makes, without the run."""
+"""`tune-style validate`: checks a config as `run` does, without running it."""
 
 import argparse
 
@@ -11,8 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print `ok`, or raise a UserError with every problem."""
+    """Print `ok`, or raise a UserError that lists every problem."""
     if launch_flags.asked_for(args):
-        launch_flags.check(args, here=False)  # a laptop may validate what a machine with GPUs will run
+        launch_flags.check(args, here=False)  # a laptop may validate a config for a machine with GPUs
     run.load_recipe_and_config(args)
     print("ok")

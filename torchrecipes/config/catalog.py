@@ -1,11 +1,11 @@
-"""Recipes and configs on disk: no registry, a file that exists is a file that is listed.
+"""Finds recipes and configs on disk. There is no registry: every file in the folder is listed.
 
-A config says which recipe it belongs to, and what it is for, in its first two lines:
+The first two lines of a config name its recipe and its purpose:
 
     # recipe: mlm_pretrain
     # A small NeoBERT on this machine's own text, about 5 minutes on 2 cores.
 
-In a checkout the shipped files are in `recipes/`, in an installed package in `torchrecipes/_recipes/`.
+The shipped files are in `recipes/` in a checkout, in `torchrecipes/_recipes/` in an installed package.
 """
 
 import ast
@@ -19,7 +19,7 @@ from torchrecipes.errors import UserError
 
 @dataclass(frozen=True)
 class BuiltinRecipe:
-    """A recipe file: its name for the command line, its path, and the first line of its docstring."""
+    """A recipe file: its name on the command line, its path, and the first line of its docstring."""
 
     name: str
     path: Path
@@ -28,7 +28,7 @@ class BuiltinRecipe:
 
 @dataclass(frozen=True)
 class BuiltinConfig:
-    """A config file: its name for the command line, its path, the recipe that its first line names, and its purpose."""
+    """A config file: its name on the command line, its path, and the recipe and purpose in its first two lines."""
 
     name: str
     path: Path
@@ -50,7 +50,7 @@ def builtin_recipes() -> list[BuiltinRecipe]:
 
 
 def builtin_configs() -> list[BuiltinConfig]:
-    """Return every shipped config, by name, found by recursion."""
+    """Return every shipped config, by name."""
     folder = recipes_folder() / "configs"
     found = []
     for path in sorted(folder.rglob("*.yaml")):
@@ -60,7 +60,7 @@ def builtin_configs() -> list[BuiltinConfig]:
 
 
 def quickstart_first(name: str) -> tuple[bool, str]:
-    """The key that sorts names of configs: those that run on any machine, without data, come first."""
+    """Return the key that sorts configs by name, with those first that run on any machine, without data."""
     return name.rsplit("/", 1)[-1] != "quickstart", name
 
 
@@ -77,7 +77,7 @@ def find_recipe(name: str) -> Path:
     """Return the file of a recipe given as a path (`my_recipe.py`) or as the name of a shipped one (`mlm_pretrain`).
 
     Raises:
-        UserError: there is none; the message names the closest one.
+        UserError: there is none (code `not_found`); its hint names the closest one.
     """
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
@@ -87,16 +87,16 @@ def find_recipe(name: str) -> Path:
     if stem in shipped and name in (stem, f"{stem}.py"):
         return shipped[stem]
     if path.suffix == ".py" or path.exists():
-        what = f"{name} is not a recipe file (.py)" if path.exists() else f"There is no recipe file {name} here"
-        raise UserError(f"{what}. {_builtin_names(path.stem, shipped, 'recipe')}")
-    raise UserError(f"There is no recipe '{name}'. {_builtin_names(name, shipped, 'recipe')}")
+        problem = f"{name} is not a recipe file (.py)" if path.exists() else f"there is no recipe file {name} here"
+        raise _not_found(problem, path.stem, shipped, "recipe")
+    raise _not_found(f"there is no recipe '{name}'", name, shipped, "recipe")
 
 
 def find_config(name: str) -> Path:
     """Return the file of a config given as a path (`my.yaml`) or as the name of a shipped one (`neobert/quickstart`).
 
     Raises:
-        UserError: there is none; the message names the closest one.
+        UserError: there is none (code `not_found`); its hint names the closest one.
     """
     path = Path(name)
     if path.is_file():
@@ -106,21 +106,21 @@ def find_config(name: str) -> Path:
     if stem in shipped:
         return shipped[stem]
     if path.is_dir():
-        raise UserError(f"{name} is a folder: --config takes a YAML file. {_builtin_names(stem, shipped, 'config')}")
-    what = f"There is no config file {name} here" if path.suffix else f"There is no config '{name}'"
+        raise _not_found(f"{name} is a folder, and --config takes a YAML file", stem, shipped, "config")
+    problem = f"there is no config file {name} here" if path.suffix else f"there is no config '{name}'"
     folder = path.parent
     beside = {str(folder / p.name) for p in folder.glob("*.y*ml")} if path.suffix and folder.is_dir() else set()
     near = closest(name, beside)
     if near:
-        raise UserError(f"{what}. Did you mean {near}?")
-    raise UserError(f"{what}. {_builtin_names(stem, shipped, 'config')}")
+        raise UserError(problem, hint=f"Did you mean {near}?", code="not_found")
+    raise _not_found(problem, stem, shipped, "config")
 
 
 def find_builtin(name: str) -> BuiltinRecipe | BuiltinConfig:
-    """Return the shipped recipe or config called `name`; a suffix (.py, .yaml) may be written.
+    """Return the shipped recipe or config called `name`, with or without its suffix (.py, .yaml).
 
     Raises:
-        UserError: there is none; the message names the closest one.
+        UserError: there is none (code `not_found`); its hint names the closest one.
     """
     known = {f"{recipe.name}.py": recipe for recipe in builtin_recipes()}
     known |= {f"{config.name}.yaml": config for config in builtin_configs()}
@@ -129,14 +129,18 @@ def find_builtin(name: str) -> BuiltinRecipe | BuiltinConfig:
             return known[file]
     stem = name.removesuffix(".py").removesuffix(".yaml")
     names = {item.name: item.path for item in known.values()}
-    raise UserError(f"There is no recipe or config '{name}'. {_builtin_names(stem, names, 'recipe and config')}")
+    raise _not_found(f"there is no recipe or config '{name}'", stem, names, "recipe and config")
 
 
-def _builtin_names(name: str, shipped: dict[str, Path], kind: str) -> str:
+def _not_found(problem: str, name: str, shipped: dict[str, Path], kind: str) -> UserError:
+    return UserError(problem, hint=_suggestion(name, shipped, kind), code="not_found")
+
+
+def _suggestion(name: str, shipped: dict[str, Path], kind: str) -> str:
     if not shipped:
         return f"No {kind} is shipped with this installation."
     tails = {candidate: candidate.rsplit("/", 1)[-1] for candidate in shipped}
-    # `gpt2` alone should find `gpt2/quickstart` and its other sizes, and `quickstart` that of every family.
+    # `gpt2` finds `gpt2/quickstart` and its other sizes, `quickstart` finds that of every family.
     found = sorted((one for one in shipped if one.startswith(f"{name}/")), key=quickstart_first)
     found = found or [one for one, tail in tails.items() if tail == name]
     if not found:
@@ -145,7 +149,7 @@ def _builtin_names(name: str, shipped: dict[str, Path], kind: str) -> str:
         found = [near] if near else [one for one in shipped if tails[one] == tail]
     if found:
         return f"Did you mean {' or '.join(map(repr, found))}? (All of them: tune-style ls)"
-    return f"The {kind}s that are shipped: {', '.join(shipped)}."
+    return f"The shipped {kind}s are: {', '.join(shipped)}."
 
 
 def _docstring_line(path: Path) -> str:
