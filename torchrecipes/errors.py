@@ -1,21 +1,21 @@
-"""`UserError`: a mistake of the user, as opposed to a bug, and how it is reported."""
+"""`UserError`: a mistake of the user, as opposed to a bug, and its message on the command line."""
 
 import errno
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake of the user: what is wrong, where, and what to do.
+    """A mistake of the user: the problem, its place, and the remedy.
 
     The command line prints it without a traceback and exits with code 2 (`--debug` shows the traceback). A bug is an
     `assert` or a `ValueError`, never this.
 
     Args:
-        problem: what is wrong, naming the file, line or value.
+        problem: the mistake, naming the file, line or value.
         key: the config key or command-line option at fault, such as `optimizer.lr`.
-        hint: what to do about it.
+        hint: the remedy.
         code: a short name of the kind of mistake, such as `corrupt_checkpoint`, for programs and tests.
-        problems: the mistakes that this one lists, where there are several.
+        problems: the mistakes that this one lists, if there are several.
     """
 
     def __init__(
@@ -37,21 +37,21 @@ class UserError(Exception):
         return f"{text}{'' if text.endswith(('.', ':', '?')) else '.'} {self.hint}"
 
     def under(self, key: str) -> "UserError":
-        """The same mistake with `key` before its own: `lr` becomes `optimizer.lr`."""
+        """Return the same mistake with `key` before its own: `lr` becomes `optimizer.lr`."""
         inner = f"{key}.{self.key}" if self.key else key
         return UserError(self.problem, key=inner, hint=self.hint, code=self.code, problems=self.problems)
 
 
 def format_user_error(error: BaseException) -> str | None:
-    """Return the plain message for an error that a user can do something about, or None for what is a bug.
+    """Return the message of an error that a user can fix, or None for a bug.
 
-    Besides a `UserError` these are a full disk and too little memory, on the host or on the GPU.
+    These are a `UserError`, a full disk, and too little memory on the host or the GPU.
     """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" (writing {error.filename})" if error.filename else ""
-        return f"The disk is full{where}. Make room, or set output_dir to another disk, and run the same command again."
+        return f"The disk is full{where}. Make room, or give an output_dir on another disk, and run the same command again."
     # torch is not imported here, so its class is known by name; its CPU allocator raises a plain RuntimeError.
     gpu = type(error).__name__ == "OutOfMemoryError"
     if (

@@ -11,7 +11,10 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
+
+from torchrecipes.atomic_write import write_atomically
 
 # Errors that a process sees when a peer has died: a consequence, never the cause.
 _LOST_PEER_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
@@ -78,10 +81,8 @@ def report_error(error: BaseException, message: str | None, *, debug: bool = Fal
     timestamp = int(now) + 60 * lost_peer
     elastic = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(timestamp)}}
     ours = {"is_user_error": message is not None, "lost_peer": lost_peer, "time": now}
-    path = os.environ["TORCHELASTIC_ERROR_FILE"]
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        json.dump({"message": elastic, "torchrecipes": ours}, file)
-    os.replace(f"{path}.part", path)  # the launcher may read it at any moment
+    contents = json.dumps({"message": elastic, "torchrecipes": ours}).encode()
+    write_atomically(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), [contents])  # the launcher may read it at any moment
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

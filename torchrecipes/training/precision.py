@@ -1,4 +1,4 @@
-"""Which number format the forward and backward pass compute in. Weights and optimizer state stay in fp32."""
+"""The number format of the forward and backward pass. Weights and optimizer state stay in fp32."""
 
 import os
 from contextlib import AbstractContextManager
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from torchrecipes.errors import UserError
+from torchrecipes.optim.newton_schulz import fast_dtype
 from torchrecipes.training.float8 import RECIPES, check_float8
 
 
@@ -26,7 +27,7 @@ def resolve_dtype(precision: str, device: torch.device, emulate_float8: bool = F
         UserError: another name, or the device does not have float8.
     """
     if precision == "auto":
-        return torch.bfloat16 if _has_fast_bf16(device) else torch.float32
+        return fast_dtype(device)
     if precision in RECIPES:
         check_float8(precision, device, emulate_float8)
     names = {"bf16": torch.bfloat16, "fp32": torch.float32} | dict.fromkeys(RECIPES, torch.bfloat16)
@@ -52,12 +53,3 @@ def set_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts: 24 MiB of its own per stream
     torch.backends.cudnn.benchmark = False  # it times kernels, and takes another one another time
     torch.use_deterministic_algorithms(True)
-
-
-def _has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return False
