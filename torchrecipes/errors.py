@@ -51,7 +51,7 @@ def format_user_error(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" (writing {error.filename})" if error.filename else ""
-        return f"The disk is full{where}. Make room, or give an output_dir on another disk, and run the same command again."
+        return f"The disk is full{where}. Make room or give another output_dir, then run the same command again."
     # torch is not imported here, so its class is known by name; its CPU allocator raises a plain RuntimeError.
     gpu = type(error).__name__ == "OutOfMemoryError"
     if (
