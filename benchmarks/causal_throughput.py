@@ -73,7 +73,13 @@ class Ours:
         device = torch.device("cpu")
         self.precision = resolve_dtype(args.precision, device)
         self.autocast = partial(autocast, device, self.precision)
-        self.model = gpt2(args.vocab, width, layers, heads, max_position_embeddings=self.row_len).train()
+        self.model = gpt2(
+            vocab_size=args.vocab,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=self.row_len,
+        ).train()
         if compiled:
             for block in self.model.blocks:
                 block.compile()

@@ -19,7 +19,7 @@ import torch
 from torchrecipes.checkpoint.checkpointer import Checkpointer
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_wordpiece
-from torchrecipes.models import neobert_100m
+from torchrecipes.models import neobert
 from torchrecipes.optim import adamw
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     tokenizer = train_wordpiece([Document("a small text for a small tokenizer, " * 3, "here")], vocab_size=60)
-    model = neobert_100m().to(device)
+    model = neobert("100m").to(device)
     optimizer = adamw(model)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3

@@ -72,7 +72,7 @@ def main() -> None:
 def make_model(args: argparse.Namespace) -> nn.Module:
     heads = args.hidden_size // 64
     return llama(
-        args.vocab_size,
+        vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
         num_hidden_layers=args.layers,
         num_attention_heads=heads,

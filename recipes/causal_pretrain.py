@@ -70,7 +70,9 @@ class Config:
         "torchrecipes.data.tokenizers.train_bpe", injected=("source", "folder"), vocab_size=16_384, causal=True
     )
     data: Data = field(default_factory=Data)
-    model: Component = component("torchrecipes.models.gpt2_tiny", injected=("vocab_size", "seed"))  # its network
+    model: Component = component(
+        "torchrecipes.models.gpt2", injected=("vocab_size", "seed"), size="tiny"
+    )  # its network
     init_from: str | None = None  # a Hugging Face folder whose model and tokenizer are taken instead of these two
     router_bias_update_rate: float = 0.001  # per step, of a mixture of experts with model.router_bias=true
     z_loss: float = 0.0  # weight of the squared log of the softmax's sum (PaLM: 1e-4)

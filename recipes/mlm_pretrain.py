@@ -69,7 +69,9 @@ class Config:
         "torchrecipes.data.tokenizers.train_wordpiece", injected=("source", "folder"), vocab_size=16_384
     )
     data: Data = field(default_factory=Data)
-    model: Component = component("torchrecipes.models.neobert_tiny", injected=("vocab_size", "seed"))  # its network
+    model: Component = component(
+        "torchrecipes.models.neobert", injected=("vocab_size", "seed"), size="tiny"
+    )  # its network
     init_from: str | None = None  # a Hugging Face folder whose model and tokenizer are taken instead of these two
     masked_logits_only: bool = True  # False: logits of all positions, the same loss, slower
 

@@ -22,7 +22,8 @@ def tokenizer():
 
 
 def make(kind=neobert, seed=0):
-    model = kind(64, 16, 2, 2, 32, seed=seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = kind(vocab_size=64, **sizes, seed=seed)
     return model, adamw(model, lr=1e-2)
 
 
@@ -287,12 +288,14 @@ def test_left_overs_of_a_dead_save_are_no_checkpoint_and_go(saved, tokenizer):
 
 
 def test_another_model_is_refused_with_what_differs(saved):
-    wider = neobert(64, 32, 2, 2, 32)
+    wider = neobert(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     with pytest.raises(UserError, match=r"another model: embedding.weight is \[64, 16\] there and \[64, 32\]"):
         saved[0].resume("auto").load_model(wider)
-    deeper = neobert(64, 16, 3, 2, 32)
+    deeper = neobert(vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
     with pytest.raises(UserError, match="num_attention_heads is 2 there and 4 here"):
-        saved[0].resume("auto").load_model(neobert(64, 16, 2, 4, 32))
+        saved[0].resume("auto").load_model(
+            neobert(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+        )
     with pytest.raises(UserError, match=r"blocks.2\S+ is not in the checkpoint.*and \d more"):
         saved[0].resume("auto").load_model(deeper)
 

@@ -20,7 +20,15 @@ def run(tmp_path_factory):
     tokenizer = train_bpe([Document(TEXT * 3, "a")], vocab_size=300, causal=True)
     for step in (5, 10):
         path = folder / "checkpoints" / f"step-{step:08d}"
-        model = gpt2(tokenizer.vocab_size, 32, 2, 2, max_position_embeddings=40, initializer_range=0.3, seed=step)
+        model = gpt2(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+            initializer_range=0.3,
+            seed=step,
+        )
         save_hf(model, path, tokenizer)
         write_manifest(path, step, flush(path, sorted(file.name for file in path.iterdir())))
     return folder
@@ -171,7 +179,17 @@ def test_prompts_that_are_too_long_are_found_before_any_work(run, tmp_path, caps
 
 def test_unknown_characters_of_a_prompt_are_reported(tmp_path, capsys):
     tokenizer = train_char([Document("abc" * 9, "a")], causal=True)
-    save_hf(gpt2(tokenizer.vocab_size, 16, 1, 2, max_position_embeddings=32), tmp_path / "model", tokenizer)
+    save_hf(
+        gpt2(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        ),
+        tmp_path / "model",
+        tokenizer,
+    )
     (tmp_path / "prompts.txt").write_text("abc\naböü\nä\n")
     words = (tmp_path / "model", "--max-new-tokens", 20)
     _, err = generate(capsys, *words, "--prompts-file", tmp_path / "prompts.txt")
@@ -227,7 +245,17 @@ def test_a_folder_without_a_causal_model_is_refused(verb, tmp_path, monkeypatch,
     (tmp_path / "a.txt").write_text("a\n")
     (tmp_path / "empty").mkdir()
     tokenizer = train_wordpiece([Document(TEXT, "a")], vocab_size=60)
-    save_hf(neobert(tokenizer.vocab_size, 16, 2, 2, 32), tmp_path / "encoder", tokenizer)
+    save_hf(
+        neobert(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+        ),
+        tmp_path / "encoder",
+        tokenizer,
+    )
     for folder, message in (
         ("missing", "missing"),
         ("empty", "config.json"),

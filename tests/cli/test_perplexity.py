@@ -17,7 +17,16 @@ DOCUMENTS = ["the quick brown fox jumps over the lazy dog", "über 水", "the do
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_bpe([Document(" ".join(DOCUMENTS), "a")], vocab_size=280, causal=True)
-    model = llama(tokenizer.vocab_size, 32, 2, 4, 48, max_position_embeddings=32, initializer_range=0.3, seed=1)
+    model = llama(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        seed=1,
+    )
     save_hf(model, folder, tokenizer)
     (folder / "data.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in DOCUMENTS))
     (folder / "data.txt").write_text("\n".join(DOCUMENTS))
@@ -81,7 +90,8 @@ def test_bad_records_are_skipped_and_counted_on_request(folder, tmp_path, capsys
 
 def test_unknown_characters_are_counted(tmp_path, capsys):
     tokenizer = train_char([Document("abc" * 9, "a")], causal=True)
-    save_hf(llama(tokenizer.vocab_size, 16, 1, 2, 16, max_position_embeddings=32), tmp_path / "model", tokenizer)
+    model = llama(vocab_size=tokenizer.vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    save_hf(model, tmp_path / "model", tokenizer)
     (tmp_path / "data.txt").write_text("abcäöüabc\n")
     assert measured(capsys, tmp_path / "model", tmp_path / "data.txt")["unknown_tokens"] == 3
     assert main(["perplexity", str(tmp_path / "model"), "--data", str(tmp_path / "data.txt")]) == 0
@@ -91,7 +101,18 @@ def test_unknown_characters_are_counted(tmp_path, capsys):
 def test_a_special_token_in_the_place_of_unk_is_not_counted(tmp_path, capsys):
     tokenizer = train_bpe([Document("abc" * 9, "a")], vocab_size=270, causal=True)
     tokenizer = replace(tokenizer, unk_id=tokenizer.eos_id)
-    save_hf(llama(tokenizer.vocab_size, 16, 1, 2, 16, max_position_embeddings=32), tmp_path / "model", tokenizer)
+    save_hf(
+        llama(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=32,
+        ),
+        tmp_path / "model",
+        tokenizer,
+    )
     (tmp_path / "data.txt").write_text("abc\nabc\n")
     assert measured(capsys, tmp_path / "model", tmp_path / "data.txt")["unknown_tokens"] == 0
 

@@ -21,7 +21,7 @@ data:
   source: {_component_: torchrecipes.data.sources.files, path: TEXT, sample_by: line}
   validation_fraction: 0.1
   tokenizer_threads: 0
-model: {_component_: torchrecipes.models.neobert_tiny, max_position_embeddings: 64}
+model: {_component_: torchrecipes.models.neobert, size: tiny, max_position_embeddings: 64}
 seq_len: 32
 global_batch_size: 8
 max_steps: 1000

@@ -68,11 +68,12 @@ elif what == "reductions":
     print(json.dumps(counts))
 elif what == "bf16":
     seen = {}
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
     makers = {
-        "neobert": lambda: neobert(50, 16, 4, 2, 30),
-        "bert": lambda: bert(50, 16, 4, 2, 30),
-        "gpt2": lambda: gpt2(50, 16, 4, 2, embd_pdrop=0, resid_pdrop=0.0),
-        "llama": lambda: llama(50, 16, 4, 2, intermediate_size=30),
+        "neobert": lambda: neobert(**sizes, intermediate_size=30),
+        "bert": lambda: bert(**sizes, intermediate_size=30),
+        "gpt2": lambda: gpt2(**sizes, embd_pdrop=0, resid_pdrop=0.0),
+        "llama": lambda: llama(**sizes, intermediate_size=30),
     }
     for name, make in makers.items():
         with torch.device("meta"):
@@ -176,7 +177,7 @@ def test_ranks_hear_of_each_others_numbers_and_of_the_firsts_mistakes(tmp_path, 
 
 
 def test_a_model_is_on_the_meta_device_as_a_whole_or_not_at_all():
-    model = neobert(32, 16, 1, 1, 16)
+    model = neobert(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
     with torch.device("meta"):
         model.embedding = nn.Embedding(32, 16)
     with pytest.raises(UserError) as error:
@@ -228,7 +229,11 @@ def test_one_process_needs_none_of_it():
     assert parallelize(model, "auto", CPU, torch.float32) == "none"
     init_on_device(model, CPU, seed=5)
     for (name, parameter), expected in zip(
-        model.named_parameters(), neobert(32, 16, 1, 1, 16, seed=5).parameters(), strict=True
+        model.named_parameters(),
+        neobert(
+            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, seed=5
+        ).parameters(),
+        strict=True,
     ):
         assert torch.equal(parameter, expected), name
     set_grad_sync(model, last=True)

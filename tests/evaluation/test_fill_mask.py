@@ -17,7 +17,15 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return neobert(tokenizer.vocab_size, 16, 2, 2, 32, max_position_embeddings=32, seed=1)
+    return neobert(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        seed=1,
+    )
 
 
 def test_guesses_are_those_of_the_logits_at_the_masks(model, tokenizer):

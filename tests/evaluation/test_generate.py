@@ -46,7 +46,7 @@ FAMILIES = [
 
 
 def make(family="llama", vocab_size=VOCAB, seed=1):
-    return getattr(models, family)(vocab_size, **SIZES[family], seed=seed)
+    return getattr(models, family)(vocab_size=vocab_size, **SIZES[family], seed=seed)
 
 
 def prompts_of(*lengths, vocab_size=VOCAB):
@@ -207,7 +207,7 @@ def test_training_goes_on_as_before():
 
 
 def test_dropout_is_off():
-    model = models.gpt2(VOCAB, **SIZES["gpt2"], embd_pdrop=0.5, resid_pdrop=0.5, seed=1).train()
+    model = models.gpt2(vocab_size=VOCAB, **SIZES["gpt2"], embd_pdrop=0.5, resid_pdrop=0.5, seed=1).train()
     found = generate(model, prompts_of(9), max_new_tokens=10, temperature=0)
     assert found == generate(make("gpt2"), prompts_of(9), max_new_tokens=10, temperature=0)
 

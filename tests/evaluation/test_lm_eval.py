@@ -37,7 +37,15 @@ metric_list: [{metric: acc}]
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_bpe([Document(" ".join(DOCUMENTS), "a")], vocab_size=300, causal=True)
-    model = gpt2(tokenizer.vocab_size, 32, 2, 2, max_position_embeddings=64, initializer_range=0.3, seed=1)
+    model = gpt2(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        seed=1,
+    )
     save_hf(model, folder, tokenizer)
     return folder, model, tokenizer
 

@@ -48,7 +48,7 @@ def test_the_baseline_is_the_frequency_of_ordinary_tokens():
 
 
 def test_scores_equal_a_loop_over_targets_in_float64():
-    model = neobert(VOCAB, 16, 2, 2, 32)
+    model = neobert(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     with torch.no_grad():
         model.embedding.weight.mul_(20)
     shares = torch.arange(1, VOCAB + 1).double()
@@ -73,7 +73,7 @@ def test_scores_equal_a_loop_over_targets_in_float64():
 
 
 def test_inert_tokens_are_never_predicted():
-    model = neobert(VOCAB, 16, 1, 2, 32)
+    model = neobert(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 
     class Head(torch.nn.Module):
         """Likes the inert token 49 best, the label second."""
@@ -90,7 +90,9 @@ def test_inert_tokens_are_never_predicted():
 
 
 def test_nothing_of_the_training_is_touched():
-    model = neobert(VOCAB, 16, 1, 2, 32).train()
+    model = neobert(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    ).train()
     torch.manual_seed(3)
     state = torch.get_rng_state()
     baseline = UnigramBaseline(torch.zeros(VOCAB), 0)

@@ -250,7 +250,7 @@ SIZES["qwen3_moe"] = SIZES["llama"] | {"num_experts": 4, "num_experts_per_tok": 
 )
 def test_the_figure_is_that_of_a_plain_loop_over_transformers(family, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = getattr(models, family)(53, **SIZES[family], seed=1)
+    model = getattr(models, family)(vocab_size=53, **SIZES[family], seed=1)
     save_hf(model, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     theirs.set_experts_implementation("eager")  # its grouped products know no float64

@@ -12,7 +12,13 @@ from tests import ranks
 from torchrecipes.models import gpt2, llama, moe, olmoe, qwen3, qwen3_moe
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
-SIZES = (50, 16, 2, 2, 32)
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.2}
 FREE = {"moe_intermediate_size": 24, "decoder_sparse_step": 2, "shared_expert_intermediate_size": 16}
 FREE |= {"router": "mlp", "scoring_func": "sigmoid", "router_bias": True}
@@ -90,7 +96,7 @@ def test_two_ranks_have_the_gradients_of_one_process(tmp_path, family, strategy,
     script.write_text(SCRIPT)
     ranks.run(script, 2, tmp_path, family, strategy, mode)
     found = load_file(tmp_path / "gradients.safetensors")
-    model = FAMILIES[family](*SIZES, seed=3)
+    model = FAMILIES[family](**SIZES, seed=3)
     hidden = found.pop("hidden")
     assert (hidden - model(torch.arange(24).view(2, 12))).abs().max() <= 1e-5
     if family in DENSE:  # grouped products know no float64
@@ -126,7 +132,7 @@ def test_recomputed_activations_change_no_bit(family, mode, bf16):
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_compiled_blocks_of_experts_have_the_same_gradients_on_a_cpu(family, mode):
     torch.compiler.reset()
-    model = FAMILIES[family](*SIZES)
+    model = FAMILIES[family](**SIZES)
     ids = torch.arange(300).view(2, 150) % 50
     expected = gradients(model, ids)
     apply_activation_checkpointing(model, mode)
@@ -140,7 +146,7 @@ def test_compiled_blocks_of_experts_have_the_same_gradients_on_a_cpu(family, mod
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_blocks_have_the_same_gradients_and_one_graph(family, mode):
     torch.compiler.reset()
-    model = FAMILIES[family](*SIZES)
+    model = FAMILIES[family](**SIZES)
     steps = [(torch.arange(300).view(2, 150) * step) % 50 for step in (1, 2, 3)]
     expected = [gradients(model, ids) for ids in steps]
     apply_activation_checkpointing(model, mode)
@@ -155,7 +161,8 @@ def test_compiled_blocks_have_the_same_gradients_and_one_graph(family, mode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_goes_into_the_residual_stream_starts_smaller_with_depth(family):
     layers = 8
-    model = FAMILIES[family](50, 64, layers, 2, 128, initializer_range=0.1)
+    sizes = SIZES | {"hidden_size": 64, "num_hidden_layers": layers, "intermediate_size": 128}
+    model = FAMILIES[family](**sizes, initializer_range=0.1)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             into = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
@@ -165,5 +172,5 @@ def test_what_goes_into_the_residual_stream_starts_smaller_with_depth(family):
             ), name
         else:
             assert torch.equal(parameter, torch.full_like(parameter, float(not name.endswith("bias")))), name
-    again = dict(FAMILIES[family](50, 64, layers, 2, 128, initializer_range=0.1).named_parameters())
+    again = dict(FAMILIES[family](**sizes, initializer_range=0.1).named_parameters())
     assert all(torch.equal(parameter, again[name]) for name, parameter in model.named_parameters())

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchrecipes.errors import UserError
-from torchrecipes.models import bert, gpt2, hf_config, llama, load_hf, neobert, qwen3, qwen3_0_6b, save_hf
+from torchrecipes.models import bert, gpt2, hf_config, llama, load_hf, neobert, qwen3, save_hf
 from torchrecipes.models.hub import meta_model_from_hf
 
 FAMILIES = {"neobert": neobert, "bert": bert, "gpt2": gpt2, "llama": llama, "qwen3": qwen3}
@@ -16,7 +16,8 @@ LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 
 def saved(folder, family="neobert", **arguments):
-    model = FAMILIES[family](37, 16, 2, 2, 24, **arguments)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = FAMILIES[family](vocab_size=37, **sizes, **arguments)
     save_hf(model, folder)
     return model
 
@@ -36,7 +37,13 @@ def edit_tensors(folder, edit):
 def error_of(folder):
     with pytest.raises(UserError) as error:
         load_hf(folder, report=lambda line: None)
-    return str(error.value)
+    return error.value
+
+
+def problem_keys(folder):
+    error = error_of(folder)
+    assert error.code == "weights_mismatch"
+    return {problem.key for problem in error.problems}
 
 
 @pytest.mark.parametrize(
@@ -89,72 +96,72 @@ def test_special_tokens_come_from_the_tokenizer(tmp_path):
 def test_nothing_in_the_folder_is_unpickled(tmp_path):
     saved(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert "has no model.safetensors" in error_of(tmp_path)
+    assert error_of(tmp_path).code == "no_model"
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    message = error_of(tmp_path)
-    assert "pytorch_model.bin" in message
-    assert "save_pretrained" in message
+    error = error_of(tmp_path)
+    assert error.code == "pickle" and "pytorch_model.bin" in str(error)
+    (tmp_path / "config.json").unlink()
+    assert error_of(tmp_path).code == "pickle"
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "messages"),
+    ("family", "changes", "keys"),
     [
-        ("neobert", {"model_type": "mistral"}, ["model_type is 'mistral'; supported are bert, eurobert, "]),
-        ("neobert", {"model_type": "REMOVED"}, ["model_type is None"]),
-        ("neobert", {"hidden_act": "gelu"}, ["hidden_act: 'gelu' is not supported; only 'silu' is"]),
-        ("neobert", {"mlp_bias": True, "attention_bias": True}, ["mlp_bias: True", "attention_bias: True"]),
-        ("neobert", {"attention_dropout": 0.1}, ["attention_dropout: 0.1"]),
-        ("neobert", {"rope_scaling": {"type": "linear", "factor": 2}}, ["rope_scaling: {'type'"]),
-        (
-            "neobert",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            ["rope_type: 'yarn'", "rope_parameters.factor: 4.0 is a key that is not known here"],
-        ),
-        ("neobert", {"sliding_window": 128}, ["sliding_window: 128 is a key that is not known here"]),
-        ("neobert", {"vocab_size": "REMOVED"}, ["vocab_size is missing"]),
-        ("neobert", {"num_hidden_layers": 2.5}, ["num_hidden_layers: 2.5 is not int"]),
-        ("neobert", {"tie_word_embeddings": 1}, ["tie_word_embeddings: 1 is not bool"]),
-        ("neobert", {"num_attention_heads": 3}, ["hidden_size (16) must be a multiple of num_attention"]),
-        ("neobert", {"head_dim": 7}, ["the size of a head (7) even, for RoPE"]),
-        ("neobert", {"num_attention_heads": 4, "num_key_value_heads": 3}, ["num_key_value_heads (3) must divide"]),
-        ("bert", {"num_attention_heads": 3}, ["hidden_size (16) must be a multiple of num_attention_heads (3)"]),
-        ("bert", {"hidden_act": "relu"}, ["hidden_act: 'relu'"]),
-        ("bert", {"position_embedding_type": "relative_key"}, ["position_embedding_type: 'relative_key'"]),
-        ("bert", {"is_decoder": True, "add_cross_attention": True}, ["is_decoder: True", "add_cross_attention: True"]),
-        ("bert", {"tie_word_embeddings": False}, ["tie_word_embeddings: False"]),
-        ("bert", {"pruned_heads": {"0": [1]}}, ["pruned_heads: {'0': [1]}"]),
-        ("bert", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
-        ("gpt2", {"n_head": 3}, ["hidden_size (16) must be a multiple of num_attention_heads (3)"]),
-        ("gpt2", {"n_layer": 0}, ["num_hidden_layers=0: sizes are 1 or more"]),
-        ("gpt2", {"activation_function": "gelu"}, ["activation_function: 'gelu' is not supported; only 'gelu_new' is"]),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx: True"]),
-        ("gpt2", {"scale_attn_weights": False, "add_cross_attention": True}, ["scale_attn_weights", "add_cross"]),
-        ("gpt2", {"rope_theta": 1e4}, ["rope_theta: 10000.0 is a key that is not known here"]),
-        ("llama", {"hidden_act": "gelu"}, ["hidden_act: 'gelu' is not supported; only 'silu' is"]),
-        ("llama", {"rope_parameters": YARN}, ["rope_type 'yarn' is not supported; default, linear, llama3 are"]),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type 'dynamic' is not supported"]),
-        ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["rope_type linear: factor is missing"]),
-        ("llama", {"rope_parameters": LLAMA3 | {"factor": 0}}, ["llama3: factor: 0 is not a number above 0"]),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            ["partial_rotary_factor is not known here"],
-        ),
-        ("llama", {"head_dim": 7}, ["head_dim (7), must be even, for RoPE"]),
-        ("llama", {"num_attention_heads": 3, "head_dim": None}, ["hidden_size (16) must be a multiple of num_att"]),
-        ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads (3) must divide num_attention_heads (2)"]),
-        ("llama", {"sliding_window": 128}, ["sliding_window: 128 is a key that is not known here"]),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 128}, ["use_sliding_window: True is not supported"]),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, ["layer_types: ['sliding_attention'"]),
+        ("neobert", {"hidden_act": "gelu"}, "hidden_act"),
+        ("neobert", {"mlp_bias": True, "attention_bias": True}, "mlp_bias attention_bias"),
+        ("neobert", {"attention_dropout": 0.1}, "attention_dropout"),
+        ("neobert", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ("neobert", {"rope_parameters": YARN}, "rope_scaling"),
+        ("neobert", {"sliding_window": 128}, "sliding_window"),
+        ("neobert", {"vocab_size": "REMOVED"}, "vocab_size"),
+        ("neobert", {"num_hidden_layers": 2.5}, "num_hidden_layers"),
+        ("neobert", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ("neobert", {"num_attention_heads": 3, "head_dim": None}, "hidden_size"),
+        ("neobert", {"head_dim": 7}, "head_dim"),
+        ("neobert", {"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
+        ("bert", {"num_attention_heads": 3}, "hidden_size"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ("bert", {"is_decoder": True, "add_cross_attention": True}, "is_decoder add_cross_attention"),
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ("bert", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("gpt2", {"n_head": 3}, "hidden_size"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"scale_attn_weights": False, "add_cross_attention": True}, "scale_attn_weights add_cross_attention"),
+        ("gpt2", {"rope_theta": 1e4}, "rope_theta"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"rope_parameters": YARN}, "rope_scaling"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_scaling"),
+        ("llama", {"rope_parameters": LLAMA3 | {"factor": 0}}, "rope_scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_scaling"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"head_dim": 7}, "head_dim"),
+        ("llama", {"num_attention_heads": 3, "head_dim": None}, "hidden_size"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
+        ("llama", {"sliding_window": 128}, "sliding_window"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window sliding_window"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_by_name(tmp_path, family, changes, messages):
+def test_keys_that_change_the_network_are_refused_by_name(tmp_path, family, changes, keys):
     saved(tmp_path, family)
     edit_config(tmp_path, **changes)
-    text = error_of(tmp_path)
-    assert "config.json" in text
-    for message in messages:
-        assert message in text
+    error = error_of(tmp_path)
+    assert error.code == "unsupported_config"
+    assert str(tmp_path / "config.json") in str(error)
+    assert {problem.key for problem in error.problems} == set(keys.split())
+
+
+def test_sizes_below_1_and_unknown_families_are_refused(tmp_path):
+    saved(tmp_path, "gpt2")
+    edit_config(tmp_path, n_layer=0)
+    assert "num_hidden_layers=0" in str(error_of(tmp_path))
+    for model_type in ("no-such-model", "REMOVED"):
+        edit_config(tmp_path, model_type=model_type)
+        assert error_of(tmp_path).code == "unknown_model_type"
 
 
 def test_harmless_keys_and_old_spellings_are_accepted(tmp_path):
@@ -186,40 +193,38 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path):
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 16)
 
     edit_tensors(tmp_path, edit)
-    message = error_of(tmp_path)
-    assert "model.norm.weight is missing" in message
-    assert "model.extra is not expected" in message
-    assert "model.layers.0.mlp.up_proj.weight has the shape (3, 16); config.json makes it (24, 16)" in message
+    keys = {"model.norm.weight", "model.extra", "model.layers.0.mlp.up_proj.weight"}
+    assert problem_keys(tmp_path) == keys
 
 
 def test_half_a_head_is_an_error(tmp_path):
     saved(tmp_path, "bert")
     edit_tensors(tmp_path, lambda tensors: tensors.pop("cls.predictions.bias"))
-    assert "cls.predictions.bias is missing" in error_of(tmp_path)
+    assert problem_keys(tmp_path) == {"cls.predictions.bias"}
 
 
 def test_a_tied_head_that_differs_is_an_error(tmp_path):
     saved(tmp_path)
     edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(37, 16)}))
-    message = error_of(tmp_path)
-    assert "lm_head.weight differs from model.embed_tokens.weight" in message
-    assert "tie_word_embeddings" in message
+    error = error_of(tmp_path)
+    assert error.code == "weights_mismatch"
+    assert "lm_head.weight" in str(error) and "tie_word_embeddings" in error.hint
 
 
-def test_damaged_folders(tmp_path):
-    assert "does not exist" in error_of(tmp_path / "nowhere")
+def test_corrupt_folders(tmp_path):
+    assert error_of(tmp_path / "nowhere").code == "not_found"
     saved(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "is damaged" in error_of(tmp_path)
+    assert error_of(tmp_path).code == "corrupt_file"
     weights.unlink()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}))
-    assert "model-00001-of-00001.safetensors does not exist" in error_of(tmp_path)
+    assert error_of(tmp_path).code == "missing_shard"
     index.write_text("[]")
-    assert "is not an index of shards" in error_of(tmp_path)
+    assert error_of(tmp_path).code == "corrupt_index"
     (tmp_path / "config.json").write_text("{")
-    assert "is not JSON" in error_of(tmp_path)
+    assert error_of(tmp_path).code == "not_json"
 
 
 LLAMA_3_2_1B = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -258,7 +263,7 @@ def test_published_configs_are_understood(tmp_path, config, parameters):
         assert model.config.rope_scaling == LLAMA3
     if config is QWEN3_0_6B:
         with torch.device("meta"):
-            assert model.config == qwen3_0_6b().config
+            assert model.config == qwen3("0.6b").config
     if config is GPT2:
         assert (model.config.attn_pdrop, model.config.max_position_embeddings) == (0.1, 1024)
 
@@ -268,5 +273,5 @@ def test_a_headless_folder_of_a_model_with_a_head_bias_starts_it_at_zero(tmp_pat
     edit_tensors(tmp_path, lambda tensors: tensors.pop("lm_head.bias"))
     reports = []
     model = load_hf(tmp_path, report=reports.append)
-    assert reports == [f"{tmp_path} has no language-model head: head.bias start from seed 0"]
+    assert len(reports) == 1 and "head.bias" in reports[0]
     assert model.head.bias.tolist() == [0.0] * 37

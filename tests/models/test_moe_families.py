@@ -41,30 +41,28 @@ def on_meta(builder, *args, **keys):
 @pytest.mark.parametrize(
     ("name", "parameters", "active"),
     [
-        ("moe_tiny", 1_936_128, 1_346_304),
-        ("olmoe_tiny", 3_017_856, 2_428_032),
-        ("moe_500m", 503_507_200, 277_014_784),
-        ("moe_1b", 1_021_235_200, 228_511_744),
-        ("moe_1_5b", 1_481_015_552, 324_960_512),
+        ("qwen3_moe tiny", 1_936_128, 1_346_304),
+        ("olmoe tiny", 3_017_856, 2_428_032),
+        ("moe 500m", 503_507_200, 277_014_784),
+        ("qwen3_moe 1b", 1_021_235_200, 228_511_744),
+        ("qwen3_moe 1.5b", 1_481_015_552, 324_960_512),
     ],
 )
 def test_named_sizes(name, parameters, active):
-    builder = getattr(models, name)
-    model = on_meta(builder)
+    family, size = name.split()
+    model = on_meta(getattr(models, family), size)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert active_parameters(model) == active
-    told = " ".join(builder.__doc__.split())
-    assert f"{parameters:,} parameters, {active:,} active" in told
 
 
 def test_published_sizes():
     """OLMoE-1B-7B and Qwen3-30B-A3B, as their papers count them."""
-    model = on_meta(olmoe, 50_304)
+    model = on_meta(olmoe)
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_919_161_856
     assert round(active_parameters(model) / 1e9, 1) == 1.3
     sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
     sizes |= {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False}
-    model = on_meta(qwen3_moe, 151_936, **sizes)
+    model = on_meta(qwen3_moe, vocab_size=151_936, **sizes)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 1) == 30.5
     assert round(active_parameters(model) / 1e9, 1) == 3.4  # the paper's 3.3 is this rounded down
 
@@ -78,13 +76,13 @@ def test_500m_by_its_definition():
     rest = 32 * (attention + 2 * width) + 16 * (dense + router) + 2 * vocabulary * width + width
     assert rest + 16 * experts * expert == 503_507_200
     assert rest + 16 * 2 * expert == 277_014_784
-    blocks = on_meta(models.moe_500m).blocks
+    blocks = on_meta(moe, "500m").blocks
     assert [isinstance(block, MoEBlock) for block in blocks] == [False, True] * 16
     assert active_parameters(blocks) == 277_014_784 - 2 * vocabulary * width - width
 
 
 def test_active_parameters_of_a_dense_model_are_all():
-    model = on_meta(models.qwen3_tiny)
+    model = on_meta(models.qwen3, "tiny")
     assert active_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -123,21 +121,22 @@ def test_routing_and_its_loss_are_those_of_the_last_forward_pass():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than num_experts=4"),
-        ({"moe_intermediate_size": 20}, "moe_intermediate_size=20 is not a multiple of 8"),
-        ({"hidden_size": 12}, "hidden_size=12 is not a multiple of 8"),
-        ({"mlp_only_layers": [0, 2]}, r"mlp_only_layers=\[0, 2\] names 2, but layers count from 0 to 1"),
-        ({"mlp_only_layers": (-1,)}, r"mlp_only_layers=\[-1\] names -1, "),
-        ({"num_experts": 0}, "num_experts=0: sizes are 1 or more"),
-        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1 is not a number of 0 or more"),
-        ({"router_z_loss_coef": math.nan}, "router_z_loss_coef=nan is not a number of 0 or more"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5"),
+        ({"moe_intermediate_size": 20}, "moe_intermediate_size: 20"),
+        ({"hidden_size": 12}, "hidden_size: 12"),
+        ({"mlp_only_layers": [0, 2]}, "mlp_only_layers: [0, 2]"),
+        ({"mlp_only_layers": (-1,)}, "mlp_only_layers: [-1]"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef: -0.1"),
+        ({"router_z_loss_coef": math.nan}, "router_z_loss_coef: nan"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
+def test_sizes_that_do_not_fit_are_refused(changes, named):
+    with pytest.raises(UserError) as error:
         on_meta(qwen3_moe, **(SIZES | changes))
+    assert error.value.code == "bad_size" and named in str(error.value)
 
 
 # Folders.
@@ -200,20 +199,21 @@ def test_published_configs_are_understood(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key"),
     [
-        ({"scoring_func": "sigmoid"}, "scoring_func: 'sigmoid' is a key that is not known here"),
-        ({"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is a key that is not known here"),
-        ({"mlp_only_layers": 5}, "mlp_only_layers: 5 is not tuple"),
-        ({"mlp_only_layers": [0.5]}, r"mlp_only_layers: \(0.5,\) is not tuple"),
-        ({"num_local_experts": 3}, r"gate.weight has the shape \(4, 16\); config.json makes it \(3, 16\)"),
+        ({"scoring_func": "sigmoid"}, "scoring_func"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ({"mlp_only_layers": 5}, "mlp_only_layers"),
+        ({"mlp_only_layers": [0.5]}, "mlp_only_layers"),
+        ({"num_local_experts": 3}, "model.layers.0.mlp.gate.weight"),
     ],
 )
-def test_keys_that_cannot_be_followed_are_refused(tmp_path, changes, message):
+def test_keys_that_cannot_be_followed_are_refused(tmp_path, changes, key):
     save_hf(qwen3_moe(**SIZES), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | changes))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         load_hf(tmp_path)
+    assert key in [problem.key for problem in error.value.problems]
 
 
 def test_keys_that_say_nothing_about_the_network_are_skipped(tmp_path):
@@ -227,23 +227,17 @@ OF_EXPERTS = "model.layers.0.mlp.experts."
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"2.up_proj.weight": None}, "experts: 2.up_proj.weight missing among 4 experts"),
-        (
-            {"2.up_proj.weight": (8, 16)},
-            r"2.up_proj.weight has the shape \(8, 16\), and .*0.gate_proj.weight \(24, 16\)",
-        ),
-        ({"1.down_proj.weight": (8, 16)}, r"1.down_proj.weight has the shape \(8, 16\), and .*\(16, 24\)"),
-        ({"99999999999.gate_proj.weight": (24, 16)}, "4.gate_proj.weight, .* missing among 100000000000 experts"),
-        ({"gate_up_proj": (4, 48, 16)}, "experts is there twice"),
-        (
-            {f"3.{kind}_proj.weight": None for kind in ("gate", "up", "down")},
-            r"\(3, 48, 16\); config.json makes it \(4",
-        ),
+        ({"2.up_proj.weight": None}, "2.up_proj.weight"),
+        ({"2.up_proj.weight": (8, 16)}, "2.up_proj.weight"),
+        ({"1.down_proj.weight": (8, 16)}, "1.down_proj.weight"),
+        ({"99999999999.gate_proj.weight": (24, 16)}, "4.gate_proj.weight"),
+        ({"gate_up_proj": (4, 48, 16)}, "layers.0.mlp.experts"),
+        ({f"3.{kind}_proj.weight": None for kind in ("gate", "up", "down")}, "(3, 48, 16)"),
     ],
 )
-def test_experts_that_do_not_make_a_stack_are_told(tmp_path, change, message):
+def test_experts_that_do_not_make_a_stack_are_told(tmp_path, change, named):
     model = qwen3_moe(**SIZES, moe_intermediate_size=24)
     save_hf(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -263,9 +257,10 @@ def test_experts_that_do_not_make_a_stack_are_told(tmp_path, change, message):
         else:
             tensors[OF_EXPERTS + name] = torch.zeros(shape)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as error:
         load_hf(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+    assert error.value.code == "weights_mismatch"
+    assert str(tmp_path) in str(error.value) and named in str(error.value)
 
 
 # Checkpoints: the biases of routers are no parameters, and are kept all the same.

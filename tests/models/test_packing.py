@@ -33,10 +33,11 @@ def packed():
 
 
 def model_of(family):
-    sizes = (67, 32, 2, 4 if family in ROTARY_DECODERS else 2, 40)
+    sizes = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 40}
+    sizes["num_attention_heads"] = 4 if family in ROTARY_DECODERS else 2
     more = {"num_key_value_heads": 2} if family in ROTARY_DECODERS else {}
     more |= MORE.get(family, {})
-    model = FAMILIES[family](*sizes, max_position_embeddings=ROW_LEN, initializer_range=0.1, **more)
+    model = FAMILIES[family](**sizes, max_position_embeddings=ROW_LEN, initializer_range=0.1, **more)
     # The last document stands for padding: nothing is asked of it.
     return model, len(LENGTHS) - 1
 

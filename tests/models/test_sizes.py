@@ -1,87 +1,85 @@
+import importlib
 import inspect
-import re
+import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+import torchrecipes
 from torchrecipes import models
+from torchrecipes.cli.ls import models_table
 from torchrecipes.errors import UserError
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "parameters"),
     [
-        ("neobert_base", {}, 221_665_536),
-        ("neobert_base", {"tie_word_embeddings": False}, 245_106_432),
-        ("neobert_base", {"vocab_size": 32_000}, 222_800_640),
-        ("neobert_100m", {}, 109_529_856),
-        ("neobert_tiny", {}, 1_444_480),
-        ("bert_base", {}, 109_514_298),
-        ("bert_small", {}, 28_795_194),
-        ("bert_mini", {}, 11_201_594),
-        ("bert_tiny", {}, 4_416_698),
-        ("gpt2_small", {}, 124_439_808),
-        ("gpt2_medium", {}, 354_823_168),
-        ("gpt2_large", {}, 774_030_080),
-        ("gpt2_xl", {}, 1_557_611_200),
-        ("gpt2_tiny", {}, 1_510_912),
-        ("gpt_750m", {}, 759_656_064),
-        ("gpt_750m", {"tie_word_embeddings": True}, 695_266_944),
-        ("gpt_750m", {"lm_head_bias": False}, 759_605_760),
-        ("llama_700m", {}, 698_911_104),
-        ("llama_700m", {"lm_head_bias": False}, 698_860_800),
-        ("llama", {"vocab_size": 32_000}, 6_738_415_616),
-        ("llama_tiny", {}, 1_411_712),
-        ("qwen3_0_6b", {}, 596_049_920),
-        ("qwen3_0_6b", {"tie_word_embeddings": False}, 751_632_384),
-        ("qwen3_tiny", {}, 1_411_840),
+        ("neobert base", {}, 221_665_536),
+        ("neobert base", {"tie_word_embeddings": False}, 245_106_432),
+        ("neobert base", {"vocab_size": 32_000}, 222_800_640),
+        ("neobert 100m", {}, 109_529_856),
+        ("neobert tiny", {}, 1_444_480),
+        ("bert base", {}, 109_514_298),
+        ("bert small", {}, 28_795_194),
+        ("bert mini", {}, 11_201_594),
+        ("bert tiny", {}, 4_416_698),
+        ("gpt2 small", {}, 124_439_808),
+        ("gpt2 medium", {}, 354_823_168),
+        ("gpt2 large", {}, 774_030_080),
+        ("gpt2 xl", {}, 1_557_611_200),
+        ("gpt2 tiny", {}, 1_510_912),
+        ("gpt2 750m", {}, 759_656_064),
+        ("gpt2 750m", {"tie_word_embeddings": True}, 695_266_944),
+        ("gpt2 750m", {"lm_head_bias": False}, 759_605_760),
+        ("llama 700m", {}, 698_911_104),
+        ("llama 700m", {"lm_head_bias": False}, 698_860_800),
+        ("llama 7b", {"vocab_size": 32_000}, 6_738_415_616),
+        ("llama tiny", {}, 1_411_712),
+        ("qwen3 0.6b", {}, 596_049_920),
+        ("qwen3 0.6b", {"tie_word_embeddings": False}, 751_632_384),
+        ("qwen3 tiny", {}, 1_411_840),
     ],
 )
 def test_named_sizes(name, arguments, parameters):
-    builder = getattr(models, name)
+    family, size = name.split()
     with torch.device("meta"):
-        model = builder(**arguments)
+        model = getattr(models, family)(size, **arguments)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert model.config.vocab_size == model.head.weight.shape[0]
-    if not arguments:
-        assert f"{parameters:,}" in builder.__doc__
 
 
-def test_the_documented_table_is_what_the_builders_make():
-    page = Path(__file__).parents[2] / "docs" / "models.md"
-    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) x ([\d,]+) \|(.*)\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    mixtures = [(name, others.split("|")) for name, _, _, others in rows if others.count("|") == 2]
-    rows = [row for row in rows if row[3].count("|") == 3]
-    assert len(rows) >= 10 and len(mixtures) >= 4
-    for name, (_, parameters, active) in mixtures:
+def test_the_documented_table_is_what_ls_prints():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert models_table() in page
+
+
+def test_unknown_sizes_and_keys_are_refused():
+    with pytest.raises(UserError) as error:
+        models.neobert("huge")
+    assert (error.value.code, error.value.key) == ("unknown_size", "size")
+    with pytest.raises(TypeError):
+        models.neobert("tiny", hidden=3)
+    with pytest.raises(TypeError):
+        models.neobert("tiny", 64)
+
+
+def test_help_shows_the_defaults_and_what_each_key_means():
+    for builder in models.FAMILY_BUILDERS:
         with torch.device("meta"):
-            model = getattr(models, name)()
-        counted = sum(parameter.numel() for parameter in model.parameters()), models.active_parameters(model)
-        assert counted == (int(parameters.replace(",", "")), int(active.replace(",", ""))), name
-    for name, layers, width, others in rows:
-        heads, positions, vocabulary, parameters = (cell.strip() for cell in others.split("|"))
-        with torch.device("meta"):
-            model = getattr(models, name)()
-        config = model.config
-        found = [config.num_hidden_layers, config.hidden_size, config.max_position_embeddings, config.vocab_size]
-        found.append(sum(parameter.numel() for parameter in model.parameters()))
-        told = [int(cell.replace(",", "")) for cell in (layers, width, positions, vocabulary, parameters)]
-        assert told == found, name
-        attention = model.blocks[0].self_attn
-        expected = f"{attention.num_heads}"
-        if attention.num_kv_heads != attention.num_heads:
-            expected += f", {attention.num_kv_heads}"
-        if attention.head_dim * attention.num_heads != config.hidden_size:
-            expected += f" of {attention.head_dim}"
-        assert heads == expected, name
+            model = builder()
+        for name, parameter in list(inspect.signature(builder).parameters.items())[1:-1]:
+            assert f"\n    {name}: " in builder.__doc__, (builder, name)
+            value = getattr(model.config, name)
+            assert value == parameter.default or parameter.default is None, (builder, name)
 
 
 def test_builders_pass_every_argument_on():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     neobert = {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 99, "rope_theta": 7.0}
-    neobert |= {"rms_norm_eps": 0.5, "tie_word_embeddings": False, "initializer_range": 0.3}
+    neobert |= {"head_dim": 6, "rms_norm_eps": 0.5, "tie_word_embeddings": False, "initializer_range": 0.3}
     bert = {"intermediate_size": 24, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
     bert |= {"max_position_embeddings": 99, "type_vocab_size": 3, "layer_norm_eps": 0.5, "initializer_range": 0.3}
     common = {"intermediate_size": 24, "max_position_embeddings": 99, "tie_word_embeddings": False}
@@ -110,7 +108,7 @@ def test_builders_pass_every_argument_on():
     ]
     for builder, keys in families:
         arguments = sizes | keys
-        assert set(inspect.signature(builder).parameters) - {"seed"} == set(arguments), builder
+        assert set(inspect.signature(builder).parameters) - {"seed", "size"} == set(arguments), builder
         model = builder(**arguments, seed=3)
         assert {key: getattr(model.config, key) for key in arguments} == arguments
         again = builder(**arguments, seed=3)
@@ -120,12 +118,34 @@ def test_builders_pass_every_argument_on():
         assert abs(model.head.weight.std().item() - 0.3) < 0.02
 
 
-@pytest.mark.parametrize("family", ["bert", "neobert", "gpt2", "llama", "qwen3", "moe", "olmoe"])
-def test_a_model_that_does_not_go_with_rows_or_tokenizer_is_refused(family):
+@pytest.mark.parametrize("builder", models.FAMILY_BUILDERS)
+def test_a_model_that_does_not_fit_the_rows_or_the_tokenizer_is_refused(builder):
     with torch.device("meta"):
-        model = getattr(models, f"{family}_tiny")(vocab_size=100, max_position_embeddings=32)
+        model = builder(next(iter(builder.sizes)), vocab_size=100, max_position_embeddings=32)
     models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100), 32)
-    with pytest.raises(UserError, match="the tokenizer has 101 tokens and the model 100 rows"):
-        models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=101), 32)
-    with pytest.raises(UserError, match="seq_len=33 is more than the model's max_position_embeddings=32"):
-        models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100), 33)
+    for vocab_size, seq_len, code in ((101, 32, "vocab_too_large"), (100, 33, "seq_len_too_long")):
+        with pytest.raises(UserError) as error:
+            models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=vocab_size), seq_len)
+        assert error.value.code == code
+    causal = builder not in (models.neobert, models.bert)
+    models.check_causal(model, causal)
+    with pytest.raises(UserError) as error:
+        models.check_causal(model, not causal)
+    assert error.value.code == "wrong_direction"
+
+
+def test_a_foreign_module_passes_every_check():
+    module = nn.Linear(2, 2)
+    models.check_tokenizer_compatibility(module, SimpleNamespace(vocab_size=100), 32)
+    for causal in (False, True):
+        models.check_causal(module, causal)
+
+
+def test_no_attribute_hides_a_module_of_its_package():
+    hidden = []
+    for found in pkgutil.walk_packages(torchrecipes.__path__, "torchrecipes."):
+        package, _, name = found.name.rpartition(".")
+        importlib.import_module(found.name)
+        if not inspect.ismodule(getattr(importlib.import_module(package), name)):
+            hidden.append(found.name)
+    assert hidden == []

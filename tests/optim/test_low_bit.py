@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchrecipes.errors import UserError
-from torchrecipes.models import neobert_base
+from torchrecipes.models import neobert
 from torchrecipes.optim import adamw, adamw_4bit, adamw_8bit, linear
 
 BOTH = pytest.mark.parametrize("make", [adamw_8bit, adamw_4bit])
@@ -107,7 +107,7 @@ def test_what_the_averages_take(make, bytes_per_value):
 def test_the_page_says_what_the_averages_take():
     page = (Path(__file__).parents[2] / "docs/precision-and-memory.md").read_text(encoding="utf-8")
     with torch.device("meta"):
-        sizes = [parameter.numel() for parameter in neobert_base().parameters()]
+        sizes = [parameter.numel() for parameter in neobert("base").parameters()]
 
     def average(size, code, block_size):
         return size * code + size / block_size * 4 if size >= 4096 and size % block_size == 0 else size * 4

@@ -49,7 +49,14 @@ def test_matrices_are_updated_as_by_torch(scale, theirs, nesterov):
 
 def test_what_is_no_hidden_matrix_is_updated_as_by_adamw():
     torch.manual_seed(0)
-    model = llama(31, 16, 1, 2, intermediate_size=24, tie_word_embeddings=False)
+    model = llama(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=False,
+    )
     reference = copy.deepcopy(model)
     optimizer = muon(model, adamw_lr=3e-2, adamw_betas=(0.8, 0.9), adamw_eps=1e-6, adamw_weight_decay=0.2)
     expected = adamw(reference, lr=3e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
@@ -65,7 +72,14 @@ def test_what_is_no_hidden_matrix_is_updated_as_by_adamw():
 
 
 def test_what_goes_where():
-    model = llama(31, 16, 1, 2, intermediate_size=24, tie_word_embeddings=False)
+    model = llama(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=False,
+    )
     block = "blocks.0."
     assert names(muon(model)) == [
         ("muon", {f"{block}self_attn.{n}_proj.weight" for n in ("qkv", "o")}
@@ -74,7 +88,14 @@ def test_what_goes_where():
         ("adamw", {"embedding.weight", "norm.weight", f"{block}input_layernorm.weight",
                    f"{block}post_attention_layernorm.weight"}),
     ]  # fmt: skip
-    tied = llama(31, 16, 1, 2, intermediate_size=24, tie_word_embeddings=True)
+    tied = llama(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=True,
+    )
     assert [kind for kind, _ in names(muon(tied))] == ["muon", "adamw"]
 
     mixture = MoE(16, 8, 4, 2, router="mlp", shared_intermediate_size=8)
@@ -143,7 +164,14 @@ def test_a_transformers_model():
 
 def test_fused_matrices_are_made_orthogonal_part_by_part():
     torch.manual_seed(0)
-    model = llama(31, 16, 1, 4, num_key_value_heads=2, intermediate_size=24)
+    model = llama(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+    )
     optimizer = muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, ns_dtype="fp32")
     before = copy.deepcopy(model.state_dict())
     give_gradients(model, seed=1)
@@ -227,7 +255,14 @@ def test_a_state_goes_on_where_it_was():
 def test_a_guard_skips_steps_without_waiting_for_the_device(make, waits, bad):
     def train(steps, guard=None):
         torch.manual_seed(0)
-        model = llama(31, 16, 1, 2, intermediate_size=24, attention_bias=True)
+        model = llama(
+            vocab_size=31,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            attention_bias=True,
+        )
         optimizer = make(model, weight_decay=0.1)
         for step in steps:
             model(torch.arange(6)[None])
@@ -245,7 +280,10 @@ def test_a_guard_skips_steps_without_waiting_for_the_device(make, waits, bad):
             f"{n} {k}": x for n, s in optimizer.state_dict()["state"].items() for k, x in s.items()
         }
 
-    assert _skips_on_device(make(llama(31, 16, 1, 2))) is not waits
+    assert (
+        _skips_on_device(make(llama(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)))
+        is not waits
+    )
     expected = train(step for step in range(4) if step not in bad)
     for name, value in train(range(4), Guard()).items():
         assert torch.equal(value, expected[name]), name
@@ -292,6 +330,6 @@ def test_nothing_to_train():
 def test_the_page_shows_the_groups_of_its_example():
     page = (Path(__file__).parents[2] / "docs/optimizers.md").read_text(encoding="utf-8")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    model = llama(1024, **sizes, tie_word_embeddings=False)
+    model = llama(vocab_size=1024, **sizes, tie_word_embeddings=False)
     table = describe_param_groups(muon(model, lr=0.02, adamw_lr=3e-3, weight_decay=0.1))
     assert re.search(r"^```text\n(.*?)\n```", page, re.MULTILINE | re.DOTALL)[1] == table

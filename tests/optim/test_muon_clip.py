@@ -18,7 +18,16 @@ STILL = {"lr": 0.0, "adamw_lr": 0.0}  # so that what is seen after the step is t
 
 def model(layers=2, bias=True, key_heads=2, **config):
     torch.manual_seed(0)
-    net = llama(31, 16, layers, 4, num_key_value_heads=key_heads, intermediate_size=24, attention_bias=bias, **config)
+    net = llama(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=key_heads,
+        intermediate_size=24,
+        attention_bias=bias,
+        **config,
+    )
     with torch.no_grad():
         for number, block in enumerate(net.blocks):
             projection = block.self_attn.qkv_proj
@@ -197,7 +206,17 @@ def test_compiled_blocks_have_two_graphs(monkeypatch):
 
 def test_a_norm_of_queries_and_keys_is_refused():
     with pytest.raises(UserError, match=r"blocks\.0\.self_attn has a norm .* bounds the logits already\. Use torchrec"):
-        muon_clip(qwen3(31, 16, 1, 4, num_key_value_heads=2, head_dim=4, intermediate_size=24))
+        muon_clip(
+            qwen3(
+                vocab_size=31,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=4,
+                intermediate_size=24,
+            )
+        )
 
 
 def test_wrong_values_are_all_named():
@@ -234,7 +253,8 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 
 def train(mesh):
-    net = llama(31, 12, 2, 6, num_key_value_heads=2, intermediate_size=24, attention_bias=True)  # 20 rows, 3 ranks
+    net = llama(vocab_size=31, hidden_size=12, num_hidden_layers=2, num_attention_heads=6,
+                num_key_value_heads=2, intermediate_size=24, attention_bias=True)  # 20 rows, 3 ranks
     torch.manual_seed(0)
     with torch.no_grad():
         for block in net.blocks:

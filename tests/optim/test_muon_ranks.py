@@ -33,8 +33,8 @@ class Model(nn.Module):
         super().__init__()
         # Sizes that 2 and 3 ranks do not divide, and a matrix with fewer rows than ranks.
         self.blocks = nn.ModuleList([Experts(5), nn.Linear(17, 23), nn.Linear(6, 1), nn.Linear(16, 8)])
-        self.decoder = llama(41, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                             intermediate_size=31, tie_word_embeddings=False)
+        self.decoder = llama(vocab_size=41, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=2, intermediate_size=31, tie_word_embeddings=False)
 
 orthogonalize, counts = module.orthogonalize, {}
 
@@ -143,7 +143,7 @@ tokenizer = train_wordpiece([Document("a small text for a small tokenizer, " * 3
 
 def make(seed):
     with torch.device("meta"):
-        model = llama(62, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        model = llama(vocab_size=62, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                       intermediate_size=31, tie_word_embeddings=False, seed=seed)
     parallelize(model, strategy, run.device, torch.float32)
     init_on_device(model, run.device, seed)

@@ -144,9 +144,7 @@ def test_a_decoder_without_head_gets_a_new_one(tmp_path, family):
     theirs.save_pretrained(tmp_path)
     reports = []
     ours = load_hf(tmp_path, seed=4, report=reports.append).eval()
-    assert [line.removeprefix(str(tmp_path)) for line in reports] == [
-        " has no language-model head: head.decoder.weight start from seed 4"
-    ]
+    assert len(reports) == 1 and "head.decoder.weight" in reports[0]
     input_ids = torch.arange(40).view(2, 20)
     assert (ours(input_ids) - theirs(input_ids=input_ids).last_hidden_state).abs().max() <= 1e-5
 

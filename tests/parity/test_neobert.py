@@ -65,7 +65,16 @@ def test_theirs_loads_here(tmp_path, changes, padded):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("loader", [EuroBertForMaskedLM, AutoModelForMaskedLM])
 def test_ours_loads_there(tmp_path, loader, tied, padded):
-    ours = neobert(101, 48, 3, 4, 40, tie_word_embeddings=tied, initializer_range=0.1, rope_theta=500.0)
+    ours = neobert(
+        vocab_size=101,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=40,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        rope_theta=500.0,
+    )
     save_hf(ours, tmp_path)
     theirs, info = loader.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
@@ -89,7 +98,7 @@ def test_shards_and_missing_heads(tmp_path):
     EuroBertModel(config()).save_pretrained(tmp_path / "untied")
     reports = []
     first, second = (load_hf(tmp_path / "untied", seed=4, report=reports.append) for _ in range(2))
-    assert reports[0].endswith("has no masked-LM head: head.decoder.weight start from seed 4")
+    assert "head.decoder.weight" in reports[0]
     assert torch.equal(first.head.weight, second.head.weight)
     assert abs(first.head.weight.std().item() - 0.1) < 0.005
 

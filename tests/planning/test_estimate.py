@@ -104,7 +104,7 @@ def test_the_peak_is_that_of_real_steps(kind, sizes, settings):
 
 def test_parameters_and_their_shares():
     found = estimate_run(config_of("precision=bf16"), device="h200", world_size=8)
-    model = neobert(8192, 128, 3, 4, 256)
+    model = neobert(vocab_size=8192, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert found["parameters"]["total"] == found["parameters"]["active"] == count
     assert found["parameters"]["embedding"] == 8192 * 128
@@ -136,7 +136,13 @@ def test_an_optimizer_on_the_cpu_takes_nothing_of_a_gpu():
 
 def test_model_and_tokenizer_from_a_folder(tmp_path):
     tokenizer = train_wordpiece([Document("one two three four", "here")], vocab_size=320)
-    model = bert(tokenizer.vocab_size, 128, 2, 2, 256)
+    model = bert(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+    )
     save_hf(model, tmp_path, tokenizer)
     count = sum(parameter.numel() for parameter in model.parameters())
     loaded = estimate_run(config_of(f"init_from={tmp_path}"), device="h200")

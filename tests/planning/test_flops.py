@@ -1,4 +1,3 @@
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -8,18 +7,24 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchrecipes.models import bert, decoder, gpt2, llama, neobert, qwen3
+from torchrecipes.models import bert, gpt2, llama, neobert, qwen3, transformer
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.modules import AttentionBackend, MoE
 from torchrecipes.planning.flops import causal_flops_per_token, mlm_flops_per_token, peak_flops
 
-gpt2_module = sys.modules["torchrecipes.models.families.gpt2"]  # the package has a function of this name
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+}
 
 
 @pytest.mark.parametrize("kind", [neobert, bert])
 def test_the_formula_counts_what_a_step_does(kind):
     """Against PyTorch's own count of a dense step; norms and activations are not matrix products and are left out."""
-    model = kind(512, 64, 3, 4, 192)
+    model = kind(**SIZES)
     rows, row_len, masked = 2, 128, 0.25
     # Of attention only the plain form is counted by PyTorch.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -33,7 +38,7 @@ def test_the_formula_counts_what_a_step_does(kind):
 @pytest.mark.parametrize("kind", [gpt2, llama, qwen3])
 def test_the_formula_of_decoders_counts_what_a_step_does(kind):
     """Against PyTorch's own count of a dense step, whose plain attention computes the whole square of scores."""
-    model = kind(512, 64, 3, 4, 192)
+    model = kind(**SIZES)
     rows, row_len = 2, 128
     # Both forms of attention that PyTorch does not count are replaced: by the plain one, without a mask.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, plain_attention():
@@ -53,10 +58,7 @@ def plain_attention():
     def backend(*_args, **_settings):
         return AttentionBackend("sdpa")
 
-    with (
-        mock.patch.object(decoder, "choose_attention_backend", backend),
-        mock.patch.object(gpt2_module, "choose_attention_backend", backend),
-    ):
+    with mock.patch.object(transformer, "choose_attention_backend", backend):
         yield
 
 

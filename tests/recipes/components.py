@@ -15,7 +15,14 @@ def nothing(model=None):
 
 
 def larger(vocab_size):
-    model = llama(vocab_size, 32, 1, 2, intermediate_size=64, max_position_embeddings=64)
+    model = llama(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     model.extra = nn.Linear(3, 3)
     return model
 

@@ -208,7 +208,7 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
         (["lr_scheduler.warmup_steps=50"], "lr_scheduler.warmup_steps: 50 is not between 0 and max_steps"),
         (["optimizer.lr=-1"], "override 'optimizer.lr=-1': optimizer.lr: -1.0"),
         (["model.num_attention_heads=3"], r"model: hidden_size \(32\) must be a multiple"),
-        ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model: Bert is an encoder.* mlm_pretrain"),
+        ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model: bert is an encoder.* mlm_pretrain"),
         ([f"model={MODELS['qwen3_moe']}", "data.packing=false"], "data.packing: false fills rows up with padding"),
         ([f"model={MODELS['qwen3_moe']}", "model.num_experts_per_tok=9"], "num_experts_per_tok=9 is more than"),
         (
@@ -268,9 +268,9 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(train):
 
 
 def test_a_decoder_is_no_model_for_masked_tokens(capsys):
-    words = ["mlm_pretrain", "--config", "neobert/quickstart", "model._component_=torchrecipes.models.gpt2_tiny"]
-    assert main(["validate", *words]) == 2
-    assert "model: GPT2 is a decoder" in capsys.readouterr().err
+    gpt2 = ["model._component_=torchrecipes.models.gpt2", "model.size=tiny"]
+    assert main(["validate", "mlm_pretrain", "--config", "neobert/quickstart", *gpt2]) == 2
+    assert "model: gpt2 is a decoder" in capsys.readouterr().err
 
 
 def test_a_free_mixture_is_loaded_by_this_library_as_the_last_line_says(train, capsys):

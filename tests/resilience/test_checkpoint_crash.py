@@ -24,7 +24,7 @@ from torchrecipes.optim import adamw
 @pytest.fixture(scope="module")
 def parts():
     tokenizer = train_wordpiece([Document("a small text for a small tokenizer, " * 3, "here")], vocab_size=60)
-    model = neobert(64, 16, 2, 2, 32)
+    model = neobert(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     optimizer = adamw(model)
     model.head(model(torch.arange(24).view(2, 12))).square().mean().backward()
     optimizer.step()

@@ -85,7 +85,7 @@ def loss_of(model, tokens=TOKENS):
 @BOTH
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_model_learns(precision, bf16):
-    model = neobert(64, **SIZES)
+    model = neobert(vocab_size=64, **SIZES)
     assert convert(model, precision) == 8
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -112,7 +112,7 @@ def test_names_stay_and_so_do_embedding_and_head(make):
 @BOTH
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputed_activations_give_the_same_gradients(precision, mode):
-    models = [neobert(64, **SIZES) for _ in range(2)]
+    models = [neobert(vocab_size=64, **SIZES) for _ in range(2)]
     for model in models:
         convert(model, precision)
     apply_activation_checkpointing(models[1], mode)
@@ -141,7 +141,7 @@ def test_only_layers_that_gain_from_it(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 def test_other_precisions_change_nothing(precision):
-    model = neobert(64, **SIZES)
+    model = neobert(vocab_size=64, **SIZES)
     assert convert_to_float8(model, precision, device=CPU) == 0
     assert all(type(module).__module__.startswith(("torch.", "torchrecipes.")) for module in model.modules())
 
@@ -168,7 +168,7 @@ def test_a_device_without_float8_is_refused(precision, monkeypatch):
 def two_ranks(rank, store, answers):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for precision, dtype in (("float8", None), ("float8_rowwise", None), ("float8", torch.bfloat16)):
-        alone, model = neobert(64, **SIZES), neobert(64, **SIZES)
+        alone, model = neobert(vocab_size=64, **SIZES), neobert(vocab_size=64, **SIZES)
         for each in (alone, model):
             convert(each, precision)
         apply_activation_checkpointing(model, "selective")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchrecipes.errors import UserError
-from torchrecipes.models import neobert_tiny
+from torchrecipes.models import neobert
 from torchrecipes.training.precision import autocast, resolve_dtype, set_deterministic
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_deterministic_refuses_what_depends_on_the_order_of_threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_trains_deterministically(dtype):
     set_deterministic()
-    model = neobert_tiny(64).train()
+    model = neobert("tiny", vocab_size=64).train()
     documents = torch.tensor([0, 10, 32, 64], dtype=torch.int32)
     with autocast(CPU, dtype):
         hidden = model(torch.arange(64).view(2, 32), cu_seqlens=documents, max_seqlen=32)

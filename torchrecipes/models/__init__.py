@@ -1,94 +1,73 @@
-"""Model families: each with its config, its builders by size, and its two-way map to the Hugging Face key_map."""
+"""Model families, and models to and from Hugging Face folders.
 
-from torchrecipes.models.compatibility import check_positions, check_tokenizer_compatibility
-from torchrecipes.models.decoder import Decoder
-from torchrecipes.models.families.bert import Bert, BertConfig, bert, bert_base, bert_mini, bert_small, bert_tiny
-from torchrecipes.models.families.custom_moe import MoEConfig, moe, moe_500m
-from torchrecipes.models.families.gpt2 import (
-    GPT2,
-    GPT2Config,
-    gpt2,
-    gpt2_large,
-    gpt2_medium,
-    gpt2_small,
-    gpt2_tiny,
-    gpt2_xl,
-    gpt_750m,
-)
-from torchrecipes.models.families.llama import LlamaConfig, llama, llama_700m, llama_tiny
-from torchrecipes.models.families.neobert import (
-    NeoBert,
-    NeoBertConfig,
-    neobert,
-    neobert_100m,
-    neobert_base,
-    neobert_tiny,
-)
-from torchrecipes.models.families.olmoe import OlmoeConfig, olmoe, olmoe_tiny
-from torchrecipes.models.families.qwen3 import Qwen3Config, qwen3, qwen3_0_6b, qwen3_tiny
-from torchrecipes.models.families.qwen3_moe import Qwen3MoeConfig, moe_1_5b, moe_1b, moe_tiny, qwen3_moe
+| file              | what                                                                         |
+|-------------------|------------------------------------------------------------------------------|
+| transformer       | `Transformer`, the one network behind the families                           |
+| families/         | one file per family: config, sizes, blocks, Hugging Face layout              |
+| builder           | makes a family's function, `neobert(size, *, vocab_size, ...)`               |
+| decoder, experts  | what several families share                                                  |
+| hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
+| hub               | loads and saves folders                                                      |
+| config_json       | reads a foreign config.json                                                  |
+| stored_tensors    | reads safetensors lazily                                                     |
+| locate            | finds the model folder of a run                                              |
+| transformers_model| `from_transformers`: any causal or masked model of `transformers`            |
+| compatibility     | checks that model, tokenizer, row length and objective fit                   |
+| param_count       | active parameters                                                            |
+"""
+
+from torchrecipes.models.compatibility import check_causal, check_positions, check_tokenizer_compatibility
+from torchrecipes.models.families.bert import bert
+from torchrecipes.models.families.custom_moe import moe
+from torchrecipes.models.families.gpt2 import gpt2
+from torchrecipes.models.families.llama import llama
+from torchrecipes.models.families.neobert import neobert
+from torchrecipes.models.families.olmoe import olmoe
+from torchrecipes.models.families.qwen3 import qwen3
+from torchrecipes.models.families.qwen3_moe import qwen3_moe
+from torchrecipes.models.hf_adapter import HFAdapter
 from torchrecipes.models.hub import (
-    check_family,
+    architecture_differences,
     hf_config,
     hf_state_dict,
     load_hf,
+    load_hf_weights,
     loading_hint,
     meta_model_from_hf,
     save_hf,
+    stop_token_ids,
 )
+from torchrecipes.models.locate import has_hf_config, resolve_model_folder
 from torchrecipes.models.param_count import active_parameters
+from torchrecipes.models.transformer import Transformer
+
+FAMILY_BUILDERS = (neobert, bert, gpt2, llama, qwen3, qwen3_moe, olmoe, moe)
 
 __all__ = [
-    "GPT2",
-    "Bert",
-    "BertConfig",
-    "Decoder",
-    "GPT2Config",
-    "LlamaConfig",
-    "MoEConfig",
-    "NeoBert",
-    "NeoBertConfig",
-    "OlmoeConfig",
-    "Qwen3Config",
-    "Qwen3MoeConfig",
+    "FAMILY_BUILDERS",
+    "HFAdapter",
+    "Transformer",
     "active_parameters",
+    "architecture_differences",
     "bert",
-    "bert_base",
-    "bert_mini",
-    "bert_small",
-    "bert_tiny",
-    "check_family",
+    "check_causal",
     "check_positions",
     "check_tokenizer_compatibility",
     "gpt2",
-    "gpt2_large",
-    "gpt2_medium",
-    "gpt2_small",
-    "gpt2_tiny",
-    "gpt2_xl",
-    "gpt_750m",
+    "has_hf_config",
     "hf_config",
     "hf_state_dict",
     "llama",
-    "llama_700m",
-    "llama_tiny",
     "load_hf",
+    "load_hf_weights",
     "loading_hint",
     "meta_model_from_hf",
     "moe",
-    "moe_1_5b",
-    "moe_1b",
-    "moe_500m",
-    "moe_tiny",
     "neobert",
-    "neobert_100m",
-    "neobert_base",
-    "neobert_tiny",
     "olmoe",
-    "olmoe_tiny",
     "qwen3",
-    "qwen3_0_6b",
     "qwen3_moe",
-    "qwen3_tiny",
+    "resolve_model_folder",
     "save_hf",
+    "stop_token_ids",
 ]

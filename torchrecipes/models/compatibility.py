@@ -1,4 +1,4 @@
-"""Whether a model's sizes are sizes, and whether model, tokenizer and row length go together."""
+"""Checks that sizes are valid, and that a model fits the tokenizer, the row length and the objective."""
 
 from dataclasses import fields
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.models.hf_adapter import HFAdapter
 
 
 def check_sizes(config: Any) -> None:
@@ -15,42 +16,69 @@ def check_sizes(config: Any) -> None:
         config: a dataclass.
 
     Raises:
-        UserError: names those that are not.
+        UserError: `bad_size`, naming those that are not.
     """
     sizes = {field.name: getattr(config, field.name) for field in fields(config) if field.type is not float}
     low = [f"{name}={size}" for name, size in sizes.items() if type(size) is int and size < 1]
     if low:
-        raise UserError(f"model: {', '.join(low)}: sizes are 1 or more.")
+        raise UserError(f"{', '.join(low)}: sizes are 1 or more", code="bad_size")
+
+
+def check_causal(model: nn.Module, causal: bool) -> None:
+    """Checks that a model is a decoder where one is needed, or an encoder; a model that is not ours passes.
+
+    Args:
+        model: any module.
+        causal: whether the next token is predicted, from those before it only.
+
+    Raises:
+        UserError: `wrong_direction`.
+    """
+    if not isinstance(getattr(model, "hf_adapter", None), HFAdapter) or model.causal == causal:
+        return
+    name = model.config.model_type
+    if causal:
+        problem = f"{name} is an encoder: it sees the tokens that are to be predicted"
+        raise UserError(problem, key="model", hint="Train it with mlm_pretrain", code="wrong_direction")
+    problem = f"{name} is a decoder: it sees no later token"
+    raise UserError(problem, key="model", hint="Train it with causal_pretrain", code="wrong_direction")
 
 
 def check_tokenizer_compatibility(model: nn.Module, tokenizer, seq_len: int) -> None:
-    """Checks that the model has a row for every token and a position for every place in a row.
+    """Checks that the model has an embedding for every token and a position for every place in a row.
+
+    A model without a `config` that says so passes.
 
     Args:
-        model: has `config.vocab_size` and `config.max_position_embeddings`.
+        model: may have `config.vocab_size` and `config.max_position_embeddings`.
         tokenizer: has `vocab_size`.
         seq_len: tokens per row.
 
     Raises:
-        UserError: it has not; the message names the setting to change.
+        UserError: `vocab_too_large` or `seq_len_too_long`.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    if rows is not None and tokenizer.vocab_size > rows:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {model.config.vocab_size:,} rows for "
-            "them. Take the model's own tokenizer, with pad_vocab_to_multiple_of: 1 if it was made without inert "
-            "tokens."
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's embedding {rows:,} rows",
+            key="tokenizer",
+            hint="Use the model's own tokenizer, with pad_vocab_to_multiple_of: 1 if it was made without padding",
+            code="vocab_too_large",
         )
     check_positions(model, seq_len)
 
 
 def check_positions(model: nn.Module, seq_len: int) -> None:
-    """Checks that the model has a position for every place in a row.
+    """Checks that the model has a position for every place in a row; one without a config that says so passes.
 
     Raises:
-        UserError: it has not; the message names the setting to change.
+        UserError: `seq_len_too_long`.
     """
-    if seq_len > model.config.max_position_embeddings:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
         raise UserError(
-            f"seq_len={seq_len} is more than the model's max_position_embeddings="
-            f"{model.config.max_position_embeddings}. Lower seq_len, or raise model.max_position_embeddings."
+            f"{seq_len} is more than the model's max_position_embeddings ({positions})",
+            key="seq_len",
+            hint="Lower seq_len, or raise model.max_position_embeddings",
+            code="seq_len_too_long",
         )

@@ -1,248 +1,190 @@
-"""The decoder of LLaMA and its kin: RMSNorm pre-norm, RoPE, grouped-query attention (Touvron et al. 2023,
-arXiv:2302.13971), and what their Hugging Face layouts have in common. A family says what its blocks are.
+"""What the families with RMSNorm, RoPE and SwiGLU share: checks, blocks, and their Hugging Face layout.
+
+The layout is that of LLaMA in `transformers`; NeoBERT, an encoder, has it as well.
 """
 
-import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchrecipes.errors import UserError
-from torchrecipes.models.hf_adapter import KeyMap
-from torchrecipes.modules import (
-    KVCache,
-    LMHead,
-    RMSNorm,
-    choose_attention_backend,
-    compute_dtype,
-    init_weights,
-    rope_cos_sin,
-    to_residual_dtype,
-)
+from torchrecipes.models.compatibility import check_sizes
+from torchrecipes.models.hf_adapter import HFAdapter, KeyMap
+from torchrecipes.models.transformer import Transformer
+from torchrecipes.modules import MoE, MoEBlock, PreNormBlock, RMSNorm, SelfAttention
 from torchrecipes.modules.rotary import ROPE_SCALING_KEYS
-
-
-class Decoder(nn.Module):
-    """Embedding, blocks, last norm and head of a causal language model, with initial weights drawn from `seed`.
-
-    Attributes:
-        routing: of the last forward pass, what the MoE blocks' routers did: a NamedTuple of tensors with a leading
-            dimension for the MoE layers. None for a dense model.
-        router_loss: of the last forward pass, what to add to the sum of the tokens' losses for the routers' sake:
-            `(router_aux_loss_coef * aux + router_z_loss_coef * z) * tokens`, means over the MoE layers. 0.0 for a
-            dense model.
-
-    Args:
-        config: has the keys of `LlamaConfig`.
-        blocks: called as `block(x_BSD, rotary, backend, cache)`; one that returns (x_BSD, routing) is an MoE block.
-        seed: of the initial weights.
-    """
-
-    def __init__(self, config: Any, blocks: Iterable[nn.Module], *, seed: int = 0):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        tie_to = self.embedding if config.tie_word_embeddings else None
-        bias = getattr(config, "lm_head_bias", False)
-        self.head = LMHead(config.hidden_size, config.vocab_size, tie_to=tie_to, bias=bias)
-        self.routing, self.router_loss = None, 0.0
-        self.init_weights(seed)
-
-    def init_weights(self, seed: int) -> None:
-        """Sets every parameter to its initial value; those on the meta device stay as they are."""
-        std = self.config.initializer_range
-        init_weights(self, seed=seed, std=std, residual_std=std / math.sqrt(2 * self.config.num_hidden_layers))
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Final hidden states, normalized, as `model.head` takes them. A token sees those before it in its document.
-
-        Args:
-            input_ids: `[B, S]` integers.
-            position_ids: `[B, S]` or `[1, S]`, each token's position in its document. None: 0 to S - 1 in every row.
-            cu_seqlens: `[documents + 1]`, document boundaries over the B * S flattened tokens; see
-                `choose_attention_backend`.
-                None: every row is one document.
-            max_seqlen: upper bound on a document's length. None: S.
-            cache: keys and values of the tokens before these, which are added to it at `position_ids`: every row is
-                one document then, and no `cu_seqlens` are taken.
-
-        Returns:
-            `[B, S, D]`.
-        """
-        hidden_BSD = to_residual_dtype(self.embedding(input_ids))
-        dtype = compute_dtype(hidden_BSD)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        if cache is None:
-            layers = [None] * len(self.blocks)
-            backend = choose_attention_backend(
-                cu_seqlens,
-                tuple(input_ids.shape),
-                max_seqlen=max_seqlen,
-                causal=True,
-                dropout_p=self.config.attention_dropout if self.training else 0.0,
-                device=input_ids.device,
-                dtype=dtype,
-            )
-        else:
-            backend, layers = cache.at(position_ids, dtype)
-        rotary = rope_cos_sin(
-            position_ids, self.config.head_dim, self.config.rope_theta, dtype, self.config.rope_scaling
-        )
-        routings = []
-        for block, layer in zip(self.blocks, layers, strict=True):
-            hidden_BSD = block(hidden_BSD, rotary, backend, layer)
-            if isinstance(hidden_BSD, tuple):
-                hidden_BSD, routing = hidden_BSD
-                routings.append(routing)
-        if routings:
-            self._collect(routings, input_ids.numel())
-        return self.norm(hidden_BSD)
-
-    def _collect(self, routings: list, tokens: int) -> None:
-        routing = type(routings[0])(*(torch.stack(values) for values in zip(*routings, strict=True)))
-        aux = self.config.router_aux_loss_coef * routing.aux_loss.mean()
-        self.router_loss = (aux + self.config.router_z_loss_coef * routing.z_loss.mean()) * tokens
-        self.routing = type(routing)(*(values.detach() for values in routing))
 
 
 def complete_attention_keys(config: Any) -> None:
     """Fills in the optional sizes of a family's frozen config, and checks what attention and RoPE need.
 
     Args:
-        config: has `hidden_size`, `num_attention_heads`, `num_key_value_heads`, `head_dim` and `rope_scaling`.
+        config: has `hidden_size`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, and may have
+            `rope_scaling`.
 
     Raises:
-        UserError: head counts and sizes that do not fit each other, or a RoPE scaling that is not known here.
+        UserError: sizes below 1, head counts and sizes that do not fit each other, or an unknown RoPE scaling.
     """
+    check_sizes(config)
+    heads = config.num_attention_heads
     if config.num_key_value_heads is None:
-        object.__setattr__(config, "num_key_value_heads", config.num_attention_heads)
+        object.__setattr__(config, "num_key_value_heads", heads)
     if config.head_dim is None:
-        if config.hidden_size % config.num_attention_heads:
-            raise UserError(
-                f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
-                f"({config.num_attention_heads}), or head_dim be given"
-            )
-        object.__setattr__(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        if config.hidden_size % heads:
+            problem = f"hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads ({heads})"
+            raise UserError(problem, key="hidden_size", hint="Or give head_dim", code="bad_size")
+        object.__setattr__(config, "head_dim", config.hidden_size // heads)
     if config.head_dim % 2:
-        raise UserError(f"the size of a head, head_dim ({config.head_dim}), must be even, for RoPE")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UserError(
-            f"num_key_value_heads ({config.num_key_value_heads}) must divide "
-            f"num_attention_heads ({config.num_attention_heads})"
-        )
-    if config.rope_scaling is not None:
+        raise UserError(f"{config.head_dim} is odd, and RoPE rotates pairs", key="head_dim", code="bad_size")
+    if heads % config.num_key_value_heads:
+        problem = f"{config.num_key_value_heads} does not divide num_attention_heads ({heads})"
+        raise UserError(problem, key="num_key_value_heads", code="bad_size")
+    if getattr(config, "rope_scaling", None) is not None:
         _check_rope_scaling(config.rope_scaling)
 
 
 def _check_rope_scaling(scaling: dict) -> None:
     kind = scaling.get("rope_type")
     if kind not in ROPE_SCALING_KEYS:
-        raise UserError(f"rope_scaling: rope_type {kind!r} is not supported; {', '.join(ROPE_SCALING_KEYS)} are")
+        hint = f"Supported are {', '.join(ROPE_SCALING_KEYS)}"
+        raise UserError(f"rope_type {kind!r} is not supported", key="rope_scaling", hint=hint, code="bad_rope_scaling")
     wanted = {"rope_type", *ROPE_SCALING_KEYS[kind]}
     wrong = [f"{key} is missing" for key in sorted(wanted - set(scaling))]
-    wrong += [f"{key} is not known here" for key in sorted(set(scaling) - wanted)]
-    values = {key: value for key, value in scaling.items() if key in wanted - {"rope_type"}}
+    wrong += [f"{key} is unknown" for key in sorted(set(scaling) - wanted)]
     wrong += [
         f"{key}: {value!r} is not a number above 0"
-        for key, value in values.items()
-        if type(value) not in (int, float) or value <= 0
+        for key, value in scaling.items()
+        if key in wanted - {"rope_type"} and (type(value) not in (int, float) or value <= 0)
     ]
     if wrong:
-        raise UserError(f"rope_scaling of rope_type {kind}: {'; '.join(wrong)}")
+        raise UserError(f"rope_type {kind}: {'; '.join(wrong)}", key="rope_scaling", code="bad_rope_scaling")
 
 
-# The Hugging Face key_map.
+def decoder_block(config: Any, mlp: nn.Module, *, qk_norm: str | None = None) -> PreNormBlock:
+    """A block with `SelfAttention` and RMSNorm by the config's keys; `qk_norm` as in `SelfAttention`."""
+    return (MoEBlock if isinstance(mlp, MoE) else PreNormBlock)(
+        self_attn=SelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            bias=getattr(config, "attention_bias", False),
+            qk_norm=qk_norm,
+            norm_eps=config.rms_norm_eps,
+        ),
+        mlp=mlp,
+        attention_norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        mlp_norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+    )
 
 
-def read_rope_keys(raw: dict) -> dict:
-    """config.json with RoPE in one form, `rope_theta` and `rope_scaling`: transformers 5 has one key for both."""
-    keys = dict(raw)
-    rope = dict(keys.pop("rope_parameters", None) or {})
-    if "rope_theta" in rope:
-        keys["rope_theta"] = rope.pop("rope_theta")
-    scaling = keys.pop("rope_scaling", None) or rope
-    if isinstance(scaling, dict):
-        scaling = dict(scaling)
-        if "type" in scaling:
-            scaling.setdefault("rope_type", scaling.pop("type"))  # before transformers 4.43
-        scaling.pop("rope_theta", None)
-        if scaling in ({}, {"rope_type": "default"}):
-            scaling = None
-    return keys | {"rope_scaling": scaling}
+def decoder(config: Any, block: Callable[[int], nn.Module], adapter: HFAdapter, seed: int) -> Transformer:
+    """A causal model of such blocks; `block(layer)` builds one."""
+    return Transformer(
+        config,
+        (block(layer) for layer in range(config.num_hidden_layers)),
+        adapter,
+        causal=True,
+        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        attention_dropout=config.attention_dropout,
+        tied=config.tie_word_embeddings,
+        head_bias=getattr(config, "lm_head_bias", False),
+        seed=seed,
+    )
 
 
-def write_rope_keys(keys: dict) -> dict:
-    """The inverse: `rope_parameters`, as transformers 5 writes it."""
-    keys = dict(keys)
-    scaling = keys.pop("rope_scaling") or {"rope_type": "default"}
-    return keys | {"rope_parameters": scaling | {"rope_theta": keys.pop("rope_theta")}}
+class DecoderAdapter(HFAdapter):
+    """The layout of LLaMA and the families like it, with SwiGLU layers; others override `mlp_key_map`."""
+
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    written: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}  # keys of config.json that are always the same
+    optional: ClassVar[frozenset[str]] = frozenset({"lm_head_bias", "router_z_loss_coef"})  # ours; written if set
+    qk_norm: str | None = None
+
+    @staticmethod
+    def read_keys(raw: dict) -> dict:
+        """RoPE in one form, `rope_theta` and `rope_scaling`: transformers 5 has one key for both."""
+        keys = dict(raw)
+        rope = dict(keys.pop("rope_parameters", None) or {})
+        if "rope_theta" in rope:
+            keys["rope_theta"] = rope.pop("rope_theta")
+        scaling = keys.pop("rope_scaling", None) or rope
+        if isinstance(scaling, dict):
+            scaling = dict(scaling)
+            if "type" in scaling:
+                scaling.setdefault("rope_type", scaling.pop("type"))  # before transformers 4.43
+            scaling.pop("rope_theta", None)
+            if scaling in ({}, {"rope_type": "default"}):
+                scaling = None
+        return keys | {"rope_scaling": scaling}
+
+    def write_keys(self) -> dict:
+        """As transformers 5 writes it, with `rope_parameters`."""
+        keys = {key: value for key, value in asdict(self.config).items() if value or key not in self.optional}
+        rope = keys.pop("rope_scaling", None) or {"rope_type": "default"}
+        keys["rope_parameters"] = rope | {"rope_theta": keys.pop("rope_theta")}
+        names = {"architectures": [self.architecture], "model_type": self.config.model_type}
+        return (
+            names
+            | {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()}
+            | (self.written)
+        )
+
+    @cached_property
+    def key_map(self) -> KeyMap:
+        """Our parameter name -> the tensors that it stacks."""
+        config = self.config
+        hidden, size = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+        key_map = {"embedding.weight": [("model.embed_tokens.weight", config.vocab_size)]}
+        for layer in range(config.num_hidden_layers):
+            ours, hf = f"blocks.{layer}", f"model.layers.{layer}"
+            for kind in ("weight", "bias") if getattr(config, "attention_bias", False) else ("weight",):
+                key_map[f"{ours}.self_attn.qkv_proj.{kind}"] = [
+                    (f"{hf}.self_attn.q_proj.{kind}", queries),
+                    (f"{hf}.self_attn.k_proj.{kind}", keys),
+                    (f"{hf}.self_attn.v_proj.{kind}", keys),
+                ]
+                key_map[f"{ours}.self_attn.o_proj.{kind}"] = [(f"{hf}.self_attn.o_proj.{kind}", hidden)]
+            for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+                key_map[f"{ours}.{name}"] = [(f"{hf}.{name}", hidden)]
+            if self.qk_norm:
+                widths = (queries, keys) if self.qk_norm == "all" else (size, size)
+                for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
+                    key_map[f"{ours}.self_attn.{name}.weight"] = [(f"{hf}.self_attn.{name}.weight", width)]
+            key_map |= self.mlp_key_map(layer)
+        key_map["norm.weight"] = [("model.norm.weight", hidden)]
+        if not config.tie_word_embeddings:
+            key_map["head.decoder.weight"] = [("lm_head.weight", config.vocab_size)]
+        if getattr(config, "lm_head_bias", False):
+            key_map["head.bias"] = [("lm_head.bias", config.vocab_size)]
+        return key_map
+
+    def mlp_key_map(self, layer: int) -> KeyMap:
+        """The part of `key_map` for a layer's feed-forward part."""
+        bias = getattr(self.config, "mlp_bias", False)
+        return swiglu_key_map(f"layers.{layer}.mlp", self.config.hidden_size, self.config.intermediate_size, bias=bias)
+
+    def normalize_name(self, name: str) -> str | None:
+        """Adds the prefix that the class without a head leaves out; rotary frequencies can be computed."""
+        if name.startswith(("embed_tokens.", "layers.", "norm.")):
+            name = f"model.{name}"
+        return None if name.endswith(".rotary_emb.inv_freq") else name
+
+    def loading_hint(self, path: str) -> str:
+        """As in the base class."""
+        kind = "AutoModelForMaskedLM" if self.architecture.endswith("ForMaskedLM") else "AutoModelForCausalLM"
+        return f"load it with transformers: {kind}.from_pretrained({path!r})"
 
 
-def decoder_key_map(
-    config: Any, mlp: Callable[[int], KeyMap], *, attention_bias: bool = False, qk_norm: str | None = None
-) -> KeyMap:
-    """The key_map of a family, see `HFAdapter.key_map`.
-
-    Args:
-        config: has the keys of `LlamaConfig`.
-        mlp: layer -> the key_map of its feed-forward part.
-        attention_bias: whether attention has biases.
-        qk_norm: as in `SelfAttention`.
-    """
-    hidden = config.hidden_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    key_map = {"embedding.weight": [("model.embed_tokens.weight", config.vocab_size)]}
-    for i in range(config.num_hidden_layers):
-        local, hf = f"blocks.{i}", f"model.layers.{i}"
-        for kind in ("weight", "bias") if attention_bias else ("weight",):
-            key_map[f"{local}.self_attn.qkv_proj.{kind}"] = [
-                (f"{hf}.self_attn.q_proj.{kind}", queries),
-                (f"{hf}.self_attn.k_proj.{kind}", keys),
-                (f"{hf}.self_attn.v_proj.{kind}", keys),
-            ]
-            key_map[f"{local}.self_attn.o_proj.{kind}"] = [(f"{hf}.self_attn.o_proj.{kind}", hidden)]
-        same = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-        key_map |= {f"{local}.{name}": [(f"{hf}.{name}", hidden)] for name in same}
-        if qk_norm:
-            widths = (queries, keys) if qk_norm == "all" else (config.head_dim, config.head_dim)
-            for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
-                key_map[f"{local}.self_attn.{name}.weight"] = [(f"{hf}.self_attn.{name}.weight", width)]
-        key_map |= mlp(i)
-    key_map["norm.weight"] = [("model.norm.weight", hidden)]
-    if not config.tie_word_embeddings:
-        key_map["head.decoder.weight"] = [("lm_head.weight", config.vocab_size)]
-    if getattr(config, "lm_head_bias", False):
-        key_map["head.bias"] = [("lm_head.bias", config.vocab_size)]
-    return key_map
-
-
-def swiglu_key_map(layer: int, hidden: int, inner: int, *, bias: bool = False) -> KeyMap:
-    """The key_map of a layer whose feed-forward part is a `SwiGLU` of that size."""
-    local, hf = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp"
+def swiglu_key_map(path: str, hidden: int, inner: int, *, bias: bool = False) -> KeyMap:
+    """The layout of a `SwiGLU` at `path`, such as `layers.0.mlp`."""
+    ours, hf = path.replace("layers.", "blocks.", 1), f"model.{path}"
     key_map = {}
     for kind in ("weight", "bias") if bias else ("weight",):
-        key_map[f"{local}.gate_up_proj.{kind}"] = [
-            (f"{hf}.gate_proj.{kind}", inner),
-            (f"{hf}.up_proj.{kind}", inner),
-        ]
-        key_map[f"{local}.down_proj.{kind}"] = [(f"{hf}.down_proj.{kind}", hidden)]
+        key_map[f"{ours}.gate_up_proj.{kind}"] = [(f"{hf}.gate_proj.{kind}", inner), (f"{hf}.up_proj.{kind}", inner)]
+        key_map[f"{ours}.down_proj.{kind}"] = [(f"{hf}.down_proj.{kind}", hidden)]
     return key_map
-
-
-def normalize_name(name: str) -> str | None:
-    """A tensor's name as `decoder_key_map` spells it, whatever class saved it; None for what can be computed."""
-    if name.startswith(("embed_tokens.", "layers.", "norm.")):
-        name = f"model.{name}"  # saved by the class without a head
-    return None if name.endswith(".rotary_emb.inv_freq") else name

@@ -1,63 +1,128 @@
-"""What a family says about its Hugging Face key_map: all that `torchrecipes.models.hub` needs to read and write it."""
+"""`HFAdapter`: the two-way map between a model's parameters and its Hugging Face folder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-# For every parameter of local the tensors of the Hugging Face key_map that it stacks: (name, rows) in order.
+from torchrecipes.models.stored_tensors import StoredTensor
+
+# Our parameter name -> the Hugging Face tensors that it stacks, (name, rows) in order.
 KeyMap = dict[str, list[tuple[str, int]]]
 
 
-@dataclass(frozen=True)
 class HFAdapter:
-    """The two-way map of one family: it renames, stacks, splits and transposes, and nothing else.
+    """Renames, stacks, splits and transposes tensors, and translates the config, in both directions.
+
+    A family subclasses it and attaches an instance to its model as `model.hf_adapter`.
 
     Attributes:
-        architecture: the class of `transformers` that the folder is for.
-        config_class: our config, a dataclass whose fields are the keys of config.json that we follow.
-        network: config -> our model.
-        key_map: config -> for every parameter of local the tensors that it stacks, (Hugging Face name, rows) in order.
-        normalize_name: a stored tensor's name as `key_map` spells it, whatever class saved it; None: not used here.
-        tied: (name, source): where the key_map is without `name`, its head is tied, and `name` is a copy of `source`.
-        read_keys: config.json as a flat dict whose keys can be checked one by one.
-        write_keys: config -> the keys of config.json that describe the network.
-        fixed: keys that we have no setting for -> the values that mean what our network does.
-        ignored: keys that say nothing about the network.
-        transposed: Hugging Face name -> whether that tensor is stored with its two dimensions exchanged.
-        head: what the head is called in messages.
-        stack: stored tensors by name -> the same, with those put together that `key_map` has as one.
+        config: of the model.
+        companions: file name -> contents of what travels from the folder that the model was made from into its
+            checkpoints: chat template and generation config.
+        architecture: the class of `transformers` that reads the folder.
+        config_class: the family's config, a dataclass whose fields are the keys of config.json that it follows.
+        tied: (name, source): a stored copy of a tied head, and what it is a copy of.
+        fixed: keys of config.json without a field -> the values that mean what the network does.
+        ignored: keys of config.json that do not change the network.
+        required: keys that a config.json must have.
+        defaults: values of keys that a config.json leaves out, where they are not those of `config_class`.
+        token_types: whether the tokenizer should give `token_type_ids`.
     """
 
-    architecture: str
-    config_class: type
-    network: Callable[[Any], nn.Module]
-    key_map: Callable[[Any], KeyMap]
-    normalize_name: Callable[[str], str | None]
-    tied: tuple[str, str]
-    read_keys: Callable[[dict], dict]
-    write_keys: Callable[[Any], dict]
-    fixed: dict[str, tuple]
-    ignored: frozenset[str]
-    transposed: Callable[[str], bool] = lambda _name: False
-    head: str = "masked-LM head"
-    stack: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda hf: hf
+    architecture: ClassVar[str] = ""
+    config_class: ClassVar[type | None] = None
+    tied: ClassVar[tuple[str, str] | None] = None
+    fixed: ClassVar[dict[str, tuple]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    required: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[dict[str, Any]] = {}
+    token_types: bool = False
 
-    def split(self, tensor: Tensor, parts: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
-        """A tensor of local as the stored tensors that `key_map` makes of it: views of it."""
-        pieces = tensor.split([rows for _, rows in parts])
+    def __init__(self, config: Any = None):
+        self.config = config
+        self.companions: dict[str, bytes] = {}
+
+    # The config.
+
+    @staticmethod
+    def read_keys(raw: dict) -> dict:
+        """config.json as a flat dict whose keys are checked one by one."""
+        return raw
+
+    def write_keys(self) -> dict | None:
+        """The config.json, without token ids and dtype; None: there is none."""
+        return None
+
+    # The tensors.
+
+    @cached_property
+    def key_map(self) -> KeyMap:
+        """Our parameter name -> the tensors that it stacks."""
+        return {}
+
+    def parts(self, name: str) -> Sequence[tuple[str, int]]:
+        """What our tensor `name` is stored as."""
+        return self.key_map[name]
+
+    def normalize_name(self, name: str) -> str | None:
+        """A stored tensor's name as `key_map` spells it, whatever class saved it; None: not used."""
+        return name
+
+    def transposed(self, name: str) -> bool:  # noqa: ARG002
+        """Whether the tensor of this Hugging Face name is stored with its two dimensions exchanged."""
+        return False
+
+    def prepare(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Stored tensors by normalized name, with those combined that `key_map` has as one."""
+        return stored
+
+    def is_head(self, name: str) -> bool:
+        """Whether our parameter `name` belongs to the head, which a folder may lack."""
+        return name.startswith("head.")
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Our tensor as the tensors that are stored: views of it."""
+        parts = self.parts(name)
+        pieces = tensor.split([rows for _, rows in parts]) if len(parts) > 1 else [tensor]
         return {
-            name: piece.t() if self.transposed(name) else piece for (name, _), piece in zip(parts, pieces, strict=True)
+            hf_name: piece.t() if self.transposed(hf_name) else piece
+            for (hf_name, _), piece in zip(parts, pieces, strict=True)
         }
 
     def join(self, parts: Sequence[tuple[str, int]], read: Callable[[str], Tensor]) -> Tensor:
-        """The inverse of `split`; `read` gives a stored tensor by its name."""
+        """The inverse of `split`; `read` returns a stored tensor by its name."""
         pieces = [read(name).t() if self.transposed(name) else read(name) for name, _ in parts]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
 
     def stored_shape(self, part: tuple[str, int], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in which a part of a tensor of local of this shape is stored."""
+        """The shape in which a part of our tensor of this shape is stored."""
         name, rows = part
         return (*shape[1:], rows) if self.transposed(name) else (rows, *shape[1:])
+
+    def loading_hint(self, path: str) -> str:
+        """How to load a folder that was saved with this adapter, for people."""
+        return (
+            f"load it: model.load_state_dict(safetensors.torch.load_file({path + '/model.safetensors'!r})), with the "
+            f"model of {path + '/config.yaml'!r}"
+        )
+
+
+class PlainAdapter(HFAdapter):
+    """For models without an adapter of their own: tensors keep their names, and there is no config.json."""
+
+    def parts(self, name: str) -> Sequence[tuple[str, int]]:
+        """The tensor itself."""
+        return [(name, 0)]
+
+    def stored_shape(self, part: tuple[str, int], shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
+        """The same shape."""
+        return shape
+
+
+def adapter_of(model: nn.Module) -> HFAdapter:
+    """The model's `hf_adapter`, or one that changes no name."""
+    adapter = getattr(model, "hf_adapter", None)
+    return adapter if isinstance(adapter, HFAdapter) else PlainAdapter()

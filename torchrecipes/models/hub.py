@@ -1,175 +1,164 @@
 """Models to and from Hugging Face folders: `config.json` and safetensors, nothing pickled, no code from the folder.
 
-`transformers` is not used. A foreign `config.json` is read by lists of keys: those that describe the network are
-taken, those known to say nothing about it are skipped, and every other key is refused by name, because a setting that
-is ignored in silence makes another model of the same weights.
+A model with an `hf_adapter` is stored in the Hugging Face layout, any other under its own parameter names.
+`transformers` is not needed, except for models that `from_transformers` made.
 """
 
+import importlib
 import json
 import os
-import types
-import typing
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from torchrecipes.atomic_write import write_atomically
 from torchrecipes.errors import UserError
-from torchrecipes.models.families.bert import HF_ADAPTER as BERT
-from torchrecipes.models.families.custom_moe import HF_ADAPTER as MOE
-from torchrecipes.models.families.gpt2 import HF_ADAPTER as GPT2
-from torchrecipes.models.families.llama import HF_ADAPTER as LLAMA
-from torchrecipes.models.families.neobert import HF_ADAPTER as NEOBERT
-from torchrecipes.models.families.olmoe import HF_ADAPTER as OLMOE
-from torchrecipes.models.families.qwen3 import HF_ADAPTER as QWEN3
-from torchrecipes.models.families.qwen3_moe import HF_ADAPTER as QWEN3_MOE
-from torchrecipes.models.hf_adapter import HFAdapter
-from torchrecipes.modules import init_tensor
+from torchrecipes.models.config_json import config_from_dict, read_json
+from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
+from torchrecipes.models.locate import resolve_model_folder
+from torchrecipes.models.stored_tensors import StoredTensor, open_tensors
+from torchrecipes.modules.init import copy_full
 
-INDEX = "model.safetensors.index.json"  # names the files where there are several
-_FAMILIES = {
-    family.config_class.model_type: family for family in (BERT, NEOBERT, GPT2, LLAMA, QWEN3, QWEN3_MOE, OLMOE, MOE)
+# model_type of a foreign config.json -> the file in families/ that has `from_config` and `Adapter`.
+FAMILIES = {
+    "bert": "bert",
+    "eurobert": "neobert",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "torchrecipes_moe": "custom_moe",
 }
-
-# Keys with the only values that we can follow, in any family's config.json.
-_FIXED = {
-    "is_decoder": (False,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "cross_attention_hidden_size": (None,),
-    "chunk_size_feed_forward": (0,),
-    "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-    "torchscript": (False,),
-}
-
-# Keys that say nothing about the network: where it came from, what `transformers` returns, labels, special tokens.
-_IGNORED = frozenset(
-    (
-        "model_type architectures transformers_version dtype torch_dtype _name_or_path name_or_path "
-        "_commit_hash _attn_implementation attn_implementation use_cache gradient_checkpointing use_bfloat16 "
-        "tokenizer_class output_attentions output_hidden_states return_dict use_return_dict id2label label2id "
-        "num_labels problem_type finetuning_task task_specific_params classifier_dropout pad_token_id "
-        "bos_token_id eos_token_id sep_token_id cls_token_id unk_token_id mask_token_id prefix"
-    ).split()
+COMPANIONS = ("chat_template.jinja", "generation_config.json")
+# Settings of training: a checkpoint may be resumed with others.
+_TRAINING_KEYS = frozenset(
+    "initializer_range max_position_embeddings hidden_dropout_prob attention_probs_dropout_prob attention_dropout "
+    "attn_pdrop embd_pdrop resid_pdrop router_aux_loss_coef router_z_loss_coef".split()
 )
 
 
 def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = print) -> nn.Module:
-    """A model from a Hugging Face folder, in fp32. `model_type` says which: see the table in `docs/models.md`.
-
-    Folders saved without their language-model head load too: the head is then initialized, and reported. Pooler and
-    next-sentence head of a BERT are dropped, and reported.
+    """Loads a model in fp32 on the CPU. Its `model_type` selects the family: see the table in `docs/models.md`.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors`, or shards with `model.safetensors.index.json`.
+        path: a Hugging Face folder, a checkpoint, or a run's folder (its newest valid checkpoint).
         seed: for a head that is not in the folder.
-        report: called with each line about something dropped or initialized.
+        report: called with each line about something skipped, dropped or initialized.
 
     Raises:
         UserError: no such folder or file; weights only in pickle form; a config.json that asks for what the family's
-            network here does not do; tensors missing, unexpected, or of another shape.
+            network does not do; tensors missing, unexpected, of another shape or quantized.
     """
-    folder = Path(path)
-    model = meta_model_from_hf(folder)
-    config, family = model.config, _FAMILIES[model.config.model_type]
-    key_map = family.key_map(config)
-    known = {hf_name for parts in key_map.values() for hf_name, _ in parts}
-    hf = _read_tensors(folder, family, known, report)
-    try:
-        hf = family.stack(hf)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-
-    problems, state = [], {}
-    headless = {local for local in key_map if local.startswith("head.")}
-    if headless and not any(name in hf for local in headless for name, _ in key_map[local]):
-        report(f"{folder} has no {family.head}: {', '.join(sorted(headless))} start from seed {seed}")
-    else:
-        headless = set()
-    for name, tensor in model.state_dict().items():
-        shape = tuple(tensor.shape)
-        if name in headless:
-            state[name] = init_tensor(name, shape, seed=seed, std=config.initializer_range)
-            continue
-        unfit = []
-        for part in key_map[name]:
-            hf_name, expected = part[0], family.stored_shape(part, shape)
-            if hf_name not in hf:
-                unfit.append(f"{hf_name} is missing")
-            elif tuple(hf[hf_name].shape) != expected:
-                found = tuple(hf[hf_name].shape)
-                unfit.append(f"{hf_name} has the shape {found}; config.json makes it {expected}")
-        if not unfit:
-            state[name] = family.join(key_map[name], hf.__getitem__).float()
-        problems += unfit
-    problems += [f"{hf_name} is not expected" for hf_name in hf if hf_name not in known]
-    if problems:
-        raise UserError(
-            f"{folder}: the weights do not fit a {family.architecture} of this config.json:\n"
-            + "\n".join(f"  {problem}" for problem in sorted(problems))
-            + "\nSave the folder again with transformers' save_pretrained(), or correct config.json."
-        )
-    model.load_state_dict(state, assign=True)
+    model = meta_model_from_hf(path, report)
+    model.to_empty(device="cpu")
+    load_hf_weights(model, path, seed, report)
     return model
 
 
-def meta_model_from_hf(path: str | Path) -> nn.Module:
-    """The network that a folder's `config.json` describes, on the meta device, without its weights.
+def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = print) -> nn.Module:
+    """The model that a folder's `config.json` describes, on the meta device.
+
+    A `model_type` that no family here has is built by `from_transformers`, where `transformers` is installed.
+
+    Args:
+        path: a Hugging Face folder, a checkpoint, or a run's folder (its newest valid checkpoint).
+        report: called with each line about a key that is skipped.
 
     Raises:
-        UserError: as `load_hf` for config.json.
+        UserError: `no_config` without a config.json; `unsupported_config`, `unknown_model_type`, `not_json`.
     """
-    config = _read_config(Path(path))
+    folder = resolve_model_folder(path)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} has no config.json: its model has no Hugging Face layout",
+            hint="Set model to what config.yaml there has, and init_from to this folder for its weights",
+            code="no_config",
+        )
+    raw = read_json(file)
+    family = FAMILIES.get(raw.get("model_type"))
     with torch.device("meta"):
-        return _FAMILIES[config.model_type].network(config)
+        if family is None:
+            model = _from_transformers(raw, folder)
+        else:
+            module = importlib.import_module(f"torchrecipes.models.families.{family}")
+            model = module.from_config(config_from_dict(raw, file, module.Adapter, report))
+    model.hf_adapter.companions = _companions(folder)
+    return model
 
 
-def check_family(model: Any) -> None:
-    """Checks that a model is one that `save_hf` can write: of a family here, and with that family's parameters.
+def load_hf_weights(model: nn.Module, path: str | Path, seed: int = 0, report: Callable[[str], None] = print) -> None:
+    """Copies a folder's tensors into a model, one at a time. Parameters may be sharded by `fully_shard`.
+
+    A head that is not in the folder is initialized from (seed, name); heads that the model does not have are dropped.
+    Both are reported.
+
+    Args:
+        model: on its device; its parameters may be uninitialized.
+        path: a Hugging Face folder, a checkpoint, or a run's folder (its newest valid checkpoint).
+        seed: see above.
+        report: called with each line about something dropped or initialized.
 
     Raises:
-        UserError: it is not.
+        UserError: `weights_mismatch`, listing as `problems` each tensor that is missing, unexpected, of another shape
+            or quantized; or as `open_tensors`.
     """
-    family = _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
-    if family is None or not isinstance(model.config, family.config_class):
-        raise UserError(
-            f"{type(model).__name__} is no model of a family of this library, whose checkpoints it can write. Take one "
-            "from torchrecipes.models, or a loop of your own (docs/own-loop.md)"
-        )
-    names, known = set(model.state_dict()), set(family.key_map(model.config))
-    if names != known:
-        differ = ", ".join(sorted(names ^ known)[:5])
-        raise UserError(
-            f"the parameters are not those of a {family.architecture}, and no checkpoint could be written: {differ}. "
-            "Take a loop of your own for such a model (docs/own-loop.md)"
-        )
-
-
-def loading_hint(model: nn.Module, path: str | Path) -> str:
-    """For people: what loads a folder that `save_hf` made of `model`."""
-    family = _FAMILIES[model.config.model_type]
-    if family is MOE:
-        return f"load it: torchrecipes.models.load_hf({str(path)!r})"
-    kind = "AutoModelForMaskedLM" if family.architecture.endswith("ForMaskedLM") else "AutoModelForCausalLM"
-    return f"load it with transformers: {kind}.from_pretrained({str(path)!r})"
+    folder, adapter = resolve_model_folder(path), adapter_of(model)
+    targets = model.state_dict()
+    parts = {name: adapter.parts(name) for name in targets}
+    with open_tensors(folder) as files:
+        stored, dropped = _expected_tensors(folder, files, adapter, parts)
+        head = [name for name in targets if adapter.is_head(name)]
+        if any(hf_name in stored for name in head for hf_name, _ in parts[name]):
+            head = []
+        problems = []
+        for name, target in targets.items():
+            if name in head:
+                continue
+            for part in parts[name]:
+                hf_name, expected = part[0], adapter.stored_shape(part, tuple(target.shape))
+                if hf_name not in stored:
+                    problems.append(UserError("is missing", key=hf_name))
+                elif stored[hf_name].shape != expected:
+                    found = f"has the shape {stored[hf_name].shape}, the model needs {expected}"
+                    problems.append(UserError(found, key=hf_name))
+                elif target.is_floating_point() and not stored[hf_name].is_float:
+                    problems.append(UserError(f"has the dtype {stored[hf_name].dtype}: it is quantized", key=hf_name))
+        known = {hf_name for found in parts.values() for hf_name, _ in found}
+        problems += [UserError("is not expected", key=hf_name) for hf_name in stored if hf_name not in known]
+        if problems:
+            raise UserError(
+                f"{folder}: the weights do not fit the model:\n"
+                + "\n".join(f"  {problem}" for problem in sorted(problems, key=str)),
+                hint="Save the folder again with save_pretrained(), or correct config.json",
+                code="weights_mismatch",
+                problems=problems,
+            )
+        if dropped:
+            report(f"{folder}: dropping tensors that the model does not have: {', '.join(sorted(dropped))}")
+        if head:
+            report(f"{folder} has no weights for the head: {', '.join(sorted(head))} are initialized with seed {seed}")
+        if head or len(list(model.buffers())) > len(set(targets) - set(dict(model.named_parameters()))):
+            model.init_weights(seed)  # also for buffers that no folder has
+        with torch.no_grad():
+            for name, target in targets.items():
+                if name not in head:
+                    copy_full(target, adapter.join(parts[name], lambda hf_name: stored[hf_name].read()))
 
 
 def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
-    """Writes a folder that `transformers`' from_pretrained() loads: `config.json`, `model.safetensors`, the tokenizer.
+    """Writes the folder of a model: `model.safetensors`, and with an `hf_adapter` what `from_pretrained()` needs.
 
-    Tied weights are stored once. Each file is complete or not there.
+    Tied weights are stored once. Each file is complete or absent.
 
     Args:
-        model: of one of the families here, not sharded.
-        path: the folder; made where it does not exist.
+        model: not sharded.
+        path: the folder; created if missing.
         tokenizer: has `save(folder)` and the ids of its special tokens (a `torchrecipes.data` Tokenizer), or None.
     """
     folder = Path(path)
@@ -179,62 +168,99 @@ def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
 
 
 def write_hf_config(model: nn.Module, folder: Path, tokenizer=None) -> None:
-    """Writes what a Hugging Face folder has beside the weights: `config.json` and the tokenizer."""
+    """Writes everything but the weights: the tokenizer, and with an `hf_adapter` `config.json` and its companions."""
+    adapter = adapter_of(model)
     if tokenizer is not None:
-        tokenizer.save(folder, model_max_length=model.config.max_position_embeddings)
-    config = json.dumps(hf_config(model, tokenizer), indent=2) + "\n"
-    (folder / "config.json.tmp").write_text(config, encoding="utf-8")
-    os.replace(folder / "config.json.tmp", folder / "config.json")
+        tokenizer.save(folder, model_max_length=getattr(adapter.config, "max_position_embeddings", None))
+        if adapter.token_types:
+            _add_input_name(folder / "tokenizer_config.json", "token_type_ids")
+    config = hf_config(model, tokenizer)
+    if config is not None:
+        write_atomically(folder / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
+    for name, contents in adapter.companions.items():
+        write_atomically(folder / name, [contents])
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file, complete or not at all, with the rights that any new file in its folder gets."""
+    """Writes a safetensors file, complete or not at all, with the permissions of any new file in its folder."""
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.touch()
-    mode = temporary.stat().st_mode  # safetensors would let the owner only read it
+    mode = temporary.stat().st_mode  # safetensors would let only the owner read it
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
     temporary.chmod(mode)
     os.replace(temporary, file)
 
 
 def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's tensors under their Hugging Face names: views, detached, no tied weight twice.
+    """The model's tensors under the names that they are stored with: views, detached, tied weights once.
 
     Args:
-        model: of one of the families here.
-        state: tensors by our names where they are not the model's own (gathered from shards, averaged, ...); all of
-            them or some.
+        model: any module.
+        state: all or some tensors by our names, where they are not the model's own (gathered, averaged, ...).
     """
-    family = _FAMILIES[model.config.model_type]
-    key_map = family.key_map(model.config)
-    state = model.state_dict() if state is None else state
-    tensors = {}
-    for name, tensor in state.items():
-        tensors |= family.split(tensor.detach(), key_map[name])
+    adapter, tensors = adapter_of(model), {}
+    for name, tensor in (model.state_dict() if state is None else state).items():
+        tensors |= adapter.split(name, tensor.detach())
     return tensors
 
 
 def stored_tensors(model: nn.Module, path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(Our name, tensor) of everything that the model has and `save_hf` wrote, one at a time.
+    """(Our name, tensor) of everything in the model, from a folder that `save_hf` or a checkpoint wrote, one at a time.
 
     Args:
-        model: of the same config as the stored one; its tensors are not looked at.
+        model: of the same architecture as the stored one; its values are not read.
         path: the folder.
     """
-    family = _FAMILIES[model.config.model_type]
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in _tensor_files(Path(path))}
-        where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118, it is no dict
-        for name, parts in family.key_map(model.config).items():
-            yield name, family.join(parts, lambda hf_name: where[hf_name].get_tensor(hf_name))
+    adapter = adapter_of(model)
+    with open_tensors(Path(path)) as stored:
+        for name in model.state_dict():
+            yield name, adapter.join(adapter.parts(name), lambda hf_name: stored[hf_name].read())
 
 
-def hf_config(model: nn.Module, tokenizer=None) -> dict:
-    """The model's `config.json`; special token ids come from the tokenizer, and are null or absent without one."""
-    family = _FAMILIES[model.config.model_type]
-    config = {"architectures": [family.architecture], "model_type": model.config.model_type}
-    config |= family.write_keys(model.config)
-    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
+    """What differs between a model and the one that was saved in a folder: names, shapes, and keys of the config.
+
+    Keys that only training uses, such as dropout, do not count.
+
+    Args:
+        model: may be on the meta device, or sharded.
+        path: a folder that `save_hf` or a checkpoint wrote.
+    """
+    folder, adapter = Path(path), adapter_of(model)
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        expected |= {part[0]: adapter.stored_shape(part, shape) for part in adapter.parts(name)}
+    with open_tensors(folder) as stored:
+        found = {name: tensor.shape for name, tensor in stored.items()}
+    problems = [f"{name} is not in the checkpoint" for name in expected if name not in found]
+    problems += [f"{name} is not in this model" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name])} in the checkpoint and {list(shape)} in this model"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    ours = adapter.write_keys()
+    if problems or ours is None or not (folder / "config.json").is_file():
+        return problems
+    # The same shapes can be another network: other heads, another rope_theta.
+    stored_config = read_json(folder / "config.json")
+    if adapter.config_class is not None and stored_config.get("model_type") == ours["model_type"]:
+        config = config_from_dict(stored_config, folder / "config.json", type(adapter), print)
+        stored_config, ours = vars(config), vars(adapter.config)
+    return [
+        f"{key} is {stored_config.get(key)} in the checkpoint and {ours[key]} in this model"
+        for key in ours
+        if key not in _TRAINING_KEYS | {"transformers_version"} and stored_config.get(key) != ours[key]
+    ]
+
+
+def hf_config(model: nn.Module, tokenizer=None) -> dict | None:
+    """The model's `config.json`, with the tokenizer's special token ids, or null without one; None: no `hf_adapter`."""
+    keys = adapter_of(model).write_keys()
+    if keys is None:
+        return None
+    config = keys | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     ids = {"pad": None, "bos": None, "eos": None}  # null: transformers' own defaults may be beyond this vocabulary
     if tokenizer is not None:
         ids = {
@@ -242,127 +268,93 @@ def hf_config(model: nn.Module, tokenizer=None) -> dict:
             "bos": tokenizer.cls_id if tokenizer.bos_id is None else tokenizer.bos_id,
             "eos": tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id,
         }
-        if tokenizer.mask_id is not None and model.config.model_type == "eurobert":
+        if tokenizer.mask_id is not None and config["model_type"] == "eurobert":
             ids["mask"] = tokenizer.mask_id
     return config | {f"{kind}_token_id": value for kind, value in ids.items()}
 
 
-def _read_config(folder: Path) -> Any:
-    """The family's config from config.json; every key that cannot be followed is named in one error."""
-    file = folder / "config.json"
-    if not file.is_file():
-        of_run = sorted(folder.glob("checkpoints/step-*"))
-        hint = (
-            f"This is a run; its newest model is {of_run[-1]}"
-            if of_run
-            else "Name a folder that save_pretrained() wrote"
-        )
-        raise UserError(f"{file} does not exist. {hint}.")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}. Save the folder again.") from None
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type not in _FAMILIES:
-        raise UserError(f"{file}: model_type is {model_type!r}; supported are {', '.join(sorted(_FAMILIES))}.")
-    family = _FAMILIES[model_type]
-
-    keys = family.read_keys(raw)
-    known = {field.name: field for field in fields(family.config_class)}
-    fixed = _FIXED | family.fixed
-    values, problems = {}, []
-    for key, value in keys.items():
-        if key in known:
-            wanted = known[key].type
-            if isinstance(value, int) and wanted is float:
-                value = float(value)
-            if _is_a(value, wanted):
-                values[key] = value
-            else:
-                problems.append(f"{key}: {value!r} is not {getattr(wanted, '__name__', wanted)}")
-        elif key in fixed:
-            if not any(value == allowed and (value is None) == (allowed is None) for allowed in fixed[key]):
-                problems.append(f"{key}: {value!r} is not supported; only {fixed[key][0]!r} is")
-        elif key not in _IGNORED and key not in family.ignored:
-            problems.append(f"{key}: {value!r} is a key that is not known here")
-    for name, field in known.items():
-        if field.default is MISSING and name not in keys:
-            problems.append(f"{name} is missing")
-    if problems:
-        raise UserError(
-            f"{file}: this {model_type} cannot be loaded:\n"
-            + "\n".join(f"  {problem}" for problem in sorted(problems))
-            + "\nDelete a key only if you know that it does not change what the model computes."
-        )
-    try:
-        return family.config_class(**values)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+def loading_hint(model: nn.Module, path: str | Path) -> str:
+    """How to load the folder that was saved of `model`, in one line for people."""
+    return adapter_of(model).loading_hint(str(path))
 
 
-def _is_a(value: object, wanted: type) -> bool:
-    """Whether a JSON value has a config field's type; a bool is no int."""
-    if typing.get_origin(wanted) is tuple:
-        return isinstance(value, tuple) and all(type(item) is typing.get_args(wanted)[0] for item in value)
-    if isinstance(wanted, types.UnionType):
-        return any(_is_a(value, option) for option in typing.get_args(wanted))
-    return type(value) is wanted
+def stop_token_ids(path: str | Path) -> list[int]:
+    """The ids that end a text by generation_config.json, or else by config.json: `eos_token_id` may be a list."""
+    folder = resolve_model_folder(path)
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name).get("eos_token_id")
+            if found is not None:
+                return list(found) if isinstance(found, list) else [found]
+    return []
 
 
-def _read_tensors(folder: Path, family: HFAdapter, known: set[str], report: Callable[[str], None]) -> dict[str, Tensor]:
-    """The folder's tensors as `family.key_map` names them (`known`), without what the network has no use for."""
-    hf, dropped = {}, []
-    for original, tensor in _stored_tensors(folder):
-        name = family.normalize_name(original)
-        if name is None:
+def _expected_tensors(
+    folder: Path, files: dict[str, StoredTensor], adapter: HFAdapter, parts: dict[str, Any]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The folder's tensors by normalized name, and the names of those that belong to heads the model does not have."""
+    stored, dropped = {}, []
+    known = {hf_name for found in parts.values() for hf_name, _ in found}
+    tied_name, source = adapter.tied or ("", "")
+    # `score.weight` belongs to another head, `model.extra` to another network.
+    tops = {hf_name.partition(".")[0] for hf_name in (*known, tied_name)}
+    for original, tensor in files.items():
+        name = adapter.normalize_name(original)
+        if name is None or name.partition(".")[0] not in tops:
             dropped.append(original)
-        elif name in hf and not torch.equal(hf[name], tensor):
-            raise UserError(f"{folder}: {original} differs from another tensor that stands for {name}. Delete one.")
-        else:
-            hf[name] = tensor
-    tied_name, source = family.tied
-    if tied_name in hf and tied_name not in known:
-        if source in hf and not torch.equal(hf[tied_name], hf[source]):
+        elif name in stored and not stored[name].equals(tensor):
             raise UserError(
-                f"{folder}: {tied_name} differs from {source}, but config.json says that they are one. "
-                "Set tie_word_embeddings to false there to keep both."
+                f"{folder}: {original} differs from another tensor that means {name}",
+                hint="Delete one",
+                code="weights_mismatch",
             )
-        del hf[tied_name]
-    if dropped:
-        report(f"{folder}: not used, dropped: {', '.join(sorted(dropped))}")
-    return hf
+        else:
+            stored[name] = tensor
+    if tied_name in stored and tied_name not in known:
+        if source in stored and not stored[tied_name].equals(stored[source]):
+            raise UserError(
+                f"{folder}: {tied_name} differs from {source}, but config.json ties them",
+                hint="Set tie_word_embeddings to false there to keep both",
+                code="weights_mismatch",
+            )
+        del stored[tied_name]
+    try:
+        return adapter.prepare(stored), dropped
+    except UserError as error:
+        raise UserError(f"{folder}: {error}", code="weights_mismatch") from None
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in model.safetensors, or in the shards that its index names."""
-    for file in _tensor_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names = tensors.keys()
-                for name in names:
-                    yield name, tensors.get_tensor(name)
-        except FileNotFoundError:
-            raise UserError(f"{file} does not exist, but {INDEX} names it. Download the folder again.") from None
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise UserError(f"{file} is damaged: {error}. Download the folder again.") from None
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / INDEX
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of shards: {error!r}. Save the folder again.") from None
-    pickles = sorted(file.name for file in folder.glob("*.bin"))
-    if pickles:
+def _from_transformers(raw: dict, folder: Path) -> nn.Module:
+    known = ", ".join(sorted(FAMILIES))
+    if importlib.util.find_spec("transformers") is None:
         raise UserError(
-            f"{folder} holds its weights in {pickles[0]} only, which is a pickle: reading one can run code. "
-            "Convert it where you trust it, with the class that config.json names under architectures: "
-            "from_pretrained(folder).save_pretrained(folder)."
+            f"{folder / 'config.json'}: model_type is {raw.get('model_type')!r}; the families here are {known}",
+            hint="transformers may know it: pip install transformers",
+            code="unknown_model_type",
         )
-    raise UserError(f"{folder} has no model.safetensors. Name a folder that save_hf() or save_pretrained() wrote.")
+    raise UserError(
+        f"{folder / 'config.json'}: model_type is {raw.get('model_type')!r}; the families here are {known}",
+        code="unknown_model_type",
+    )
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    """What `transformers` reads beside the weights and a checkpoint keeps."""
+    found = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    tokenizer_config = folder / "tokenizer_config.json"
+    if COMPANIONS[0] not in found and tokenizer_config.is_file():
+        template = read_json(tokenizer_config).get("chat_template")
+        if isinstance(template, str):
+            found[COMPANIONS[0]] = template.encode()
+    return found
+
+
+def _add_input_name(file: Path, name: str) -> None:
+    """Adds `name` to what the tokenizer returns to `transformers`' models."""
+    if not file.is_file():
+        return
+    config = read_json(file)
+    names = config.get("model_input_names", ["input_ids", "attention_mask"])
+    if name not in names:
+        config["model_input_names"] = [names[0], name, *names[1:]]
+        write_atomically(file, [(json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()])

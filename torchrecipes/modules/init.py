@@ -48,10 +48,16 @@ def init_weights(model: nn.Module, *, seed: int, std: float, residual_std: float
         if parameter.is_meta:
             continue
         into_residual = residual_std is not None and _INTO_RESIDUAL.search(name)
-        value = init_tensor(name, tuple(parameter.shape), seed=seed, std=residual_std if into_residual else std)
-        if hasattr(parameter, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor  # 0.3 s that only sharded models need
+        copy_full(
+            parameter, init_tensor(name, tuple(parameter.shape), seed=seed, std=residual_std if into_residual else std)
+        )
 
-            value = value.to(parameter.device_mesh.device_type)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+
+def copy_full(target: Tensor, value: Tensor) -> None:
+    """Copies a full value into a tensor, which may be a shard of it (a DTensor); without communication."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor  # 0.3 s that only sharded models need
+
+        value = value.to(target.device_mesh.device_type)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)

@@ -59,19 +59,12 @@ class PreNormBlock(nn.Module):
         return x_BSD + F.dropout(self.mlp(self.post_attention_layernorm(x_BSD)), self.dropout_p, self.training)
 
 
-class MoEBlock(nn.Module):
+class MoEBlock(PreNormBlock):
     """`PreNormBlock` with a mixture of experts as its feed-forward part; it also returns what the router did.
 
-    That comes out with the hidden states, and is not kept in the block, because activation checkpointing runs `forward`
-    twice, and because `fully_shard` prepares the backward pass of what is returned, only.
+    That is returned and not kept in the block because activation checkpointing runs `forward` twice, and because
+    `fully_shard` prepares the backward pass only of what is returned.
     """
-
-    def __init__(self, *, self_attn: nn.Module, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module):
-        super().__init__()
-        self.input_layernorm = attention_norm
-        self.self_attn = self_attn
-        self.post_attention_layernorm = mlp_norm
-        self.mlp = mlp
 
     def forward(
         self,
@@ -109,8 +102,14 @@ class PostNormBlock(nn.Module):
         self.mlp_norm = mlp_norm
         self.dropout_p = dropout_p
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor] | None, backend: AttentionBackend) -> Tensor:
-        """Args: x_BSD; `rotary` and `backend` as in `SelfAttention.forward`."""
-        attended = F.dropout(self.self_attn(x_BSD, rotary, backend), self.dropout_p, self.training)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        backend: AttentionBackend,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Args: x_BSD; `rotary`, `backend` and `cache` as in `SelfAttention.forward`."""
+        attended = F.dropout(self.self_attn(x_BSD, rotary, backend, cache), self.dropout_p, self.training)
         x_BSD = self.attention_norm(x_BSD + attended)
         return self.mlp_norm(x_BSD + F.dropout(self.mlp(x_BSD), self.dropout_p, self.training))

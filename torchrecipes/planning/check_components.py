@@ -2,7 +2,7 @@
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from torchrecipes.config import build
 from torchrecipes.errors import UserError
-from torchrecipes.models import check_family, check_positions, meta_model_from_hf
+from torchrecipes.models import check_causal, check_positions, meta_model_from_hf
 from torchrecipes.modules import MoE
 
 VOCAB_SIZE = 1024  # of a tokenizer that is not there yet
@@ -51,7 +51,7 @@ def check_components(config: Any, *, causal: bool) -> list[str]:
     else:
         model = None  # a laptop may check what runs where the files are
     if model is not None:
-        problems += _of_kind(key, model, causal)
+        tried(key, lambda: check_causal(model, causal))
         tried("seq_len", lambda: check_positions(model, config.seq_len))
         if not config.data.packing and any(isinstance(part, MoE) for part in model.modules()):
             problems.append("data.packing: false fills rows up with padding, which routers of experts would learn from")
@@ -64,7 +64,6 @@ def check_components(config: Any, *, causal: bool) -> list[str]:
 def _network(config: Any) -> nn.Module:
     with torch.device("meta"):
         model = build(config.model, vocab_size=VOCAB_SIZE, seed=0)
-    check_family(model)
     return model
 
 
@@ -95,11 +94,3 @@ def _with_key(key: str, said: str) -> str:
         return said
     said = said.removeprefix(f"{key}: ").removeprefix(f"{key} ")
     return f"{key}.{said}" if re.match(r"\w+: ", said) else f"{key}: {said}"
-
-
-def _of_kind(key: str, model: nn.Module, causal: bool) -> Iterator[str]:
-    name = type(model).__name__
-    if causal and not hasattr(model, "router_loss"):
-        yield f"{key}: {name} is an encoder, which sees the tokens that are to be predicted. It is for mlm_pretrain"
-    if not causal and hasattr(model, "router_loss"):
-        yield f"{key}: {name} is a decoder, which sees no later token. It is for causal_pretrain"

@@ -1,1 +1,1 @@
-"""Model families: one file each, with its config, its network and its map to the Hugging Face layout."""
+"""One file per model family: its config, sizes, blocks and Hugging Face layout."""

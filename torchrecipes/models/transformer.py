@@ -1,0 +1,166 @@
+"""`Transformer`: the one network behind the families: embedding, blocks, final norm, head."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchrecipes.models.hf_adapter import HFAdapter
+from torchrecipes.modules import (
+    BertEmbedding,
+    KVCache,
+    LMHead,
+    choose_attention_backend,
+    compute_dtype,
+    init_weights,
+    rope_cos_sin,
+    to_residual_dtype,
+)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm and head, with initial weights drawn from `seed`.
+
+    Attributes:
+        hf_adapter: the Hugging Face layout of the family.
+        routing: what the routers of the MoE blocks did in the last forward pass: a NamedTuple of tensors with a leading
+            dimension for the MoE layers. None for a dense model.
+        router_loss: what to add to the sum of the tokens' losses for the routers' sake, from the last forward pass:
+            `(router_aux_loss_coef * aux + router_z_loss_coef * z) * tokens`, means over the MoE layers. 0.0 for a
+            dense model.
+
+    Args:
+        config: the family's, with `vocab_size`, `hidden_size`, `num_hidden_layers` and `initializer_range`.
+        blocks: called as `block(x_BSD, rotary, backend, cache)`; one that returns (x_BSD, routing) is an MoE block.
+        hf_adapter: see above.
+        causal: whether a token sees only the tokens before it. In such a decoder the projections into the residual
+            stream start smaller by `sqrt(2 L)`, as in GPT-2.
+        norm: applied to the last block's output.
+        rotary: whether positions are rotations of queries and keys, by `config.rope_theta` and `config.rope_scaling`.
+        embedding: of tokens; None: an `nn.Embedding`.
+        position_embedding: added to it, or None.
+        embedding_dropout, attention_dropout: probabilities in training, of an element of the embeddings' sum and of an
+            attention weight.
+        tied: whether the head shares the token embedding's weight.
+        head_bias, head_transform: see `LMHead`.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        blocks: Iterable[nn.Module],
+        hf_adapter: HFAdapter,
+        *,
+        causal: bool,
+        norm: nn.Module,
+        rotary: bool = True,
+        embedding: BertEmbedding | None = None,
+        position_embedding: nn.Embedding | None = None,
+        embedding_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        tied: bool,
+        head_bias: bool = False,
+        head_transform: nn.Module | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.config, self.hf_adapter, self.causal, self.rotary = config, hf_adapter, causal, rotary
+        self.embedding_dropout, self.attention_dropout = embedding_dropout, attention_dropout
+        self.embedding = embedding or nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = position_embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        words = self.embedding if embedding is None else embedding.word_embeddings
+        self.head = LMHead(
+            config.hidden_size,
+            config.vocab_size,
+            tie_to=words if tied else None,
+            bias=head_bias,
+            transform=head_transform,
+        )
+        self.routing, self.router_loss = None, 0.0
+        self.init_weights(seed)
+
+    def init_weights(self, seed: int) -> None:
+        """Sets every parameter to its initial value; those on the meta device stay as they are."""
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers) if self.causal else None
+        init_weights(self, seed=seed, std=std, residual_std=residual_std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states, as `model.head` takes them. A token sees its own document; if causal, up to itself.
+
+        Args:
+            input_ids: `[B, S]` integers.
+            position_ids: `[B, S]` or `[1, S]`, each token's position in its document; below `max_position_embeddings`
+                where positions are learned. None: 0 to S - 1 in every row.
+            cu_seqlens: `[documents + 1]`, document boundaries over the B * S flattened tokens; see
+                `choose_attention_backend`. None: every row is one document.
+            max_seqlen: upper bound on a document's length. None: S.
+            cache: decoders only: keys and values of earlier tokens, to which these are added at `position_ids`. Every
+                row is one document then, without `cu_seqlens`.
+            token_type_ids: `[B, S]`, BERT only. None: type 0 everywhere.
+
+        Returns:
+            `[B, S, D]`.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        hidden_BSD = self._embed(input_ids, position_ids, token_type_ids)
+        dtype = compute_dtype(hidden_BSD)
+        if cache is None:
+            caches = [None] * len(self.blocks)
+            backend = choose_attention_backend(
+                cu_seqlens,
+                tuple(input_ids.shape),
+                max_seqlen=max_seqlen,
+                causal=self.causal,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+                device=input_ids.device,
+                dtype=dtype,
+            )
+        else:
+            if not self.causal:
+                raise ValueError("an encoder has no cache: its tokens see later ones")
+            backend, caches = cache.at(position_ids, dtype)
+        rotary = None
+        if self.rotary:
+            scaling = getattr(self.config, "rope_scaling", None)
+            rotary = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, dtype, scaling)
+        routings = []
+        for block, layer_cache in zip(self.blocks, caches, strict=True):
+            hidden_BSD = block(hidden_BSD, rotary, backend, layer_cache)
+            if isinstance(hidden_BSD, tuple):
+                hidden_BSD, routing = hidden_BSD
+                routings.append(routing)
+        if routings:
+            self._collect(routings, input_ids.numel())
+        return self.norm(hidden_BSD)
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        if isinstance(self.embedding, BertEmbedding):
+            return self.embedding(input_ids, position_ids, token_type_ids)
+        if token_type_ids is not None:
+            raise ValueError("this model has no token types")
+        hidden_BSD = self.embedding(input_ids)
+        if self.position_embedding is not None:
+            hidden_BSD = hidden_BSD + self.position_embedding(position_ids)
+        return F.dropout(to_residual_dtype(hidden_BSD), self.embedding_dropout, self.training)
+
+    def _collect(self, routings: list, tokens: int) -> None:
+        routing = type(routings[0])(*(torch.stack(values) for values in zip(*routings, strict=True)))
+        aux = self.config.router_aux_loss_coef * routing.aux_loss.mean()
+        self.router_loss = (aux + self.config.router_z_loss_coef * routing.z_loss.mean()) * tokens
+        self.routing = type(routing)(*(values.detach() for values in routing))
