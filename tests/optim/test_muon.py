@@ -130,7 +130,7 @@ BLOCK = {
 @pytest.mark.parametrize("family", [gpt2, qwen3])
 def test_what_goes_where_in_other_families(family, tied):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    groups = names(muon(family(31, **sizes, tie_word_embeddings=tied)))
+    groups = names(muon(family(vocab_size=31, **sizes, tie_word_embeddings=tied)))
     assert [kind for kind, _ in groups] == ["muon", "adamw"] if tied else ["muon", "adamw", "adamw"]
     up = "up" if family is gpt2 else "gate_up"
     matrices = {"self_attn.qkv_proj.weight", "self_attn.o_proj.weight", f"mlp.{up}_proj.weight", "mlp.down_proj.weight"}
