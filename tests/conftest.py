@@ -1,10 +1,14 @@
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+CHECKOUT = Path(__file__).parent.parent
+
 
 @pytest.fixture(autouse=True)
-def forget_what_a_test_made_importable(tmp_path_factory):
+def forget_modules_that_a_test_wrote(tmp_path_factory):
     """A recipe that a test writes and loads is a module of this process, and the next test may write another one."""
     path = list(sys.path)
     yield
@@ -13,3 +17,26 @@ def forget_what_a_test_made_importable(tmp_path_factory):
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", "")).startswith(made):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the package as pip installs it from its wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=CHECKOUT, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        "site",
+        str(wheel),
+    ]
+    subprocess.run(install, cwd=folder, check=True)
+    return folder / "site"

@@ -6,34 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 import torchrecipes
 
 CHECKOUT = Path(torchrecipes.__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder with the package as pip installs it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=CHECKOUT, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        "site",
-        str(wheel),
-    ]
-    subprocess.run(install, cwd=folder, check=True)
-    return folder / "site"
 
 
 def tune_style(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:

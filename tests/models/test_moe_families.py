@@ -301,7 +301,7 @@ def train(steps):
         (loss * run.world_size / 4000).backward()
         optimizer.step()
         optimizer.zero_grad()
-        balance.add(model.routing)
+        balance.add(model)
         balance.step()
 
 def show(what):

@@ -30,11 +30,14 @@ seq_len: 32
 global_batch_size: 8
 micro_batch_size: 8
 max_steps: {STEPS}
-precision: fp32
-log_every: 1
+compute:
+  precision: fp32
+log:
+  log_every: 1
+checkpoint:
+  save_every: 4
+  keep_last: 10
 eval_every: null
-save_every: 4
-keep_last: 10
 """
 LLAMA_SIZES = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2"
 MODELS = {
@@ -110,7 +113,13 @@ def assert_same_weights(run, other, step=STEPS):
 @pytest.mark.parametrize("model", MODELS)
 def test_learns_and_exports_what_transformers_loads(train, model):
     transformers = pytest.importorskip("transformers")
-    settings = ["max_steps=120", "optimizer.lr=5e-3", "eval_every=120", "save_every=null", "log_every=40"]
+    settings = [
+        "max_steps=120",
+        "optimizer.lr=5e-3",
+        "eval_every=120",
+        "checkpoint.save_every=null",
+        "log.log_every=40",
+    ]
     run = train("run", *settings, model=model)
     before, after = [line for line in lines(run) if "eval/validation/loss" in line]
     assert (before["step"], after["step"]) == (0, 120)
@@ -149,7 +158,7 @@ def test_micro_batches_do_not_change_the_result(train, model):
 
 def test_tokens_see_other_documents_only_when_told_to(train):
     apart = losses(train("apart", model="llama"))
-    across = losses(train("across", "data.cross_document_attention=true", model="llama"))
+    across = losses(train("across", "cross_document_attention=true", model="llama"))
     assert abs(apart[1] - across[1]) < 0.05 and apart[STEPS] != across[STEPS]
 
 
@@ -175,78 +184,60 @@ def test_a_mixture_of_experts_tells_its_load(train):
 
 def test_the_budget_is_told_in_steps_and_tokens(train, capsys):
     train("run", "max_steps=null", "total_tokens=1_000")
-    assert "to train: 4 steps of 256 tokens, " in capsys.readouterr().out
+    assert "duration: 4 steps of 256 tokens, " in capsys.readouterr().out
+
+
+def keys(error):
+    """The config keys at fault."""
+    return {problem.key for problem in error.problems or (error,)}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key"),
     [
-        (["seq_len=128"], "seq_len=128 is more than the model's"),
-        (["init_from=nowhere"], "nowhere"),
-        (["tokenizer.causal=false", "data.corpus_dir=null"], "no end-of-sequence token"),
-        (["sample_every=0"], "sample_every: 0 is not 1 or more"),
-        (["sample_every=3", "sample_prompts=[]"], "sample_prompts: there is none"),
-        (
-            ["sample_every=3", f"sample_prompts=['','{'the cat ' * 64}']"],
-            "sample_prompts: 'the cat .* 64 positions",
-        ),
-        (["max_steps=-3"], "max_steps: -3 is not above 0"),
-        (["z_loss=-1", "label_smoothing=1.0"], "z_loss: -1.0 is not 0 or more"),
+        (["seq_len=128"], "seq_len"),
+        (["init_from=nowhere", "tokenizer=null", "model=null"], "init_from"),
+        (["sample_every=0"], "sample_every"),
+        (["sample_every=3", "sample_prompts=[]"], "sample_prompts"),
+        (["sample_every=3", f"sample_prompts=['','{'the cat ' * 64}']"], "sample_prompts"),
+        (["max_steps=-3"], "max_steps"),
+        (["z_loss=-1"], "z_loss"),
+        (["label_smoothing=1.5"], "label_smoothing"),
     ],
 )
-def test_wrong_settings_are_one_message(train, settings, message):
-    with pytest.raises(UserError, match=message):
+def test_wrong_settings_name_their_key(train, settings, key):
+    with pytest.raises(UserError) as error:
         train("run", *settings)
+    assert key in keys(error.value)
 
 
 SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64"
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key"),
     [
-        (["lr_scheduler.warmup_steps=50"], "lr_scheduler.warmup_steps: 50 is not between 0 and max_steps"),
-        (["optimizer.lr=-1"], "override 'optimizer.lr=-1': optimizer.lr: -1.0"),
-        (["model.num_attention_heads=3"], r"model: hidden_size \(32\) must be a multiple"),
-        ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model: bert is an encoder.* mlm_pretrain"),
-        ([f"model={MODELS['qwen3_moe']}", "data.packing=false"], "data.packing: false fills rows up with padding"),
-        ([f"model={MODELS['qwen3_moe']}", "model.num_experts_per_tok=9"], "num_experts_per_tok=9 is more than"),
-        (
-            ["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"],
-            "optimizer.scale: .big. is not one of",
-        ),
-        (["guard.max_skips=0"], "guard.max_skips: 0 is not 1 or more"),
-        (
-            ["lr_scheduler.warmup_ratio=1.5", "max_steps=null", "epochs=1"],
-            "lr_scheduler.warmup_ratio: 1.5 is not between",
-        ),
-        (
-            ["lr_scheduler.warmup_steps=500", "max_steps=null", "total_tokens=10_000"],
-            "warmup_steps: 500 .* max_steps = 40",
-        ),
-        (["data.validation_fraction=2"], "data.validation_fraction: 2.0 is not a share"),
-        (["model._component_=tests.recipes.components.linear"], "model: Linear is no model of a family"),
-        (["model._component_=tests.recipes.components.nothing"], "model: NoneType is no model of a family"),
-        (
-            ["model._component_=tests.recipes.components.larger"],
-            "not those of a LlamaForCausalLM.*: extra.bias, extra.wei",
-        ),
-        (["model._component_=tests.recipes.components.broken"], r"model: KeyError: 'mine' \(.*components.py:\d+\)"),
-        (["optimizer._component_=tests.recipes.components.nothing"], "gave NoneType, and no torch.optim.Optimizer"),
-        (["optimizer._component_=torch.optim.SGD"], "one problem.*torch.optim.SGD needs the argument 'params'"),
-        (
-            ["lr_scheduler._component_=tests.recipes.components.Schedule"],
-            "gave Schedule, and no torch.optim.lr_scheduler",
-        ),
-        (["resume=RUN"], r"This is a run; its newest is resume=.*checkpoints/step-00000012"),
-        (["init_from=RUN"], r"init_from: .* This is a run; its newest model is .*checkpoints/step-00000012"),
+        (["lr_scheduler.warmup_steps=50"], "lr_scheduler.warmup_steps"),
+        (["optimizer.lr=-1"], "optimizer.lr"),
+        (["model.num_attention_heads=3"], "model"),
+        ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model"),
+        ([f"model={MODELS['qwen3_moe']}", "data.packing=false"], "data.packing"),
+        ([f"model={MODELS['qwen3_moe']}", "model.num_experts_per_tok=9"], "model"),
+        (["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"], "optimizer.scale"),
+        (["guard.max_skips=0"], "guard.max_skips"),
+        (["lr_scheduler.warmup_ratio=1.5", "max_steps=null", "epochs=1"], "lr_scheduler.warmup_ratio"),
+        (["lr_scheduler.warmup_steps=500", "max_steps=null", "total_tokens=10_000"], "lr_scheduler.warmup_steps"),
+        (["data.validation_fraction=2"], "data.validation_fraction"),
+        (["optimizer._component_=torchrecipes.optim.muno"], "optimizer._component_"),
+        (["checkpoint.resume=RUN"], "checkpoint.resume"),
     ],
 )
-def test_what_is_wrong_is_told_before_a_corpus_is_made(train, tmp_path, settings, message):
+def test_mistakes_are_found_before_a_corpus_is_built(train, tmp_path, settings, key):
     if any("RUN" in setting for setting in settings):
         settings = [setting.replace("RUN", str(train("old"))) for setting in settings]
-    with pytest.raises(UserError, match=f"(?s){message}"):
+    with pytest.raises(UserError) as error:
         train("run", f"data.corpus_dir={tmp_path / 'corpus'}", *settings)
+    assert any(found == key or found.startswith(f"{key}.") for found in keys(error.value)), error.value
     assert not (tmp_path / "corpus").exists()
 
 
@@ -263,14 +254,15 @@ def test_an_optimizer_that_looks_at_values_is_used_though_it_cannot_be_tried(tra
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(train):
     old = train("old")
-    with pytest.raises(UserError, match="is of step 12, and the run ends at step 5"):
-        train("new", f"resume={checkpoint(old)}", "max_steps=5")
+    with pytest.raises(UserError) as error:
+        train("new", f"checkpoint.resume={checkpoint(old)}", "max_steps=5")
+    assert error.value.code == "beyond_last_step"
 
 
 def test_a_decoder_is_no_model_for_masked_tokens(capsys):
     gpt2 = ["model._component_=torchrecipes.models.gpt2", "model.size=tiny"]
     assert main(["validate", "mlm_pretrain", "--config", "neobert/quickstart", *gpt2]) == 2
-    assert "model: gpt2 is a decoder" in capsys.readouterr().err
+    assert "gpt2 is a decoder" in capsys.readouterr().err
 
 
 def test_a_free_mixture_is_loaded_by_this_library_as_the_last_line_says(train, capsys):

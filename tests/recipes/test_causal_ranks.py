@@ -37,11 +37,14 @@ micro_batch_size: 3
 max_steps: {STEPS}
 optimizer: {{_component_: torchrecipes.optim.muon, lr: 0.01, ns_dtype: fp32}}
 router_bias_update_rate: 0.01
-precision: fp32
-log_every: 1
+compute:
+  precision: fp32
+log:
+  log_every: 1
+checkpoint:
+  save_every: 10
 eval_every: 10
 eval_sequences: 7
-save_every: 10
 """
 MAIN = """
 from torchrecipes.cli.main import _as_process
@@ -95,11 +98,11 @@ def assert_same(run, other):
 
 @pytest.mark.parametrize(("world_size", "strategy"), [(2, "fsdp"), (3, "ddp")])
 def test_losses_and_loads_are_those_of_one_process(train, alone, world_size, strategy):
-    assert_same(train(strategy, world_size, f"parallel.strategy={strategy}"), alone)
+    assert_same(train(strategy, world_size, f"compute.strategy={strategy}"), alone)
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_has_the_routers_biases(train, alone):
-    run = train("two-then-one", 2, "parallel.strategy=fsdp")
+    run = train("two-then-one", 2, "compute.strategy=fsdp")
     half = weights(run, 10)
     biases = [tensor for name, tensor in half.items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 and all(bias.abs().max() > 0.01 for bias in biases)

@@ -35,11 +35,14 @@ global_batch_size: 12
 micro_batch_size: 3
 max_steps: {STEPS}
 optimizer: {{_component_: torchrecipes.optim.adamw, lr: 5e-3}}
-precision: fp32
-log_every: 1
+compute:
+  precision: fp32
+log:
+  log_every: 1
+checkpoint:
+  save_every: 10
 eval_every: 15
 eval_sequences: 7
-save_every: 10
 """
 MAIN = """
 from torchrecipes.cli.main import _as_process
@@ -107,7 +110,7 @@ def weights(run, step=STEPS):
 )
 def test_losses_are_those_of_one_process(folder, alone, world_size, strategy, local_world_size):
     name = f"{strategy}-{world_size}"
-    run = folder.train(name, f"parallel.strategy={strategy}", world_size=world_size, local_world_size=local_world_size)
+    run = folder.train(name, f"compute.strategy={strategy}", world_size=world_size, local_world_size=local_world_size)
     assert_same_losses(run, alone, 1e-4)
     for name, tensor in weights(alone).items():
         torch.testing.assert_close(weights(run)[name], tensor, atol=1e-4, rtol=0)
@@ -117,7 +120,7 @@ def test_losses_are_those_of_one_process(folder, alone, world_size, strategy, lo
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 1), (1, 3)])
 def test_a_checkpoint_of_some_ranks_goes_on_with_others(folder, alone, before, after):
     def settings(count):
-        return ["max_steps=30", "save_every=10"] + (["parallel.strategy=fsdp"] if count > 1 else [])
+        return ["max_steps=30", "checkpoint.save_every=10"] + (["compute.strategy=fsdp"] if count > 1 else [])
 
     run = folder.train(f"{before}-then-{after}", *settings(before), world_size=before)
     for step in (20, 30):  # it comes to step 10 again
@@ -130,7 +133,7 @@ def test_a_checkpoint_of_some_ranks_goes_on_with_others(folder, alone, before, a
 
 
 def test_a_signal_to_all_ranks_saves_one_checkpoint_and_the_run_goes_on_to_the_last_bit(folder):
-    settings = ["parallel.strategy=fsdp", "max_steps=300", "save_every=null", "eval_every=null"]
+    settings = ["compute.strategy=fsdp", "max_steps=300", "checkpoint.save_every=null", "eval_every=null"]
     whole = folder.train("whole", *settings, world_size=2)
     processes = ranks.start(folder.script, 2, *folder.arguments("stopped", *settings))
     for line in processes[0].stdout:

@@ -33,11 +33,14 @@ model:
 seq_len: 32
 global_batch_size: 4
 max_steps: {STEPS}
-precision: fp32
-log_every: 1
+compute:
+  precision: fp32
+log:
+  log_every: 1
+checkpoint:
+  save_every: 2
+  keep_last: 2
 eval_every: null
-save_every: 2
-keep_last: 2
 """
 # Forks the training, which costs milliseconds where starting Python and torch costs seconds, and kills it at random.
 DRIVER = """

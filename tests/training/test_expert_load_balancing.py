@@ -40,9 +40,9 @@ def test_the_report_counts_all_micro_batches_since_the_last():
     for step in range(2):
         for x in batches[2 * step : 2 * step + 2]:
             model(x)
-            balance.add(model.routing)
+            balance.add(model)
         balance.step()
-    report = balance.report()
+    report = balance.metrics()
     for number, layer in enumerate(model.layers):
         counts = sum(chosen(layer, x) for x in batches).double()
         load = counts / counts.sum()
@@ -53,7 +53,7 @@ def test_the_report_counts_all_micro_batches_since_the_last():
         entropy = sum(-(p * p.log()).sum(-1).mean() for p in distribution) / 4
         assert report[f"moe/{number}/entropy"] == pytest.approx(entropy.item(), rel=1e-5)
     assert report["moe/max_violation"] == max(report[f"moe/{number}/max_violation"] for number in range(2))
-    assert balance.report() == {}, "it begins anew"
+    assert balance.metrics() == {}, "it begins anew"
 
 
 def test_experts_without_tokens_are_counted():
@@ -61,9 +61,9 @@ def test_experts_without_tokens_are_counted():
     x = torch.randn(1, 16).expand(30, 16)
     balance = ExpertBalance(model)
     model(x)
-    balance.add(model.routing)
+    balance.add(model)
     balance.step()
-    report = balance.report()
+    report = balance.metrics()
     assert report["moe/0/unused"] == 6 and report["moe/unused"] == 12
     assert report["moe/max_violation"] == pytest.approx(3.0)
 
@@ -73,7 +73,7 @@ def test_the_bias_moves_against_the_load_and_its_mean_stays_zero():
     before = [chosen(layer, x) for layer in model.layers]
     balance = ExpertBalance(model, update_rate=0.01)
     model(x)
-    balance.add(model.routing)
+    balance.add(model)
     balance.step()
     for layer, counts in zip(model.layers, before, strict=True):
         sign = (counts.float().mean() - counts).sign()
@@ -81,7 +81,7 @@ def test_the_bias_moves_against_the_load_and_its_mean_stays_zero():
         assert torch.allclose(bias, 0.01 * (sign - sign.mean()))
     kept = [layer.gate.e_score_correction_bias.clone() for layer in model.layers]
     model(x)
-    balance.add(model.routing)
+    balance.add(model)
     balance.step(skipped=torch.ones(()))
     assert all(torch.equal(a, layer.gate.e_score_correction_bias) for a, layer in zip(kept, model.layers, strict=True))
 
@@ -95,9 +95,9 @@ def test_the_bias_evens_out_a_skewed_router():
 
     def violation():
         model(x)
-        balance.add(model.routing)
+        balance.add(model)
         balance.step()
-        return balance.report()["moe/max_violation"]
+        return balance.metrics()["moe/max_violation"]
 
     first = violation()
     for _ in range(300):
@@ -109,7 +109,7 @@ def test_a_dense_model_has_nothing_to_balance():
     balance = ExpertBalance(nn.Linear(2, 2))
     balance.add(None)
     balance.step()
-    assert balance.report() == {}
+    assert balance.metrics() == {}
 
 
 SCRIPT = f"""
@@ -128,9 +128,9 @@ balance = ExpertBalance(model, update_rate=0.01)
 x = torch.randn(3, 60, 16, generator=torch.Generator().manual_seed(1))
 for step in range(3):
     model(x[step].chunk(collectives.world_size())[collectives.rank()])
-    balance.add(model.routing)
+    balance.add(model)
     balance.step()
-print([layer.gate.e_score_correction_bias.tolist() for layer in model.layers], balance.report()["moe/0/load"])
+print([layer.gate.e_score_correction_bias.tolist() for layer in model.layers], balance.metrics()["moe/0/load"])
 torch.distributed.destroy_process_group()
 """
 

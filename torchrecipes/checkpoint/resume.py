@@ -1,81 +1,55 @@
-"""Whether a run may go on from a checkpoint: the same network, the same data, and steps that are left."""
+"""Checks that a checkpoint can be resumed: the same settings, the same network."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import yaml
 from torch import nn
 
+from torchrecipes.config import changed_keys
 from torchrecipes.errors import UserError
-from torchrecipes.models.hub import meta_model_from_hf
-
-if TYPE_CHECKING:
-    from torchrecipes.checkpoint.checkpointer import Checkpoint
+from torchrecipes.models.hub import architecture_differences
 
 
 def check_same_architecture(path: Path, model: nn.Module) -> None:
-    """Checks that a checkpoint is of this network; what only training uses, such as dropout, may have changed.
+    """Checks that a checkpoint is of this network; keys that only training uses, such as dropout, may differ.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint's folder.
         model: may be on the meta device, or sharded.
 
     Raises:
-        UserError: it is of another one; the message names what differs.
+        UserError: it is of another one; names what differs (code `other_model`).
     """
-    stored_model = meta_model_from_hf(path)
-    stored, ours = stored_model.state_dict(), model.state_dict()
-    problems = [f"{name} is not in the checkpoint" for name in ours if name not in stored]
-    problems += [f"{name} is not in this model" for name in stored if name not in ours]
-    problems += [
-        f"{name} is {list(stored[name].shape)} there and {list(ours[name].shape)} here"
-        for name in ours
-        if name in stored and stored[name].shape != ours[name].shape
-    ]
-    # The same shapes can be another network: other heads, another rope_theta. What only training uses may change.
-    if not problems and type(stored_model.config) is type(model.config):
-        there, here = asdict(stored_model.config), asdict(model.config)
-        may_change = (
-            "initializer_range",
-            "max_position_embeddings",
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "attention_dropout",
-            "attn_pdrop",
-            "embd_pdrop",
-            "resid_pdrop",
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-        )
-        problems = [
-            f"{key} is {there[key]} there and {here[key]} here"
-            for key in here
-            if key not in may_change and there[key] != here[key]
-        ]
-    if problems:
+    if problems := architecture_differences(model, path):
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise UserError(f"{path} is a checkpoint of another model: {shown}. Give the settings it was trained with.")
+        raise UserError(
+            f"{path} is a checkpoint of another model: {shown}",
+            key="model",
+            hint="Give the settings it was trained with.",
+            code="other_model",
+        )
 
 
-def check_resumable(checkpoint: "Checkpoint", corpus, resume: str, max_steps: int | None = None) -> None:
-    """Checks that a run goes on with the corpus that it was started with, and has steps left.
+def check_same_settings(config_file: Path, config_yaml: str, schema: type) -> None:
+    """Checks that a run is continued with the settings it was started with; those marked `MayChange` may differ.
 
     Args:
-        checkpoint: has the corpus' fingerprint as `state["corpus"]`.
-        corpus: has `fingerprint` and `folder`.
-        resume: the recipe's setting; a path was named on purpose, so there the corpus may be another one.
-        max_steps: of the run; None: not known yet.
+        config_file: `config.yaml` of the run.
+        config_yaml: the config of now.
+        schema: the recipe's `Config`.
 
     Raises:
-        UserError: it is another corpus, or the checkpoint is beyond the run's last step.
+        UserError: names the keys that differ (code `other_settings`).
     """
-    if max_steps is not None and checkpoint.step > max_steps:
-        raise UserError(
-            f"resume: {checkpoint.path} is of step {checkpoint.step:,}, and the run ends at step {max_steps:,}. Train "
-            "for more steps, or take its weights alone: resume=auto output_dir=OTHER init_from=..."
-        )
-    if resume == "auto" and checkpoint.state.get("corpus") != corpus.fingerprint:
-        raise UserError(
-            f"{corpus.folder} is not the corpus that {checkpoint.path} was trained on: its order would be another one. "
-            f"Bring the old corpus back, or go on on purpose: resume={checkpoint.path} output_dir=OTHER."
-        )
+    old, new = yaml.safe_load(config_file.read_text(encoding="utf-8")), yaml.safe_load(config_yaml)
+    differing = changed_keys(old, new, schema)
+    if not differing:
+        return
+    lines = [f"  {key}: saved {saved}, current {current}" for key, (saved, current) in differing.items()]
+    folder = config_file.parent
+    raise UserError(
+        "\n".join([f"{folder} holds a run with other settings:", *lines]),
+        hint=f"To start a new run: output_dir=OTHER. To train its weights with the new settings: output_dir=OTHER "
+        f"init_from={folder}. To continue it: give the saved values. To discard it: delete {folder}.",
+        code="other_settings",
+    )

@@ -5,3 +5,16 @@ fsdp          `parallelize`: ddp, fsdp and hsdp over `fully_shard`
 launch        starts the processes of a run on this node and watches them
 error_file    how a process reports why it ended
 """
+
+from torchrecipes.distributed.collectives import all_reduce_max, all_reduce_min, all_reduce_sum, all_reduce_sum_
+from torchrecipes.distributed.fsdp import clip_grad_norm, parallelize, set_grad_sync
+
+__all__ = [
+    "all_reduce_max",
+    "all_reduce_min",
+    "all_reduce_sum",
+    "all_reduce_sum_",
+    "clip_grad_norm",
+    "parallelize",
+    "set_grad_sync",
+]

@@ -1,1 +1,26 @@
-"""What a trained model is worth."""
+"""Evaluation: loss, perplexity, fill-mask, generation.
+
+mlm                `evaluate_mlm`, `unigram_baseline`: masked tokens, beside the frequency of words
+causal             `evaluate_causal`: next tokens
+generation         `generate`, `generate_text`: text from prompts
+sampling           from logits to the next token
+text_perplexity    `perplexity` of documents, in windows
+mask_filling       `fill_mask`: the tokens that fit into [MASK]
+"""
+
+from torchrecipes.evaluation.causal import evaluate_causal
+from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
+from torchrecipes.evaluation.mask_filling import fill_mask
+from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation.text_perplexity import perplexity
+
+__all__ = [
+    "check_prompts",
+    "evaluate_causal",
+    "evaluate_mlm",
+    "fill_mask",
+    "generate",
+    "generate_text",
+    "perplexity",
+    "unigram_baseline",
+]

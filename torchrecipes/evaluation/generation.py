@@ -150,32 +150,40 @@ def generate(
     ]
 
 
-def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> None:
+def check_prompts(
+    model: nn.Module, prompts: Sequence[Sequence[int]], names: Sequence[str] | None = None, key: str | None = None
+) -> None:
     """Checks that the model can continue every prompt.
 
     Args:
-        model: a causal one.
-        prompts: ids of each.
+        model: a causal one; one without a `config` is not checked.
+        prompts: token ids of each.
         names: what a message calls each prompt. None: prompt 1, prompt 2, ...
+        key: the config key or option that they are from.
 
     Raises:
-        UserError: a prompt has no token, leaves no room for a new one, or has an id that the model does not have.
+        UserError: a prompt has no token, leaves no room for a new one, or has an id that the model does not have (code
+            `bad_prompt`).
     """
+    if not hasattr(model, "config"):
+        return
     positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
     names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     for name, prompt in zip(names, prompts, strict=True):
         if not prompt:
-            raise UserError(f"{name}: no token. Let it begin with the token that begins a document.")
-        if len(prompt) >= positions:
-            raise UserError(
-                f"{name}: {len(prompt):,} tokens, and the model has {positions:,} positions (max_position_embeddings), "
-                "which leaves no room for a new one. Shorten the prompt."
+            problem, hint = "has no token", "Begin it with the token that begins a document."
+        elif len(prompt) >= positions:
+            problem = (
+                f"has {len(prompt):,} tokens, and the model has {positions:,} positions (max_position_embeddings), "
+                "which leaves no room for a new one"
             )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise UserError(
-                f"{name}: the ids {min(prompt)} to {max(prompt)}, and the model has {vocab_size:,} tokens. "
-                "Take the model's own tokenizer."
-            )
+            hint = "Shorten the prompt."
+        elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            problem = f"has ids from {min(prompt)} to {max(prompt)}, and the model has {vocab_size:,} tokens"
+            hint = "Use the model's own tokenizer."
+        else:
+            continue
+        raise UserError(f"{name} {problem}", key=key, hint=hint, code="bad_prompt")
 
 
 def generate_text(

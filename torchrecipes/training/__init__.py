@@ -1,1 +1,37 @@
-"""What a run needs beside its model and data: folder, precision, checkpoints, budget, metrics, signals."""
+"""The parts of a training run.
+
+run                        `start_run`: processes, folder, device, seed; the config group `compute`
+setup                      `setup_model`: float8, activation checkpointing, compile, sharding, weights
+precision                  number formats of the forward and backward pass
+float8                     8-bit matrix products through torchao
+activation_checkpointing   less memory for more time; the hint when memory runs out
+expert_load_balancing      the load of a mixture's experts
+ema                        `EMA`: averaged weights
+guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
+duration                   steps from a budget in steps, tokens or epochs
+graceful_stop              Ctrl+C and SIGTERM end a run after its step
+metrics                    `MetricLogger`: metrics.jsonl, the terminal, loggers; the config group `log`
+loggers                    `TensorBoard`, `WandB`
+"""
+
+from torchrecipes.training.activation_checkpointing import oom_hint
+from torchrecipes.training.duration import resolve_max_steps
+from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
+from torchrecipes.training.graceful_stop import GracefulStop
+from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
+from torchrecipes.training.run import ComputeConfig, start_run
+from torchrecipes.training.setup import setup_model
+
+__all__ = [
+    "ComputeConfig",
+    "ExpertBalance",
+    "GracefulStop",
+    "LogConfig",
+    "MetricLogger",
+    "oom_hint",
+    "resolve_max_steps",
+    "router_loss",
+    "setup_model",
+    "start_run",
+    "sum_over_ranks",
+]

@@ -20,7 +20,7 @@ class ExpertBalance:
     of a layer's biases is kept at 0, which changes no choice.
 
     Args:
-        model: `model.routing` is what `add` is given.
+        model: has `routing` after a forward pass, if it has experts.
         update_rate: of the biases, per step; the paper's is 0.001.
     """
 
@@ -32,8 +32,9 @@ class ExpertBalance:
         self._entropy: Tensor | None = None  # [layers]: summed over the forward passes since the last report
         self._passes = 0
 
-    def add(self, routing: Routing | None) -> None:
-        """Counts a forward pass: `routing` has a leading dimension for the layers. Nothing waits for the device."""
+    def add(self, model: nn.Module) -> None:
+        """Counts the model's last forward pass. Nothing waits for the device."""
+        routing: Routing | None = getattr(model, "routing", None)
         if routing is None:
             return
         counts = routing.tokens_per_expert.detach()
@@ -61,8 +62,8 @@ class ExpertBalance:
                 change -= change.mean()
                 bias += change if skipped is None else torch.where(skipped > 0, 0.0, change)
 
-    def report(self) -> dict[str, float | list[float]]:
-        """What happened since the last report, for the log; an empty dict for a model without experts.
+    def metrics(self) -> dict[str, float | list[float]]:
+        """The load since the last call, for the log; an empty dict for a model without experts.
 
         Of every MoE layer l:
 
@@ -88,3 +89,8 @@ class ExpertBalance:
             report |= {f"moe/{layer}/max_violation": violation, f"moe/{layer}/unused": without}
             report |= {f"moe/{layer}/entropy": entropy, f"moe/{layer}/load": loads}
         return report
+
+
+def router_loss(model: nn.Module) -> Tensor | float:
+    """The auxiliary loss of the routers in the model's last forward pass, a sum over tokens; 0 without experts."""
+    return getattr(model, "router_loss", 0.0)

@@ -1,4 +1,4 @@
-"""Ctrl+C and SIGTERM end a run after its step, with a checkpoint, instead of in the middle."""
+"""Ends a run after its step, with a checkpoint, on Ctrl+C and SIGTERM."""
 
 import contextlib
 import os
@@ -6,9 +6,11 @@ import signal
 import threading
 from types import FrameType
 
+from torchrecipes.distributed import collectives
+
 
 class GracefulStop:
-    """While the context is open, SIGINT and SIGTERM only set `received`, which the loop looks at after every step.
+    """While the context is open, SIGINT and SIGTERM only set `received`, which the loop checks after every step.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python delivers no signals, the
     context does nothing.
@@ -20,6 +22,10 @@ class GracefulStop:
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, object] = {}
+
+    def agreed(self) -> int:
+        """The signal that any rank has received, 0 for none; the same on all ranks, which call it together."""
+        return collectives.all_reduce_max(self.received or 0)
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():

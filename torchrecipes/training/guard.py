@@ -1,4 +1,4 @@
-"""Watches a run for steps that would ruin it: a loss or gradient that is not finite, and spikes of the loss."""
+"""Skips steps whose loss or gradient is not finite, reports loss spikes, and rolls back."""
 
 import math
 from collections import deque
@@ -11,36 +11,35 @@ from torch import Tensor
 
 from torchrecipes.errors import UserError
 
-MIN_DEVIATION = 0.01  # nats: a flat loss deviates less, and its noise is no spike
-JUDGES_FROM = 0.5  # share of the window that has to be there before a loss is judged
+MIN_DEVIATION = 0.01  # nats: the noise of a flat loss is not a spike
+JUDGES_FROM = 0.5  # share of the window that must be filled before a loss is judged
 
 
 class Guard:
-    """Skips steps that are not finite, finds spikes, and says when to stop or to go back to a checkpoint.
+    """Skips non-finite steps, finds loss spikes, and says when to stop or to roll back to a checkpoint.
 
-    In a loop, `step` stands in place of `optimizer.step()`, and `check` comes before anything is saved:
+    In a loop, `step` replaces `optimizer.step()`, and `check` comes before anything is saved:
 
         guard.step(optimizer, loss, grad_norm)
         optimizer.zero_grad()
         if guard.check(step, sync=save_now, checkpoint=saved) == "rollback":
-            ...  # load that checkpoint, `guard.load_state_dict` too, and go on with the data behind this step
+            ...  # load that checkpoint, `guard.load_state_dict` too, and continue with later data
 
-    Every decision follows from numbers that are equal on all ranks, so all decide alike without asking each other.
+    Every decision follows from numbers that are equal on all ranks, so all decide alike without communication.
 
     Args:
-        on_nonfinite: what a step whose loss or gradient norm is not finite does. Its update is skipped in any case.
+        on_nonfinite: what happens after a step whose loss or gradient norm is not finite. Its update is always skipped.
             `skip`: `max_skips` of them in a row stop the run. `rollback`: `max_skips` of them in a row roll back.
             `stop`: the first one stops the run.
         max_skips: steps in a row.
         on_spike: `log` or `rollback`.
-        spike_zscore: a loss that is more deviations than this above the mean of the window is a spike; None: off.
-        spike_window: the number of past losses that a loss is compared with. It judges once it has half of them. Those
-            that are spikes themselves are left out, until half a window of them came in a row: then the loss has
-            settled there, and they become the window.
-        max_rollbacks: in the whole run; the one after stops it.
+        spike_zscore: a loss more than this many standard deviations above the mean of the window is a spike; None: off.
+        spike_window: the number of past losses that a loss is compared with, from half of them on. Spikes are left out,
+            until half a window of them came in a row: then the loss has settled there, and they become the window.
+        max_rollbacks: in the whole run; one more stops it.
 
     Attributes:
-        log_fn: what every line is given to; it prints. Beside a progress bar set it to what prints there.
+        log_fn: prints a line. Beside a progress bar, set it to a function that prints above the bar.
 
     Raises:
         UserError: a value is out of range.
@@ -57,28 +56,29 @@ class Guard:
     ):
         problems = []
         if on_nonfinite not in ("skip", "rollback", "stop"):
-            problems.append(f"on_nonfinite: {on_nonfinite!r} is not one of skip, rollback, stop")
+            problems.append(("on_nonfinite", f"{on_nonfinite!r} is not one of skip, rollback, stop"))
         if max_skips < 1:
-            problems.append(f"max_skips: {max_skips} is not 1 or more; on_nonfinite=stop stops at the first one")
+            problems.append(("max_skips", f"{max_skips} is not 1 or more; on_nonfinite=stop stops at the first one"))
         if on_spike not in ("log", "rollback"):
-            problems.append(f"on_spike: {on_spike!r} is not one of log, rollback (spike_zscore=null turns it off)")
+            problems.append(("on_spike", f"{on_spike!r} is not one of log, rollback (spike_zscore=null turns it off)"))
         if spike_zscore is not None and not spike_zscore > 0:
-            problems.append(f"spike_zscore: {spike_zscore} is not above 0 (it is off with null)")
+            problems.append(("spike_zscore", f"{spike_zscore} is not above 0 (it is off with null)"))
         if spike_window < 2:
-            problems.append(f"spike_window: {spike_window} is not 2 or more")
+            problems.append(("spike_window", f"{spike_window} is not 2 or more"))
         if max_rollbacks < 0:
-            problems.append(f"max_rollbacks: {max_rollbacks} is not 0 or more")
+            problems.append(("max_rollbacks", f"{max_rollbacks} is not 0 or more"))
         if problems:
-            raise UserError("\n".join(f"guard.{problem}." for problem in problems))
+            errors = [UserError(problem, key=f"guard.{key}", code="out_of_range") for key, problem in problems]
+            raise UserError("\n".join(map(str, errors)), code="out_of_range", problems=errors)
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
         self.on_spike, self.spike_zscore, self.spike_window = on_spike, spike_zscore, spike_window
         self.max_rollbacks = max_rollbacks
         self.log_fn: Callable[[str], object] = partial(print, flush=True)
-        self.window: deque[float] = deque(maxlen=spike_window)  # finite losses that are no spikes
-        self.spiking: list[float] = []  # the last losses, as far back as all of them are spikes
-        self.skipping: list[int] = []  # the last steps, as far back as all of them were skipped
+        self.window: deque[float] = deque(maxlen=spike_window)  # finite losses that are not spikes
+        self.spiking: list[float] = []  # the latest losses, while all of them are spikes
+        self.skipping: list[int] = []  # the latest steps, while all of them are skipped
         self.skipped_steps = self.spikes = self.rollbacks = 0
-        self._stepped: tuple[Tensor, torch.cuda.Event | None] | None = None  # what `check` has no step number for yet
+        self._stepped: tuple[Tensor, torch.cuda.Event | None] | None = None  # not checked yet
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -109,20 +109,20 @@ class Guard:
         return skip
 
     def check(self, step: int, *, sync: bool = False, checkpoint: str | Path | None = None) -> str:
-        """Judges the last step: call it once after every `step`, and before saving.
+        """Judges the last step. Call it once after every `step`, and before saving.
 
-        On a GPU it judges the step before, so that the host need not wait for this one.
+        On a GPU it judges the step before, so that the host does not wait for this one.
 
         Args:
             step: the step's number, for the messages.
-            sync: judge this step, too, at the cost of waiting for it: what is saved has to be looked at.
-            checkpoint: the last good one, None if there is none. A rollback goes there.
+            sync: judge this step, too, at the cost of waiting for it: a step must be judged before it is saved.
+            checkpoint: the last one, which a rollback restores; None if there is none.
 
         Returns:
-            `continue`, or `rollback`: the caller loads `checkpoint`, and leaves the data up to this step behind.
+            `continue`, or `rollback`: the caller loads `checkpoint` and skips the data up to this step.
 
         Raises:
-            UserError: the run has to stop: what happened, when, and what to do.
+            UserError: the run has to stop (code `diverged`): what happened, when, and what to do.
         """
         if self._stepped is not None:
             self._unread.append((step, *self._stepped))
@@ -144,7 +144,7 @@ class Guard:
         return "continue"
 
     def state_dict(self) -> dict[str, int | list]:
-        """What a checkpoint has to hold: JSON values. `check(step, sync=True)` comes before."""
+        """JSON values for a checkpoint. Call `check(step, sync=True)` first."""
         if self._unread or self._stepped is not None:
             raise RuntimeError("a step was not judged yet: call check(step, sync=True) before state_dict()")
         return {
@@ -157,8 +157,8 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, int | list]) -> None:
-        """Goes on from `state()`, after a restart or a rollback: what was counted since is not forgotten."""
-        rolled_back = self.rollbacks > state["rollbacks"]  # other data comes now: a row of skipped steps ends here
+        """Restores a `state_dict()` after a restart or a rollback; what was counted since stays counted."""
+        rolled_back = self.rollbacks > state["rollbacks"]  # later data comes next: the row of skipped steps ends here
         self.skipping = [] if rolled_back else list(state["skipping"])
         self.spiking = list(state["spiking"])
         self.window = deque(state["window"], maxlen=self.spike_window)
@@ -179,7 +179,7 @@ class Guard:
         count = len(self.skipping)
         self.log_fn(f"step {step}: {what}: step skipped ({count} in a row)")
         if self.on_nonfinite == "stop":
-            raise self._lost(f"step {step}: {what}, and guard.on_nonfinite is stop.", self.skipping, checkpoint)
+            raise self._lost(f"step {step}: {what} (guard.on_nonfinite=stop).", self.skipping, checkpoint)
         if count < self.max_skips:
             return None
         if self.on_nonfinite == "skip":
@@ -200,8 +200,8 @@ class Guard:
                 self.spikes += 1
                 self.spiking.append(loss)
                 self.log_fn(
-                    f"step {step}: loss {loss:.4g} is a spike: {zscore:.1f} deviations above {mean:.4g}, the mean of "
-                    f"the last {len(self.window)} that were none"
+                    f"step {step}: loss {loss:.4g} is a spike: {zscore:.1f} standard deviations above {mean:.4g}, the "
+                    f"mean of the last {len(self.window)} that were not"
                 )
                 if self.on_spike == "rollback":
                     return f"the loss of step {step} is a spike"
@@ -227,7 +227,7 @@ class Guard:
         self.skipping.clear()
         self.spiking.clear()
         self.log_fn(
-            f"step {step}: {reason}: back to {checkpoint}, and on with the data behind this step "
+            f"step {step}: {reason}: rolling back to {checkpoint}, continuing with later data "
             f"(rollback {self.rollbacks} of {self.max_rollbacks})"
         )
 
@@ -235,10 +235,12 @@ class Guard:
         """The error that ends a run: what happened, where the last good weights are, what to try."""
         data = f"step {steps[-1]}" if steps[0] == steps[-1] else f"steps {steps[0]} to {steps[-1]}"
         last = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved yet."
-        other = f", with output_dir=OTHER resume={checkpoint}" if checkpoint else ""
+        other = f", with output_dir=OTHER checkpoint.resume={checkpoint}" if checkpoint else ""
         return UserError(
-            f"{what} {last} Lower optimizer.lr, lengthen the warm-up, lower max_grad_norm, try precision=fp32{other}. "
-            f"Look at the data of {data}."
+            f"{what} {last}",
+            hint="Lower optimizer.lr, lengthen the warm-up, lower max_grad_norm, or try compute.precision=fp32"
+            f"{other}. Check the data of {data}.",
+            code="diverged",
         )
 
 

@@ -1,6 +1,6 @@
-"""Where metrics go beside metrics.jsonl: components for a recipe's `metrics` list.
+"""Loggers for `log.loggers`, beside metrics.jsonl: TensorBoard and Weights & Biases.
 
-A writer has `log(values, step)` and `close()`; anything else with these two methods is one, too.
+A logger is any object with `log(values, step)` and `close()`.
 """
 
 from pathlib import Path
@@ -25,17 +25,22 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("metrics: TensorBoard needs its package: pip install tensorboard") from None
+            raise UserError(
+                "TensorBoard needs its package",
+                key="log.loggers",
+                hint="pip install tensorboard",
+                code="missing_package",
+            ) from None
         self.writer = SummaryWriter(folder or str(Path(output_dir) / "tensorboard"))
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Writes every value but the step itself."""
+        """Writes every value except the step itself."""
         for name, value in values.items():
             if name != "step":
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the file."""
         self.writer.close()
 
 
@@ -56,9 +61,11 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise UserError("metrics: WandB needs its package: pip install wandb") from None
+            raise UserError(
+                "WandB needs its package", key="log.loggers", hint="pip install wandb", code="missing_package"
+            ) from None
         folder = Path(output_dir)
-        # A resumed run is in the same folder and so goes on in the same curve.
+        # A resumed run is in the same folder, and continues the same curve.
         identity = xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode())
         self.run = wandb.init(
             project=project, name=name or folder.name, id=identity, dir=str(folder), mode=mode, resume="allow"
@@ -69,5 +76,5 @@ class WandB:
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        """Waits until all is sent."""
+        """Waits until everything is sent."""
         self.run.finish()

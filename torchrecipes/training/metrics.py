@@ -6,53 +6,81 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from torchrecipes.atomic_write import write_atomically
+from torchrecipes.config import Component, MayChange, Steps, build, component
 from torchrecipes.distributed import collectives
+from torchrecipes.training.run import Run
+
+T = TypeVar("T")
+SHOW_PROGRESS_AFTER = 30  # seconds into a step without a line
+
+
+@dataclass
+class LogConfig:
+    """The config group `log`."""
+
+    log_every: MayChange[Steps] = 10  # steps
+    loggers: MayChange[list[Component]] = component([], injected=("output_dir",))  # beside metrics.jsonl
+
+
+def sum_over_ranks(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Adds up the values of micro-batches by name, over this rank's and then over all ranks'.
+
+    Args:
+        parts: of every micro-batch, the same names: detached tensors without dimensions. Nothing waits for the device.
+    """
+    names = list(parts[0])
+    sums = torch.stack([torch.stack([part[name].float() for part in parts]).sum() for name in names])
+    return dict(zip(names, collectives.all_reduce_sum_(sums), strict=True))
 
 
 class MetricLogger:
     """Writes `<output_dir>/metrics.jsonl`, shows progress, and feeds the loggers.
 
-    Loss and gradient norm stay on the device until `log`, which fetches both in one transfer. In a process group all
-    ranks call it alike, and rank 0 alone writes and shows anything.
+    Sums and gradient norms stay on the device until `log`, which fetches them in one transfer. In a process group all
+    ranks call it alike, and only rank 0 writes and shows anything.
 
     Args:
-        output_dir: the run's folder. Lines of steps from `first_step` on, left by a run that went further than its last
-            checkpoint, are removed.
+        run: has `output_dir` and `device`. Lines of steps from `first_step` on, left by a run that got further than its
+            last checkpoint, are removed.
+        options: the config group; its loggers are built on rank 0: objects with `log(values, step)` and `close()`.
         max_steps: the last step.
-        device: where losses are.
         tokens_per_step: tokens of an optimizer step that are not padding.
         flops_per_token, peak_flops: for MFU, the peak of one device; None: not reported.
         first_step: the step to begin with.
-        loggers: objects with `log(values, step)` and `close()`, see loggers.py.
     """
 
     def __init__(
         self,
-        output_dir: str | Path,
-        max_steps: int,
+        run: Run,
+        options: LogConfig | None = None,
         *,
-        device: torch.device,
+        max_steps: int,
         tokens_per_step: float,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         first_step: int = 1,
-        loggers: Sequence = (),
     ):
-        self.max_steps, self.device, self.loggers, self.is_main = max_steps, device, loggers, collectives.rank() == 0
+        self.is_main = collectives.rank() == 0
+        loggers = options.loggers if options and self.is_main else []
+        self.loggers = [build(logger, output_dir=str(run.output_dir)) for logger in loggers]
+        self.max_steps, self.device = max_steps, run.device
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak_flops = peak_flops and peak_flops * collectives.world_size()
-        self.path = Path(output_dir) / "metrics.jsonl"
+        self.path = Path(run.output_dir) / "metrics.jsonl"
         self._open_file(first_step)
-        self.loss, self.targets = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.sums: dict[str, Tensor] = {}
+        self.targets = torch.zeros((), device=run.device)
         self.first_step, self.begun, self.finished = (
             first_step,
             0,
@@ -70,24 +98,34 @@ class MetricLogger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def update(self, loss_sum: Tensor, num_targets: int, skipped: Tensor | None = None) -> None:
+    def update(self, sums: Mapping[str, Tensor], num_targets: int, skipped: Tensor | None = None) -> None:
         """Counts a step, without waiting for the device.
 
         Args:
-            loss_sum: summed over its targets, of all ranks.
-            num_targets: how many.
+            sums: name -> the sum over the step's targets, of all ranks; `loss` is among them.
+            num_targets: how many targets.
             skipped: not 0 where the step was skipped, which is then not in the mean.
         """
         if skipped is None:
-            skipped = torch.zeros_like(loss_sum)
-        self.loss += torch.where(skipped > 0, 0, loss_sum)
+            skipped = torch.zeros_like(self.targets)
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(skipped > 0, 0, value)
         self.targets += torch.where(skipped > 0, 0, num_targets)
+
+    def track(self, batches: Sequence[T]) -> Iterator[T]:
+        """Yields the micro-batches of a step, and shows how far a step is that takes long."""
+        shown = time.perf_counter()
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            if (now := time.perf_counter()) - shown > SHOW_PROGRESS_AFTER and number < len(batches):
+                shown = now
+                self.print(f"step {self.finished + 1}: micro-batch {number:,} of {len(batches):,}")
 
     @contextmanager
     def begin_step(self) -> Iterator[None]:
-        """Time in this context is waiting for data. Open it once, at the beginning of every step."""
+        """Counts the time in this context as waiting for data. Open it once, at the beginning of every step."""
         if self.begun == 1:
-            self._tell_first_step()
+            self._report_first_step()
         self.begun, self.finished = self.begun + 1, self.finished + 1
         if self.bar is not None:
             self.bar.update(self.finished - self.bar.n)
@@ -97,14 +135,14 @@ class MetricLogger:
 
     @contextmanager
     def exclude_time(self) -> Iterator[None]:
-        """Time in this context, for evaluation or saving, is no training time."""
+        """Leaves the time in this context, for evaluation or saving, out of the training time."""
         start = time.perf_counter()
         yield
         self.paused += time.perf_counter() - start
 
     def truncate_after(self, step: int) -> None:
-        """The run goes on behind `step` once more: later lines are removed."""
-        self.loss.zero_()
+        """Removes the lines after `step`, to which the run has rolled back."""
+        self.sums = {}
         self.targets.zero_()
         if self.is_main:
             self.file.close()
@@ -113,18 +151,21 @@ class MetricLogger:
         self._begin_interval(step)
 
     def log(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
-        """Logs the steps since the last call; the loss is their mean over targets.
+        """Logs the steps since the last call; losses and other sums are means over their targets.
 
         Args:
-            step: the step that is done.
+            step: the last step done.
             lr: its learning rate.
-            grad_norm: its gradient's norm, before clipping.
+            grad_norm: the norm of its gradient, before clipping.
             more: other numbers for the line; lists of numbers are kept in the file only.
 
         Returns:
             The line. Numbers that are not finite are in it as they are, in the file they are null.
         """
-        loss, norm = torch.stack([self.loss / self.targets, grad_norm.to(self.loss.dtype)]).tolist()
+        means = [value / self.targets for value in self.sums.values()]
+        *means, norm = torch.stack([*means, grad_norm.to(self.targets.dtype)]).tolist()
+        means = dict(zip(self.sums, means, strict=True))
+        loss = means.pop("loss")
         seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
         steps = max(1, step - self.interval_start)
         rate = steps * self.tokens_per_step / seconds
@@ -142,8 +183,8 @@ class MetricLogger:
         }
         if self.flops_per_token and self.peak_flops:
             line["mfu"] = rate * self.flops_per_token / self.peak_flops
-        line |= more
-        self.loss.zero_()
+        line |= means | more
+        self.sums = {}
         self.targets.zero_()
         self._begin_interval(step)
         self._record(line, step)
@@ -155,17 +196,20 @@ class MetricLogger:
             self.print(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left")
         return line
 
-    def log_eval(self, step: int, name: str, values: dict[str, float]) -> None:
-        """Logs an evaluation as `eval/<name>/<metric>`."""
-        self._record({"step": step} | {f"eval/{name}/{key}": value for key, value in values.items()}, step)
+    def log_eval(self, step: int, name: str, values: dict[str, float]) -> dict[str, float]:
+        """Logs an evaluation as `eval/<name>/<metric>`, and returns it under these names."""
+        named = {f"eval/{name}/{key}": value for key, value in values.items()}
+        self._record({"step": step} | named, step)
         self.print(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+        return named
 
-    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Shows how prompts go on, (prompt, text) each, and keeps it in `<output_dir>/samples.jsonl`."""
+    def log_samples(self, step: int, samples: Sequence[Any]) -> None:
+        """Shows generated text (objects with `prompt` and `text`) and appends it to `<output_dir>/samples.jsonl`."""
         if not self.is_main:
             return
         with self.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt, text in samples:
+            for sample in samples:
+                prompt, text = sample.prompt, sample.text
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
                 self.print(f"step {step}: sample: {prompt}{text}")
 
@@ -179,12 +223,12 @@ class MetricLogger:
             logger.close()
 
     def _begin_interval(self, step: int) -> None:
-        """Rates are over the steps behind `step`, from now on."""
+        """Rates are over the steps after `step`, from now on."""
         self.interval_start = step
         self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
 
-    def _tell_first_step(self) -> None:
-        """The first step compiles and allocates: it is told by itself, and left out of the rates."""
+    def _report_first_step(self) -> None:
+        """Reports the first step by itself, which compiles and allocates, and leaves it out of the rates."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.interval_start < self.first_step:

@@ -107,12 +107,12 @@ def test_the_loader_gives_every_target_of_an_epoch_once_on_any_number_of_ranks(m
     corpus, tokenizer, _ = made
     rows = PackedDataset(corpus, 32, tokenizer.pad_id, lookahead=1)
     targets = CausalLMCollator(tokenizer.eos_id, cross)
-    settings = {"seed": 1, "global_batch_size": 2, "micro_batch_size": 1, "max_steps": rows.num_rows // 2}
+    settings = {"seed": 1, "global_batch_size": 2, "micro_batch_size": 1}
     alone = Loader(rows, targets, **settings)
     ranks = [Loader(rows, targets, rank=rank, world_size=2, **settings) for rank in range(2)]
-    for step in range(1, settings["max_steps"] + 1):
-        expected = alone.step(step)
-        for batch, other in zip(expected, [b for rank in ranks for b in rank.step(step)], strict=True):
+    for _ in range(rows.num_rows // 2):
+        expected = alone.next_step()
+        for batch, other in zip(expected, [b for rank in ranks for b in rank.next_step()], strict=True):
             assert torch.equal(batch.input_ids, other.input_ids) and torch.equal(batch.labels, other.labels)
     seen = sum(batch.num_targets for batch in evaluation_batches(rows, targets, 4))
     whole = targets.batch(rows, np.arange(rows.num_rows), None)
@@ -120,5 +120,6 @@ def test_the_loader_gives_every_target_of_an_epoch_once_on_any_number_of_ranks(m
 
 
 def test_a_tokenizer_without_an_end_is_refused():
-    with pytest.raises(UserError, match=r"no end-of-sequence token.*causal: true"):
+    with pytest.raises(UserError) as error:
         CausalLMCollator(None)
+    assert error.value.code == "no_eos_token"

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -28,9 +30,9 @@ def parts(tmp_path_factory):
 
 
 def loader(parts, kind=PackedDataset, **changes):
-    corpus, tokenizer, masking = parts
-    settings = {"seed": 1, "global_batch_size": 8, "micro_batch_size": 8, "max_steps": 60} | changes
-    return Loader(kind(corpus, 32, tokenizer.pad_id), masking, **settings)
+    corpus, tokenizer, collator = parts
+    settings = {"seed": 1, "global_batch_size": 8, "micro_batch_size": 8} | changes
+    return Loader(kind(corpus, 32, tokenizer.pad_id), collator, **settings)
 
 
 def step_rows(batches):
@@ -50,28 +52,30 @@ def test_a_step_is_the_same_on_any_number_of_ranks_and_micro_batches(parts, kind
     whole = loader(parts, kind)
     splits = [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)]
     others = [[loader(parts, kind, rank=r, world_size=w, micro_batch_size=m) for r in range(w)] for w, m in splits]
-    for step in range(1, 20):
-        expected = step_rows(whole.step(step))
+    for _ in range(1, 20):
+        expected = step_rows(whole.next_step())
         for ranks in others:
-            rows = [row for rank in ranks for row in step_rows(rank.step(step))]
+            rows = [row for rank in ranks for row in step_rows(rank.next_step())]
             assert len(rows) == len(expected) and all(map(torch.equal, rows, expected))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_later_start_and_workers_change_nothing(parts, workers):
-    plain, late = loader(parts), loader(parts, first_step=17, num_workers=workers)
+    plain, late = loader(parts), loader(parts, num_workers=workers)
+    late.seek(17)
     for step in range(1, 30):
-        batches = plain.step(step)
+        batches = plain.next_step()
         if step >= 17:
-            for batch, other in zip(batches, late.step(step), strict=True):
+            assert late.step == step
+            for batch, other in zip(batches, late.next_step(), strict=True):
                 assert all(torch.equal(getattr(batch, name), getattr(other, name)) for name in TENSORS)
 
 
 def test_an_epoch_sees_every_row_once_and_masks_change_with_the_epoch(parts):
-    corpus, tokenizer, masking = parts
+    corpus, tokenizer, collator = parts
     rows = PackedDataset(corpus, 32, tokenizer.pad_id)
-    steps = Loader(rows, masking, seed=1, global_batch_size=1, micro_batch_size=1, max_steps=2 * rows.num_rows)
-    seen = [step_rows(steps.step(step))[0] for step in range(1, 2 * rows.num_rows + 1)]
+    steps = Loader(rows, collator, seed=1, global_batch_size=1, micro_batch_size=1)
+    seen = [step_rows(steps.next_step())[0] for step in range(1, 2 * rows.num_rows + 1)]
     whole = [tuple(_unmasked(row)[0].tolist()) for row in seen]
     expected = sorted(map(tuple, rows.rows(np.arange(rows.num_rows)).tokens.tolist()))
     first, second = whole[: rows.num_rows], whole[rows.num_rows :]
@@ -90,8 +94,8 @@ def _unmasked(row):
 def test_shapes_never_change_and_boundaries_are_right(parts):
     shapes = set()
     steps = loader(parts)
-    for step in range(1, 61):
-        (batch,) = steps.step(step)
+    for _ in range(1, 61):
+        (batch,) = steps.next_step()
         shapes.add(tuple(tuple(getattr(batch, name).shape) for name in TENSORS))
         bounds = batch.cu_seqlens.long()
         assert bounds[0] == 0 and bounds[-1] == 8 * 32 and (bounds.diff() >= 0).all()
@@ -107,18 +111,18 @@ def test_loading_leaves_the_global_generators_alone(parts):
     torch.manual_seed(0)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     steps = loader(parts)
-    steps.step(1)
+    steps.next_step()
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
 @pytest.mark.parametrize("limit", [None, 20, 10_000])
 def test_evaluation_takes_every_row_once_with_the_same_masks(parts, limit):
-    corpus, tokenizer, masking = parts
+    corpus, tokenizer, collator = parts
     rows = PackedDataset(corpus, 32, tokenizer.pad_id)
-    batches = list(evaluation_batches(rows, masking, 8, limit=limit))
+    batches = list(evaluation_batches(rows, collator, 8, limit=limit))
     assert len({batch.input_ids.shape for batch in batches}) == 1
-    again = list(evaluation_batches(rows, masking, 8, limit=limit))
+    again = list(evaluation_batches(rows, collator, 8, limit=limit))
     for batch, other in zip(batches, again, strict=True):
         assert all(torch.equal(getattr(batch, name), getattr(other, name)) for name in TENSORS)
     seen = [tuple(_unmasked(row)[0].tolist()) for row in step_rows(batches)]
@@ -132,30 +136,31 @@ def test_evaluation_takes_every_row_once_with_the_same_masks(parts, limit):
     shared = [
         row
         for rank in range(3)
-        for row in step_rows(evaluation_batches(rows, masking, 4, limit=limit, rank=rank, world_size=3))
+        for row in step_rows(evaluation_batches(rows, collator, 4, limit=limit, rank=rank, world_size=3))
     ]
     as_set = lambda rows: sorted(tuple(row.flatten().tolist()) for row in rows if (row[2] >= 0).any())  # noqa: E731
     assert as_set(shared) == as_set(step_rows(batches))
 
 
 def test_too_many_documents_for_the_batch_are_refused(parts):
-    corpus, tokenizer, masking = parts
+    corpus, tokenizer, collator = parts
     rows = PackedDataset(corpus, 32, tokenizer.pad_id)
     rows.max_segments = 1
     with pytest.raises(ValueError, match="documents in a batch that is made for"):
-        masking.batch(rows, np.arange(8), fold_in(np.arange(8)))
+        collator.batch(rows, np.arange(8), fold_in(np.arange(8)))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key", "code"),
     [
-        ({"world_size": 3}, r"global_batch_size=8 is not a multiple of 3 processes: .* such as 9"),
-        ({"micro_batch_size": 0}, r"micro_batch_size=0 is not 1 or more"),
+        ({"world_size": 3}, "global_batch_size", "not_divisible"),
+        ({"micro_batch_size": 0}, "micro_batch_size", "out_of_range"),
     ],
 )
-def test_rows_that_cannot_be_divided_are_refused_with_what_fits(parts, changes, message):
-    with pytest.raises(UserError, match=message):
+def test_rows_that_cannot_be_divided_are_refused(parts, changes, key, code):
+    with pytest.raises(UserError) as error:
         loader(parts, **changes)
+    assert (error.value.key, error.value.code) == (key, code)
 
 
 @pytest.mark.parametrize(
@@ -169,45 +174,105 @@ def test_rows_that_cannot_be_divided_are_refused_with_what_fits(parts, changes, 
     ],
 )
 def test_micro_batches_are_as_large_as_divides_a_ranks_share(parts, changes, sizes):
-    assert [len(batch.input_ids) for batch in loader(parts, **changes).step(1)] == sizes
+    assert [len(batch.input_ids) for batch in loader(parts, **changes).next_step()] == sizes
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_back_leaves_the_data_of_the_steps_behind(parts, workers):
-    whole, back = loader(parts), loader(parts, num_workers=workers)
-    expected = {step: step_rows(whole.step(step)) for step in range(1, 12)}
-    for step in range(1, 6):
-        back.step(step)
-    back.seek(3, skipped_steps=3)  # steps 3 to 5 were bad: the data of step 6 comes next
+def test_a_rollback_continues_with_later_rows(parts, workers):
+    plain, rolled_back = loader(parts), loader(parts, num_workers=workers)
+    expected = {step: step_rows(plain.next_step()) for step in range(1, 12)}
+    states = [rolled_back.state_dict()]
+    for _ in range(5):
+        rolled_back.next_step()
+        states.append(rolled_back.state_dict())
+    rolled_back.load_state_dict(states[2])  # steps 3 to 5 were bad: the rows of step 6 come next
+    assert rolled_back.step == 3
     for step in range(3, 9):
-        assert all(map(torch.equal, step_rows(back.step(step)), expected[step + 3]))
+        assert all(map(torch.equal, step_rows(rolled_back.next_step()), expected[step + 3]))
     resumed = loader(parts)
-    resumed.seek(5, skipped_steps=3)
-    assert all(map(torch.equal, step_rows(resumed.step(5)), expected[8]))
+    resumed.load_state_dict(json.loads(json.dumps(rolled_back.state_dict())))
+    assert resumed.step == 9
+    assert all(map(torch.equal, step_rows(resumed.next_step()), step_rows(rolled_back.next_step())))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"global_batch_size": 4}, {"seed": 2}, {"shuffle": False}, {"kind": PaddedDataset}]
+)
+def test_a_state_of_other_rows_is_refused(parts, changes):
+    state = loader(parts).state_dict()
+    with pytest.raises(UserError) as error:
+        loader(parts, **changes).load_state_dict(state)
+    assert error.value.code == "other_data"
+
+
+def test_micro_batches_and_ranks_may_change_on_resume(parts):
+    state = loader(parts).state_dict()
+    loader(parts, micro_batch_size=2, world_size=2).load_state_dict(state)
+    automatic = loader(parts, micro_batch_size="auto")
+    automatic.load_state_dict(state)
+    assert automatic.micro_batch_size == 8
+
+
+def test_without_shuffling_rows_come_in_the_order_of_the_corpus(parts):
+    corpus, tokenizer, _ = parts
+    dataset = PackedDataset(corpus, 32, tokenizer.pad_id)
+    ordered = loader(parts, shuffle=False)
+    for first in (0, 8):
+        inputs = torch.stack([_unmasked(row)[0] for row in step_rows(ordered.next_step())])
+        assert np.array_equal(inputs, dataset.rows(np.arange(first, first + 8)).tokens)
+
+
+def share(step):
+    return 0.1 if step < 4 else 0.5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_mask_rate_is_a_function_of_the_step(parts, workers):
+    corpus, tokenizer, _ = parts
+    dataset = PackedDataset(corpus, 32, tokenizer.pad_id)
+    rising = MLMCollator(tokenizer, share)
+    steps = Loader(dataset, rising, seed=1, global_batch_size=16, micro_batch_size=16, num_workers=workers)
+    found = [sum(batch.num_targets for batch in steps.next_step()) for _ in range(8)]
+    assert max(found[:3]) < min(found[3:]) / 2
+    steps.load_state_dict(steps.state_dict() | {"step": 2})  # as after a rollback: the rate is that of the step
+    assert sum(batch.num_targets for batch in steps.next_step()) <= max(found[:3]) * 1.5
+    # Evaluation does not depend on the step of training.
+    first = list(evaluation_batches(dataset, rising, 8))
+    assert [batch.num_targets for batch in first] == [
+        batch.num_targets for batch in evaluation_batches(dataset, rising, 8)
+    ]
+
+
+def test_two_evaluation_sets_are_drawn_independently(parts):
+    corpus, tokenizer, collator = parts
+    dataset = PackedDataset(corpus, 32, tokenizer.pad_id)
+    one, two = (next(evaluation_batches(dataset, collator, 8, limit=20, name=name)) for name in ("one", "two"))
+    assert not torch.equal(one.input_ids, two.input_ids)
+
+
+def test_iterating_gives_the_micro_batches_of_all_steps(parts):
+    plain, iterated = loader(parts, micro_batch_size=4), iter(loader(parts, micro_batch_size=4))
+    for _ in range(3):
+        for batch in plain.next_step():
+            assert torch.equal(batch.input_ids, next(iterated).input_ids)
 
 
 @pytest.mark.parametrize(("limit", "world_size"), [(9, 2), (17, 3), (8, 4), (None, 3)])
 def test_all_ranks_evaluate_as_many_batches_and_every_row_once(parts, limit, world_size):
-    corpus, tokenizer, masking = parts
+    corpus, tokenizer, collator = parts
     rows = PackedDataset(corpus, 32, tokenizer.pad_id)
     each = [
-        list(evaluation_batches(rows, masking, 4, limit=limit, rank=r, world_size=world_size))
+        list(evaluation_batches(rows, collator, 4, limit=limit, rank=r, world_size=world_size))
         for r in range(world_size)
     ]
     assert len({len(batches) for batches in each}) == 1
-    alone = list(evaluation_batches(rows, masking, 4, limit=limit))
+    alone = list(evaluation_batches(rows, collator, 4, limit=limit))
     assert sum(b.num_targets for batches in each for b in batches) == sum(b.num_targets for b in alone)
 
 
 def test_a_corpus_below_one_row_is_refused(parts):
-    corpus, tokenizer, masking = parts
+    corpus, tokenizer, collator = parts
     rows = PackedDataset(corpus, 10**6, tokenizer.pad_id)
-    with pytest.raises(UserError, match="do not fill one row of seq_len=1000000"):
-        Loader(rows, masking, seed=0, global_batch_size=1, micro_batch_size=1, max_steps=1)
-
-
-def test_steps_come_in_order(parts):
-    steps = loader(parts)
-    steps.step(1)
-    with pytest.raises(ValueError, match="step 3 is asked for, and step 2 is next"):
-        steps.step(3)
+    with pytest.raises(UserError) as error:
+        Loader(rows, collator, seed=0, global_batch_size=1, micro_batch_size=1)
+    assert (error.value.key, error.value.code) == ("seq_len", "too_little_text")

@@ -118,10 +118,19 @@ def test_a_rows_mask_depends_on_its_key_alone():
 
 @pytest.mark.parametrize("p", [0, 1, -0.1, 15])
 def test_a_share_that_is_none_is_refused(p):
-    with pytest.raises(UserError, match=r"mlm_probability is .* between 0 and 1"):
+    with pytest.raises(UserError) as error:
         MLMCollator(TOKENIZER, p)
+    assert (error.value.key, error.value.code) == ("mlm_probability", "out_of_range")
 
 
 def test_a_tokenizer_without_a_mask_is_refused():
-    with pytest.raises(UserError, match="no mask token"):
+    with pytest.raises(UserError) as error:
         MLMCollator(SimpleNamespace(vocab_size=5, special_ids=[], mask_id=None))
+    assert error.value.code == "no_mask_token"
+
+
+def test_an_example_batch_has_the_shapes_of_real_ones():
+    batch = MLMCollator(TOKENIZER, 0.2).example_batch(3, 32)
+    assert batch.input_ids.shape == batch.position_ids.shape == (3, 32) and batch.cu_seqlens is None
+    assert len(batch.masked_positions) == len(batch.masked_labels) == 3 * 7  # ceil(0.2 * 32)
+    assert batch.num_targets == (batch.masked_labels >= 0).sum() > 0

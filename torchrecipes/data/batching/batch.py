@@ -1,4 +1,4 @@
-"""What a model and a loss get: rows of tokens, the documents inside them, and the targets."""
+"""`Batch`: rows of tokens, the documents inside them, and the targets."""
 
 from dataclasses import dataclass, fields, replace
 

@@ -1,7 +1,8 @@
-"""What a causal language model has to predict: of every token the next one.
+"""Causal language modelling: the label of every token is the next one.
 
-A document that goes on in the next row has its next token there, so nothing is lost at a row's end. What follows a
-document's last token is the end-of-sequence token, whether or not the corpus has it: documents made by a tokenizer with
+A document that continues in the next row has its next token there, so nothing is lost at the end of a row. What follows
+a document's last token is the end-of-sequence token, whether or not the corpus has it: documents made by a tokenizer
+with
 one special token are stored as `<|endoftext|> text`, which is at once where they begin and what the one before ends in.
 """
 
@@ -30,42 +31,63 @@ class CausalLMCollator:
     def __init__(self, eos_id: int | None, cross_document_attention: bool = False):
         if eos_id is None:
             raise UserError(
-                "the tokenizer has no end-of-sequence token, so a model cannot learn where a text ends. Make it with "
-                "causal: true (train_bpe, train_unigram, train_char, load_tokenizer)."
+                "the tokenizer has no end-of-sequence token, so a model cannot learn where a text ends",
+                key="tokenizer",
+                hint="Train it with train_bpe, train_unigram or train_char, or load one that has an eos token.",
+                code="no_eos_token",
             )
         self.eos_id, self.cross_document_attention = eos_id, cross_document_attention
 
-    def batch(self, rows: PackedDataset | PaddedDataset, numbers: np.ndarray, _row_keys: np.ndarray) -> Batch:
-        """The rows with these numbers, `[B]`, -1 being a row of padding. Nothing is drawn, so keys are not used.
+    def batch(
+        self, dataset: PackedDataset | PaddedDataset, numbers: np.ndarray, _row_keys: np.ndarray, _step: int = 1
+    ) -> Batch:
+        """Reads rows with their next tokens. Nothing is drawn, so row keys and step are not used.
+
+        Args:
+            dataset: the rows, with `lookahead=1`.
+            numbers: `[B]`, the rows' numbers; -1 is a row of padding.
 
         Raises:
-            ValueError: rows that do not show the token behind them.
+            ValueError: rows without the token after them.
         """
-        if rows.lookahead != 1:
+        if dataset.lookahead != 1:
             raise ValueError(
-                f"the rows have lookahead={rows.lookahead}; next tokens need {type(rows).__name__}(..., lookahead=1)"
+                f"the rows have lookahead={dataset.lookahead}; next tokens need {type(dataset).__name__}(..., "
+                f"lookahead=1)"
             )
-        block = rows.rows(numbers)
+        block = dataset.rows(numbers)
         tokens, following = block.tokens[:, :-1], block.tokens[:, 1:]
         is_start = np.zeros(block.tokens.shape, dtype=bool)
         is_start.reshape(-1)[block.boundaries] = True
         # The token of padding may be the one that ends documents.
-        is_padding = np.arange(rows.seq_len + 1) >= block.lengths[:, None]
+        is_padding = np.arange(dataset.seq_len + 1) >= block.lengths[:, None]
         labels = following.copy()
         ends = (is_padding if self.cross_document_attention else is_start)[:, 1:]
         labels[ends] = np.where(tokens[ends] == self.eos_id, IGNORED, self.eos_id)
         labels[is_padding[:, :-1]] = IGNORED
 
         if self.cross_document_attention:
-            position_ids = torch.arange(rows.seq_len).expand(tokens.shape)
-            documents = {"position_ids": position_ids, "cu_seqlens": None, "max_seqlen": rows.seq_len}
+            position_ids = torch.arange(dataset.seq_len).expand(tokens.shape)
+            documents = {"position_ids": position_ids, "cu_seqlens": None, "max_seqlen": dataset.seq_len}
         else:
-            row, column = np.divmod(block.boundaries, rows.seq_len + 1)
-            boundaries = (row * rows.seq_len + column)[column < rows.seq_len]
-            documents = document_fields(boundaries, tokens.shape, rows.max_segments)
+            row, column = np.divmod(block.boundaries, dataset.seq_len + 1)
+            boundaries = (row * dataset.seq_len + column)[column < dataset.seq_len]
+            documents = document_fields(boundaries, tokens.shape, dataset.max_segments)
         return Batch(
             input_ids=torch.from_numpy(tokens.copy()),
             labels=torch.from_numpy(labels),
             num_targets=int((labels != IGNORED).sum()),
             **documents,
+        )
+
+    def example_batch(self, num_rows: int, seq_len: int) -> Batch:
+        """A batch of the shapes of real ones, with made-up tokens, one document per row: for estimates and trials."""
+        tokens = torch.zeros(num_rows, seq_len, dtype=torch.int64)
+        return Batch(
+            input_ids=tokens,
+            position_ids=torch.arange(seq_len).expand(num_rows, seq_len),
+            cu_seqlens=None,
+            max_seqlen=seq_len,
+            num_targets=num_rows * seq_len,
+            labels=tokens.clone(),
         )

@@ -1,17 +1,21 @@
-"""From a step's number to its micro-batches.
+"""From an optimizer step to its micro-batches.
 
-1. Row r of optimizer step s is position `(s - 1) * global_batch_size + r` of the run (order.py).
+1. A run consumes rows one after the other: step s of G rows holds the positions from `(s - 1) * G` (shuffle.py).
 2. Every rank takes its share of a step's rows, in micro-batches.
-3. Masks are drawn from a key of (seed, epoch, row) (masking.py).
+3. Masks are drawn from a key of (seed, epoch, row) (mlm.py).
 
-So what a step sees does not depend on the number of ranks, workers or micro-batches, and the only state is the step.
+What a step sees does not depend on the number of ranks, workers or micro-batches, and the state is one integer: the
+rows consumed so far.
 """
 
+import itertools
 import signal
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import DataLoader, Dataset
 
 from torchrecipes.data.batching.batch import Batch
@@ -21,24 +25,34 @@ from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.batching.shuffle import fold_in, permute, row_indices
 from torchrecipes.errors import UserError
 
-EVALUATION = 2**32  # in the place of a seed, for what evaluation draws
+EVALUATION = 2**32  # takes the place of a seed in what evaluation draws
 
 
 class Loader:
-    """Micro-batches of every optimizer step, in order.
+    """Micro-batches of every optimizer step, in order and without end.
+
+        for step in range(1, max_steps + 1):
+            for batch in loader.next_step():
+                ...
+
+    `for batch in loader` yields the same micro-batches one by one.
 
     Args:
-        rows: `PackedDataset` or `PaddedDataset`.
-        targets: makes batches of rows, with what is to be predicted: `MLMCollator`, `CausalLMCollator`, or anything
-            with their `batch`.
+        dataset: `PackedDataset` or `PaddedDataset`.
+        collator: makes batches of rows: `MLMCollator`, `CausalLMCollator`, or anything with their `batch`.
         seed: chooses order and masks.
         global_batch_size: rows of an optimizer step, over all ranks and micro-batches.
-        micro_batch_size: rows of a forward pass on one rank, at most: see `largest_micro_batch`.
-        max_steps: the last step.
-        first_step: the step to begin with, counted from 1.
+        micro_batch_size: rows of a forward pass on one rank, at most: see `largest_micro_batch`. `auto`: to be set
+            before the first step; a loaded state sets it.
         rank, world_size: this process among all.
+        shuffle: False: rows in the order of the corpus.
         num_workers: processes that make batches ahead of time. 0: made when they are asked for.
         device: where batches go.
+
+    Attributes:
+        step: the optimizer step that `next_step` returns next, counted from 1.
+        rows_consumed: rows of the steps before it, and of those that a rollback skipped.
+        micro_batch_size: may be set before the first step.
 
     Raises:
         UserError: the corpus does not fill a row, or the rows of a step cannot be divided among the ranks.
@@ -46,63 +60,104 @@ class Loader:
 
     def __init__(
         self,
-        rows: PackedDataset | PaddedDataset,
-        targets: MLMCollator | CausalLMCollator,
+        dataset: PackedDataset | PaddedDataset,
+        collator: MLMCollator | CausalLMCollator,
         *,
         seed: int,
         global_batch_size: int,
-        micro_batch_size: int,
-        max_steps: int,
-        first_step: int = 1,
+        micro_batch_size: int | Literal["auto"],
         rank: int = 0,
         world_size: int = 1,
+        shuffle: bool = True,
         num_workers: int = 0,
         device: torch.device | None = None,
     ):
-        if rows.corpus.num_tokens < rows.seq_len:
-            raise UserError(
-                f"{rows.corpus.folder}: {rows.corpus.num_tokens} tokens do not fill one row of seq_len={rows.seq_len}. "
-                "Give more text, or lower seq_len."
-            )
         share = rows_per_rank(global_batch_size, world_size)
-        size = largest_micro_batch(share, micro_batch_size)
-        self._data = _Steps(rows, targets, seed, global_batch_size, rank * share, share, size)
-        self._max_steps, self._num_workers, self._device = max_steps, num_workers, device
-        self.seek(first_step)
+        self._data = _Steps(dataset, collator, seed, shuffle, global_batch_size, rank * share, share)
+        self.micro_batch_size = micro_batch_size
+        self._num_workers, self._device = num_workers, device
+        self.step, self.rows_consumed = 1, 0
+        self._batches: Iterator[list[Batch]] | None = None
 
-    def seek(self, step: int, skipped_steps: int = 0) -> None:
-        """From here on `step` is next.
+    @property
+    def micro_batch_size(self) -> int | Literal["auto"]:
+        """Rows of a forward pass on one rank."""
+        return self._data.micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, size: int | Literal["auto"]) -> None:
+        self._data.micro_batch_size = size if size == "auto" else largest_micro_batch(self._data.num_rows, size)
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step."""
+        if self._batches is None:
+            self._batches = self._start()
+        batches = next(self._batches)
+        self.step += 1
+        self.rows_consumed += self._data.global_batch_size
+        return batches if self._device is None else [batch.to(self._device) for batch in batches]
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield from self.next_step()
+
+    def seek(self, step: int, rows_consumed: int | None = None) -> None:
+        """Makes `step` the next one, in constant time.
 
         Args:
-            step: the step that `step()` will be asked for.
-            skipped_steps: steps whose data is left out: step s sees the data that step `s + skipped_steps` would have.
+            step: counted from 1.
+            rows_consumed: rows to leave out before it. None: those of the steps before it.
         """
-        self._next, self._skipped, self._steps = step, skipped_steps, None
+        self.step = step
+        self.rows_consumed = (step - 1) * self._data.global_batch_size if rows_consumed is None else rows_consumed
+        self._batches = None
+
+    def state_dict(self) -> dict[str, int | bool | str]:
+        """The position, and what it means: the corpus, the order and the batch size."""
+        position = {"step": self.step, "rows_consumed": self.rows_consumed, "micro_batch_size": self.micro_batch_size}
+        return position | self._data.identity()
+
+    def load_state_dict(self, state: dict[str, int | bool | str]) -> None:
+        """Continues where `state_dict` was taken.
+
+        Rows that this loader has consumed beyond that (before a rollback) are not seen again.
+
+        Raises:
+            UserError: the state is of another corpus, order or batch size (code `other_data`).
+        """
+        now = self._data.identity()
+        differing = [f"{key} (saved {state.get(key)}, current {now[key]})" for key in now if state.get(key) != now[key]]
+        if differing:
+            raise UserError(
+                f"the checkpoint was trained on other rows: {', '.join(differing)}",
+                key="checkpoint.resume",
+                hint="Bring back the text and settings it was trained with. To train its weights on this text from "
+                "step 1: init_from=CHECKPOINT output_dir=OTHER.",
+                code="other_data",
+            )
+        if self.micro_batch_size == "auto":
+            self.micro_batch_size = state["micro_batch_size"]
+        self.seek(state["step"], max(self.rows_consumed, state["rows_consumed"]))
 
     def _start(self) -> Iterator[list[Batch]]:
-        # On the first use, not before: workers are processes.
+        # On first use, not before: workers are processes.
+        steps = zip(
+            itertools.count(self.step),
+            itertools.count(self.rows_consumed, self._data.global_batch_size),
+            strict=True,
+        )
         loader = DataLoader(
             self._data,
             batch_size=None,
-            sampler=range(self._next + self._skipped, self._max_steps + self._skipped + 1),
+            sampler=steps,
             num_workers=self._num_workers,
             worker_init_fn=_ignore_signals if self._num_workers else None,
             prefetch_factor=4 if self._num_workers else None,
             pin_memory=self._device is not None and self._device.type == "cuda",
-            # A generator of its own: DataLoader would draw from the global one, which dropout reads.
+            # Its own generator: DataLoader would draw from the global one, which dropout reads.
             generator=torch.Generator(),
         )
         return iter(loader)
-
-    def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of `step`; steps are asked for one after the other, from `first_step`."""
-        if step != self._next:
-            raise ValueError(f"step {step} is asked for, and step {self._next} is next")
-        if self._steps is None:
-            self._steps = self._start()
-        self._next += 1
-        batches = next(self._steps)
-        return batches if self._device is None else [batch.to(self._device) for batch in batches]
 
 
 def rows_per_rank(global_batch_size: int, world_size: int) -> int:
@@ -112,10 +167,12 @@ def rows_per_rank(global_batch_size: int, world_size: int) -> int:
         UserError: the ranks cannot share them equally.
     """
     if global_batch_size < 1 or global_batch_size % world_size:
+        multiple = max(1, -(-global_batch_size // world_size)) * world_size
         raise UserError(
-            f"global_batch_size={global_batch_size} is not a multiple of {world_size} processes: take a multiple, "
-            f"such as "
-            f"{max(1, -(-global_batch_size // world_size)) * world_size}, or another number of processes."
+            f"{global_batch_size} is not a multiple of {world_size} processes",
+            key="global_batch_size",
+            hint=f"Use a multiple, such as global_batch_size={multiple}, or another number of processes.",
+            code="not_divisible",
         )
     return global_batch_size // world_size
 
@@ -123,15 +180,17 @@ def rows_per_rank(global_batch_size: int, world_size: int) -> int:
 def largest_micro_batch(rows_per_rank: int, at_most: int) -> int:
     """The largest number of rows that divides a rank's share of a step and is not more than `at_most`."""
     if at_most < 1:
-        raise UserError(f"micro_batch_size={at_most} is not 1 or more.")
+        raise UserError(f"{at_most} is not 1 or more", key="micro_batch_size", code="out_of_range")
     return max(rows for rows in range(1, min(rows_per_rank, at_most) + 1) if rows_per_rank % rows == 0)
 
 
 def evaluation_batches(
-    rows: PackedDataset | PaddedDataset,
-    targets: MLMCollator | CausalLMCollator,
+    dataset: PackedDataset | PaddedDataset,
+    collator: MLMCollator | CausalLMCollator,
     rows_per_batch: int,
     limit: int | None = None,
+    *,
+    name: str = "validation",
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
@@ -139,51 +198,73 @@ def evaluation_batches(
     """Every row once, with masks that are the same every time.
 
     Args:
-        rows, targets: as for `Loader`.
+        dataset, collator: as for `Loader`; a mask probability that depends on the step is that of step 1.
         rows_per_batch: rows of a batch; the last is filled up with rows of padding.
         limit: rows at most; a random choice, the same every time. None: all.
+        name: of the evaluation set: rows and masks of two sets are drawn independently.
         rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th. All take as many: a
             sharded model needs every rank in each forward pass.
         device: where batches go.
     """
-    numbers = np.arange(rows.num_rows if limit is None else min(limit, rows.num_rows))
-    if len(numbers) < rows.num_rows:
-        numbers = permute(numbers, rows.num_rows, fold_in(EVALUATION))
+    key = fold_in(EVALUATION, xxhash.xxh3_64_intdigest(name.encode()) >> 1)
+    numbers = np.arange(dataset.num_rows if limit is None else min(limit, dataset.num_rows))
+    if len(numbers) < dataset.num_rows:
+        numbers = permute(numbers, dataset.num_rows, key)
     numbers = np.pad(numbers, (0, -len(numbers) % (world_size * rows_per_batch)), constant_values=-1)
     for start in range(rank * rows_per_batch, len(numbers), world_size * rows_per_batch):
         chosen = numbers[start : start + rows_per_batch]
-        batch = targets.batch(rows, chosen, fold_in(EVALUATION, chosen))
+        batch = collator.batch(dataset, chosen, fold_in(key, chosen))
         yield batch if device is None else batch.to(device)
 
 
 class _Steps(Dataset):
-    """steps[s]: the micro-batches of step s."""
+    """steps[step, position]: the micro-batches of `step`, whose rows begin at `position`."""
 
-    def __init__(self, rows, targets, seed, global_batch_size, first_row, num_rows, micro_batch_size):
-        self.rows, self.targets, self.seed = rows, targets, seed
+    def __init__(self, dataset, collator, seed, shuffle, global_batch_size, first_row, num_rows):
+        if dataset.corpus.num_tokens < dataset.seq_len:
+            raise UserError(
+                f"{dataset.corpus.folder}: {dataset.corpus.num_tokens} tokens do not fill one row of "
+                f"seq_len={dataset.seq_len}",
+                key="seq_len",
+                hint="Give more text, or lower seq_len.",
+                code="too_little_text",
+            )
+        self.dataset, self.collator, self.seed, self.shuffle = dataset, collator, seed, shuffle
         self.global_batch_size, self.first_row, self.num_rows = global_batch_size, first_row, num_rows
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size: int | Literal["auto"] = "auto"
         # The arithmetic of the order costs as much for thousands of rows as for a few: it is done for a block of steps.
         self.steps_per_block = max(1, 4096 // num_rows)
-        self.block, self.numbers, self.keys = -1, None, None
+        self.block, self.numbers, self.keys = range(0), None, None
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        block, within = divmod(step - 1, self.steps_per_block)
-        if block != self.block:
-            steps = block * self.steps_per_block + np.arange(self.steps_per_block)
-            positions = steps[:, None] * self.global_batch_size + self.first_row + np.arange(self.num_rows)
-            self.numbers, epochs = row_indices(positions, self.rows.num_rows, self.seed)
+    def identity(self) -> dict[str, int | bool | str]:
+        """What the order of the rows depends on."""
+        return {
+            "corpus": self.dataset.corpus.fingerprint,
+            "rows": f"{type(self.dataset).__name__}, {self.dataset.num_rows} of {self.dataset.seq_len} tokens",
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "global_batch_size": self.global_batch_size,
+        }
+
+    def __getitem__(self, at: tuple[int, int]) -> list[Batch]:
+        step, position = at
+        if position not in self.block:
+            self.block = range(
+                position, position + self.steps_per_block * self.global_batch_size, self.global_batch_size
+            )
+            positions = np.array(self.block)[:, None] + self.first_row + np.arange(self.num_rows)
+            self.numbers, epochs = row_indices(positions, self.dataset.num_rows, self.seed, self.shuffle)
             self.keys = fold_in(self.seed, epochs, self.numbers)
-            self.block = block
+        numbers, keys = self.numbers[self.block.index(position)], self.keys[self.block.index(position)]
         size = self.micro_batch_size
         return [
-            self.targets.batch(self.rows, self.numbers[within, i : i + size], self.keys[within, i : i + size])
+            self.collator.batch(self.dataset, numbers[i : i + size], keys[i : i + size], step)
             for i in range(0, self.num_rows, size)
         ]
 
 
 def _ignore_signals(_worker: int) -> None:
-    # Both reach the whole group of processes; the main one finishes its step and still needs the workers' batches. They
+    # Both reach the whole group of processes. The main one finishes its step and still needs the workers' batches; they
     # end when it closes their queues, or has died.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

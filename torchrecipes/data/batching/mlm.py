@@ -1,4 +1,4 @@
-"""Which tokens a masked language model has to predict (Devlin et al. 2018, 1810.04805, section 3.1).
+"""Masked language modelling: chooses and hides the tokens to predict (Devlin et al. 2018, 1810.04805, section 3.1).
 
 1. Every row has a 64-bit key; all that is drawn for it is a function of that key and the position, computed for the
    whole batch at once. No generator has a state.
@@ -8,9 +8,11 @@
 3. Of the k, 80 % become `[MASK]`, 10 % a random ordinary token and 10 % stay, rounded in the same way. So the shares of
    a corpus are exact but for rounding: (1 - p) untouched, 0.8 p, 0.1 p, 0.1 p.
 4. The slots of a batch are fixed: ceil(p * S) in every row.
+5. p may be a function of the optimizer step. The loader evaluates it where it makes the batch, in a worker too.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,35 +31,59 @@ class MLMCollator:
 
     Args:
         tokenizer: its special tokens, `[UNK]` and inert ones among them, are never targets and never replacements.
-        mlm_probability: p, the share of ordinary tokens to predict; NeoBERT takes 0.2, BERT 0.15.
+        mlm_probability: p, the share of ordinary tokens to predict (NeoBERT: 0.2, BERT: 0.15), or a function of the
+            optimizer step, counted from 1. Loader workers that are spawned need one that can be pickled.
         mask_all: every chosen token becomes `[MASK]` (NeoBERT); else 80 / 10 / 10.
 
     Raises:
         UserError: p is not between 0 and 1, or the tokenizer has no mask or no ordinary token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, mlm_probability: float = 0.2, *, mask_all: bool = False):
-        if not 0 < mlm_probability < 1:
-            raise UserError(f"mlm_probability is {mlm_probability}; it is a share of the tokens, between 0 and 1.")
+    def __init__(
+        self, tokenizer: Tokenizer, mlm_probability: float | Callable[[int], float] = 0.2, *, mask_all: bool = False
+    ):
+        if not callable(mlm_probability) and not 0 < mlm_probability < 1:
+            raise UserError(
+                f"{mlm_probability} is not a share of the tokens, between 0 and 1",
+                key="mlm_probability",
+                code="out_of_range",
+            )
         if tokenizer.mask_id is None:
-            raise UserError("the tokenizer has no mask token, so it cannot be used for masked language modelling.")
+            raise UserError(
+                "the tokenizer has no mask token, so it cannot be used for masked language modelling",
+                key="tokenizer",
+                code="no_mask_token",
+            )
         self.mlm_probability, self.mask_all, self.mask_id = mlm_probability, mask_all, tokenizer.mask_id
         is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
         is_special[tokenizer.special_ids] = True
         self._is_special = is_special
         self._ordinary = np.flatnonzero(~is_special)
         if not self._ordinary.size:
-            raise UserError("the tokenizer has special tokens only; there is nothing to predict.")
+            raise UserError("the tokenizer has special tokens only; there is nothing to predict", key="tokenizer")
 
-    def slots(self, seq_len: int) -> int:
+    def probability(self, step: int) -> float:
+        """p at an optimizer step, counted from 1."""
+        return self.mlm_probability(step) if callable(self.mlm_probability) else self.mlm_probability
+
+    def slots(self, seq_len: int, step: int = 1) -> int:
         """Places for targets in every row of `seq_len` tokens."""
-        return math.ceil(self.mlm_probability * seq_len)
+        return math.ceil(self.probability(step) * seq_len)
 
-    def batch(self, rows: PackedDataset | PaddedDataset, numbers: np.ndarray, row_keys: np.ndarray) -> Batch:
-        """The rows with these numbers, `[B]`, -1 being a row of padding, with targets drawn for `row_keys`, `[B]`."""
-        block = rows.rows(numbers)
-        documents = document_fields(block.boundaries, block.tokens.shape, rows.max_segments)
-        positions, labels, num_targets = self(block.tokens, row_keys)
+    def batch(
+        self, dataset: PackedDataset | PaddedDataset, numbers: np.ndarray, row_keys: np.ndarray, step: int = 1
+    ) -> Batch:
+        """Reads rows and hides their targets.
+
+        Args:
+            dataset: the rows.
+            numbers: `[B]`, the rows' numbers; -1 is a row of padding.
+            row_keys: `[B]` uint64, from which the targets are drawn.
+            step: the optimizer step, for a probability that depends on it.
+        """
+        block = dataset.rows(numbers)
+        documents = document_fields(block.boundaries, block.tokens.shape, dataset.max_segments)
+        positions, labels, num_targets = self(block.tokens, row_keys, step)
         return Batch(
             input_ids=torch.from_numpy(block.tokens),
             num_targets=num_targets,
@@ -66,23 +92,43 @@ class MLMCollator:
             **documents,
         )
 
-    def __call__(self, tokens: np.ndarray, row_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    def example_batch(self, num_rows: int, seq_len: int) -> Batch:
+        """A batch of the shapes of real ones, with made-up tokens: for estimates and trial steps.
+
+        Rows are dense (`cu_seqlens` is None). A probability that depends on the step takes the larger of its values at
+        the first step and far into a run.
+        """
+        tokens = np.full((num_rows, seq_len), self._ordinary[0], dtype=np.int64)
+        step = max((1, 10**9), key=self.probability)
+        positions, labels, num_targets = self(tokens, fold_in(np.arange(num_rows)), step)
+        return Batch(
+            input_ids=torch.from_numpy(tokens),
+            position_ids=torch.arange(seq_len).expand(num_rows, seq_len),
+            cu_seqlens=None,
+            max_seqlen=seq_len,
+            num_targets=num_targets,
+            masked_positions=torch.from_numpy(positions),
+            masked_labels=torch.from_numpy(labels),
+        )
+
+    def __call__(self, tokens: np.ndarray, row_keys: np.ndarray, step: int = 1) -> tuple[np.ndarray, np.ndarray, int]:
         """Hides the targets in `tokens`, in place.
 
         Args:
             tokens: `[B, S]` int64; S up to 2**20.
             row_keys: `[B]` uint64: the same key, the same choice.
+            step: the optimizer step.
 
         Returns:
             positions `[B * slots]` int64 into the flattened tokens, labels `[B * slots]` int64 with -100 in unused
             slots, and the number of targets.
         """
-        (rows, row_len), slots = tokens.shape, self.slots(tokens.shape[1])
+        (rows, row_len), slots = tokens.shape, self.slots(tokens.shape[1], step)
         ordinary = ~self._is_special[tokens]
         count = ordinary.sum(1)
         keys = fold_in(row_keys[:, None], np.arange(2))
         dither, dither_kinds = ((keys >> np.uint64(11)).astype(np.float64) * 2.0**-53).T
-        chosen = np.floor(self.mlm_probability * count + dither).astype(np.int64)
+        chosen = np.floor(self.probability(step) * count + dither).astype(np.int64)
         chosen = np.maximum(chosen, count > 0)
 
         # The k smallest of random numbers, one for each position. The position is their lower bits: no two are equal.

@@ -1,0 +1,74 @@
+"""`setup_model`: from a model on the meta device to one that trains, in the one order that is correct."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from torchrecipes.distributed.fsdp import init_on_device, parallelize
+from torchrecipes.errors import UserError
+from torchrecipes.models import load_hf_weights
+from torchrecipes.modules.blocks import transformer_blocks
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
+from torchrecipes.training.float8 import convert_to_float8
+from torchrecipes.training.run import Run
+
+
+def setup_model(model: nn.Module, run: Run, config: Any) -> nn.Module:
+    """Prepares a model for training, in place: float8, activation checkpointing, compile, sharding, initial weights.
+
+    Each step needs the ones before it: checkpointing and compile wrap the converted layers, `fully_shard` wraps
+    compiled blocks, and weights are made where they stay, so that no rank ever holds a whole model.
+
+    Args:
+        model: on the meta device, or with weights that are the same on every rank.
+        run: the processes and the device.
+        config: a recipe's, with the keys `compute`, `seed`, `init_from` and `freeze`.
+
+    Returns:
+        The model, in training mode.
+    """
+    compute = config.compute
+    model.train()
+    convert_to_float8(model, compute.precision, device=run.device, emulate=compute.emulate_float8)
+    apply_activation_checkpointing(model, compute.activation_checkpointing)
+    if compute.compile:
+        for block in transformer_blocks(model):
+            block.compile()
+    freeze(model, config.freeze)
+    parallelize(model, compute.strategy, run.device, run.dtype)
+    init_on_device(model, run.device, config.seed)
+    if config.init_from:
+        load_hf_weights(model, config.init_from, config.seed)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    frozen = f", {total - trainable:,} of them frozen" if trainable < total else ""
+    print(f"model: {type(model).__name__}, {total:,} parameters{frozen}", flush=True)
+    return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Excludes parameters from training.
+
+    Args:
+        model: changed in place.
+        patterns: of parameter names, with `*` for any characters: `embedding.*`, `blocks.0.*`.
+
+    Raises:
+        UserError: a pattern matches nothing (code `no_such_parameter`), or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UserError(
+                f"no parameter matches {pattern!r}",
+                key="freeze",
+                hint=f"Parameters are named like these: {', '.join(list(parameters)[:3])}, ...",
+                code="no_such_parameter",
+            )
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("no parameter is left to train", key="freeze", code="nothing_to_train")
