@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 
@@ -95,3 +97,14 @@ def test_it_says_what_it_holds(made):
     corpus, tokenizer, _ = made
     text = str(PackedDataset(corpus, 16, tokenizer.pad_id))
     assert "150 documents" in text and "rows of 16" in text and "tokens used per row" in text
+
+
+@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
+def test_a_worker_process_opens_the_corpus_by_its_path(made, kind):
+    corpus, tokenizer, _ = made
+    rows = kind(corpus, 16, tokenizer.pad_id, lookahead=1)
+    data = pickle.dumps(rows)
+    copy, numbers = pickle.loads(data), np.arange(-1, rows.num_rows)
+    assert len(data) < 1000 < corpus.num_tokens
+    for name in ("tokens", "boundaries", "lengths"):
+        assert np.array_equal(getattr(copy.rows(numbers), name), getattr(rows.rows(numbers), name))

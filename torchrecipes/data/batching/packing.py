@@ -47,12 +47,23 @@ class PackedDataset:
         self.num_rows = -(-corpus.num_tokens // seq_len)
         self.max_segments = corpus.max_documents_in(seq_len) + 1
         self.tokens_per_row = corpus.num_tokens / self.num_rows
+        self._open()
+
+    def _open(self) -> None:
         # Plain arrays: a slice of a memmap object costs several microseconds.
         self._shards = [
             (np.asarray(shard.tokens), np.asarray(shard.document_offsets), shard.token_offset)
-            for shard in corpus.shards
+            for shard in self.corpus.shards
         ]
         self._first = np.array([offset for _, _, offset in self._shards])
+
+    def __getstate__(self) -> dict:
+        # A worker process opens the corpus by its path: pickled arrays would be a copy of it.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shards", "_first")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def rows(self, numbers: np.ndarray) -> RowBlock:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
@@ -104,12 +115,22 @@ class PaddedDataset:
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
         self.max_segments = 2
-        self._last_row = None  # of each document, exclusive; only where some document takes several rows
-        if corpus.longest_document > seq_len:
-            lengths = [np.diff(shard.document_offsets) for shard in corpus.shards]
-            self._last_row = np.cumsum(-(-np.concatenate(lengths) // seq_len))
+        self._open()
         self.num_rows = corpus.num_documents if self._last_row is None else int(self._last_row[-1])
         self.tokens_per_row = corpus.num_tokens / self.num_rows
+
+    def _open(self) -> None:
+        self._last_row = None  # of each document, exclusive; only where some document takes several rows
+        if self.corpus.longest_document > self.seq_len:
+            lengths = [np.diff(shard.document_offsets) for shard in self.corpus.shards]
+            self._last_row = np.cumsum(-(-np.concatenate(lengths) // self.seq_len))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_last_row"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def rows(self, numbers: np.ndarray) -> RowBlock:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""

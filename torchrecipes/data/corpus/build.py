@@ -181,11 +181,7 @@ class Batch:
 
 
 def _tokenize_source(
-    source: Source,
-    tokenizer: Tokenizer,
-    writers: dict[str, SplitWriter],
-    validation_limit: int,
-    threads: int,
+    source: Source, tokenizer: Tokenizer, writers: dict[str, SplitWriter], validation_limit: int, threads: int
 ) -> None:
     """Reads a source to its end and finishes `writers`: documents with a hash below the limit are for validation."""
     if all(writer.finished for writer in writers.values()):
