@@ -31,7 +31,8 @@ tokenizer = train_wordpiece([Document("a small text for a small tokenizer, " * 3
 
 def make(kind=neobert, seed=0, hidden_size=24, layers=2):
     with torch.device("meta"):
-        model = kind(62, hidden_size, layers, 2, 2 * hidden_size - 1)  # sizes that 2 and 3 ranks do not divide
+        model = kind(vocab_size=62, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=2,
+                     intermediate_size=2 * hidden_size - 1)  # sizes that 2 and 3 ranks do not divide
     parallelize(model, strategy, run.device, torch.float32)
     init_on_device(model, run.device, seed)
     return model, adamw(model, lr=1e-2)

@@ -32,7 +32,8 @@ run = start_run(folder, seed=0, config_yaml="", resume="auto")
 
 def model_of(kind):
     with torch.device("meta"):
-        model = {"neobert": neobert, "bert": bert}[kind](50, 16, 2, 2, 30)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 30}
+        model = {"neobert": neobert, "bert": bert}[kind](vocab_size=50, **sizes)
     parallelize(model, strategy, run.device, torch.float32)
     init_on_device(model, run.device, 3)
     return model
@@ -126,7 +127,8 @@ def script(tmp_path):
 
 def gradients_alone(kind):
     """Those of one process in float64, by plain autograd."""
-    model = {"neobert": neobert, "bert": bert}[kind](50, 16, 2, 2, 30, seed=3).double()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 30}
+    model = {"neobert": neobert, "bert": bert}[kind](vocab_size=50, **sizes, seed=3).double()
     for row in range(4):
         ids = (torch.arange(24).view(2, 12) + 7 * row) % 50
         rows = model(ids).flatten(0, 1)[[1, 5, 14]]
@@ -225,7 +227,7 @@ def test_auto_shards_what_takes_more_than_a_quarter_of_a_device(monkeypatch, mem
 
 def test_one_process_needs_none_of_it():
     with torch.device("meta"):
-        model = neobert(32, 16, 1, 1, 16)
+        model = neobert(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
     assert parallelize(model, "auto", CPU, torch.float32) == "none"
     init_on_device(model, CPU, seed=5)
     for (name, parameter), expected in zip(

@@ -44,7 +44,7 @@ from torchrecipes.training.run import start_run
 folder, family, strategy, mode = sys.argv[1:5]
 run = start_run(folder, seed=0, config_yaml="", resume="auto")
 with torch.device("meta"):
-    model = FAMILIES[family](*SIZES)
+    model = FAMILIES[family](**SIZES)
 apply_activation_checkpointing(model, mode)
 parallelize(model, strategy, run.device, torch.float32)
 init_on_device(model, run.device, 3)
@@ -117,7 +117,7 @@ def test_recomputed_activations_change_no_bit(family, mode, bf16):
     arguments = {"resid_pdrop": 0.2, "attn_pdrop": 0.2} if family == "gpt2" else {"attention_dropout": 0.2}
     found = []
     for how in ("none", mode):
-        model = FAMILIES[family](*SIZES, **arguments)
+        model = FAMILIES[family](**SIZES, **arguments)
         apply_activation_checkpointing(model, how)
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

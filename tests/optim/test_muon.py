@@ -215,7 +215,8 @@ def test_scales():
 
 
 def test_each_group_keeps_its_own_rate_under_a_schedule():
-    optimizer = muon(llama(31, 16, 1, 2, tie_word_embeddings=False), lr=0.02, adamw_lr=3e-3, weight_decay=0.1)
+    model = llama(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False)
+    optimizer = muon(model, lr=0.02, adamw_lr=3e-3, weight_decay=0.1)
     cosine(optimizer, 10, warmup_steps=2)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 1.5e-3, 1.5e-3])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]

@@ -92,7 +92,7 @@ def test_the_page_says_what_a_layer_keeps():
     kept = {}
     for mode in MODES:
         for layers in (1, 2):
-            model = neobert(64, num_hidden_layers=layers)  # the sizes of the paper
+            model = neobert(vocab_size=64, num_hidden_layers=layers)  # the sizes of the paper
             apply_activation_checkpointing(model, mode)
             with Ledger() as ledger:
                 hidden = model(TOKENS)

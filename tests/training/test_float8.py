@@ -101,7 +101,7 @@ def test_a_model_learns(precision, bf16):
 
 @pytest.mark.parametrize("make", [neobert, bert])
 def test_names_stay_and_so_do_embedding_and_head(make):
-    model = make(64, **SIZES)
+    model = make(vocab_size=64, **SIZES)
     before = dict(model.named_parameters())
     outside = {name: type(module) for name, module in model.named_modules() if not name.startswith("blocks.")}
     convert(model, "float8")
