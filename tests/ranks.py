@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 
 def start(script: Path, world_size: int, *args: object, local_world_size: int | None = None) -> list[subprocess.Popen]:
@@ -25,6 +27,7 @@ def start(script: Path, world_size: int, *args: object, local_world_size: int | 
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",  # one GPU cannot serve several ranks
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -49,3 +52,11 @@ def run(script: Path, world_size: int, *args: object, local_world_size: int | No
     for rank, (code, out, err) in enumerate(results):
         assert code == 0, f"rank {rank} ended with {code}\n{out}\n{err}"
     return [out for _, out, _ in results]
+
+
+def spawn(function: Callable, *args: object, world_size: int = 2) -> None:
+    """Calls `function(rank, *args)` in a new process per rank, without a GPU."""
+    import torch.multiprocessing
+
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        torch.multiprocessing.spawn(function, args, nprocs=world_size)

@@ -1,15 +1,17 @@
-"""torchao, imported where a component needs it (it takes seconds), without what it prints about other machines."""
+"""Imports torchao where a component needs it: it takes seconds, is optional, and prints warnings."""
 
 import importlib
 import logging
 from types import ModuleType
 
+from torchrecipes.errors import UserError
+
 
 def import_torchao(module: str) -> ModuleType:
-    """Imports `torchao.<module>`.
+    """Imports `torchao.<module>`, without its warnings about compiled files for other GPUs and versions of Python.
 
-    torchao tries all of its compiled files, those for other GPUs and versions of Python, too, and warns of every one
-    that does not fit. Nothing that is used here is in them.
+    Raises:
+        UserError: torchao is not installed.
     """
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
@@ -17,6 +19,14 @@ def import_torchao(module: str) -> ModuleType:
         logger.setLevel(logging.ERROR)
     try:
         return importlib.import_module(f"torchao.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != "torchao":
+            raise
+        raise UserError(
+            "float8 and low-bit optimizers need the package torchao, which is not installed",
+            hint="Install it with: pip install 'torchrecipes[torchao]'",
+            code="missing_package",
+        ) from None
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests import ranks
 from torchrecipes.checkpoint.quantized_state import from_plain, to_plain
 from torchrecipes.optim import adamw, adamw_4bit, adamw_8bit
 
@@ -138,5 +139,5 @@ def two_ranks(rank, store, answers):
 def test_on_two_ranks_and_from_there_on_one(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"), answers), nprocs=2)
+    ranks.spawn(two_ranks, str(tmp_path / "store"), answers)
     assert [answers.get() for _ in range(4)] == [True] * 4

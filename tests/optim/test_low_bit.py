@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchrecipes import torchao_import
 from torchrecipes.errors import UserError
 from torchrecipes.models import neobert
 from torchrecipes.optim import adamw, adamw_4bit, adamw_8bit, linear
@@ -169,7 +170,17 @@ def test_defaults_and_what_groups_remember(make):
 def test_wrong_values_are_all_named(make):
     with pytest.raises(UserError) as error:
         make(nn.Linear(3, 3), lr=-1.0, block_size=7)
-    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["optimizer block_size", "optimizer lr"]
+    assert sorted(problem.key for problem in error.value.problems) == ["block_size", "lr"]
+
+
+def test_without_torchao_the_error_says_how_to_install_it(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name=name.partition(".")[0])
+
+    monkeypatch.setattr(torchao_import.importlib, "import_module", missing)
+    with pytest.raises(UserError) as error:
+        adamw_8bit(nn.Linear(3, 3))
+    assert error.value.code == "missing_package" and "torchrecipes[torchao]" in str(error.value)
 
 
 @BOTH

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from tests import ranks
 from torchrecipes.errors import UserError
 from torchrecipes.models import bert, neobert
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
@@ -191,7 +192,7 @@ def two_ranks(rank, store, answers):
 def test_sharded_over_two_ranks(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"), answers), nprocs=2)
+    ranks.spawn(two_ranks, str(tmp_path / "store"), answers)
     errors = [answers.get() for _ in range(6)]
     assert max(errors[:4]) < 1e-6
     assert max(errors[4:]) < 0.2  # gathered weights are rounded to bf16 before they are to float8

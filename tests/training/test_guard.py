@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests import ranks
 from torchrecipes.errors import UserError
 from torchrecipes.training import guard as module
 from torchrecipes.training.guard import MIN_DEVIATION, Guard
@@ -454,7 +455,7 @@ def test_ranks_with_sharded_weights_skip_together():
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
-    torch.multiprocessing.spawn(sharded_skip, (port, answers), nprocs=2)
+    ranks.spawn(sharded_skip, port, answers)
     assert [answers.get(), answers.get()] == [True, True]
 
 

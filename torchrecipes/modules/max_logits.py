@@ -1,28 +1,27 @@
-"""The largest attention logit of every head: what QK-clip watches (Kimi K2, arXiv:2507.20534, section 2.1)."""
+"""The largest attention logit of every head, for QK-clip (Kimi K2, arXiv:2507.20534, section 2.1)."""
 
 import torch
 from torch import Tensor
 
 from torchrecipes.modules.attention_backend import AttentionBackend
 
-# Scores that exist at a time: many fewer make slow products, on a GPU sooner than on a CPU; more of them hidden ones.
+# Scores per product: fewer make it slow, on a GPU sooner than on a CPU; with more of them, more are masked.
 _SCORES, _SCORES_ON_GPU = 2**23, 2**26
 
 
 def max_logits(q: Tensor, k: Tensor, backend: AttentionBackend) -> Tensor:
     """The largest `q . k / sqrt(H)` of every query head, over all tokens and the keys that each of them sees.
 
-    Scores are made for a few queries at a time, and never all at once.
+    Scores are computed for a few queries at a time, never all at once.
 
     Args:
         q: `[B, S, N, H]`, rotated, as `attention` takes it.
         k: `[B, S, K, H]`.
-        backend: from `choose_attention_backend`: documents, causality and window count as in `attention`, whatever
-            the kernel.
+        backend: from `choose_attention_backend`; documents, causality and window apply as in `attention`.
 
     Returns:
-        `[N]` fp32, without gradient; its precision is that of a product in q's dtype. A head whose scores are not
-        finite has -inf: there is nothing to learn from it.
+        `[N]` fp32, without gradient, with the precision of a product in q's dtype; -inf for a head whose scores are not
+        finite.
     """
     found = torch.full((q.shape[2],), float("-inf"), device=q.device)
     record_max_logits(found, q, k, backend)
@@ -32,8 +31,10 @@ def max_logits(q: Tensor, k: Tensor, backend: AttentionBackend) -> Tensor:
 def record_max_logits(largest: Tensor, q: Tensor, k: Tensor, backend: AttentionBackend) -> None:
     """Raises `largest`, `[N]` fp32, in place to `max_logits(q, k, backend)` where that is more.
 
-    `torch.compile` sees one operation.
+    To `torch.compile` it is one operation. When activation checkpointing recomputes a forward pass, it does nothing.
     """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside a backward pass
+        return
     left, right = backend.window_size
     if backend.causal or backend.name == "tiled":
         right = 0
@@ -60,7 +61,7 @@ def _record(
     q = (q * size**-0.5).view(batch, length, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
     k = k.permute(0, 2, 3, 1)[:, :, None]  # [B, K, 1, H, S]
     if mask is not None and mask.shape[-2:] != (length, num_keys):
-        mask = None  # a tile on the diagonal, which says no more than `right`
+        mask = None  # a tile on the diagonal, for causality only, which `right` expresses, too
     segments = None
     if cu_seqlens is not None:
         positions = torch.arange(batch * length, device=q.device, dtype=cu_seqlens.dtype)
@@ -70,7 +71,7 @@ def _record(
     rows = max(1, (_SCORES_ON_GPU if q.is_cuda else _SCORES) // (batch * heads * num_keys))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        # Keys that none of these queries sees are not even multiplied.
+        # Keys that none of these queries attends to are left out of the product.
         first = max(0, start - left) if left >= 0 else 0
         last = min(num_keys, stop + right) if right >= 0 else num_keys
         scores = torch.matmul(q[:, :, :, start:stop], k[..., first:last])  # [B, K, G, rows, keys]

@@ -1,16 +1,14 @@
-"""AdamW whose averages live in the CPU's memory, and which updates the weights there."""
+"""AdamW whose state stays in the CPU's memory, where the weights are updated."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw as adamw_step
 from torch.optim.optimizer import ParamsT
 
 from torchrecipes.errors import UserError
 from torchrecipes.estimation import kernel_device
-from torchrecipes.optim.adamw_groups import adamw_groups
+from torchrecipes.optim.adamw_variants import adamw_groups, fused_adamw_, to_local
 
 
 def adamw_cpu_offload(
@@ -20,17 +18,17 @@ def adamw_cpu_offload(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> torch.optim.Optimizer:
-    """AdamW on the CPU for a model on a GPU: the two averages, 8 bytes per parameter, need no memory of the GPU.
+    """AdamW on the CPU for a model on a GPU: its state, 8 bytes per parameter, takes no GPU memory.
 
-    A step moves weights and gradients to the CPU and the weights back, 12 bytes per parameter, and waits for it. That
-    pays where the averages are what does not fit, and a step has many micro-batches to spread the time over.
+    A step copies weights and gradients to the CPU and the weights back, 12 bytes per parameter, and waits for it. That
+    pays where the state does not fit on the GPU, and a step has many micro-batches to spread the time over.
 
     Args:
-        model: on a CUDA device, or on the meta device, to see whether it can be built; the other arguments are those
-            of `adamw`.
+        model: on a CUDA device, or on the meta device for a check.
+        lr, betas, eps, weight_decay: see `adamw`.
 
     Raises:
-        UserError: a parameter is not on a CUDA device, a value is out of range, or nothing in the model is trainable.
+        UserError: a parameter is not on a CUDA device, a value is out of range, or no parameter is trainable.
     """
     betas = tuple(betas)
     groups = adamw_groups(model, lr, betas, eps, weight_decay)
@@ -38,22 +36,23 @@ def adamw_cpu_offload(
     elsewhere = sorted(str(device) for device in devices if kernel_device(device) not in ("cuda", "meta"))
     if elsewhere:
         raise UserError(
-            f"optimizer adamw_cpu_offload: parameters are on {', '.join(elsewhere)}, and it moves averages from a CUDA "
-            "device to the CPU. Use torchrecipes.optim.adamw there (on a GPU: build it after the model was moved)."
+            f"adamw_cpu_offload is for parameters on a CUDA device, and they are on {', '.join(elsewhere)}",
+            hint="Use torchrecipes.optim.adamw there (on a GPU: build it after the model was moved).",
+            code="not_on_cuda",
         )
     return OffloadedAdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 class OffloadedAdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW`, fused, on copies in the CPU's memory, where the averages of every parameter stay.
+    """`torch.optim.AdamW`, fused, on copies of the weights in the CPU's memory, where its state stays.
 
-    Weights and gradients are read in `step`: so clipping, accumulation and skipped steps work as with any optimizer,
-    and it does not matter when a checkpoint is loaded. (torchao's CPUOffloadOptimizer copies gradients while they are
-    computed, before they are clipped, and copies the weights once, when it is made.)
+    Weights and gradients are read in `step`, so clipping, accumulation and skipped steps work as with any optimizer,
+    and a checkpoint may be loaded at any time. (torchao's CPUOffloadOptimizer copies gradients while they are computed,
+    before they are clipped, and copies the weights once, when it is built.)
 
     Args:
         params: groups, on any one device; `DTensor`s, too.
-        lr, betas, eps, weight_decay: of groups that do not bring their own.
+        lr, betas, eps, weight_decay: defaults of the groups.
     """
 
     def __init__(self, params: ParamsT, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
@@ -74,20 +73,20 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if device.type == "cuda":
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
-        # All copies are asked for at once: a parameter is updated while those behind it are still on their way.
+        # All copies start at once: a parameter is updated while later ones are still being copied.
         copies = [_copy_to_host(p, stream) for _, p in work]
         for (group, p), (weight, gradient, arrived) in zip(work, copies, strict=True):
             if arrived is not None:
                 arrived.synchronize()
             self._update(group, p, weight, gradient)
             with torch.cuda.stream(stream):
-                _local(p).copy_(weight, non_blocking=True)
+                to_local(p).copy_(weight, non_blocking=True)
         if stream is not None:
             torch.cuda.current_stream(device).wait_stream(stream)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As in `torch.optim`, but what is loaded goes to the CPU, not to where the parameters are."""
+        """As in `torch.optim`, but state goes to the CPU, not to the parameters' device."""
         super().load_state_dict(state_dict | {"state": {}})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -101,31 +100,11 @@ class OffloadedAdamW(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(p, device="cpu")
             state["exp_avg_sq"] = torch.zeros_like(p, device="cpu")
-        beta1, beta2 = group["betas"]
-        adamw_step(
-            [weight],
-            [gradient],
-            [_local(state["exp_avg"])],
-            [_local(state["exp_avg_sq"])],
-            [],
-            [state["step"]],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        fused_adamw_(group, [weight], [gradient], [state])
 
 
 def _copy_to_host(p: Tensor, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
-    """The parameter and its gradient in (pinned) memory of the CPU, and the event after which they can be read."""
+    """Copies a parameter and its gradient to (pinned) CPU memory; the event tells when they can be read."""
     with torch.cuda.stream(stream):
-        weight, gradient = (_local(x).to("cpu", non_blocking=True, copy=True) for x in (p, p.grad))
+        weight, gradient = (to_local(x).to("cpu", non_blocking=True, copy=True) for x in (p, p.grad))
     return weight, gradient, stream.record_event() if stream is not None else None
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,9 +1,9 @@
-"""Matrices that are spread over the ranks of a run, brought together for a computation that needs them whole.
+"""Gathers sharded matrices for a computation on whole matrices, and scatters the results.
 
-`fully_shard` gives every rank some rows of a matrix. Each matrix has one rank that computes for it: the others send it
-their rows and get the same rows of the result, all matrices in one exchange. What several ranks hold alike (`ddp`,
-`hsdp`) is computed by one of them, which sends it to the others. A stack of experts is cut between experts: the rank
-that holds one computes for it, and nothing is sent.
+`fully_shard` gives every rank some rows of a matrix. Each matrix is owned by one rank, which gathers its rows from the
+others, computes, and scatters the rows of the result, all matrices in one exchange. Where ranks hold replicas (`ddp`,
+`hsdp`), one of them computes and sends the result to the others. A stack of experts is sharded between experts: the
+rank that holds an expert computes for it, and nothing is sent.
 """
 
 import math
@@ -21,14 +21,14 @@ from torchrecipes.optim.newton_schulz import at_once
 
 
 class MatrixShard(NamedTuple):
-    """What a rank holds of some matrices of one shape.
+    """A rank's rows of some matrices of one shape.
 
     Attributes:
-        number: of the parameter, among those that `MatrixSharding.of` was given.
-        experts: of a stack, which of those that the rank holds; None: the parameter is a matrix.
-        first, last: of the rows that the rank holds of the parameter (of each expert), those of the matrix.
-        rows, columns: of the whole matrix.
-        offset: the row of the matrix that the first of these is.
+        number: index of the parameter in the list that `MatrixSharding.of` got.
+        experts: (first, end) in the rank's part of a stack; None: the parameter is a matrix.
+        first, last: the matrix' rows within the rank's rows of the parameter (of each expert).
+        rows, columns: of the unsharded matrix.
+        offset: index of row `first` in the unsharded matrix.
     """
 
     number: int
@@ -40,22 +40,22 @@ class MatrixShard(NamedTuple):
     offset: int
 
     def of(self, local: Tensor) -> Tensor:
-        """The view `[n, last - first, columns]` of the rank's part of the parameter, or of a tensor like it."""
+        """A view `[n, last - first, columns]` of the rank's part of the parameter, or of a tensor like it."""
         if self.experts is None:
             return local[None, self.first : self.last]
         return local[self.experts[0] : self.experts[1], self.first : self.last]
 
     def shape(self) -> tuple[int, int, int]:
-        """Of that view."""
+        """The shape of that view."""
         count = 1 if self.experts is None else self.experts[1] - self.experts[0]
         return count, self.last - self.first, self.columns
 
 
 class _Matrices(NamedTuple):
-    """A matrix, or several experts that one rank computes for."""
+    """A matrix, or several experts of one owner."""
 
-    owner: tuple[int, int]  # copy, shard
-    pieces: dict[int, MatrixShard]  # shard -> what it holds
+    owner: tuple[int, int]  # replica, shard
+    pieces: dict[int, MatrixShard]  # by shard
 
     def shape(self) -> tuple[int, int, int]:
         piece = next(iter(self.pieces.values()))
@@ -63,17 +63,12 @@ class _Matrices(NamedTuple):
 
 
 class MatrixSharding:
-    """Parameters on one mesh, and who computes for which; made by `of`, the same on every rank.
-
-    Attributes:
-        numbers: of its parameters, among those that `of` was given.
-    """
+    """The matrices of the parameters on one mesh, and their owners; made by `of`, the same on every rank."""
 
     def __init__(self, mesh: DeviceMesh | None, parameters: dict[int, Tensor], fused: dict[int, tuple[int, ...]]):
-        self.numbers = list(parameters)
         self._device = next(iter(parameters.values())).device
-        self._groups: list[dist.ProcessGroup | None] = [None, None]  # of those with the same shard, the same copy
-        self._sizes, self._place = (1, 1), (0, 0)  # copies and shards, and this rank's
+        self._groups: list[dist.ProcessGroup | None] = [None, None]  # ranks with the same shard; with the same replica
+        self._sizes, self._place = (1, 1), (0, 0)  # (replicas, shards), and this rank's place
         if mesh is not None:
             place = mesh.get_coordinate()
             if mesh.ndim == 1:
@@ -86,11 +81,11 @@ class MatrixSharding:
 
     @classmethod
     def of(cls, parameters: list[Tensor], fused: list[tuple[int, ...] | None]) -> list["MatrixSharding"]:
-        """One for every mesh that the parameters are on, and one for those that are on none.
+        """One for every mesh that parameters are on, and one for plain tensors.
 
         Args:
             parameters: `[R, C]`, or `[E, R, C]` for stacks.
-            fused: of each the rows of its parts, which are matrices of their own, or None.
+            fused: for each the rows of its parts, which are matrices of their own, or None.
 
         Raises:
             UserError: a parameter is not sharded as `fully_shard` does it.
@@ -103,9 +98,11 @@ class MatrixSharding:
                 expected = ((Shard(0),), (Replicate(), Shard(0)))[mesh.ndim - 1 : mesh.ndim]
                 if parameter.placements not in expected:
                     raise UserError(
-                        f"optimizer muon: a parameter {list(parameter.shape)} is placed as {parameter.placements} on a "
-                        f"mesh {tuple(mesh.shape)}. It takes what fully_shard does to the first dimension; give "
-                        "others to AdamW with adamw_param_patterns."
+                        f"muon takes parameters that fully_shard has sharded along the first dimension; one of shape "
+                        f"{list(parameter.shape)} is placed as {parameter.placements} on a mesh {tuple(mesh.shape)}",
+                        key="adamw_param_patterns",
+                        hint="Give it to AdamW with a pattern of its name.",
+                        code="unsupported_sharding",
                     )
             by_mesh.setdefault(mesh, {})[number] = parameter
         return [
@@ -116,26 +113,25 @@ class MatrixSharding:
     def map(
         self, read: Callable[[MatrixShard], Tensor], compute: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[MatrixShard, Tensor]]:
-        """Applies `compute` to every matrix; all ranks call it together.
+        """Applies `compute` to every matrix. A collective: all ranks call it.
 
         Args:
-            read: gives what this rank holds of a matrix, `[n, r, C]`; asked once for each that is computed here or
-                sent.
+            read: returns this rank's rows of a matrix, `[n, r, C]`; called once for each.
             compute: `[n, R, C]` -> the same shape, for n matrices at once.
-            dtype: that matrices are sent and computed in.
+            dtype: of the matrices that are sent and computed.
 
         Yields:
-            Every piece that this rank holds, and the result for it, `[n, r, C]` in `dtype`.
+            Every shard that this rank holds, and its rows of the result, `[n, r, C]` in `dtype`.
         """
         if self._sizes == (1, 1):
             yield from self._map_alone(read, compute, dtype)
             return
-        copy, shard = self._place
+        replica, shard = self._place
         shards = range(self._sizes[1])
         mine = [i for i, one in enumerate(self._matrices) if one.owner == self._place]
-        held = [[i for i in self._of_copy(copy) if self._matrices[i].owner[1] == t] for t in shards]
-        held = [[i for i in some if shard in self._matrices[i].pieces] for some in held]  # by who computes for them
-        asked = [[i for i in mine if t in self._matrices[i].pieces] for t in shards]  # by who holds some of them
+        held = [[i for i in self._of_replica(replica) if self._matrices[i].owner[1] == t] for t in shards]
+        held = [[i for i in some if shard in self._matrices[i].pieces] for some in held]  # by owner
+        asked = [[i for i in mine if t in self._matrices[i].pieces] for t in shards]  # by holder
 
         stacks, whole = self._stacks(mine, dtype)
         for i in held[shard]:
@@ -163,14 +159,14 @@ class MatrixSharding:
             del sent
         del whole
         if self._sizes[0] > 1:
-            found = self._gather_copies(found, dtype)
+            found = self._gather_replicas(found, dtype)
         for i, result in found.items():
             yield self._matrices[i].pieces[shard], result
 
     def _map_alone(
         self, read: Callable[[MatrixShard], Tensor], compute: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[MatrixShard, Tensor]]:
-        """`map` for one rank, a few matrices at a time: the memory for them is small, and used again."""
+        """`map` for one rank: a few matrices at a time, in little memory that is reused."""
         alike: dict[tuple[int, int], list[int]] = {}
         for i, one in enumerate(self._matrices):
             alike.setdefault(one.shape()[1:], []).append(i)
@@ -186,13 +182,11 @@ class MatrixSharding:
                 for i, result in zip(some, found, strict=True):
                     yield self._matrices[i].pieces[0], result
 
-    def _of_copy(self, copy: int) -> list[int]:
-        return [i for i, one in enumerate(self._matrices) if one.owner[0] == copy]
+    def _of_replica(self, replica: int) -> list[int]:
+        return [i for i, one in enumerate(self._matrices) if one.owner[0] == replica]
 
     def _stacks(self, mine: list[int], dtype: torch.dtype) -> tuple[list[tuple[list[int], Tensor]], dict[int, Tensor]]:
-        """Room for the matrices that this rank computes for, those of one shape together: (which, `[n, R, C]`), and
-        the part of each.
-        """
+        """Empty stacks for owned matrices, by shape: (their numbers, `[n, R, C]`); and the view for each matrix."""
         alike: dict[tuple[int, int], list[int]] = {}
         for i in mine:
             alike.setdefault(self._matrices[i].shape()[1:], []).append(i)
@@ -205,33 +199,33 @@ class MatrixSharding:
         return stacks, whole
 
     def _rows_of(self, whole: dict[int, Tensor], i: int, shard: int) -> Tensor:
-        """Of matrix i the rows that a rank holds: a view."""
+        """A view of the rows of matrix i that a rank holds."""
         piece = self._matrices[i].pieces[shard]
         return whole[i][:, piece.offset : piece.offset + piece.last - piece.first]
 
     def _exchange(
         self, sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], dtype: torch.dtype
     ) -> list[list[Tensor]]:
-        """Sends tensors to each shard of this copy, and gets those of `shapes` from each."""
+        """Sends tensors to each shard of this replica, and receives those of `shapes` from each."""
         flat = [torch.cat([x.to(dtype).flatten() for x in some]) if some else self._empty(0, dtype) for some in sent]
         sizes = [sum(math.prod(shape) for shape in some) for some in shapes]
         received = self._empty(sum(sizes), dtype)
         dist.all_to_all_single(received, torch.cat(flat), sizes, [len(x) for x in flat], group=self._groups[1])
         return [_unflatten(x, some) for x, some in zip(received.split(sizes), shapes, strict=True)]
 
-    def _gather_copies(self, found: dict[int, Tensor], dtype: torch.dtype) -> dict[int, Tensor]:
-        """What each copy has found for this shard, together."""
-        copies, shard = range(self._sizes[0]), self._place[1]
-        numbers = [[i for i in self._of_copy(c) if shard in self._matrices[i].pieces] for c in copies]
+    def _gather_replicas(self, found: dict[int, Tensor], dtype: torch.dtype) -> dict[int, Tensor]:
+        """The results for this shard from all replicas."""
+        replicas, shard = range(self._sizes[0]), self._place[1]
+        numbers = [[i for i in self._of_replica(c) if shard in self._matrices[i].pieces] for c in replicas]
         shapes = [[self._matrices[i].pieces[shard].shape() for i in some] for some in numbers]
         sizes = [sum(math.prod(shape) for shape in some) for some in shapes]
-        ours = self._empty(max(sizes), dtype)  # all alike in length
+        ours = self._empty(max(sizes), dtype)  # of one length everywhere
         start = 0
         for i in numbers[self._place[0]]:
             ours[start : start + found[i].numel()] = found[i].flatten()
             start += found[i].numel()
-        theirs = self._empty(max(sizes) * len(copies), dtype)
-        # Newer versions of PyTorch call it all_gather_single, and warn of the old name.
+        theirs = self._empty(max(sizes) * len(replicas), dtype)
+        # Newer versions of PyTorch call it all_gather_single and deprecate the old name.
         gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
         gather(theirs, ours, group=self._groups[0])
         return {
@@ -244,9 +238,9 @@ class MatrixSharding:
         return torch.zeros(size, dtype=dtype, device=self._device)
 
     def _share(self, parameters: dict[int, Tensor], fused: dict[int, tuple[int, ...]]) -> list[_Matrices]:
-        """Every matrix, with the rank that computes for it: one with little to do yet, the largest matrices first."""
-        copies, shards = self._sizes
-        load = {(c, s): 0 for c in range(copies) for s in range(shards)}
+        """Assigns every matrix, the largest first, to the rank that has the least to compute so far."""
+        replicas, shards = self._sizes
+        load = {(c, s): 0 for c in range(replicas) for s in range(shards)}
         shared = []
         stacks = [number for number, parameter in parameters.items() if parameter.ndim == 3]
         for number in stacks:
@@ -254,8 +248,8 @@ class MatrixSharding:
             for rows in fused[number]:
                 for s in range(shards):
                     first, last = _range_of(s, shards, len(parameters[number]))
-                    for c in range(copies):
-                        a, b = _range_of(c, copies, last - first)
+                    for c in range(replicas):
+                        a, b = _range_of(c, replicas, last - first)
                         if a < b:
                             piece = MatrixShard(number, (a, b), start, start + rows, rows, columns, 0)
                             shared.append(_Matrices((c, s), {s: piece}))
@@ -287,12 +281,12 @@ def _unflatten(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def _range_of(rank: int, ranks: int, total: int) -> tuple[int, int]:
-    """What a rank holds of `total` rows, as DTensor and `torch.chunk` cut them."""
+    """(First, end) of a rank's part of `total` rows, as DTensor and `torch.chunk` split them."""
     size = -(-total // ranks)
     return min(rank * size, total), min((rank + 1) * size, total)
 
 
 def _cost(rows: int, columns: int) -> int:
-    """Multiplications of a step of Newton-Schulz."""
+    """Multiplications of a Newton-Schulz step."""
     small, large = sorted((rows, columns))
     return small * small * (2 * large + small)

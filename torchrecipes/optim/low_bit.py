@@ -1,13 +1,13 @@
-"""AdamW whose two averages take 8 or 4 bits per parameter instead of 32: torchao's, made safe to stop and resume.
+"""AdamW whose state takes 8 or 4 bits per value instead of 32: torchao's, with a code map that survives resuming.
 
-An average is cut into blocks of `block_size` values. A block is stored as its largest magnitude, in fp32, and one code
-per value, an index into a fixed map of numbers between -1 and 1. Every step reads the codes, updates in fp32 and writes
-codes again; weights and gradients stay as they are.
+State is quantized in blocks of `block_size` values. A block is stored as its largest magnitude, in fp32, and one code
+per value: an index into a fixed map of numbers between -1 and 1. Every step dequantizes, updates in fp32 and quantizes
+again; weights and gradients stay as they are.
 
 torchao's map for signed values ends in 1, but begins with -0.993 (8 bits) or -0.8875 (4 bits): a block whose largest
 magnitude is negative has it rounded towards zero in every step. Here the map begins with -1. The largest magnitude is
-then exact, the error has (almost) no bias, and reading and writing an average again changes nothing, to the last bit:
-so a checkpoint can hold plain fp32 values, which fit any number of processes. See `training.quantized_state`.
+then exact, the error has (almost) no bias, and dequantizing and quantizing again changes no bit: so a checkpoint can
+hold plain fp32 values, which fit any number of processes. See `torchrecipes.checkpoint.quantized_state`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from torchrecipes.optim.adamw_groups import adamw_groups
+from torchrecipes.optim.adamw_variants import adamw_groups
+from torchrecipes.optim.settings import out_of_range
 from torchrecipes.torchao_import import import_torchao
 
 
@@ -29,24 +30,24 @@ def adamw_8bit(
     weight_decay: float = 0.01,
     block_size: int = 256,
 ) -> torch.optim.Optimizer:
-    """AdamW with averages of 8 bits (Dettmers et al. 2021, arXiv:2110.02861), over the groups of `weight_decay_groups`.
+    """AdamW with 8-bit state (Dettmers et al. 2021, arXiv:2110.02861), over the groups of `weight_decay_groups`.
 
-    2 bytes and `8 / block_size` per parameter instead of 8. Tensors of less than 4096 values, or whose size (on a rank)
-    is no multiple of `block_size`, keep averages of fp32: those are norms and biases.
+    State takes `2 + 8 / block_size` bytes per parameter instead of 8. Tensors of less than 4096 values, or whose size
+    (on a rank) is no multiple of `block_size`, keep fp32 state: those are norms and biases.
 
-    The step is compiled with torch.compile where the parameters are on a GPU, for every shape of a parameter once. On a
-    CPU it is not, and takes about 0.1 s per million parameters: enough to try it out.
+    On a GPU the step is compiled, once for each shape of parameter. On a CPU it is not, and takes about 0.1 s per
+    million parameters: enough to try it out.
 
     Args:
         model, lr, betas, eps, weight_decay: see `adamw`.
-        block_size: values that share a scale; smaller is more exact. Even.
+        block_size: values that share a scale, even; a smaller block is more exact.
 
     Returns:
-        A `torchao.optim.AdamW8bit`. Its groups' `lr` are tensors, so that a new value compiles nothing anew: set them
-        with a `Schedule`, or with `fill_`.
+        A `torchao.optim.AdamW8bit`. The `lr` of its groups are tensors, so that a new value does not recompile: a
+        scheduler writes them in place.
 
     Raises:
-        UserError: a value is out of range, or nothing in the model is trainable.
+        UserError: a value is out of range, no parameter is trainable, or torchao is not installed.
     """
     return _low_bit("8bit", model, lr, betas, eps, weight_decay, block_size)
 
@@ -59,9 +60,9 @@ def adamw_4bit(
     weight_decay: float = 0.01,
     block_size: int = 128,
 ) -> torch.optim.Optimizer:
-    """AdamW with averages of 4 bits (Li et al. 2023, arXiv:2309.01507): `adamw_8bit`, coarser.
+    """AdamW with 4-bit state (Li et al. 2023, arXiv:2309.01507), coarser than `adamw_8bit`.
 
-    1 byte and `8 / block_size` per parameter instead of 8. Arguments, errors and what is returned are as there.
+    State takes `1 + 8 / block_size` bytes per parameter instead of 8. For the rest see `adamw_8bit`.
     """
     return _low_bit("4bit", model, lr, betas, eps, weight_decay, block_size)
 
@@ -70,20 +71,19 @@ def _low_bit(bits, model, lr, betas, eps, weight_decay, block_size):
     betas = tuple(betas)
     problems = []
     if block_size < 2 or block_size % 2:
-        problems.append(f"block_size: {block_size} must be an even number of 2 or more, such as 256")
+        problems.append(out_of_range("block_size", block_size, "an even number of 2 or more, such as 256"))
     groups = adamw_groups(model, lr, betas, eps, weight_decay, problems)
-    torchao_optim = import_torchao("optim")
-    optimizer_class = getattr(torchao_optim, f"AdamW{bits}")
+    optimizer_class = getattr(import_torchao("optim"), f"AdamW{bits}")
     optimizer = optimizer_class(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_size=block_size)
     state_class = getattr(import_torchao(f"optim.subclass_{bits}"), f"OptimState{bits}")
 
     def zeros(parameter: Tensor, signed: bool, block_size: int) -> Tensor:
         state = state_class.zeros(parameter.shape, signed, block_size, parameter.device, dtype=parameter.dtype)
         if signed:
-            state.qmap[0] = -1.0  # the least value, which is the map's first
+            state.qmap[0] = -1.0  # the map's first number is its least
         return state
 
-    optimizer._subclass_zeros = zeros  # where torchao's base class asks its kind of optimizer for a state
+    optimizer._subclass_zeros = zeros  # torchao's base class calls it to make a state
     optimizer.step = MethodType(_step, optimizer)
     return optimizer
 

@@ -1,18 +1,20 @@
-"""The nearest orthogonal matrix, by a polynomial iteration that is nothing but matrix products.
+"""Orthogonalizes matrices with Newton-Schulz iterations, which are matrix products only.
 
 A matrix `X = U S V^T` with singular values in (0, 1] is replaced several times by `a X + b (X X^T) X + c (X X^T)^2 X`,
-which does to every singular value what the polynomial `a s + b s^3 + c s^5` does to a number. The values come to about
-1, and `U V^T` is left. It need not be exact: Muon is as good with values between 0.7 and 1.2.
+which applies the polynomial `a s + b s^3 + c s^5` to every singular value. The values approach 1, which leaves `U V^T`.
+It need not be exact: Muon works as well with values between 0.7 and 1.2.
 """
 
 import torch
 from torch import Tensor
 
-# Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the same polynomial every time; it lifts small values fast.
+from torchrecipes.estimation import kernel_device
+
+# Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the same polynomial in every step, steep at 0.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
-# Amsel et al. 2025, arXiv:2505.16932, algorithm 1: the best polynomial of each step, given what those before have done,
-# for singular values from 0.001 on. The last one stands for all that follow.
+# Amsel et al. 2025, arXiv:2505.16932, algorithm 1: the best polynomial of each step after those before it, for singular
+# values from 0.001 up. The last one is used for all further steps.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -23,17 +25,17 @@ _POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-_SAFETY = 1.01  # rounding must not carry a value past the end of the interval that the next polynomial is made for
+_SAFETY = 1.01  # keeps rounding errors inside the interval of the next polynomial
 
 COEFFICIENTS = ("quintic", "polar_express")
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Elements that are multiplied at once. On a GPU a bound on memory; on a CPU what stays in its caches, and in memory
-# that need not be asked for again in every product: at least 10 % faster than all at once.
+# Elements that are multiplied at once: on a GPU a bound on memory, on a CPU what stays in its caches, which is at least
+# 10 % faster than all at once.
 _BATCH, _BATCH_ON_CPU = 2**27, 2**20
 
 
 def polynomials(coefficients: str, steps: int) -> list[tuple[float, float, float]]:
-    """(a, b, c) of every step: of `quintic` or `polar_express`."""
+    """(a, b, c) of every step, for `quintic` or `polar_express`."""
     if coefficients == "quintic":
         return [QUINTIC] * steps
     safe = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]]
@@ -48,9 +50,9 @@ def orthogonalize(
 
     Args:
         matrices: `[..., R, C]`, of any scale; 0 stays 0.
-        steps: of the iteration; each is three products.
+        steps: iterations; each is three products.
         coefficients: one of `COEFFICIENTS`.
-        dtype: to compute in; None: bf16 where the device multiplies it in hardware, else fp32.
+        dtype: computes and returns in it; None: `fast_dtype`.
 
     Returns:
         `[..., R, C]` of that dtype.
@@ -70,7 +72,7 @@ def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]], coefficie
     x = x / (norm * _SAFETY + 1e-7 if coefficients == "polar_express" else norm.clamp(min=1e-7))
     tall = x.shape[1] > x.shape[2]
     for a, b, c in polynomials:
-        # Of X X^T and X^T X the smaller one, which stands on the side of X where it fits.
+        # The smaller one of X X^T and X^T X.
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
@@ -78,16 +80,17 @@ def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]], coefficie
 
 
 def at_once(device: torch.device) -> int:
-    """Elements of matrices that are best multiplied at once."""
+    """The number of elements that are best multiplied at once."""
     return _BATCH_ON_CPU if device.type == "cpu" else _BATCH
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it in hardware, else fp32."""
+    """bf16 where the device multiplies bf16 matrices in hardware, else fp32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
-            return torch.bfloat16
-    return torch.float32
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    elif kernel_device(device) == "cuda":  # an estimate for a GPU
+        fast = True
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return torch.bfloat16 if fast else torch.float32
