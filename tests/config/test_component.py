@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchrecipes.config import MISSING, Component, Positive, build, component, load, to_yaml
-from torchrecipes.config.components import makes, parameters, resolve
+from torchrecipes.config.components import parameters, resolve
 from torchrecipes.errors import UserError
 
 HERE = __name__  # the components below are named by this module's own dotted path
@@ -283,21 +283,6 @@ def test_importing_a_component_that_needs_a_missing_package(tmp_path, monkeypatc
     assert "package_that_nobody_has" in problem("optimizer._component_=needy_component.f").problem
     assert "ZeroDivisionError" in problem("optimizer._component_=broken_component.f").problem
     assert "needy_component" not in sys.modules
-
-
-def makes_reader(path: str = "x", parts: Any = None) -> Reader:
-    raise AssertionError("a check calls nothing")
-
-
-def test_a_component_declares_what_it_makes_without_being_called():
-    assert makes(Component(f"{HERE}.makes_reader"), Reader)
-    assert makes(Component(f"{HERE}.Reader"), Reader) and makes(Component("torch.optim.AdamW"), torch.optim.Optimizer)
-    assert not makes(Component(f"{HERE}.makes_reader"), dict)
-    assert not makes(Component("os.system"), Reader) and not makes(Component(f"{HERE}.adam"), Reader)
-    assert not makes(Component(f"{HERE}.strange"), Reader)
-    nested = {"parts": [1, {"a": Component("os.system", {"command": "false"})}]}
-    assert not makes(Component(f"{HERE}.makes_reader", nested), Reader)
-    assert makes(Component(f"{HERE}.makes_reader", {"parts": Component(f"{HERE}.Reader")}), Reader)
 
 
 def test_a_config_that_was_made_by_hand_is_built_too():

@@ -129,13 +129,11 @@ def _to_dataclass(checker: Checker, tree: dict[str, Any], schema: type, key_path
         if coerce.mentions(hints[name], Component):
             path = default.get(PATH_KEY) if isinstance(default, dict) else None
             component_spec = ComponentSpec(spec.metadata.get("injected", ()), path)
-        value = tree.get(name, default)
-        if spec.metadata.get("replaced_by"):
+        value, replaced_by = tree.get(name, default), spec.metadata.get("replaced_by")
+        if replaced_by:
             value = _replace(checker, value, spec, tree, key_path)
-        if value is None and spec.metadata.get("replaced_by"):
-            read[name] = None
-        else:
-            read[name] = _to_value(checker, value, hints[name], here, component_spec)
+        is_replaced = replaced_by and value is None
+        read[name] = None if is_replaced else _to_value(checker, value, hints[name], here, component_spec)
     if any(value is INVALID for value in read.values()):
         return INVALID
     config = schema(**read)
@@ -144,10 +142,12 @@ def _to_dataclass(checker: Checker, tree: dict[str, Any], schema: type, key_path
 
 
 def _replace(checker: Checker, value: Any, spec: dataclasses.Field, tree: dict[str, Any], key_path: KeyPath) -> Any:
-    # `init_from`, where it is set, stands in for a component such as the tokenizer: the value is None then.
+    # Where the other key, such as `init_from`, is set, it stands for this component, whose value is None then.
     here, other = (*key_path, spec.name), spec.metadata["replaced_by"]
     other_path = (*key_path, other)
     folder = tree.get(other)
+    if folder is INVALID:
+        return value
     if folder is None:
         if value is not None:
             return value
@@ -195,7 +195,7 @@ def _add_unknown_key(checker: Checker, key_path: KeyPath, valid: typing.Iterable
 def _to_value(
     checker: Checker, value: Any, annotation: Any, key_path: KeyPath, component_spec: ComponentSpec | None
 ) -> Any:
-    # Returns `value` as its annotation wants it, or INVALID with the reason among the problems.
+    # Returns `value` converted to its annotation, or INVALID after adding a problem.
     if value is INVALID:
         return INVALID
     if typing.get_origin(annotation) is Annotated:

@@ -1,4 +1,4 @@
-"""From a value in YAML to the Python type that an annotation asks for, and the words for both in an error message."""
+"""Converts a YAML value to the type of an annotation, and describes both in error messages."""
 
 import dataclasses
 import types
@@ -63,12 +63,12 @@ def element_types(kind: Any, arguments: tuple, count: int) -> list[Any] | None:
 
 
 def to_scalar(value: Any, annotation: Any) -> Any:
-    """Return `value`, which is no list or mapping that `annotation` could hold, as what `annotation` asks for.
+    """Return `value`, neither a list nor a mapping that `annotation` allows, converted to `annotation`.
 
-    A class that YAML has no values of, such as one of a library, is only met by a value that is an instance already.
+    A class that YAML has no values of, such as one of a library, is only satisfied by an instance.
 
     Raises:
-        WrongType: it is something else.
+        WrongType: it cannot be converted.
     """
     kind, arguments = split(annotation)
     if isinstance(value, PlainNone):
@@ -111,7 +111,7 @@ def to_scalar(value: Any, annotation: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """Return what an annotation asks for, in a user's words."""
+    """Return what an annotation allows, in a user's words."""
     kind, arguments = split(annotation)
     if kind is UNION:
         return " or ".join(describe(member) for member in arguments)
@@ -150,5 +150,5 @@ def describe_value(value: Any) -> str:
 def _is_instance(value: Any, kind: type) -> bool:
     try:
         return isinstance(value, kind)
-    except TypeError:  # a Protocol that cannot be asked
+    except TypeError:  # a Protocol that is not runtime_checkable
         return False

@@ -1,8 +1,10 @@
 """Components: a dotted path and keyword arguments in a config, an object in the recipe.
 
-In YAML `optimizer: {_component_: torchrecipes.optim.adamw, lr: 1e-3}`; in the recipe's `Config`
-`optimizer: Component = component("torchrecipes.optim.adamw", injected=("model",), lr=1e-3)`; in its `main`
-`optimizer = build(config.optimizer, model=model)`. There is no registry: any importable callable is a component.
+    optimizer: {_component_: torchrecipes.optim.adamw, lr: 1e-3}                                         # YAML
+    optimizer: Component = component("torchrecipes.optim.adamw", injected=("model", "params"), lr=1e-3)  # Config
+    optimizer = build(config.optimizer, model=model, params=model.parameters())                          # main
+
+There is no registry: any importable callable is a component.
 """
 
 import dataclasses
@@ -18,15 +20,17 @@ from typing import Any
 from torchrecipes.config.suggest import closest, did_you_mean
 from torchrecipes.errors import UserError
 
-# The value of a key that the config has to give (OmegaConf's mark, so `???` in a YAML file means the same).
+# The default of a required key. It is OmegaConf's mark, so `???` in a YAML file means the same.
 MISSING: Any = "???"
 
 
 @dataclass
 class Component:
-    """A `_component_` node of a config that was checked: what to call, and the keyword arguments from the config.
+    """A checked `_component_` node of a config.
 
-    `path` is dotted; `args` holds values of the types that the signature asks for, and nested `Component`s.
+    Attributes:
+        path: the dotted path of the callable.
+        args: its keyword arguments, of the types in its signature; nested components are `Component`s.
     """
 
     path: str
@@ -45,14 +49,14 @@ def component(
     """Declare a field of a recipe's `Config` that holds a `Component`, a `Component | None` or a `list[Component]`.
 
     Args:
-        default: dotted path of the component when the config names none; None is off (an empty list for
-            `list[Component]`), `MISSING` makes the config name one; for a list, its dotted paths or `Component`s.
-        injected: names of the arguments that the recipe passes when it calls `build`; a config cannot set them.
+        default: the dotted path of the default component; None is off (an empty list for `list[Component]`), `MISSING`
+            requires the config to name one; for a list, dotted paths or `Component`s.
+        injected: the names of the arguments that the recipe passes to `build`; a config cannot set them.
         replaced_by: another key, such as `init_from`, that replaces this component when it is set: the component is
             None then, and a config that sets both is refused.
         replaced_if: a file, such as `config.json`; a config may set both when the folder that `replaced_by` names
             does not hold it.
-        default_args: arguments of the default component; a config that names another component drops them.
+        default_args: the arguments of the default component; a config that names another component drops them.
     """
     metadata = {"injected": injected, "replaced_by": replaced_by, "replaced_if": replaced_if}
     if isinstance(default, list):
@@ -67,12 +71,12 @@ def component(
 
 
 def build(node: Component | None, **injected: Any) -> Any:
-    """Import what `node` names and call it: with its arguments, and with those of `injected` that its signature names.
+    """Import the callable that `node` names and call it with its arguments and those of `injected` in its signature.
 
-    Nested components are built first, with the same injected arguments. None (a component that is off) gives None.
+    Nested components are built first, with the same injected arguments. None (off) gives None.
 
     Raises:
-        UserError: the dotted path leads nowhere.
+        UserError: the dotted path does not exist (code `unknown_component`).
     """
     if node is None:
         return None
@@ -86,7 +90,8 @@ def resolve(path: str) -> Callable:
     """Return the callable at a dotted path.
 
     Raises:
-        UserError: no such module or attribute, with the closest name that exists; or the module fails to import.
+        UserError: no such module or attribute (code `unknown_component`, its hint names the closest one), or the module
+            fails to import (`import_failed`, `missing_package`).
     """
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
@@ -122,10 +127,10 @@ def resolve(path: str) -> Callable:
 
 
 def parameters(target: Callable) -> dict[str, inspect.Parameter]:
-    """Return the parameters of `target` that a keyword may set, with annotations resolved where that is possible.
+    """Return the parameters of `target` that can be passed by keyword, with annotations resolved where possible.
 
-    A `**kwargs` parameter is listed under its own name, with its kind VAR_KEYWORD; so is all that a builtin without a
-    signature takes.
+    A `**kwargs` parameter has its own name and the kind VAR_KEYWORD, as have the parameters of a builtin without a
+    signature.
     """
     try:
         signature = inspect.signature(target)
@@ -141,35 +146,14 @@ def parameters(target: Callable) -> dict[str, inspect.Parameter]:
     }
 
 
-def makes(node: Component, *kinds: type) -> bool:
-    """Return whether a component, and each one nested in it, declares that it makes an object of one of `kinds`.
-
-    A class declares its instances, a function its annotated return type. Nothing is called, so that a config can be
-    checked without executing the functions that it names.
-
-    Raises:
-        UserError: a dotted path leads nowhere.
-    """
-    target = resolve(node.path)
-    if inspect.isclass(target):
-        made = target
-    else:
-        try:
-            made = typing.get_type_hints(target).get("return")
-        except Exception:  # an annotation that only exists for type checkers
-            made = None
-    declared = inspect.isclass(made) and issubclass(made, kinds)
-    return declared and all(makes(nested, *kinds) for nested in _components_in(list(node.args.values())))
-
-
 def suggest_path(path: str, default: str | None) -> str | None:
-    """Return the full path that a bare name such as `adamw` most likely means: it, or one near it, beside `default`."""
+    """Return the dotted path that a bare name such as `adamw` most likely means, in the module of `default`."""
     if "." in path or not default or "." not in default:
         return None
     home = default.rpartition(".")[0]
     try:
         near = closest(path, _public_names(importlib.import_module(home)))
-    except ImportError:  # the default is a class's method, or needs a package that is not there
+    except ImportError:  # the default is a class's method, or needs a package that is not installed
         return None
     return f"{home}.{near}" if near else None
 
@@ -180,7 +164,7 @@ def _annotation(parameter: inspect.Parameter, names: dict[str, Any]) -> Any:
     try:
         holder = type("Holder", (), {"__annotations__": {"it": parameter.annotation}})
         return typing.get_type_hints(holder, names, include_extras=True)["it"]
-    except Exception:  # an annotation that only exists for type checkers: that argument's type is not checked
+    except Exception:  # an annotation that only type checkers can read: the argument's type is not checked
         return Any
 
 
@@ -191,13 +175,6 @@ def _public_names(holder: Any) -> set[str]:
 
 def _top_level_names() -> set[str]:
     return {name for name in sys.modules if "." not in name and not name.startswith("_")}
-
-
-def _components_in(value: Any) -> list[Component]:
-    if isinstance(value, Component):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [found for item in items for found in _components_in(item)]
 
 
 def _build_nested(value: Any, injected: dict[str, Any]) -> Any:
@@ -211,7 +188,7 @@ def _build_nested(value: Any, injected: dict[str, Any]) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    # Two configs must not share one default's dict of arguments.
+    # Two configs must not share the arguments of a default.
     if isinstance(value, Component):
         return Component(value.path, _copy(value.args))
     if isinstance(value, list | tuple):

@@ -24,7 +24,7 @@ def load(
     recipe: str | Path | None = None,
     check: Callable[[C], list[UserError]] | None = None,
 ) -> C:
-    """Return an instance of the dataclass `schema`: its defaults, under a YAML file, under overrides.
+    """Return an instance of the dataclass `schema`: its defaults, overridden by a YAML file, then by `key=value`.
 
     Args:
         schema: a recipe's `Config`.
@@ -35,7 +35,7 @@ def load(
         check: returns further problems of a config whose keys are valid each by itself.
 
     Returns:
-        The config. It remembers where each of its values is from, for `to_yaml`.
+        The config. It keeps the provenance of each value for `to_yaml`.
 
     Raises:
         UserError: lists all problems, one line each, sorted by line: unknown, missing and duplicate keys, wrong types,
@@ -52,7 +52,7 @@ def load(
         title = format_key_path(path) + _wrong_recipe(path, recipe)
         add_file(merged, path, problems)
     add_overrides(merged, list(overrides), problems)
-    if () not in merged.provenances:  # no file, or one without keys: each of them would only be reported as missing
+    if () not in merged.provenances:  # no valid file: every required key would be reported as missing
         problems.raise_all(title)
     interpolate(merged, problems)
     instance = check_config(merged, schema, problems, check)
@@ -64,15 +64,15 @@ def load(
 
 
 def parse(schema: type[C], argv: Sequence[str] | None = None) -> C:
-    """Return the config that a command line asks for: `python my_recipe.py --config my.yaml lr=1e-3`.
+    """Return the config of a command line: `python my_recipe.py --config my.yaml lr=1e-3`.
 
-    It is for the last line of a recipe, `main(parse(Config))`. From then on what a user got wrong, here or in `main`,
-    is one message and exit code 2, as with `tune-style run` (it sets `sys.excepthook`); `--debug` shows the traceback.
+    It is for the last line of a recipe, `main(parse(Config))`. It sets `sys.excepthook`, so that a user's mistake, here
+    or in `main`, is one message and exit code 2, as with `tune-style run`; `--debug` shows the traceback.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, epilog="example: %(prog)s --config my.yaml optimizer.lr=1e-3")
     parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a shipped config")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the config's")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the config's")
     args = parser.parse_intermixed_args(argv)
 
     def report(kind: type[BaseException], error: BaseException, trace: object) -> None:
@@ -93,7 +93,7 @@ def parse(schema: type[C], argv: Sequence[str] | None = None) -> C:
 
 @contextmanager
 def report_once() -> Iterator[None]:
-    """Let only the first of a job's processes report a UserError that they all meet; the others exit with code 2."""
+    """Let only rank 0 report a UserError that all ranks raise; the others exit with code 2."""
     try:
         yield
     except UserError:
