@@ -40,7 +40,11 @@ class Config:
         vocab_size=16_384,
     )
     model: Component | None = component(  # the network
-        "torchrecipes.models.neobert", injected=("vocab_size", "seed"), replaced_by="init_from", size="tiny"
+        "torchrecipes.models.neobert",
+        injected=("vocab_size", "seed"),
+        replaced_by="init_from",
+        replaced_if="config.json",
+        size="tiny",
     )
     init_from: str | None = None  # a Hugging Face folder, a checkpoint or a run: its tokenizer, model and weights
     freeze: list[str] = field(default_factory=list)  # patterns of parameters that are not trained, as in blocks.*

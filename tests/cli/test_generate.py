@@ -3,12 +3,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from torchrecipes.checkpoint.manifest import flush, write_manifest
 from torchrecipes.cli.main import main
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_bpe, train_char, train_wordpiece
-from torchrecipes.models import gpt2, neobert, save_hf
+from torchrecipes.models import gpt2, llama, neobert, save_hf
 
 TEXT = "the quick brown fox jumps over the lazy dog. Änderungen, 水 and 火! "
 
@@ -174,7 +175,7 @@ def test_prompts_that_are_too_long_are_found_before_any_work(run, tmp_path, caps
         assert main(["generate", str(run), "--prompts-file", str(tmp_path / name), "--max-new-tokens", "1"]) == 2
         out, err = capsys.readouterr()
         assert not out
-        assert f"{tmp_path / name}:22: " in err and "tokens, and the model has 40 positions" in err
+        assert f"{tmp_path / name}:22" in err and "40 positions" in err
 
 
 def test_unknown_characters_of_a_prompt_are_reported(tmp_path, capsys):
@@ -263,3 +264,30 @@ def test_a_folder_without_a_causal_model_is_refused(verb, tmp_path, monkeypatch,
     ):
         assert main([verb[0], folder, *verb[1:]]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_head_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("the fox\n")
+    causal = train_bpe([Document(TEXT, "a")], vocab_size=300, causal=True)
+    masked = train_wordpiece([Document(TEXT, "a")], vocab_size=60)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = {
+        "decoder": (llama(vocab_size=causal.vocab_size, **sizes, tie_word_embeddings=False), causal),
+        "encoder": (neobert(vocab_size=masked.vocab_size, **sizes, tie_word_embeddings=False), masked),
+    }
+    for name, (model, tokenizer) in models.items():
+        save_hf(model, tmp_path / name, tokenizer)
+        file = tmp_path / name / "model.safetensors"
+        tensors = load_file(file)
+        heads = [key for key in tensors if key.startswith(("lm_head", "cls", "decoder"))]
+        assert heads
+        save_file({key: tensor for key, tensor in tensors.items() if key not in heads}, file, {"format": "pt"})
+    for words in (
+        ["generate", "decoder", "--prompt", "a"],
+        ["perplexity", "decoder", "--data", "a.txt"],
+        ["fill-mask", "encoder", "the [MASK]"],
+    ):
+        assert main(words) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "head" in err

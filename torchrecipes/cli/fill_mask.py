@@ -1,7 +1,6 @@
 """`tune-style fill-mask`: predicts masked tokens with a trained encoder."""
 
 import argparse
-from pathlib import Path
 
 from torchrecipes.cli.trained_model import newest_valid_checkpoint
 from torchrecipes.errors import UserError
@@ -21,13 +20,13 @@ def main(args: argparse.Namespace) -> None:
     """Print the predictions for every text."""
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.evaluation.mask_filling import fill_mask
-    from torchrecipes.models import load_hf
+    from torchrecipes.models import load_hf, meta_model_from_hf
 
-    folder = newest_valid_checkpoint(Path(args.run))
-    model = load_hf(folder)
-    if hasattr(model, "router_loss"):  # decoders have it, mixtures of experts or not
+    folder = newest_valid_checkpoint(args.run)
+    if getattr(meta_model_from_hf(folder, report=lambda _: None), "causal", False):
         hint = f"For a decoder use: tune-style generate {folder} --prompt ..."
         raise UserError(f"{folder} is a decoder, which fills no masks", hint=hint, code="not_an_encoder")
+    model = load_hf(folder, require_head=True)
     tokenizer = load_tokenizer(folder)
     for text in args.text:
         print(f"\n{text}")

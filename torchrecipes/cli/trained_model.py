@@ -1,7 +1,6 @@
 """Finds and loads a trained model for `generate`, `perplexity` and `fill-mask`."""
 
 import argparse
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -31,58 +30,50 @@ def wait_without_spinning() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def newest_valid_checkpoint(folder: Path) -> Path:
+def newest_valid_checkpoint(folder: str) -> Path:
     """Return `folder` itself if it holds a model, else the newest checkpoint of the run in it with all its files.
 
     Raises:
-        UserError: neither is there (code `not_found` or `no_model`), or no checkpoint is valid (`corrupt_checkpoint`).
+        UserError: no model is there; see `resolve_model_folder`.
     """
-    if (folder / "config.json").exists():
-        return folder
-    if not folder.is_dir():
-        hint = "Give a run's folder, a checkpoint, or a Hugging Face folder."
-        raise UserError(f"{folder} does not exist", hint=hint, code="not_found")
-    checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda path: (len(path.name), path.name))
-    if not checkpoints:
-        hint = "Give a run's folder."
-        raise UserError(f"{folder} has neither a config.json nor checkpoints", hint=hint, code="no_model")
-
     from torchrecipes.checkpoint.manifest import verify
+    from torchrecipes.models import resolve_model_folder
 
-    for path in reversed(checkpoints):
-        problems = verify(path, checksums=False)
-        if not problems:
-            return path
-        print(f"skipping corrupt checkpoint {path}: {'; '.join(problems)}", file=sys.stderr)
-    hint = "Give the folder of another run."
-    raise UserError(f"every checkpoint in {folder / 'checkpoints'} is corrupt", hint=hint, code="corrupt_checkpoint")
+    def problems(checkpoint: Path) -> list[str]:
+        found = verify(checkpoint, checksums=False)
+        if found:
+            print(f"skipping corrupt checkpoint {checkpoint}: {'; '.join(found)}", file=sys.stderr)
+        return found
+
+    return resolve_model_folder(folder, problems)
 
 
 def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Callable[[], AbstractContextManager]]:
     """Return the folder, its model on its device, its tokenizer, and a function that returns the autocast context.
 
     Raises:
-        UserError: no model there, an encoder (code `not_causal`), or no such device.
+        UserError: no model there, an encoder (code `not_causal`), a model without its head (`no_head`), no such device.
     """
-    folder = newest_valid_checkpoint(Path(args.run))
+    folder = newest_valid_checkpoint(args.run)
 
     import torch
 
     from torchrecipes.data.tokenizers.load import load_tokenizer
-    from torchrecipes.models import load_hf
-    from torchrecipes.models.hub import meta_model_from_hf
+    from torchrecipes.models import load_hf_weights, meta_model_from_hf
     from torchrecipes.training.precision import autocast
 
-    network = meta_model_from_hf(folder)
-    if "cache" not in inspect.signature(network.forward).parameters:
+    report = partial(print, file=sys.stderr)
+    model = meta_model_from_hf(folder, report)
+    if not getattr(model, "causal", False):
         raise UserError(
-            f"{folder} is an encoder ({network.config.model_type}); {verb} needs a model that predicts the next token",
+            f"{folder} ({model.config.model_type}) is not a causal model of this library; {verb} needs one",
             hint=f'For an encoder use: tune-style fill-mask {folder} "The [MASK] is blue."',
             code="not_causal",
         )
     device = _device(args.device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=True)
-    model = load_hf(folder, report=partial(print, file=sys.stderr)).to(device)
+    model.to_empty(device=device)
+    load_hf_weights(model, folder, report=report, require_head=True)
     half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     return folder, model, tokenizer, partial(autocast, device, torch.bfloat16 if half else torch.float32)
 

@@ -42,13 +42,16 @@ _TRAINING_KEYS = frozenset(
 )
 
 
-def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = print) -> nn.Module:
+def load_hf(
+    path: str | Path, seed: int = 0, report: Callable[[str], None] = print, require_head: bool = False
+) -> nn.Module:
     """Loads a model in fp32 on the CPU. Its `model_type` selects the family: see the table in `docs/models.md`.
 
     Args:
         path: a Hugging Face folder, a checkpoint, or a run's folder (its newest valid checkpoint).
         seed: for a head that is not in the folder.
         report: called with each line about something skipped, dropped or initialized.
+        require_head: refuse a folder without the head instead of initializing it.
 
     Raises:
         UserError: no such folder or file; weights only in pickle form; a config.json that asks for what the family's
@@ -56,7 +59,7 @@ def load_hf(path: str | Path, seed: int = 0, report: Callable[[str], None] = pri
     """
     model = meta_model_from_hf(path, report)
     model.to_empty(device="cpu")
-    load_hf_weights(model, path, seed, report)
+    load_hf_weights(model, path, seed, report, require_head)
     return model
 
 
@@ -92,7 +95,13 @@ def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = print) 
     return model
 
 
-def load_hf_weights(model: nn.Module, path: str | Path, seed: int = 0, report: Callable[[str], None] = print) -> None:
+def load_hf_weights(
+    model: nn.Module,
+    path: str | Path,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+    require_head: bool = False,
+) -> None:
     """Copies a folder's tensors into a model, one at a time. Parameters may be sharded by `fully_shard`.
 
     A head that is not in the folder is initialized from (seed, name); heads that the model does not have are dropped.
@@ -103,10 +112,11 @@ def load_hf_weights(model: nn.Module, path: str | Path, seed: int = 0, report: C
         path: a Hugging Face folder, a checkpoint, or a run's folder (its newest valid checkpoint).
         seed: see above.
         report: called with each line about something dropped or initialized.
+        require_head: refuse a folder without the head instead of initializing it.
 
     Raises:
         UserError: `weights_mismatch`, listing as `problems` each tensor that is missing, unexpected, of another shape
-            or quantized; or as `open_tensors`.
+            or quantized; `no_head`; or as `open_tensors`.
     """
     folder, adapter = resolve_model_folder(path), adapter_of(model)
     targets = model.state_dict()
@@ -116,6 +126,12 @@ def load_hf_weights(model: nn.Module, path: str | Path, seed: int = 0, report: C
         head = [name for name in targets if adapter.is_head(name)]
         if any(hf_name in stored for name in head for hf_name, _ in parts[name]):
             head = []
+        if head and require_head:
+            raise UserError(
+                f"{folder} has no weights for the head ({', '.join(sorted(head))}), and a random one predicts nothing",
+                hint="Give a model that was saved with its language-model head",
+                code="no_head",
+            )
         problems = []
         for name, target in targets.items():
             if name in head:
