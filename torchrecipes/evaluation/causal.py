@@ -1,4 +1,4 @@
-"""How well a causal language model predicts the next token, beside what counting words alone would reach."""
+"""Evaluation of causal language models: loss, perplexity and accuracy, beside a unigram baseline."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,17 +20,17 @@ def evaluate_causal(
     baseline: UnigramBaseline,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
-    """The quality of `model` on `batches`, in evaluation mode and without touching any random generator.
+    """Evaluates `model` on `batches` in evaluation mode. No random generator is used.
 
     The loss is the plain cross-entropy, whatever is added to it in training.
 
     Args:
-        model: gives `[B, S, D]` hidden states and has a `head`; its training mode is restored afterwards.
+        model: returns hidden states `[B, S, D]` and has a `head`; its training mode is restored afterwards.
         batches: `Batch` objects with `labels`, on the model's device; in a process group each rank's share.
         unpadded_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
-        baseline: the unigram_baseline guess of the same split. A label that it never saw (a document's end that is
+        baseline: the unigram baseline of the same split. A label that it never saw (a document's end that is
             not stored in the corpus) counts as its rarest token.
-        autocast: makes the context to compute in.
+        autocast: returns the context to compute in.
 
     Returns:
         `loss` (nats per token), `perplexity`, `accuracy` (share of tokens that the model's first guess gets right) and

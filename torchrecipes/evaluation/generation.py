@@ -1,7 +1,7 @@
-"""Text from a causal language model: prompts in, continuations out, with a cache of keys and values.
+"""Text generation with a causal language model and a cache of keys and values.
 
-Prompts of different lengths share a batch: they are filled up on their right. What padding leaves in the cache is never
-prompt_counts, because a token sees the positions up to its own, and those have been written over by then.
+Prompts of different lengths share a batch and are padded on the right. The cache entries of padding are never attended
+to: a token attends to the positions up to its own, and those have been overwritten by then.
 """
 
 from collections import Counter
@@ -17,18 +17,18 @@ from torchrecipes.errors import UserError
 from torchrecipes.evaluation.sampling import check_sampling, filter_logits, sample, uniform_numbers
 from torchrecipes.modules.cache import KVCache
 
-EOS_CHECK_INTERVAL = 8  # tokens between two looks whether all texts have ended: a look waits for the device
+EOS_CHECK_INTERVAL = 8  # tokens between two checks whether all texts have ended: a check waits for the device
 
 
 @dataclass(frozen=True)
 class Completion:
-    """How a prompt goes on.
+    """The continuation of a prompt.
 
     Attributes:
-        prompt: as it was given.
-        text: what the model has added; `prompt + text` is the whole.
-        num_tokens: that the model has added, the one that ends a text included.
-        ended: whether the model ended the text itself, and not the number of tokens or positions.
+        prompt: the prompt.
+        text: the generated text; the full text is `prompt + text`.
+        num_tokens: number of generated tokens, including the end-of-sequence token.
+        ended: whether the model ended the text, rather than a limit on tokens or positions.
     """
 
     prompt: str
@@ -56,42 +56,42 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt by at most `max_new_tokens` tokens, all of them in one batch.
 
-    A text also ends where the model has no more positions: prompt and continuation together are never longer than
-    `max_position_embeddings`. No global random generator is touched, and training mode is restored.
+    A text also ends at the model's last position: prompt and continuation together are never longer than
+    `max_position_embeddings`. No global random generator is used, and training mode is restored.
 
     Under `fully_shard` every rank calls this with the same arguments.
 
     Args:
         model: a causal one: `model(input_ids, position_ids=..., cache=...)` and `model.head`.
-        prompts: ids of each, one at least.
+        prompts: token ids of each prompt, at least one.
         max_new_tokens: 1 or more.
-        temperature: 0 takes the likeliest token always; less than 1 sharpens the model's distribution.
-        top_k: sample from the k likeliest tokens only.
-        top_p: sample from the likeliest tokens whose probabilities come to this.
-        seed: chooses the samples. A prompt's continuation does not depend on the others in the batch; given twice, it
-            is continued in two ways.
-        eos_id: the token that ends a text. None: none does.
-        unpadded_vocab_size: ids from here on are padding of the vocabulary and are never chosen. None: there are none.
-        suppress_tokens: other ids that are never chosen.
-        prompt_counts: how often each prompt came in earlier batches of the same work, counted on here: the texts are
-            then the same in whatever batches the prompts come. None: this is the only batch.
-        autocast: makes the context to compute in.
-        on_token: called after every step with a token per prompt; what comes after a text's end means nothing. It
-            makes the host wait for each.
+        temperature: 0 always takes the most probable token; below 1 sharpens the distribution.
+        top_k: sample from the k most probable tokens only.
+        top_p: sample from the most probable tokens whose probabilities sum to this.
+        seed: determines the samples. A continuation does not depend on the other prompts of the batch; a repeated
+            prompt is continued differently.
+        eos_id: the end-of-sequence token. None: texts end at a limit only.
+        unpadded_vocab_size: ids from here on are vocabulary padding and are never generated. None: there is no padding.
+        suppress_tokens: other ids that are never generated.
+        prompt_counts: how often each prompt occurred in earlier batches; updated here. The texts then do not depend on
+            how prompts are batched. None: this is the only batch.
+        autocast: returns the context to compute in.
+        on_token: called after every step with a token per prompt; ignore tokens after the end of a text. It makes the
+            host wait for every step.
 
     Returns:
-        The new tokens of every prompt, with `eos_id` as the last one where the model has ended the text.
+        The new tokens of every prompt; the last one is `eos_id` if the model ended the text.
 
     Raises:
         UserError: no prompt, an empty or too long one, an id that the model does not have, a setting out of range, or
-            a model that gives no finite numbers.
+            logits that are not finite.
     """
     prompts = [list(prompt) for prompt in prompts]
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it is 1 or more.")
     if not prompts:
-        raise UserError("there is no prompt to continue. Give one at least.")
+        raise UserError("there is no prompt to continue. Give at least one.")
     check_prompts(model, prompts)
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -104,12 +104,12 @@ def generate(
         row[: len(prompt)] = torch.tensor(prompt)
     input_ids, next_position = input_ids.to(device), lengths.to(device)[:, None]
     position_ids = torch.arange(longest, device=device).expand(len(prompts), -1)
-    last_index = next_position - 1  # of the token in the input whose hidden state gives the next one
+    last_index = next_position - 1  # index of the input token whose hidden state predicts the next one
 
     new_tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
     suppressed = torch.tensor(suppress_tokens, dtype=torch.int64).to(device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    broken = torch.zeros_like(ended)  # looked at when all is done: a look waits for the device
+    broken = torch.zeros_like(ended)  # checked at the end: a check waits for the device
     was_training = model.training
     model.eval()
     try:
@@ -134,14 +134,14 @@ def generate(
                     on_token(token_B.tolist())
                 if (on_token or (step + 1) % EOS_CHECK_INTERVAL == 0) and _all_everywhere(ended, model):
                     break
-                # A text that has ended goes on unseen; its position stays one that there is.
+                # Texts that have ended are continued, unseen; their position stays a valid one.
                 input_ids, position_ids = token_B[:, None], next_position.clamp(max=cache.max_len - 1)
                 next_position, last_index = next_position + 1, torch.zeros_like(next_position)
     finally:
         model.train(was_training)
     if broken.any():
         raise UserError(
-            "the model gives NaN or infinite logits: its weights are damaged, or its training diverged. Take an "
+            "the model's logits are NaN or infinite: its weights are corrupt, or its training diverged. Use an "
             "earlier checkpoint."
         )
     return [
@@ -157,9 +157,9 @@ def check_prompts(
 
     Args:
         model: a causal one; one without a `config` is not checked.
-        prompts: token ids of each.
-        names: what a message calls each prompt. None: prompt 1, prompt 2, ...
-        key: the config key or option that they are from.
+        prompts: token ids of each prompt.
+        names: names of the prompts in messages. None: prompt 1, prompt 2, ...
+        key: the config key or option that the prompts come from.
 
     Raises:
         UserError: a prompt has no token, leaves no room for a new one, or has an id that the model does not have (code
@@ -200,16 +200,16 @@ def generate_text(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     on_token: Callable[[str], None] | None = None,
 ) -> list[Completion]:
-    """`generate` from texts to texts; the arguments are the same.
+    """`generate` from texts to texts; the other arguments are the same.
 
-    The token for text that the tokenizer does not know is never chosen: it stands for none.
+    The unknown token is never generated, because it stands for no text.
 
     Args:
         model: as in `generate`.
-        tokenizer: a `torchrecipes.data` Tokenizer, loaded for causal models: a prompt begins as a document does, and
-            its end-of-sequence token ends a text.
+        tokenizer: loaded for causal models: a prompt begins as a document does, and its end-of-sequence token ends a
+            text.
         prompts: texts. The empty one begins a document.
-        on_token: called with each piece of the first prompt's text as soon as its characters are whole.
+        on_token: called with each piece of the first prompt's text as soon as its characters are complete.
     """
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     continued = generate(
@@ -238,7 +238,7 @@ def _continuation(tokenizer, prompt: str, ids: list[int], new: list[int]) -> Com
 
 
 def _added_text(tokenizer, ids: list[int], new: list[int]) -> str:
-    """What `new` tokens, up to the one that ends a text, add to the text of `ids`."""
+    """The text that the tokens `new`, up to an end of text, add to the text of `ids`."""
     if tokenizer.eos_id in new:
         new = new[: new.index(tokenizer.eos_id)]
     # Decoded together: a character may begin in the prompt's last token, and a first word has no space before it.
@@ -273,7 +273,7 @@ def _cache(model: nn.Module, batch: int, max_len: int, device: torch.device) -> 
 
 
 def _all_everywhere(ended: Tensor, model: nn.Module) -> bool:
-    """Whether all texts have ended, on all ranks of a sharded model: each is needed to gather the others' weights."""
+    """Whether all texts have ended on all ranks: a sharded model needs every rank to gather weights."""
     done = ended.all()
     if isinstance(model, FSDPModule):
         done = done.int()
@@ -282,7 +282,7 @@ def _all_everywhere(ended: Tensor, model: nn.Module) -> bool:
 
 
 def _without_compile(model: nn.Module) -> AbstractContextManager:
-    """Blocks that are compiled for training run as they are: every length of a prompt would compile them anew."""
+    """Runs blocks that were compiled for training without compilation: every prompt length would recompile them."""
     if all(getattr(block, "_compiled_call_impl", None) is None for block in model.blocks):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

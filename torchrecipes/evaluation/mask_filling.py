@@ -1,4 +1,4 @@
-"""What a masked language model puts in the place of `[MASK]`."""
+"""Fill-mask: the most probable tokens for each `[MASK]` of a text."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torchrecipes.errors import UserError
 
 @dataclass(frozen=True)
 class Prediction:
-    """One guess for one mask: the token's text and its probability among all tokens that can be predicted."""
+    """A guess for one mask: the text of the token and its probability."""
 
     token: str
     probability: float
@@ -21,8 +21,8 @@ def fill_mask(model: nn.Module, tokenizer, text: str, top_k: int = 5) -> list[li
     """The `top_k` most probable tokens for every mask in `text`, in the order of the masks.
 
     Args:
-        model: gives hidden states and has a `head` (`torchrecipes.models.load_hf`). It is put into evaluation mode.
-        tokenizer: a `torchrecipes.data.tokenizers.Tokenizer`. Inert padding of its vocabulary is never predicted.
+        model: returns hidden states and has a `head` (`torchrecipes.models.load_hf`). It is put into evaluation mode.
+        tokenizer: its vocabulary padding is never predicted.
         text: contains the tokenizer's mask token at least once, as in `"The [MASK] is blue."`
 
     Raises:
@@ -32,7 +32,7 @@ def fill_mask(model: nn.Module, tokenizer, text: str, top_k: int = 5) -> list[li
     ids = tokenizer.encode_prompt(text)
     positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
     if not positions:
-        raise UserError(f"{text!r} has no {mask_token}. Put {mask_token} where the model shall guess.")
+        raise UserError(f"{text!r} has no {mask_token}. Write {mask_token} where the model should predict a token.")
     if len(ids) > model.config.max_position_embeddings:
         raise UserError(
             f"the text has {len(ids)} tokens, the model {model.config.max_position_embeddings} positions. Shorten it."

@@ -1,4 +1,4 @@
-"""How well a masked language model fills its masks, beside what counting words alone would reach."""
+"""Evaluation of masked language models: loss, perplexity and accuracy, beside a unigram baseline."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,11 +16,11 @@ ROWS_AT_ONCE = 2048  # masked positions whose logits are held at a time
 
 @dataclass(frozen=True)
 class UnigramBaseline:
-    """The best guess that looks at no context: the frequency of each token.
+    """The best prediction without context: the frequency of each token.
 
     Attributes:
         log_probability: `[V]` fp32, the natural logarithm of each token's share; -inf where it never occurs.
-        most_frequent: the token that a constant guess would choose.
+        most_frequent: the most frequent token.
     """
 
     log_probability: torch.Tensor
@@ -28,9 +28,9 @@ class UnigramBaseline:
 
 
 def unigram_baseline(corpus, special_ids: Iterable[int], vocab_size: int) -> UnigramBaseline:
-    """Counts the tokens of a corpus (a `torchrecipes.data.corpus.Corpus`) that are not special.
+    """Counts the tokens of a corpus that are not special.
 
-    A model whose loss does not pass the one of this baseline has learned nothing but word frequencies.
+    A model whose loss is not below that of this baseline has learned nothing but token frequencies.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     chunk = 1 << 24
@@ -50,14 +50,14 @@ def evaluate_mlm(
     baseline: UnigramBaseline,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
-    """The masked-LM quality of `model` on `batches`, in evaluation mode and without touching any random generator.
+    """Evaluates `model` on `batches` in evaluation mode. No random generator is used.
 
     Args:
-        model: gives `[B, S, D]` hidden states and has a `head`; its training mode is restored afterwards.
+        model: returns hidden states `[B, S, D]` and has a `head`; its training mode is restored afterwards.
         batches: `Batch` objects with masks, on the model's device; in a process group each rank's share.
-        unpadded_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
-        baseline: the unigram_baseline guess of the same split.
-        autocast: makes the context to compute in.
+        unpadded_vocab_size: ids from here on are vocabulary padding and are never predicted.
+        baseline: the unigram baseline of the same split.
+        autocast: returns the context to compute in.
 
     Returns:
         `loss` (nats per masked token), `perplexity`, `accuracy` (share of masked tokens that the model's first guess

@@ -1,8 +1,8 @@
-"""From logits to the next token: which tokens may follow, with which probabilities, and the sample itself.
+"""Sampling of the next token from logits: temperature, top-k and top-p.
 
-1. `filter_logits` is what `transformers` does with `temperature`, `top_k` and `top_p`, in its order.
-2. A token is drawn by turning a number from [0, 1) into the token at which the sum of the probabilities passes it. So
-   the random numbers can be made before the model runs, a sequence of them for every text; no generator is shared.
+1. `filter_logits` applies `temperature`, `top_k` and `top_p` as `transformers` does, in the same order.
+2. `sample` maps a random number from [0, 1) to the token at which the cumulative probability exceeds it. So the random
+   numbers of a text can be made before the model runs, and no generator is shared.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Checks the settings of `filter_logits`.
 
     Raises:
-        UserError: one is out of its range; the message names it.
+        UserError: a setting is out of range.
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}; it is 0 (the likeliest token, always) or more.")
@@ -30,14 +30,14 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def filter_logits(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits to sample from: divided by the temperature, then those of tokens that may not follow set to -inf.
+    """Divides logits by the temperature, then sets those of excluded tokens to -inf.
 
     Args:
         logits_BV: fp32.
         temperature: more than 0.
-        top_k: keep the k likeliest tokens, and those that are as likely as the last of them. None: all.
-        top_p: keep the likeliest tokens whose probabilities come to this (Holtzman et al., 2019, arXiv:1904.09751), the
-            token that passes it included. None: all.
+        top_k: keep the k most probable tokens, and those that tie with the last of them. None: all.
+        top_p: keep the most probable tokens until their probabilities sum to this (Holtzman et al., 2019,
+            arXiv:1904.09751), including the token that reaches it. None: all.
     """
     logits_BV = logits_BV / temperature
     if top_k is not None and top_k < logits_BV.shape[-1]:
@@ -52,15 +52,15 @@ def filter_logits(logits_BV: Tensor, temperature: float, top_k: int | None, top_
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Tokens `[B]`, each with the probability that its row's softmax gives it, where `uniform_B` is from [0, 1).
+    """Samples tokens `[B]` from the softmax of each row, given uniform random numbers from [0, 1).
 
-    The sum is in float64: in fp32 it would be wrong by more than the probability of a rare token.
+    The cumulative sum is in float64: in fp32 its error would exceed the probability of a rare token.
     """
     total_BV = logits_BV.double().softmax(-1).cumsum(-1)
     sum_B1 = total_BV[:, -1:]
-    # Rounded up to the sum itself, a number would be past the last token.
+    # Rounded up to the sum itself, a number would lie beyond the last token.
     number_B1 = (uniform_B[:, None] * sum_B1).minimum(sum_B1.nextafter(torch.zeros_like(sum_B1)))
-    # No sum passes a number where logits are NaN. An id that does not exist would end a GPU's process.
+    # With NaN logits no sum exceeds the number. An id out of range would be a device-side assert on a GPU.
     return torch.searchsorted(total_BV, number_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
 
 
@@ -69,14 +69,14 @@ def uniform_numbers(
 ) -> Tensor:
     """Random numbers from [0, 1), `[prompts, count]` float64 on the CPU.
 
-    A row depends on the seed and its own prompt alone, so a prompt is continued in the same way whatever else is in the
-    batch. A prompt that comes again has numbers of its own: two samples.
+    A row depends on the seed and its own prompt only, so the rest of the batch does not matter. A repeated prompt gets
+    different numbers.
 
     Args:
-        prompts: ids of each.
-        count: numbers for each.
-        seed: chooses the numbers.
-        prompt_counts: how often each prompt came in earlier calls, counted on here. None: this call is the first.
+        prompts: token ids of each prompt.
+        count: numbers per prompt.
+        seed: determines the numbers.
+        prompt_counts: how often each prompt occurred in earlier calls; updated here. None: this is the first call.
     """
     numbers = torch.empty(len(prompts), count, dtype=torch.float64)
     prompt_counts = Counter() if prompt_counts is None else prompt_counts

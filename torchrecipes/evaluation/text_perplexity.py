@@ -1,15 +1,14 @@
-"""The perplexity of text under a causal language model.
+"""Perplexity of text under a causal language model.
 
-What is scored: every token of a document's text, once, given the tokens before it in that document; the first one given
-the token that begins a document. Tokens that stand for no text (where a document begins and ends) are never scored.
+Every token of a document's text is scored once, given the tokens before it in the document; the first one given the
+token that begins documents. Begin and end tokens are never scored.
 
-A document that is longer than the model's window is read in windows that overlap: each begins `stride` tokens after the
-one before and scores what that has not scored, so that a token has at least `window - stride` tokens before it (unless
-the document begins later than that). A smaller stride costs more time; what it gives is nearer to what the model can do
-with a whole window before every token.
+A document longer than the model's window is scored in overlapping windows. Each starts `stride` tokens after the
+previous one and scores the tokens that it did not, so a token has at least `window - stride` tokens of context (unless
+its document begins later). A smaller stride takes more time and is closer to a full window of context for every token.
 
-Windows are packed into rows side by side, the long ones first, and attention stays inside each. Rows are as long as the
-text needs: that of a model with many positions would be padding for the most part where documents are short.
+Windows are packed into rows, the longest first, and attention stays inside each. Rows are only as long as the text
+needs, or short documents under a model with many positions would be mostly padding.
 """
 
 import math
@@ -31,7 +30,7 @@ BATCHES_COLLECTED = 16  # of windows that are sorted by length together, so that
 
 
 class Tokens(NamedTuple):
-    """A document for a model: `ids`, of which the first is not scored, and the size of its text in bytes (UTF-8)."""
+    """A tokenized document: `ids`, the first of which is not scored, and the size of its text in UTF-8 bytes."""
 
     ids: list[int]
     num_bytes: int
@@ -39,15 +38,14 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well text is predicted. Where nothing was scored, the means are NaN.
+    """The scores of a text. Without scored tokens the means are NaN.
 
     Attributes:
-        documents: number of them.
-        tokens: that were scored.
-        bytes: of the documents' text, in UTF-8.
-        total_nll: the sum of the scored tokens' negative log-probabilities; `nll_per_token` is their mean,
-            `perplexity` e
-            to the power of that, and `bits_per_byte` what models with different tokenizers are compared by.
+        documents: number of documents.
+        tokens: number of scored tokens.
+        bytes: size of the text in UTF-8.
+        total_nll: sum of the negative log-likelihoods of the scored tokens, in nats. `nll_per_token` is their mean,
+            `perplexity` its exponential; `bits_per_byte` is comparable across tokenizers.
     """
 
     documents: int
@@ -57,26 +55,26 @@ class Perplexity:
 
     @property
     def nll_per_token(self) -> float:
-        """The loss."""
+        """Mean negative log-likelihood of a token, in nats: the loss."""
         return self.total_nll / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """As many tokens, equally likely, would be as hard to predict."""
+        """The exponential of `nll_per_token`."""
         return math.exp(min(self.nll_per_token, 700))
 
     @property
     def bits_per_byte(self) -> float:
-        """What an ideal compressor with this model needs for a byte of text."""
+        """Bits per UTF-8 byte of text, comparable across tokenizers."""
         return self.total_nll / math.log(2) / self.bytes if self.bytes else math.nan
 
     @property
     def bytes_per_token(self) -> float:
-        """How long a token is."""
+        """Mean length of a token in UTF-8 bytes."""
         return self.bytes / self.tokens if self.tokens else math.nan
 
     def as_dict(self) -> dict[str, float]:
-        """All the figures by their names."""
+        """All figures by name."""
         names = ("nll_per_token", "perplexity", "bits_per_byte", "bytes_per_token")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
@@ -92,20 +90,20 @@ def perplexity(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     tell: Callable[[int, int, int], None] | None = None,
 ) -> Perplexity:
-    """Scores documents; no random generator is touched, and training mode is restored.
+    """Scores documents. No random generator is used, and training mode is restored.
 
     Args:
-        model: a causal one that gives hidden states, with a `head`.
-        documents: may be a generator; some batches of them are in memory at a time.
-        window: tokens that the model sees at once. None: its `max_position_embeddings`.
-        stride: tokens between the beginnings of two windows. None: half a window.
-        rows: a forward pass takes about as many tokens as there are in this many windows; of shorter texts it takes
-            more. None: about 16,384 tokens, one window at least.
-        autocast: makes the context to compute in.
+        model: a causal model that returns hidden states and has a `head`.
+        documents: may be a generator; a few batches are in memory at a time.
+        window: tokens per window. None: the model's `max_position_embeddings`.
+        stride: tokens between the starts of two windows. None: half a window.
+        rows: windows per forward pass; shorter texts are packed into as many tokens. None: about 16,384 tokens, at
+            least one window.
+        autocast: returns the context to compute in.
         tell: called now and then with the documents, bytes and scored tokens since the last call.
 
     Raises:
-        UserError: a window, stride or number of rows out of range, an id that the model does not have.
+        UserError: window, stride or rows are out of range, or an id is one that the model does not have.
     """
     window, stride, at_once = _check_windows(model, window, stride, rows)
     device = next(model.parameters()).device
@@ -144,7 +142,7 @@ class Window(NamedTuple):
 
 
 def windows(ids: list[int], window: int, stride: int) -> Iterator[Window]:
-    """The windows of a document; of each the model reads all but the last token, `window` of them at most."""
+    """The windows of a document: at most `window + 1` tokens each; the model reads all but the last."""
     scored = 1
     for start in range(0, len(ids), stride):
         stop = min(start + window + 1, len(ids))
@@ -156,16 +154,15 @@ def windows(ids: list[int], window: int, stride: int) -> Iterator[Window]:
 
 
 def encode_documents(tokenizer, texts: Iterable[str], at_once: int = 64) -> Iterator[Tokens]:
-    """Documents as `perplexity` takes them: `<begin> text`, without what ends a document.
+    """Tokenizes texts for `perplexity`: `<begin> text`, without an end token.
 
     Args:
-        tokenizer: a `torchrecipes.data` Tokenizer. Where it puts nothing before a text, its `bos` or `eos` token
-            is put there.
+        tokenizer: if it prepends nothing to a text, its `bos` or `eos` token is prepended.
         texts: the documents.
-        at_once: documents that are tokenized together.
+        at_once: documents tokenized together.
 
     Raises:
-        UserError: the tokenizer has no token that could stand before a text.
+        UserError: the tokenizer has neither a bos nor an eos token.
     """
     begin = {tokenizer.bos_id, tokenizer.cls_id, tokenizer.eos_id} - {None}
     end = {tokenizer.eos_id, tokenizer.sep_id} - {None}
@@ -213,7 +210,7 @@ def _in_groups(items: Iterable, size: int) -> Iterator[list]:
 def _collect(
     documents: Iterable[Tokens], window: int, stride: int, num_tokens: int
 ) -> Iterator[tuple[list[Window], int, int]]:
-    """Windows of about `num_tokens` tokens, with the documents that end in them and the bytes that they score."""
+    """Batches of windows with about `num_tokens` tokens, the number of documents that end in each, and their bytes."""
     group, held, count, num_bytes = [], 0, 0, 0
     for document in documents:
         left, unscored = document.num_bytes, len(document.ids) - 1
@@ -233,7 +230,7 @@ def _collect(
 
 
 def _pack(group: list[Window], capacity: int) -> list[list[Window]]:
-    """Rows of windows: each goes, the longest first, where it fits most tightly (best fit decreasing)."""
+    """Packs windows into rows with best-fit decreasing: the longest first, each where it fits most tightly."""
     rows: list[list[Window]] = []
     room: list[tuple[int, int]] = []  # (tokens that still fit, number of the row), sorted
     for piece in sorted(group, key=lambda piece: -len(piece.ids)):
@@ -251,7 +248,7 @@ def _pack(group: list[Window], capacity: int) -> list[list[Window]]:
 def _batch(
     rows: list[list[Window]], vocab_size: int, device: torch.device
 ) -> tuple[dict[str, Tensor | int | None], Tensor, Tensor]:
-    """What the model takes, `[B, fullest row]`, and what is scored: flat positions and their labels."""
+    """The model's inputs `[B, longest row]`, the flat positions to score, and their labels."""
     width = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     position_ids = torch.zeros(len(rows), width, dtype=torch.int64)
