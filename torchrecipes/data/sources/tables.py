@@ -13,9 +13,9 @@ import csv
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, decode_or_keep, not_utf8
+from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, decode_or_keep
 from torchrecipes.data.sources.records import BadRecord, Document
-from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, NOT_UTF8, text_field
+from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, numbered_lines, text_field
 
 FIELD_COUNT = "a row with another number of fields than there are columns"
 BAD_QUOTES = "a quote that is not closed, or in the wrong place"
@@ -39,7 +39,7 @@ def read_csv(
     Raises:
         UnreadableFile: no such column; a quoted field of more than 64 Mi characters.
     """
-    rows = _tab_rows(_numbered(line_groups, name)) if tabs else _quoted_rows(_numbered(line_groups, name), name)
+    rows = _tab_rows(numbered_lines(line_groups, name)) if tabs else _quoted_rows(line_groups, name)
     index = None if columns is None else _column(columns, text_column, "the columns in the config are")
     for number, row in rows:
         source = f"{name}:{number}"
@@ -52,7 +52,7 @@ def read_csv(
         elif len(row) != len(columns):
             yield BadRecord(source, FIELD_COUNT, f"{len(row)}, not {len(columns)}")
         else:
-            yield from _document(row[index], source, limit)
+            yield from text_field(row[index], source, limit)
 
 
 def read_parquet(path: str, name: str, text_column: str, limit: int) -> Iterator[Document | BadRecord]:
@@ -81,7 +81,7 @@ def read_parquet(path: str, name: str, text_column: str, limit: int) -> Iterator
                 batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[text_column], use_threads=False)
                 for batch in batches:
                     for text in column_texts(batch.column(0)):
-                        yield from _document(text, f"{name}:{row}", limit)
+                        yield from text_field(text, f"{name}:{row}", limit)
                         row += 1
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 yield BadRecord(f"{name}:{row}", "corrupt Parquet data", _first_line(error))
@@ -131,13 +131,6 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def _document(text: object, source: str, limit: int) -> Iterator[Document | BadRecord]:
-    if isinstance(text, bytes):
-        yield BadRecord(source, NOT_UTF8, not_utf8(text))
-    else:
-        yield from text_field(text, source, limit)
-
-
 def _column(columns: list[str], wanted: str, introduction: str) -> int:
     if wanted not in columns:
         names = ", ".join(repr(f"{column[:40]}..." if len(column) > 40 else column) for column in columns[:20])
@@ -145,33 +138,15 @@ def _column(columns: list[str], wanted: str, introduction: str) -> int:
     return columns.index(wanted)
 
 
-def _numbered(line_groups: Iterable[Lines], name: str) -> Iterator[tuple[int, str | BadRecord]]:
-    too_long = False
-    for number, lines, is_fragment in line_groups:
-        if is_fragment or too_long:
-            if not too_long:
-                yield number, BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
-            too_long = is_fragment
-            lines, number = lines[1:], number + (not is_fragment)
-        for line in lines:
-            bad = isinstance(line, bytes)
-            yield number, BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line)) if bad else line
-            number += 1
-
-
 def _tab_rows(lines: Iterable[tuple[int, str | BadRecord]]) -> Iterator[tuple[int, list[str] | BadRecord]]:
     for number, line in lines:
-        if isinstance(line, BadRecord):
-            yield number, line
-        elif line and not line.isspace():
-            yield number, line.split("\t")
+        yield number, line if isinstance(line, BadRecord) else line.split("\t")
 
 
-def _quoted_rows(
-    lines: Iterator[tuple[int, str | BadRecord]], name: str
-) -> Iterator[tuple[int, list[str] | BadRecord]]:
+def _quoted_rows(line_groups: Iterable[Lines], name: str) -> Iterator[tuple[int, list[str] | BadRecord]]:
     # The limit is the process's, and far below the length of a document; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD))
+    lines = numbered_lines(line_groups, name, keep_blank=True)
     again: list[tuple[int, str | BadRecord]] = []  # lines to read again, the next one last
     taken: list[tuple[int, str | BadRecord]] = []  # lines of the row that is being read
 

@@ -62,67 +62,58 @@ def cut_long(text: str, source: str, limit: int) -> Iterator[Document]:
         yield from pieces.end()
 
 
-def read_text_lines(line_groups: Iterable[Lines], name: str, limit: int) -> Iterator[Document | BadRecord]:
-    """Yield every line that is not blank as a document, as it is, without its end.
-
-    A line that is not UTF-8 is a bad record. Of a line in fragments, the pieces before the bad byte are kept.
-    """
-    pieces, lost = None, False  # of a line that came in fragments
-    for number, lines, is_fragment in line_groups:
-        if is_fragment or pieces or lost:
-            line = lines[0]
-            pieces = pieces or Pieces(f"{name}:{number}", limit)
-            if type(line) is bytes and not lost:
-                yield BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
-                lost = True
-            elif not lost:
-                yield from pieces.add(line)
-            if is_fragment:
-                continue
-            if not lost:
-                yield from pieces.end()
-            pieces, lost = None, False
-            lines, number = lines[1:], number + 1
-        for line in lines:
-            if line and not line.isspace():
-                if type(line) is bytes:
-                    yield BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
-                elif len(line) <= limit:
-                    yield Document(line, f"{name}:{number}")
-                else:
-                    yield from cut_long(line, f"{name}:{number}", limit)
-            number += 1
-
-
-def read_text_blocks(
-    line_groups: Iterable[Lines], name: str, limit: int, paragraphs: bool
+def read_text(
+    line_groups: Iterable[Lines], name: str, limit: int, sample_by: str = "document"
 ) -> Iterator[Document | BadRecord]:
-    """Yield the file, or with `paragraphs` its paragraphs, as documents; lines are joined by `\\n`.
+    """Yield the file, its paragraphs or its lines as documents; lines are joined by `\\n`, blank ones are no documents.
 
-    A line that is not UTF-8 makes a bad record of its paragraph or file: only pieces that were complete before it, of
-    a text longer than the limit, are kept.
+    A line that is not UTF-8 makes a bad record of the document it is in: only pieces that were complete before it, of a
+    text longer than the limit, are kept.
     """
-    pieces, lost, inside = None, False, False
+    pieces, lost, inside = None, False, False  # inside: a line that came in fragments
     for number, lines, is_fragment in line_groups:
         for line in lines:
-            if not inside and paragraphs and (not line or line.isspace()):
+            is_blank = not line or line.isspace()
+            if not inside and (sample_by == "line" or (sample_by == "paragraph" and is_blank)):
                 if pieces:
                     yield from pieces.end()
                 pieces, lost = None, False
+            if is_blank and not inside and sample_by != "document":
+                pass
             elif type(line) is bytes:
                 if not lost:
                     yield BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
                 pieces, lost = None, True
+            elif sample_by == "line" and not inside and not is_fragment:
+                yield from cut_long(line, f"{name}:{number}", limit)
+            elif pieces:
+                yield from pieces.add(line if inside else f"\n{line}")
             elif not lost:
-                if pieces:
-                    yield from pieces.add(line if inside else f"\n{line}")
-                else:
-                    pieces = Pieces(f"{name}:{number}", limit)
-                    yield from pieces.add(line)
+                pieces = Pieces(f"{name}:{number}", limit)
+                yield from pieces.add(line)
             inside = is_fragment
             number += 1
     if pieces:
         yield from pieces.end()
+
+
+def numbered_lines(
+    line_groups: Iterable[Lines], name: str, keep_blank: bool = False
+) -> Iterator[tuple[int, str | BadRecord]]:
+    """Yield lines with their numbers; one that is not UTF-8, or too long for memory, is a bad record."""
+    too_long = False
+    for number, lines, is_fragment in line_groups:
+        if is_fragment or too_long:
+            if not too_long:
+                yield number, BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
+            too_long = is_fragment
+            lines, number = lines[1:], number + (not is_fragment)
+        for line in lines:
+            if type(line) is bytes:
+                yield number, BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
+            elif keep_blank or (line and not line.isspace()):
+                yield number, line
+            number += 1
 
 
 def read_json_lines(
@@ -133,7 +124,7 @@ def read_json_lines(
     If a key is there twice, the last value counts. NaN and Infinity are accepted: only the text is used.
 
     Args:
-        line_groups: the lines of the file; a fragment is of a line that is too long.
+        line_groups: the lines of the file.
         name: file name for messages.
         text_column: name of the key in the objects.
         limit: characters of a document.
@@ -141,100 +132,81 @@ def read_json_lines(
     Raises:
         UnreadableFile: the file is one JSON value over several lines, or an array.
     """
-    raw_decode = json.JSONDecoder().raw_decode
-    unseen, too_long = True, False
-    for number, lines, is_fragment in line_groups:
-        if is_fragment or too_long:
-            if not too_long:
-                yield BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
-            too_long = is_fragment
-            lines, number = lines[1:], number + (not is_fragment)
-        for line in lines:
-            if line and not line.isspace():
-                if unseen:
-                    _refuse_one_value(line)
-                    unseen = False
-                try:
-                    record, end = raw_decode(line)
-                    text = record[text_column]
-                    good = end == len(line) and type(text) is str
-                except (ValueError, LookupError, TypeError, RecursionError):
-                    good = False
-                if not good:
-                    yield from _json_record(line, f"{name}:{number}", text_column, limit)
-                elif len(text) <= limit and text.isascii() and "\r" not in text and text and not text.isspace():
-                    yield Document(text, f"{name}:{number}")
-                else:
-                    yield from text_field(text, f"{name}:{number}", limit)
-            number += 1
+    raw_decode, is_first = json.JSONDecoder().raw_decode, True
+    for number, line in numbered_lines(line_groups, name):
+        if type(line) is BadRecord:
+            yield line
+            continue
+        if is_first:
+            _refuse_one_value(line.strip())
+            is_first = False
+        try:
+            record, end = raw_decode(line)
+            text = record[text_column]
+            good = end == len(line) and type(text) is str
+        except (ValueError, LookupError, TypeError, RecursionError):
+            good = False
+        if not good:
+            yield from _json_record(line, f"{name}:{number}", text_column, limit)
+        elif len(text) <= limit and text.isascii() and "\r" not in text and text and not text.isspace():
+            yield Document(text, f"{name}:{number}")
+        else:
+            yield from text_field(text, f"{name}:{number}", limit)
 
 
 def text_field(text: object, source: str, limit: int) -> Iterator[Document | BadRecord]:
     """Yield the value of a record's text field as documents with `\\n` as line end, or the reason why it is not one."""
     if text is None:
         yield BadRecord(source, "the text is null")
+    elif isinstance(text, bytes):
+        yield BadRecord(source, NOT_UTF8, not_utf8(text))
     elif not isinstance(text, str):
         yield BadRecord(source, "the text is not a string", f"it is {_kind(text)}")
     elif not text or text.isspace():
         yield BadRecord(source, EMPTY_TEXT)
-    elif (half := _surrogate(text)) is not None:
-        code = f"\\u{ord(text[half]):04x} at character {half + 1}"
-        yield BadRecord(source, "half of a surrogate pair, which no encoding can write", code)
     else:
-        yield from cut_long(text.replace("\r\n", "\n").replace("\r", "\n"), source, limit)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"\\u{ord(text[error.start]):04x} at character {error.start + 1}"
+            yield BadRecord(source, "half of a surrogate pair, which no encoding can write", where)
+        else:
+            yield from cut_long(text.replace("\r\n", "\n").replace("\r", "\n"), source, limit)
 
 
-def _json_record(line: str | bytes, source: str, text_column: str, limit: int) -> Iterator[Document | BadRecord]:
+def _json_record(line: str, source: str, text_column: str, limit: int) -> Iterator[Document | BadRecord]:
     # The slow path: every check, one after the other, with a message for each.
-    if isinstance(line, bytes):
-        yield BadRecord(source, NOT_UTF8, not_utf8(line))
-        return
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         yield BadRecord(source, "not JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}")
-        return
     except ValueError:
         yield BadRecord(source, "a number with too many digits")
-        return
     except RecursionError:
         yield BadRecord(source, "nested too deeply")
-        return
-    if not isinstance(record, dict):
-        yield BadRecord(source, "not a JSON object", f"it is {_kind(record)}")
-    elif text_column not in record:
-        keys = ", ".join(f"'{key}'" for key in list(record)[:10]) or "none at all"
-        yield BadRecord(source, f"no key '{text_column}'", f"its keys are {keys}")
     else:
-        yield from text_field(record[text_column], source, limit)
+        if not isinstance(record, dict):
+            yield BadRecord(source, "not a JSON object", f"it is {_kind(record)}")
+        elif text_column not in record:
+            keys = ", ".join(f"'{key}'" for key in list(record)[:10]) or "none at all"
+            yield BadRecord(source, f"no key '{text_column}'", f"its keys are {keys}")
+        else:
+            yield from text_field(record[text_column], source, limit)
 
 
-def _surrogate(text: str) -> int | None:
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
-
-
-def _refuse_one_value(line: str | bytes) -> None:
-    opening = line.lstrip()[:1]
-    if isinstance(line, bytes) or opening not in ("[", "{"):
-        return
-    try:
-        value = json.loads(line)
-    except RecursionError:
-        return
-    except ValueError:
-        value = None
-        if line.strip() not in ("[", "{") and opening != "[":
-            return
-    if opening == "{" and value is None:
+def _refuse_one_value(first_line: str) -> None:
+    if first_line == "{":
         raise UnreadableFile("JSON, but one object over several lines", "convert it, e.g. jq -c . a.json > a.jsonl")
-    if value is None or (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
-        raise UnreadableFile("a JSON array, not one object per line", "convert it, e.g. jq -c '.[]' a.json > a.jsonl")
+    if first_line.startswith("["):
+        try:
+            value = json.loads(first_line)
+        except RecursionError:
+            return
+        except ValueError:
+            value = [{}]  # an array over several lines
+        if value and all(isinstance(item, dict) for item in value):
+            hint = "convert it, e.g. jq -c '.[]' a.json > a.jsonl"
+            raise UnreadableFile("a JSON array, not one object per line", hint)
 
 
 def _cut(text: str, start: int, limit: int) -> int:

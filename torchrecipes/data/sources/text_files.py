@@ -19,7 +19,7 @@ from torchrecipes.data.sources.line_reader import BLOCK, UnreadableFile, open_bl
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, check_options, content_checksum, documents
 from torchrecipes.data.sources.resolve_paths import FoundFile, find_files
 from torchrecipes.data.sources.tables import read_csv, read_parquet
-from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, read_json_lines, read_text_blocks, read_text_lines
+from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, read_json_lines, read_text
 from torchrecipes.errors import UserError
 
 READING = 2  # raise it when the same files give other documents than before: it enters the fingerprint
@@ -130,10 +130,7 @@ class FileSource:
     def _read_lines(self, file: FoundFile, blocks: Iterator[bytes]) -> Iterator[Document | BadRecord]:
         name, limit = file.name, self.max_document_chars
         if file.format == "text":
-            lines = read_lines(blocks, max(4 * limit, BLOCK))
-            if self.sample_by == "line":
-                return read_text_lines(lines, name, limit)
-            return read_text_blocks(lines, name, limit, paragraphs=self.sample_by == "paragraph")
+            return read_text(read_lines(blocks, max(4 * limit, BLOCK)), name, limit, self.sample_by)
         lines = read_lines(blocks, LONGEST_RECORD)
         if file.format == "jsonl":
             return read_json_lines(lines, name, self.text_column, limit)
