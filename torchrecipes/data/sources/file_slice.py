@@ -14,8 +14,9 @@ from torchrecipes.data.sources.records import Document, ReadStats, content_check
 from torchrecipes.errors import UserError
 
 
-def text_span(path: str, start: float = 0.0, stop: float = 1.0) -> "TextSpan":
-    """Return the text of a file from the fraction `start` to the fraction `stop` of its characters, as one document.
+@dataclass
+class text_span:
+    """The text of a file from the fraction `start` to the fraction `stop` of its characters, as one document.
 
     Args:
         path: a plain text file, UTF-8. Line ends become `\\n`. It is read into memory.
@@ -26,24 +27,21 @@ def text_span(path: str, start: float = 0.0, stop: float = 1.0) -> "TextSpan":
         UserError: no such file, or invalid fractions; and, when the source is read, a file that is not UTF-8 text, or a
             slice without text.
     """
-    if not 0 <= start < stop <= 1:
-        problem, hint = f"start is {start} and stop is {stop}", "They are fractions of a file, 0 <= start < stop <= 1."
-        raise UserError(problem, key="start", hint=hint, code="invalid_value")
-    if not Path(path).is_file():
-        hint = "text_span reads one file; torchrecipes.data.sources.files reads folders."
-        problem = f"{path} is a folder" if Path(path).is_dir() else f"there is no file {path}"
-        raise UserError(problem, key="path", hint=hint, code="no_such_file")
-    return TextSpan(str(path), start, stop)
-
-
-@dataclass
-class TextSpan:
-    """A source made by `text_span`."""
 
     path: str
-    start: float
-    stop: float
-    report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
+    start: float = 0.0
+    stop: float = 1.0
+    report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if not 0 <= self.start < self.stop <= 1:
+            problem, hint = f"start is {self.start} and stop is {self.stop}", "Set fractions, 0 <= start < stop <= 1."
+            raise UserError(problem, key="start", hint=hint, code="invalid_value")
+        path = Path(self.path)
+        if not path.is_file():
+            hint = "text_span reads one file; torchrecipes.data.sources.files reads folders."
+            problem = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+            raise UserError(problem, key="path", hint=hint, code="no_such_file")
 
     @property
     def name(self) -> str:

@@ -19,19 +19,9 @@ from torchrecipes.errors import UserError
 BATCH = 1_000  # rows read at once
 
 
-def hf_dataset(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
-    text_column: str = "text",
-    data_files: str | list[str] | None = None,
-    revision: str | None = None,
-    on_bad_record: str = "stop",
-    max_document_chars: int = 1_000_000,
-    max_documents: int | None = None,
-) -> "DatasetSource":
-    """Return the documents of a dataset: one column of one split.
+@dataclass
+class hf_dataset:
+    """Documents of a dataset: one column of one split.
 
     Args:
         name: a dataset on the hub, or a folder: what `save_to_disk` wrote, or one of Parquet or JSON-lines files.
@@ -50,60 +40,42 @@ def hf_dataset(
         UserError: no such dataset, configuration, split or column, no network, or an invalid value; and, when the
             source is read, what `on_bad_record` says.
     """
-    check_options(on_bad_record, max_document_chars)
-    if max_documents is not None and max_documents < 1:
-        raise _error("max_documents", f"{max_documents} is less than 1", "Set 1 or more, or null for all.")
-    return DatasetSource(
-        name,
-        config,
-        split,
-        streaming,
-        text_column,
-        data_files,
-        revision,
-        on_bad_record,
-        max_document_chars,
-        max_documents,
-    )
 
-
-@dataclass
-class DatasetSource:
-    """A source made by `hf_dataset`, with its arguments."""
-
-    path: str
-    config: str | None
-    split: str
-    streaming: bool
-    text_column: str
-    data_files: str | list[str] | None
-    revision: str | None
-    on_bad_record: str
-    max_document_chars: int
-    max_documents: int | None
-    num_bytes: int = 0  # not known before the rows are read
-    report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
+    name: str
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    text_column: str = "text"
+    data_files: str | list[str] | None = None
+    revision: str | None = None
+    on_bad_record: str = "stop"
+    max_document_chars: int = 1_000_000
+    max_documents: int | None = None
+    num_bytes: int = field(default=0, init=False)  # not known before the rows are read
+    report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        check_options(self.on_bad_record, self.max_document_chars)
+        if self.max_documents is not None and self.max_documents < 1:
+            raise _error("max_documents", f"{self.max_documents} is less than 1", "Set 1 or more, or null for all.")
         self._check()
         rows = self._open()
         columns = rows.column_names
         if columns and self.text_column not in columns:
             hint = did_you_mean(self.text_column, columns, "Its columns are")
-            raise _error("text_column", f"{self.path} has no column '{self.text_column}'", hint, "no_such_column")
+            raise _error("text_column", f"{self.name} has no column '{self.text_column}'", hint, "no_such_column")
         if not self.streaming and not len(rows):
-            raise _error("name", f"{self.name} is empty", None, "no_documents")
+            raise _error("name", f"{self._label} is empty", None, "no_documents")
         self.fingerprint = self._fingerprint(rows)
 
     @property
-    def name(self) -> str:
-        """The dataset, for messages."""
-        return ", ".join(filter(None, (self.path, self.config, self.split)))
+    def _label(self) -> str:
+        return ", ".join(filter(None, (self.name, self.config, self.split)))
 
     @property
     def _is_saved(self) -> bool:
         # `save_to_disk` wrote the folder.
-        return any(Path(self.path, file).is_file() for file in ("dataset_dict.json", "state.json"))
+        return any(Path(self.name, file).is_file() for file in ("dataset_dict.json", "state.json"))
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents, with a new report.
@@ -124,7 +96,7 @@ class DatasetSource:
                 return
             except Exception as error:
                 raise self._unreadable(error) from error
-            yield from text_field(text, f"{self.name}:{number}", self.max_document_chars)
+            yield from text_field(text, f"{self._label}:{number}", self.max_document_chars)
 
     def _texts(self, rows: Any) -> Iterator[Any]:
         if self.streaming:
@@ -136,7 +108,7 @@ class DatasetSource:
 
     def _check(self) -> None:
         # Options that `datasets` ignores silently, or refuses without saying what to do.
-        path = Path(self.path)
+        path = Path(self.name)
         if path.is_file():
             hint = f"Give its folder, {path.parent}, or use _component_=torchrecipes.data.sources.files path={path}"
             raise _error("name", f"{path} is a file", hint)
@@ -162,27 +134,27 @@ class DatasetSource:
         datasets.disable_progress_bars()
         try:
             if self._is_saved:
-                found = datasets.load_from_disk(self.path)
+                found = datasets.load_from_disk(self.name)
                 if isinstance(found, datasets.DatasetDict):
                     if self.split not in found:
                         hint = did_you_mean(self.split, found, "Its splits are")
-                        raise _error("split", f"{self.path} has no split '{self.split}'", hint, "no_such_split")
+                        raise _error("split", f"{self.name} has no split '{self.split}'", hint, "no_such_split")
                     found = found[self.split]
                 return found.to_iterable_dataset() if self.streaming else found
             options = {"data_files": self.data_files, "revision": self.revision, "streaming": self.streaming}
-            return datasets.load_dataset(self.path, self.config, split=self.split, **options)
+            return datasets.load_dataset(self.name, self.config, split=self.split, **options)
         except UserError:
             raise
         except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
             hint = (
                 "Without a network, download it where there is one, e.g. `hf download --repo-type dataset "
-                f"{self.path} --local-dir my_data`, and give the folder."
+                f"{self.name} --local-dir my_data`, and give the folder."
             )
-            problem = f"{self.path} cannot be found: {_first_line(error)}"
+            problem = f"{self.name} cannot be found: {_first_line(error)}"
             raise _error("name", problem, hint, "no_such_dataset") from None
         except Exception as error:
             if isinstance(error, ValueError) and "split" in str(error).lower():
-                problem = f"{self.path} has no split '{self.split}'"
+                problem = f"{self.name} has no split '{self.split}'"
                 raise _error("split", problem, _first_line(error), "no_such_split") from None
             raise self._unreadable(error) from error
 
@@ -192,25 +164,25 @@ class DatasetSource:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         hint = None
-        if Path(self.path).is_dir() and not self._is_saved:
+        if Path(self.name).is_dir() and not self._is_saved:
             hint = (
                 "If its files have different columns, read them with _component_=torchrecipes.data.sources.files "
-                f"path={self.path}, which needs the text column only."
+                f"path={self.name}, which needs the text column only."
             )
-        return _error("name", f"{self.name} cannot be read: {_first_line(cause)}", hint, "unreadable_dataset")
+        return _error("name", f"{self._label} cannot be read: {_first_line(cause)}", hint, "unreadable_dataset")
 
     def _fingerprint(self, rows: Any) -> str:
         # Of a folder its content, wherever it is; of a dataset on the hub what is known without reading it.
         described = [self.config, self.split, self.text_column, self.data_files, self.revision]
         described += [self.max_document_chars, self.max_documents]
-        folder = Path(self.path)
+        folder = Path(self.name)
         if folder.is_dir():
             # Hidden folders hold what tools note on their downloads.
             names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
             names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
             described += [[name.as_posix(), content_checksum(folder / name)] for name in names]
         else:
-            described.append(self.path)
+            described.append(self.name)
             if not self.streaming:
                 info = rows.info
                 described += [len(rows), info.dataset_size, info.download_size, str(info.version), str(rows.features)]

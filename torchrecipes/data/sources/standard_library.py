@@ -36,8 +36,9 @@ COMMENT = re.compile(r"^[ \t]*#(.*)$")
 WORD = re.compile(r"[A-Za-z][a-z']*[.,:;!?)]?")
 
 
-def python_docs(limit_mb: float | None = None) -> "PythonDocs":
-    """Return the documentation in the standard library of the running Python.
+@dataclass
+class python_docs:
+    """Documentation in the standard library of the running Python.
 
     Where a distribution ships parts of the library in separate packages, there are fewer documents.
 
@@ -47,34 +48,26 @@ def python_docs(limit_mb: float | None = None) -> "PythonDocs":
     Raises:
         UserError: `limit_mb` is not above 0; this Python comes without the source of its library.
     """
-    if limit_mb is not None and limit_mb <= 0:
-        raise UserError(f"{limit_mb} is not above 0", key="limit_mb", hint="Set megabytes, or null for all.")
-    library = sysconfig.get_path("stdlib")
-    sizes = {}
-    for folder, folders, names in os.walk(library):
-        folders[:] = [name for name in folders if name not in SKIPPED and name.isidentifier()]
-        for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            if path.is_file():  # a link may lead nowhere
-                sizes[path.relative_to(library).as_posix()] = path.stat().st_size
-    if not sizes:
-        hint = "Read text of your own with _component_=torchrecipes.data.sources.files path=..."
-        raise UserError(f"{library} holds no Python files, so no documentation", hint=hint, code="no_documents")
-    return PythonDocs(library, sizes, None if limit_mb is None else int(limit_mb * 1e6))
 
+    limit_mb: float | None = None
+    report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
 
-@dataclass
-class PythonDocs:
-    """A source made by `python_docs`: `sizes` are bytes by file name, `limit` is bytes of documents or None."""
-
-    library: str
-    sizes: dict[str, int]
-    limit: int | None
-    report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """The library's folder."""
-        return f"the standard library of Python {sys.version.split()[0]} in {self.library}"
+    def __post_init__(self):
+        if self.limit_mb is not None and self.limit_mb <= 0:
+            hint = "Set megabytes, or null for all."
+            raise UserError(f"{self.limit_mb} is not above 0", key="limit_mb", hint=hint, code="invalid_value")
+        self.library = Path(sysconfig.get_path("stdlib"))
+        self.name = f"the standard library of Python {sys.version.split()[0]} in {self.library}"
+        self._sizes = {}  # bytes by file name
+        for folder, folders, names in os.walk(self.library):
+            folders[:] = [name for name in folders if name not in SKIPPED and name.isidentifier()]
+            for path in (Path(folder, name) for name in names if name.endswith(".py")):
+                if path.is_file():  # a link may lead nowhere
+                    self._sizes[path.relative_to(self.library).as_posix()] = path.stat().st_size
+        if not self._sizes:
+            hint = "Read text of your own with _component_=torchrecipes.data.sources.files path=..."
+            problem = f"{self.library} holds no Python files, so no documentation"
+            raise UserError(problem, hint=hint, code="no_documents")
 
     @property
     def num_bytes(self) -> int:
@@ -84,7 +77,7 @@ class PythonDocs:
     @property
     def fingerprint(self) -> str:
         """A hash of Python's version, the names and sizes of the library's files, and the limit."""
-        text = json.dumps([READING, sys.version.split()[0], sorted(self.sizes.items()), self.limit])
+        text = json.dumps([READING, sys.version.split()[0], sorted(self._sizes.items()), self.limit_mb])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
@@ -95,10 +88,10 @@ class PythonDocs:
     @cached_property
     def _items(self) -> tuple[Document | BadRecord, ...]:
         items, size = [], 0
-        for item in _read_library(Path(self.library), list(self.sizes)):
+        for item in _read_library(self.library, list(self._sizes)):
             if isinstance(item, Document):
                 size += len(item.text.encode())
-                if self.limit is not None and size > self.limit:
+                if self.limit_mb is not None and size > round(self.limit_mb * 1e6):
                     break
             items.append(item)
         return tuple(items)

@@ -25,15 +25,9 @@ from torchrecipes.errors import UserError
 READING = 2  # raise it when the same files give other documents than before: it enters the fingerprint
 
 
-def files(
-    path: str | list[str],
-    text_column: str = "text",
-    sample_by: str = "document",
-    columns: list[str] | None = None,
-    on_bad_record: str = "stop",
-    max_document_chars: int = 1_000_000,
-) -> "FileSource":
-    """Return the documents of files: plain text, .jsonl/.ndjson/.json (an object per line), .csv, .tsv, .parquet.
+@dataclass
+class files:
+    """Documents of files: plain text, .jsonl/.ndjson/.json (an object per line), .csv, .tsv, .parquet.
 
     All but Parquet may be compressed with gzip (.gz). Text is UTF-8. Line ends are `\\n`, `\\r\\n` and `\\r`, nothing
     else, in all of them, and `\\n` in the documents.
@@ -53,38 +47,35 @@ def files(
         UserError: a path that matches nothing, an invalid value; and, when the source is read, what `on_bad_record`
             says.
     """
-    check_options(on_bad_record, max_document_chars, sample_by=(sample_by, ("document", "paragraph", "line")))
-    if columns is not None and text_column not in columns:
-        hint = f"Name the column of the text '{text_column}' in columns, or set text_column to one of them."
-        raise UserError(f"{columns} have no '{text_column}'", key="columns", hint=hint, code="invalid_value")
-    found, skipped = find_files([path] if isinstance(path, str) else list(path))
-    columns = None if columns is None else list(columns)
-    return FileSource(found, skipped, text_column, sample_by, columns, on_bad_record, max_document_chars)
 
+    path: str | list[str]
+    text_column: str = "text"
+    sample_by: str = "document"
+    columns: list[str] | None = None
+    on_bad_record: str = "stop"
+    max_document_chars: int = 1_000_000
+    report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
 
-@dataclass
-class FileSource:
-    """A source made by `files`: `files` are read one after the other, `skipped` were found and are not read."""
-
-    files: list[FoundFile] = field(repr=False)
-    skipped: list[BadRecord] = field(repr=False)
-    text_column: str
-    sample_by: str
-    columns: list[str] | None
-    on_bad_record: str
-    max_document_chars: int
-    report: ReadStats = field(default_factory=ReadStats, repr=False, compare=False)
+    def __post_init__(self):
+        sample_by = (self.sample_by, ("document", "paragraph", "line"))
+        check_options(self.on_bad_record, self.max_document_chars, sample_by=sample_by)
+        self.columns = None if self.columns is None else list(self.columns)
+        if self.columns is not None and self.text_column not in self.columns:
+            problem = f"{self.columns} have no '{self.text_column}'"
+            hint = f"Name the column of the text '{self.text_column}' in columns, or set text_column to one of them."
+            raise UserError(problem, key="columns", hint=hint, code="invalid_value")
+        self.found, self.skipped = find_files([self.path] if isinstance(self.path, str) else list(self.path))
 
     @property
     def name(self) -> str:
         """The first files, and how many there are."""
-        first = ", ".join(file.path for file in self.files[:3])
-        return first if len(self.files) <= 3 else f"{first} and {len(self.files) - 3} more files"
+        first = ", ".join(file.path for file in self.found[:3])
+        return first if len(self.found) <= 3 else f"{first} and {len(self.found) - 3} more files"
 
     @property
     def num_bytes(self) -> int:
         """Size of all files in bytes as stored."""
-        return sum(file.size for file in self.files)
+        return sum(file.size for file in self.found)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,7 +85,7 @@ class FileSource:
         """
         options = [READING, self.text_column, self.sample_by, self.columns, self.max_document_chars]
         try:
-            described = [(file.format, file.gzipped, content_checksum(file.path)) for file in self.files]
+            described = [(file.format, file.gzipped, content_checksum(file.path)) for file in self.found]
         except OSError as error:
             raise _unreadable(error.filename, error) from error
         return hashlib.sha256(json.dumps([options, described]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -108,7 +99,7 @@ class FileSource:
         self.report = ReadStats()
         for record in self.skipped:
             self.report.add(record)
-        records = (record for file in self.files for record in self._read(file))
+        records = (record for file in self.found for record in self._read(file))
         return documents(records, self.report, stop=self.on_bad_record == "stop")
 
     def _read(self, file: FoundFile) -> Iterator[Document | BadRecord]:
