@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from torchrecipes.cli.run import load_recipe
-from torchrecipes.config import Component, load, to_yaml
+from torchrecipes.config import load, to_yaml
 from torchrecipes.config.catalog import BuiltinConfig, builtin_configs, builtin_recipes, find_recipe
-from torchrecipes.config.check import to_tree
+from torchrecipes.config.check import annotations, to_tree
+from torchrecipes.config.coerce import is_nested, split
 from torchrecipes.config.components import parameters, resolve
 from torchrecipes.config.merge import format_key, leaves
 from torchrecipes.errors import UserError
@@ -44,10 +45,11 @@ def problems(config: BuiltinConfig, path: Path, *overrides: str) -> list[tuple[s
     return []
 
 
-def key_nodes(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+def key_nodes(node: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, bool]]:
+    """Every key in a YAML file, and whether a scalar is its value."""
     for child in node.value if isinstance(node, yaml.CollectionNode) else ():
         if isinstance(node, yaml.MappingNode):
-            yield child[0]
+            yield child[0], isinstance(child[1], yaml.ScalarNode)
             yield from key_nodes(child[1])
         else:
             yield from key_nodes(child)
@@ -62,12 +64,13 @@ def components(value: Any, place: tuple = ()) -> Iterator[tuple[tuple, str]]:
             yield from components(item, (*place, key))
 
 
-def runtime_names(schema: type, place: tuple = ()) -> Iterator[tuple[tuple, tuple[str, ...]]]:
+def injected_names(schema: type, place: tuple = ()) -> Iterator[tuple[tuple, tuple[str, ...]]]:
     """The place of every key, and the arguments that the recipe passes to a component there."""
     for spec in dataclasses.fields(schema):
         yield (*place, spec.name), spec.metadata.get("injected", ())
-        if dataclasses.is_dataclass(spec.type) and spec.type is not Component:
-            yield from runtime_names(spec.type, (*place, spec.name))
+        kind, _ = split(annotations(schema)[spec.name])
+        if is_nested(kind):
+            yield from injected_names(kind, (*place, spec.name))
 
 
 def misspelled(key: str) -> str:
@@ -106,36 +109,45 @@ def test_every_misspelt_key_is_refused_at_its_line_with_the_right_suggestion(nam
     text = config.path.read_text()
     path = tmp_path / "misspelt.yaml"
     nodes = list(key_nodes(yaml.compose(text)))
-    assert nodes
-    for node in nodes:
-        start, end = node.start_mark.index, node.end_mark.index
-        path.write_text(text[:start] + misspelled(node.value) + text[end:])
+    # Keys of scalars all at once; one that opens a section or names a component would hide others.
+    together = [node for node, is_leaf in nodes if is_leaf and node.value != "_component_"]
+    assert together
+    for group in (together, *([node] for node, _ in nodes if node not in together)):
+        changed = text
+        for node in reversed(group):
+            start, end = node.start_mark.index, node.end_mark.index
+            changed = changed[:start] + misspelled(node.value) + changed[end:]
+        path.write_text(changed)
         found = problems(config, path)
-        here = f"misspelt.yaml:{node.start_mark.line + 1}: "
-        assert any(here in line and f"'{node.value}'" in hint for line, hint in found), (node.value, found)
+        for node in group:
+            here = f"misspelt.yaml:{node.start_mark.line + 1}: "
+            assert any(here in line and f"'{node.value}'" in hint for line, hint in found), (node.value, found)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_argument_of_every_component_misspelt_is_refused_with_the_right_suggestion(name):
+def test_every_misspelt_argument_of_a_component_is_refused_with_the_right_suggestion(name):
     config = CONFIGS[name]
     schema = schema_of(config.recipe)
     instance = load(schema, config.path, left_to_the_user(config))
-    injected = dict(runtime_names(schema))
-    count = 0
+    injected = dict(injected_names(schema))
+    meant = {}
     for place, path in components(to_tree(instance)):
-        offered = [n for n in parameters(resolve(path)) if n not in injected.get(place, ())]
-        for argument in offered:
-            override = f"{format_key(place)}.{misspelled(argument)}=1"
-            found = problems(config, config.path, override)
-            assert any(override in line and f"'{argument}'" in hint for line, hint in found), (override, found)
-            count += 1
-    assert count > 0 and isinstance(instance.optimizer, Component)
+        for argument in parameters(resolve(path)):
+            if argument not in injected.get(place, ()):
+                meant[f"{format_key(place)}.{misspelled(argument)}=1"] = argument
+    check_suggestions(config, meant)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_of_the_recipe_misspelt_on_the_command_line_is_refused(name):
     config = CONFIGS[name]
-    for place, _ in runtime_names(schema_of(config.recipe)):
-        override = f"{format_key((*place[:-1], misspelled(place[-1])))}=1"
-        found = problems(config, config.path, override)
-        assert any(override in line and f"'{place[-1]}'" in hint for line, hint in found), (override, found)
+    places = [place for place, _ in injected_names(schema_of(config.recipe))]
+    check_suggestions(config, {f"{format_key((*p[:-1], misspelled(p[-1])))}=1": p[-1] for p in places})
+
+
+def check_suggestions(config: BuiltinConfig, meant: dict[str, str]) -> None:
+    """Each of the overrides is refused, with the name that was meant in its hint."""
+    found = problems(config, config.path, *meant)
+    assert meant
+    for override, name in meant.items():
+        assert any(f"'{override}'" in line and f"'{name}'" in hint for line, hint in found), (override, found)

@@ -173,9 +173,6 @@ def _holds(folder: Path, file: str) -> bool:
 
 def _add_all(checker: Checker, key_path: KeyPath, errors: list[UserError]) -> None:
     for error in errors:
-        if isinstance(error, str):
-            key, _, problem = error.partition(": ")
-            error = UserError(problem, key=key) if problem else UserError(error)
         keys = tuple(error.key.split(".")) if error.key else ()
         located = error.under(format_key(key_path)) if key_path else error
         checker.problems.add_error(checker.merged.nearest((*key_path, *keys)), located)
