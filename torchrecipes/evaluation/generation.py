@@ -141,8 +141,9 @@ def generate(
         model.train(was_training)
     if broken.any():
         raise UserError(
-            "the model's logits are NaN or infinite: its weights are corrupt, or its training diverged. Use an "
-            "earlier checkpoint."
+            "the model's logits are NaN or infinite: its weights are corrupt, or its training diverged",
+            hint="Use an earlier checkpoint.",
+            code="nonfinite_logits",
         )
     return [
         _up_to_the_end(tokens[: positions - len(prompt)], eos_id)
