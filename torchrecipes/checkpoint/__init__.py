@@ -1,13 +1,20 @@
 """Checkpoints that survive a power cut.
 
-checkpointer      `Checkpointer`: saves, finds and restores the checkpoints of a run
+checkpointer      `Checkpointer`: saves and restores the checkpoints of a run
+find              which checkpoint a run resumes from
+best              the best checkpoint by a metric
 manifest          the files of a checkpoint with sizes and checksums
+tensor_files      tensors as safetensors files, sharded or not
+state             nested state as JSON and tensors
 optimizer_state   an optimizer's state by parameter names
 quantized_state   8- and 4-bit optimizer state as plain tensors
+random_state      random generators of all ranks
 resume            checks that a checkpoint can be resumed
 """
 
-from torchrecipes.checkpoint.checkpointer import CheckpointConfig, Checkpointer, KeepBest, find_checkpoint
+from torchrecipes.checkpoint.best import KeepBest
+from torchrecipes.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from torchrecipes.checkpoint.find import find_checkpoint
 from torchrecipes.checkpoint.manifest import verify
 
 __all__ = ["CheckpointConfig", "Checkpointer", "KeepBest", "find_checkpoint", "verify"]

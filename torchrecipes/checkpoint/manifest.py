@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with their sizes and checksums, by which one knows later that it is whole."""
+"""`manifest.json`: a checkpoint's files with sizes and checksums, from which `verify` tells whether it is valid."""
 
 import json
 import os
@@ -13,28 +13,20 @@ import xxhash
 from torchrecipes import __version__
 
 FORMAT = "torchrecipes-checkpoint-1"
-PICKLES = {
-    ".pt",
-    ".pth",
-    ".bin",
-    ".pkl",
-    ".pickle",
-    ".ckpt",
-    ".joblib",
-    ".distcp",
-    ".metadata",
-}  # suffixes, and a whole name
+HIDDEN = ".incomplete-"  # prefix of what is being written or removed
+# Suffixes, and a file's name.
+PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".distcp", ".metadata"}
 
 
 def flush(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Flushes files to the disk and reads them once more.
+    """Flushes files to the disk and computes their checksums.
 
     Args:
         folder: where they are.
         names: their paths in it.
 
     Returns:
-        What the manifest says of them: name -> size in bytes and checksum.
+        Their entries in the manifest: name -> size in bytes and checksum.
     """
     entries = {}
     for name in names:
@@ -62,11 +54,11 @@ def write_manifest(folder: Path, step: int, files: dict[str, dict]) -> None:
 
 
 def verify(path: Path, checksums: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, file by file; empty when it is whole.
+    """The problems of a checkpoint, file by file; empty if it is valid.
 
     Args:
-        path: the checkpoint's folder. One that is named as a step has to be of that step.
-        checksums: False looks at the manifest and at sizes only, and reads no file.
+        path: the checkpoint's folder. One that is named after a step has to be of that step.
+        checksums: False checks the manifest and sizes only, and reads no other file.
     """
     if not path.is_dir():
         return [f"{path} does not exist"]
@@ -76,25 +68,34 @@ def verify(path: Path, checksums: bool = True) -> list[str]:
         stated = manifest.pop("xxh3")
         if manifest["format"] != FORMAT:
             return [f"manifest.json: its format is {manifest['format']!r}, this version reads {FORMAT!r}"]
-        # The text is compared, too: a changed byte between two values changes none of them.
+        # The text is compared, too: a changed byte between two values does not change the digest.
         if stated != _digest(manifest) or raw != _text(manifest | {"xxh3": stated}):
-            return ["manifest.json is damaged"]
+            return ["manifest.json is corrupt"]
         files = manifest["files"]
     except FileNotFoundError:
         return ["manifest.json is missing"]
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return ["manifest.json is damaged"]
+        return ["manifest.json is corrupt"]
     problems = [problem for name, entry in files.items() if (problem := _problem(path, name, entry, checksums))]
     if (named := re.fullmatch(r"step-(\d+)", path.name)) and int(named[1]) != manifest["step"]:
         problems.append(f"manifest.json is of step {manifest['step']}")
     added = {
         str(file.relative_to(path)) for file in path.rglob("*") if {file.suffix.lower(), file.name.lower()} & PICKLES
     }
-    return problems + [f"{name} does not belong there: pickles can run code" for name in sorted(added)]
+    return problems + [f"{name} is not allowed: pickles can run code" for name in sorted(added)]
+
+
+def read_digest(path: Path) -> str:
+    """The manifest's own checksum, which is another one for every checkpoint.
+
+    Raises:
+        OSError, ValueError, KeyError: there is no manifest.
+    """
+    return json.loads((path / "manifest.json").read_bytes())["xxh3"]
 
 
 def fsync(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    """Waits until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -109,13 +110,13 @@ def _problem(folder: Path, name: str, entry: dict, checksums: bool) -> str | Non
             return f"{name} is missing"
         if file.stat().st_size != entry["size"]:
             return f"{name} has {file.stat().st_size:,} bytes, not {entry['size']:,}"
-        return None if not checksums or _checksum(file) == entry["xxh3"] else f"{name} is damaged (wrong checksum)"
+        return None if not checksums or _checksum(file) == entry["xxh3"] else f"{name} is corrupt (wrong checksum)"
     except OSError as error:  # what a bad sector gives
         return f"{name} cannot be read ({error.strerror})"
 
 
 def _text(manifest: dict) -> bytes:
-    # No newline behind it: every byte counts, so that a truncated manifest is none.
+    # No newline at the end, so that a manifest without its last byte is not valid.
     return json.dumps(manifest, indent=2).encode()
 
 

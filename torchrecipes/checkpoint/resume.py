@@ -20,7 +20,8 @@ def check_same_architecture(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: it is of another one; names what differs (code `other_model`).
     """
-    if problems := architecture_differences(model, path):
+    problems = architecture_differences(model, path)
+    if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(
             f"{path} is a checkpoint of another model: {shown}",

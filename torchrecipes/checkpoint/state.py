@@ -1,20 +1,22 @@
-"""State of objects as JSON and tensors, and back.
+"""Nested state as JSON and tensors, and back.
 
-A tensor in a state is replaced by `{"__tensor__": key}` and stored apart, as it is sharded.
+A tensor is stored apart, as it is sharded, and `{"__tensor__": key}` stands in its place. A dict whose keys are not all
+strings, which JSON does not have, becomes `{"__items__": [[key, value], ...]}`.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-TENSOR = "__tensor__"
+TENSOR, ITEMS = "__tensor__", "__items__"
 
 
 def flatten_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
     """Separates the tensors of a nested state from the rest.
 
     Args:
-        state: dicts with string keys, lists, tuples, tensors and JSON values.
+        state: dicts with strings or integers as keys, lists, tuples (which come back as lists), tensors, numbers,
+            strings, booleans and None.
 
     Returns:
         The state with a reference in the place of each tensor; and the tensors by key, detached and contiguous. One
@@ -27,10 +29,17 @@ def flatten_state(state: Any) -> tuple[Any, dict[str, Tensor]]:
 
     def walk(value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[place] = value.detach().reshape(value.shape or (1,)).contiguous()
-            return {TENSOR: place} | ({"scalar": True} if value.dim() == 0 else {})
+            key = place
+            while key in tensors:  # {"a.b": ..., "a": {"b": ...}}
+                key += "'"
+            tensors[key] = value.detach().reshape(value.shape or (1,)).contiguous()
+            return {TENSOR: key} | ({"scalar": True} if value.dim() == 0 else {})
         if isinstance(value, dict):
-            return {key: walk(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
+            for key in value:
+                if not isinstance(key, str | int) or key in (TENSOR, ITEMS):
+                    raise TypeError(f"state {place} has the key {key!r}: keys are strings and integers")
+            items = {key: walk(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
+            return items if all(isinstance(key, str) for key in items) else {ITEMS: [list(i) for i in items.items()]}
         if isinstance(value, list | tuple):
             return [walk(item, f"{place}.{number}") for number, item in enumerate(value)]
         if value is None or isinstance(value, bool | int | float | str):
@@ -46,7 +55,8 @@ def unflatten_state(stored: Any, tensors: dict[str, Tensor]) -> Any:
         if TENSOR in stored:
             tensor = tensors[stored[TENSOR]]
             return tensor.reshape(()) if stored.get("scalar") else tensor
-        return {key: unflatten_state(value, tensors) for key, value in stored.items()}
+        items = stored[ITEMS] if ITEMS in stored else stored.items()
+        return {key: unflatten_state(value, tensors) for key, value in items}
     if isinstance(stored, list):
         return [unflatten_state(value, tensors) for value in stored]
     return stored

@@ -1,11 +1,7 @@
-"""An exponential moving average of a model's weights (Polyak and Juditsky 1992; Tarvainen and Valpola 2017, "
-"1703.01780).
+"""`EMA`: an exponential moving average of a model's weights.
 
-ema = EMA(model, decay=0.999)
-...                    # after every optimizer step
-ema.update()
-with ema.averaged():   # the model has the averaged weights inside
-    evaluate(model)
+Averaged weights often evaluate better than the last ones, most of all while the learning rate is high (Polyak and
+Juditsky 1992; Tarvainen and Valpola 2017, 1703.01780).
 """
 
 from collections.abc import Iterator
@@ -13,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from torchrecipes.errors import UserError
 
@@ -21,6 +19,12 @@ class EMA:
     """Averages the trainable parameters of a model: `average = decay * average + (1 - decay) * weight`.
 
     Averages are sharded as the weights are, and stay in fp32. One fused kernel updates all of them.
+
+        ema = EMA(model, decay=0.999)
+        ...                    # after every optimizer step
+        ema.update()
+        with ema.averaged():   # the model has the averaged weights inside
+            evaluate(model)
 
     Args:
         model: on its device, with the weights that training begins with.
@@ -46,8 +50,8 @@ class EMA:
         """Moves the averages towards the weights; call it after every optimizer step. Does not wait for the device."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        averages, weights = list(self.averages.values()), [weight.float() for weight in self.parameters.values()]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        weights = [_local(weight).float() for weight in self.parameters.values()]
+        torch._foreach_lerp_([_local(average) for average in self.averages.values()], weights, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -61,7 +65,14 @@ class EMA:
 
     def exported_weights(self) -> dict[str, Tensor] | None:
         """The model's state with the averaged weights, to be written as a model folder; None: not asked for."""
-        return {**self.model.state_dict(), **self.averages} if self.export else None
+        if not self.export:
+            return None
+        state = self.model.state_dict()  # FSDP registers its sharded parameters, which the averages are of
+        averages = {id(weight): self.averages[name] for name, weight in self.parameters.items()}
+        for name, weight in self.model.named_parameters(remove_duplicate=False):  # a tied weight has several names
+            if id(weight) in averages:
+                state[name] = averages[id(weight)].to(weight.dtype)
+        return state
 
     def state_dict(self) -> dict:
         """The averages, by parameter name."""
@@ -88,4 +99,13 @@ class EMA:
 
     @torch.no_grad()
     def _copy_into_model(self, values: dict[str, Tensor]) -> None:
-        torch._foreach_copy_(list(self.parameters.values()), [values[name] for name in self.parameters])
+        weights = [_local(weight) for weight in self.parameters.values()]
+        torch._foreach_copy_(weights, [_local(values[name]) for name in self.parameters])
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the last forward may have left an unsharded copy of the weights before
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard, or the tensor itself: DTensor has no fused copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
