@@ -79,8 +79,8 @@ class Checkpointer:
         output_dir: the run's folder.
         options: the config group.
         model: saved under the names of its Hugging Face layout (`model.hf_adapter`), or under its own without one.
-        optimizer: its state is saved by the model's parameter names, and restored bit by bit; learning rates and other
-            settings stay those of this run.
+        optimizer: its state is saved by the model's parameter names, and restored bit by bit. Its settings stay
+            those of this run, but for what a scheduler in `state` has set, such as the learning rate.
         tokenizer: saved beside the model, and compared when resuming; None: there is none.
         state: more objects with `state_dict()` and `load_state_dict(state)`, by name. A state holds numbers, strings,
             lists, dicts and tensors, sharded ones (DTensor) included, and is equal on all ranks. An object that also
@@ -360,7 +360,8 @@ class Checkpointer:
         check_same_optimizer(stored["optimizer"], self.optimizer, self.model, str(path))
         self._load_model(path)
         tensors = load_shards(path / "optimizer", lambda key, meta: like_stored(key, meta, self.model))
-        unflatten_optimizer(tensors, stored["optimizer"], self.optimizer, self.model, str(path))
+        scheduled = any(isinstance(obj, LRScheduler) for obj in self.state.values())
+        unflatten_optimizer(tensors, stored["optimizer"], self.optimizer, self.model, str(path), scheduled)
         self._load_state(path, stored["state"])
         restore_random_state(stored["random"], load_file(path / "rng.safetensors"), step)
         return step
@@ -383,12 +384,6 @@ class Checkpointer:
         values = unflatten_state(stored, load_shards(path / "state", like))
         for name, obj in self.state.items():
             obj.load_state_dict(values[name])
-            if isinstance(obj, LRScheduler):  # torch's own expect the rates to be restored with the optimizer
-                for group, lr in zip(obj.optimizer.param_groups, obj.get_last_lr(), strict=True):
-                    if isinstance(group["lr"], Tensor):
-                        group["lr"].fill_(lr)
-                    else:
-                        group["lr"] = lr
 
     def _flat_state(self) -> tuple[dict, dict[str, Tensor]]:
         return flatten_state({name: obj.state_dict() for name, obj in self.state.items()})

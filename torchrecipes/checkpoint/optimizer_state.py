@@ -91,16 +91,20 @@ def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module) -> Te
 
 
 def unflatten_optimizer(
-    tensors: dict[str, Tensor], description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str
+    tensors: dict[str, Tensor],
+    description: dict,
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    where: str,
+    scheduled: bool = True,
 ) -> None:
-    """Sets the optimizer's state to a flattened one, bit for bit.
-
-    Of its settings, those that a scheduler changes (`SCHEDULED`) are restored, too; the others stay its own.
+    """Sets the optimizer's state to a flattened one, bit for bit. Its settings, such as weight decay, stay its own.
 
     Args:
         tensors, description: what `flatten_optimizer` returned.
         optimizer, model: what is set, and whose names its parameters have.
         where: what the state was read from, for the message.
+        scheduled: restores the settings that a scheduler changes (`SCHEDULED`), too.
 
     Raises:
         UserError: see `check_same_optimizer`.
@@ -119,9 +123,10 @@ def unflatten_optimizer(
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})
     stored = {name: group for group in description["groups"] for name in group["parameters"]}
     for number, group in enumerate(optimizer.param_groups):
-        name, _ = next(_named(optimizer, model, number))
-        for key in group.keys() & SCHEDULED & stored[name].keys():
-            value = stored[name][key]
+        name, _ = next(_named(optimizer, model, number), (None, None))
+        saved = stored[name] if scheduled and name else {}
+        for key in group.keys() & SCHEDULED & saved.keys():
+            value = saved[key]
             if isinstance(group[key], Tensor):
                 group[key].fill_(value)
             else:
