@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from torchrecipes.checkpoint.checkpointer import Checkpointer
+from torchrecipes.checkpoint import CheckpointConfig, Checkpointer
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.models import neobert
@@ -37,8 +37,14 @@ def main() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     ways = {
-        "synchronous": Checkpointer(folder / "synchronous", keep_last=1),
-        "asynchronous": Checkpointer(folder / "asynchronous", keep_last=1, asynchronous=True),
+        way: Checkpointer(
+            folder / way,
+            CheckpointConfig(keep_last=1, async_save=way == "asynchronous"),
+            model=model,
+            optimizer=optimizer,
+            tokenizer=tokenizer,
+        )
+        for way in ("synchronous", "asynchronous")
     }
     stalls: dict[str, list[float]] = {way: [] for way in ways}
     behind, size, first = [], 0, 0.0
@@ -49,15 +55,7 @@ def main() -> None:
                 if device == "cuda":
                     torch.cuda.synchronize()
                 start = time.perf_counter()
-                path = checkpointer.save(
-                    step,
-                    model=model,
-                    optimizer=optimizer,
-                    tokenizer=tokenizer,
-                    state={},
-                    config_yaml="",
-                    recipe_source="",
-                )
+                path = checkpointer.save(step)
                 stalled = time.perf_counter() - start
                 checkpointer.wait()
                 if step == 1:

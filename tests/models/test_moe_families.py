@@ -271,34 +271,32 @@ from pathlib import Path
 sys.path.insert(0, ROOT)
 import torch
 from tests.models.test_moe_families import FREE
-from torchrecipes.data.sources.records import Document
-from torchrecipes.data.tokenizers.load import train_wordpiece
+import torch.distributed as dist
 from torchrecipes.models import moe
 from torchrecipes.optim import adamw
-from torchrecipes.distributed.error_file import hard_exit
 from torchrecipes.distributed import collectives
-from torchrecipes.checkpoint.checkpointer import Checkpointer
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.checkpoint import Checkpointer
 from torchrecipes.training.expert_load_balancing import ExpertBalance
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
-from torchrecipes.training.run import start_run
 
 what, folder, strategy = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-run = start_run(folder, seed=0, config_yaml="", resume="auto")
-tokenizer = train_wordpiece([Document("a small text for a small tokenizer, " * 3, "here")], vocab_size=60)
+dist.init_process_group("gloo")
+rank, world_size = dist.get_rank(), dist.get_world_size()
 
 with torch.device("meta"):
     model = moe(**(FREE | {"vocab_size": 62, "router_aux_loss_coef": 0.0}))
-parallelize(model, strategy, run.device, torch.float32)
-init_on_device(model, run.device, seed=3 if what == "save" else 9)
+parallelize(model, strategy, torch.device("cpu"), torch.float32)
+init_on_device(model, torch.device("cpu"), seed=3 if what == "save" else 9)
 optimizer = adamw(model, lr=1e-2)
 balance = ExpertBalance(model, update_rate=0.125)
 
 def train(steps):
     for step in steps:
         ids = torch.arange(step, step + 48).view(4, 12) % 60
-        ids = ids.chunk(run.world_size)[run.rank]  # both ranks and one process see the same tokens
+        ids = ids.chunk(world_size)[rank]  # both ranks and one process see the same tokens
         loss = model.head(model(ids)).square().sum() + model.router_loss
-        (loss * run.world_size / 4000).backward()
+        (loss * world_size / 4000).backward()
         optimizer.step()
         optimizer.zero_grad()
         balance.add(model)
@@ -306,21 +304,18 @@ def train(steps):
 
 def show(what):
     biases = [block.mlp.gate.e_score_correction_bias.tolist() for block in model.blocks]
-    assert collectives.all_gather_object(biases) == [biases] * run.world_size
+    assert collectives.all_gather_object(biases) == [biases] * world_size
     full = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     print(biases, [round(full(tensor).double().abs().sum().item(), 3) for tensor in model.parameters()])
 
-with Checkpointer(folder, asynchronous=True) as checkpointer:
+with Checkpointer(folder, model=model, optimizer=optimizer) as checkpointer:
     if what == "save":
         train(range(3))
-        checkpointer.save(3, model=model, optimizer=optimizer, tokenizer=tokenizer, state={}, config_yaml="",
-                          recipe_source="")
+        checkpointer.save(3)
         show("saved")
         train(range(3, 5))  # while it is written
     else:
-        checkpoint = checkpointer.resume("auto")
-        checkpoint.load_model(model)
-        checkpoint.load_optimizer(model, optimizer)
+        assert checkpointer.resume() == 3
         show("loaded")
         train(range(3, 5))
     show("after two steps more")

@@ -1,4 +1,4 @@
-"""A save that dies at any moment: the checkpoint before it is whole, and nothing half is ever visible."""
+"""A save that dies at any moment: the checkpoint before it is valid, and nothing incomplete is ever visible."""
 
 import builtins
 import io
@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from torchrecipes.checkpoint.checkpointer import Checkpointer, verify
+from torchrecipes.checkpoint import CheckpointConfig, Checkpointer, KeepBest, find_checkpoint, verify
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.errors import UserError
@@ -31,12 +31,23 @@ def parts():
     return {"model": model, "optimizer": optimizer, "tokenizer": tokenizer}
 
 
-def save(checkpointer, step, parts):
-    return checkpointer.save(step, **parts, state={}, config_yaml="", recipe_source="")
+class Held:
+    """State with a tensor."""
+
+    def state_dict(self):
+        return {"step": 1, "tensor": torch.arange(3.0)}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def make(output_dir, parts, **options):
+    options = CheckpointConfig(**({"async_save": False} | options))
+    return Checkpointer(output_dir, options, **parts, state={"held": Held()})
 
 
 def visible(checkpointer):
-    return sorted(path for path in checkpointer.folder.iterdir() if not path.name.startswith("."))
+    return sorted(checkpointer.folder.glob("step-*"))
 
 
 def files(path):
@@ -66,22 +77,23 @@ class Fault:
 
 def test_a_full_disk_at_every_call_leaves_the_last_checkpoint(parts, tmp_path):
     finished = False
+    checkpointer = make(tmp_path, parts, keep_last=1)
+    before = checkpointer.save(1)
     for at in range(1, 200):
-        checkpointer = Checkpointer(tmp_path / str(at), keep_last=1)
-        first = save(checkpointer, 1, parts)
         with pytest.MonkeyPatch.context() as monkeypatch:
             fault = Fault(monkeypatch, at)
             try:
-                save(checkpointer, 2, parts)
+                checkpointer.save(2 * at)
             except UserError as error:
-                assert "No space left" in str(error) and "MiB are free" in str(error)
+                assert error.code == "cannot_save" and "No space left" in str(error)
             else:
                 finished = fault.calls < at
         checkpoints = visible(checkpointer)
         assert checkpoints and all(verify(path) == [] for path in checkpoints), at
-        assert checkpointer.resume("auto").step == int(checkpoints[-1].name[-8:])
-        assert first in checkpoints or checkpoints[-1].name.endswith("2")
-        assert save(checkpointer, 3, parts) in visible(checkpointer)  # there is room again
+        assert find_checkpoint(tmp_path) == (checkpoints[-1], {})
+        assert before in checkpoints or int(checkpoints[-1].name[-8:]) == 2 * at
+        before = checkpointer.save(2 * at + 1)  # there is room again
+        assert before in visible(checkpointer)
         if finished:
             break
     assert finished and at > 40
@@ -91,8 +103,8 @@ def test_a_full_disk_at_every_call_leaves_the_last_checkpoint(parts, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_file_that_cannot_be_written_to_its_end_leaves_the_last_checkpoint(parts, tmp_path):
     """The kernel refuses to let a file grow beyond a limit, in the middle of a write, in Python and in safetensors."""
-    checkpointer = Checkpointer(tmp_path, keep_last=1)
-    sizes = sorted({file.stat().st_size for file in files(save(checkpointer, 1, parts))})
+    checkpointer = make(tmp_path, parts, keep_last=1)
+    sizes = sorted({file.stat().st_size for file in files(checkpointer.save(1))})
     outcomes = []
     for limit in [size + more for size in sizes if size for more in (-1, 0)]:
         report, write = os.pipe()
@@ -100,10 +112,10 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_the_last_checkpoint(par
         if child == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
-                save(checkpointer, 2, parts)
+                checkpointer.save(2)
                 outcome = "saved"
             except UserError as error:
-                outcome = str(error)
+                outcome = f"{error.code} {error}"
             except BaseException as error:
                 outcome = f"not a message: {error!r}"
             os.write(write, outcome.encode())
@@ -112,8 +124,8 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_the_last_checkpoint(par
         with open(report, "rb") as stream:
             outcomes.append(stream.read().decode())
         os.waitpid(child, 0)
-        told = outcomes[-1].startswith("cannot save in") and "File too large" in outcomes[-1]
-        assert outcomes[-1] == "saved" or told, (limit, outcomes[-1])
+        reported = outcomes[-1].startswith("cannot_save") and "File too large" in outcomes[-1]
+        assert outcomes[-1] == "saved" or reported, (limit, outcomes[-1])
         (visible_one,) = visible(checkpointer)
         assert verify(visible_one) == [] and visible_one.name[-1] == ("2" if outcomes[-1] == "saved" else "1"), limit
         assert outcomes[-1] == "saved" or os.listdir(checkpointer.folder) == [visible_one.name]
@@ -135,10 +147,10 @@ def test_a_power_cut_finds_everything_on_the_disk_before_it_can_be_seen(parts, t
 
     monkeypatch.setattr(os, "fsync", recorded("fsync", os.fsync))
     monkeypatch.setattr(os, "rename", recorded("rename", os.rename))
-    checkpointer = Checkpointer(tmp_path, keep_last=1)
-    save(checkpointer, 1, parts)
+    checkpointer = make(tmp_path, parts, keep_last=1)
+    checkpointer.save(1)
     events.clear()
-    path = save(checkpointer, 2, parts)
+    path = checkpointer.save(2)
 
     def of(name, place):
         return name, place.stat().st_ino, place.stat().st_size
@@ -157,11 +169,12 @@ def test_a_power_cut_finds_everything_on_the_disk_before_it_can_be_seen(parts, t
     assert named and parent and pruned and max(named[0], parent[0]) < pruned[0]
 
 
-def test_too_little_room_is_told_before_anything_is_written(parts, tmp_path, monkeypatch):
+def test_too_little_room_is_reported_before_anything_is_written(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    checkpointer = Checkpointer(tmp_path)
-    with pytest.raises(UserError, match=r"A checkpoint takes about .* MiB, and 0 MiB are free"):
-        save(checkpointer, 1, parts)
+    checkpointer = make(tmp_path, parts)
+    with pytest.raises(UserError) as error:
+        checkpointer.save(1)
+    assert error.value.code == "cannot_save" and "0 MiB" in str(error.value)
     assert list(checkpointer.folder.iterdir()) == []
 
 
@@ -169,9 +182,9 @@ def test_too_little_room_is_told_before_anything_is_written(parts, tmp_path, mon
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_kill_at_random_instants_of_repeated_saves(parts, tmp_path):
     rng = random.Random(0)
-    checkpointer = Checkpointer(tmp_path, keep_last=2)
+    checkpointer = make(tmp_path, parts, keep_last=2, keep_best=KeepBest("loss"))
     start = time.perf_counter()
-    save(checkpointer, 1, parts)
+    checkpointer.save(1)
     one_save = time.perf_counter() - start
     step = 1
     for _ in range(30):
@@ -179,7 +192,8 @@ def test_kill_at_random_instants_of_repeated_saves(parts, tmp_path):
         child = os.fork()
         if child == 0:
             for next_step in range(step + 1, step + 1000):
-                save(checkpointer, next_step, parts)
+                checkpointer.save(next_step)
+                checkpointer.record_metrics(next_step, {"loss": float(next_step % 3)})
                 os.write(report, b"x")
             os._exit(0)
         os.close(report)  # so that reading ends if the child does
@@ -195,6 +209,10 @@ def test_kill_at_random_instants_of_repeated_saves(parts, tmp_path):
         os.close(progress)
         checkpoints = visible(checkpointer)
         assert all(verify(path) == [] for path in checkpoints)
-        resumed = Checkpointer(tmp_path).resume("auto")
-        assert resumed.step >= promised and resumed.path == checkpoints[-1]
-        step = resumed.step
+        found, corrupt = find_checkpoint(tmp_path)
+        step = int(found.name[-8:])
+        assert step >= promised and found == checkpoints[-1] and not corrupt
+        checkpointer._ours.add(found)  # as after resuming
+        if step > 4:
+            best = checkpointer.folder / "best"
+            assert verify(best) == [] and int(os.readlink(best)[-8:]) % 3 == 0

@@ -41,11 +41,12 @@ from torchrecipes.checkpoint.optimizer_state import (
 from torchrecipes.checkpoint.random_state import random_state, restore_random_state
 from torchrecipes.checkpoint.resume import check_same_architecture
 from torchrecipes.checkpoint.state import flatten_state, unflatten_state
-from torchrecipes.checkpoint.tensor_files import HostCopies, copy_full, load_shards, save_shards, unsharded_files
+from torchrecipes.checkpoint.tensor_files import HostCopies, load_shards, save_shards, unsharded_files
 from torchrecipes.config.metadata import MayChange, Steps
 from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
 from torchrecipes.models.hub import stored_tensors, write_hf_config, write_tensors
+from torchrecipes.modules.init import copy_full
 
 __all__ = ["CheckpointConfig", "Checkpointer"]
 # One process without a process group is intended.

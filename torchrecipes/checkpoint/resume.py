@@ -20,8 +20,7 @@ def check_same_architecture(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: it is of another one; names what differs (code `other_model`).
     """
-    problems = architecture_differences(model, path)
-    if problems:
+    if problems := architecture_differences(model, path):
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(
             f"{path} is a checkpoint of another model: {shown}",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from torchrecipes.distributed import collectives
 from torchrecipes.models.hub import hf_state_dict
@@ -78,14 +78,6 @@ def load_shards(folder: Path, like: Callable[[str, Any], Tensor]) -> dict[str, T
     # Each rank reads what it needs by itself.
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
-
-
-def copy_full(target: Tensor, value: Tensor) -> None:
-    """Copies a full tensor into one that may be sharded."""
-    if isinstance(target, DTensor):
-        value = value.to(target.device_mesh.device_type)
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(value)
 
 
 class HostCopies:
