@@ -25,10 +25,11 @@ from torchrecipes.models import bert, gpt2, llama, neobert
 from torchrecipes.distributed.error_file import hard_exit
 from torchrecipes.distributed import collectives
 from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize, set_grad_sync
-from torchrecipes.training.run import start_run
+from torchrecipes.training.run import Run
 
 what, folder, strategy, kind = sys.argv[1:5]
-run = start_run(folder, seed=0, config_yaml="", resume="auto")
+torch.distributed.init_process_group("gloo")
+run = Run(folder, torch.device("cpu"), rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
 
 def model_of(kind):
     with torch.device("meta"):

@@ -296,10 +296,12 @@ from torchrecipes.evaluation.generation import generate
 from torchrecipes.models import llama
 from torchrecipes.distributed.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
-from torchrecipes.training.run import start_run
+from torchrecipes.training.run import Run
 
 folder, sizes, prompts, eos = sys.argv[1], *map(json.loads, sys.argv[2:])
-run = start_run(folder, seed=0, config_yaml="", resume="auto")
+torch.distributed.init_process_group("gloo")
+folder.mkdir(exist_ok=True)
+run = Run(folder, torch.device("cpu"), rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
 with torch.device("meta"):
     model = llama(**sizes)
 parallelize(model, "fsdp", run.device, torch.float32)

@@ -39,10 +39,11 @@ from torchrecipes.modules import KVCache
 from torchrecipes.distributed.error_file import hard_exit
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.distributed.fsdp import init_on_device, parallelize, set_grad_sync
-from torchrecipes.training.run import start_run
+from torchrecipes.training.run import Run
 
 folder, family, strategy, mode = sys.argv[1:5]
-run = start_run(folder, seed=0, config_yaml="", resume="auto")
+torch.distributed.init_process_group("gloo")
+run = Run(folder, torch.device("cpu"), rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
 with torch.device("meta"):
     model = FAMILIES[family](**SIZES)
 apply_activation_checkpointing(model, mode)
