@@ -20,7 +20,7 @@ from torchrecipes.models import load_hf
 RECIPE = find_recipe("causal_pretrain")
 STEPS = 12
 SETTINGS = f"""
-tokenizer: {{_component_: torchrecipes.data.tokenizers.train_bpe, vocab_size: 400, causal: true}}
+tokenizer: {{_component_: torchrecipes.data.tokenizers.train_bpe, vocab_size: 400}}
 data:
   source: {{_component_: torchrecipes.data.sources.files, path: TEXT, sample_by: line}}
   validation_fraction: 0.1

@@ -12,7 +12,7 @@ from torchrecipes.config.catalog import find_recipe
 
 STEPS = 20
 SETTINGS = f"""
-tokenizer: {{_component_: torchrecipes.data.tokenizers.train_bpe, vocab_size: 300, causal: true}}
+tokenizer: {{_component_: torchrecipes.data.tokenizers.train_bpe, vocab_size: 300}}
 data:
   source: {{_component_: torchrecipes.data.sources.files, path: TEXT, sample_by: line}}
   corpus_dir: CORPUS
