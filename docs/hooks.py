@@ -5,7 +5,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import typing
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -14,6 +13,8 @@ import torchrecipes
 from torchrecipes.cli.main import VERBS
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config.catalog import builtin_recipes
+from torchrecipes.config.components import parameters
+from torchrecipes.config.dump import inline
 from torchrecipes.config.schema_page import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ def on_config(config):
 def on_files(files, config):
     """Adds the generated pages."""
     pages = {**config_pages(), **api_pages(), "reference/cli.md": cli_page()}
+    pages["reference/components.md"] = components_page()
     for name in ("changelog", "contributing"):
         text = (ROOT / f"{name.upper()}.md").read_text(encoding="utf-8")
         pages[f"{name}.md"] = re.sub(r"\]\(docs/", "](", text)  # links are relative to the root there
@@ -45,6 +47,62 @@ def config_pages() -> dict[str, str]:
 def _config_page(recipe) -> str:
     keys = markdown(load_recipe(recipe.path).Config)
     return f"# {recipe.name}\n\n{recipe.summary}\n\n{keys}"
+
+
+def components_page() -> str:
+    """The components of the library by config key, with the arguments that a config may give."""
+    sections = ["# Components\n", COMPONENTS_INTRO]
+    for title, (module, is_component) in COMPONENTS.items():
+        sections.append(f"## {title}\n\n| component | arguments |\n|---|---|")
+        try:
+            exported = importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+        names = getattr(exported, "__all__", None) or vars(exported)
+        for name in sorted(names):
+            value = getattr(exported, name)
+            if callable(value) and getattr(value, "__module__", "").startswith("torchrecipes.") and is_component(value):
+                injected = INJECTED | ({"vocab_size"} if title == "model" else set())
+                shown = [_argument(item) for item in parameters(value).values() if item.name not in injected]
+                sections.append(f"| `{module}.{name}` | {', '.join(shown)} |")
+        sections.append("")
+    return "\n".join(sections)
+
+
+COMPONENTS_INTRO = """\
+What each key of a config may name, with arguments and defaults. Arguments that the recipe passes itself are left out.
+Your own functions and classes work as well: [Components](../configuration.md#components).
+"""
+INJECTED = {"model", "params", "optimizer", "max_steps", "source", "folder", "causal", "output_dir", "seed", "self"}
+
+
+def _takes(*names: str):
+    """A test for public functions that have one of these parameters."""
+    return lambda value: inspect.isfunction(value) and bool(set(names) & set(inspect.signature(value).parameters))
+
+
+def _is_model(value) -> bool:
+    return inspect.isfunction(value) and (
+        "vocab_size" in inspect.signature(value).parameters or value.__name__ == "from_transformers"
+    )
+
+
+COMPONENTS = {
+    "model": ("torchrecipes.models", _is_model),
+    "tokenizer": ("torchrecipes.data.tokenizers", inspect.isfunction),
+    "data.source": ("torchrecipes.data.sources", _takes("path", "name", "limit_mb")),
+    "optimizer": ("torchrecipes.optim", _takes("model")),
+    "lr_scheduler": ("torchrecipes.optim", _takes("max_steps")),
+    "guard": ("torchrecipes.training.guard", inspect.isclass),
+    "ema": ("torchrecipes.training.ema", inspect.isclass),
+    "log.loggers": ("torchrecipes.training.loggers", inspect.isclass),
+}
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    if parameter.default is inspect.Parameter.empty:
+        return f"`{parameter.name}`"
+    return f"`{parameter.name}: {inline(list(value) if isinstance(value := parameter.default, tuple) else value)}`"
 
 
 def cli_page() -> str:
@@ -64,25 +122,41 @@ class _Help(argparse.HelpFormatter):
 
 def api_pages() -> dict[str, str]:
     """One page per subpackage: the names that it exports, with their docstrings."""
-    found = {}
-    for info in pkgutil.walk_packages(torchrecipes.__path__, "torchrecipes."):
-        if info.ispkg and "._" not in info.name and info.name != "torchrecipes.cli":
-            module = importlib.import_module(info.name)
-            if exported := getattr(module, "__all__", None):
-                short = info.name.removeprefix("torchrecipes.")
-                found[f"reference/api/{short}.md"] = _api_page(module, exported)
-    return found
+    names = [info.name for info in pkgutil.walk_packages(torchrecipes.__path__, "torchrecipes.") if info.ispkg]
+    modules = [importlib.import_module(name) for name in names if "._" not in name and name != "torchrecipes.cli"]
+    modules = [module for module in modules if getattr(module, "__all__", None)]
+    documented = {}  # of everything exported, the innermost subpackage that exports it
+    for module in sorted(modules, key=lambda module: module.__name__.count(".")):
+        for name in module.__all__:
+            if path := _path(module, name):
+                documented[path] = module
+    return {f"reference/api/{_short(module)}.md": _api_page(module, documented) for module in modules}
 
 
-def _api_page(module, exported) -> str:
-    lines = [f"# {module.__name__}\n", inspect.getdoc(module) or "", ""]
-    for name in sorted(exported, key=str.lower):
-        value = getattr(module, name)
-        home = getattr(value, "__module__", None) or module.__name__
-        path = f"{home}.{getattr(value, '__qualname__', name)}" if home.startswith("torchrecipes.") else None
-        if path and typing.get_origin(value) is not typing.Annotated:  # a type alias has no page
-            lines.append(f"::: {path}\n")
-    return "\n".join(lines)
+def _short(module) -> str:
+    return module.__name__.removeprefix("torchrecipes.")
+
+
+def _path(module, name: str) -> str | None:
+    """Where a function or class is defined; None for other values."""
+    value = getattr(module, name)
+    if not (inspect.isfunction(value) or inspect.isclass(value)):
+        return None
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _api_page(module, documented) -> str:
+    # The map of files in a module's docstring ("name    what it holds") becomes a list.
+    docstring = re.sub(r"(?m)^ *(\S+(?:, \S+)*)   +(\S.*)$", r"- `\1`: \2", inspect.getdoc(module) or "")
+    elsewhere, here = [], []
+    for name in sorted(module.__all__, key=str.lower):
+        path = _path(module, name)
+        if path and documented[path] is module:
+            here.append(f"::: {path}\n")
+        elif path:
+            page = _short(documented[path])
+            elsewhere.append(f"- `{name}`: see [{page}]({page}.md)")
+    return "\n".join([f"# {module.__name__}\n", docstring, "", *elsewhere, "", *here])
 
 
 def _fill(item, sections):
