@@ -1,6 +1,7 @@
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,30 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+def test_no_targets_give_nan():
+    batch = next(batches(1))
+    empty = replace(batch, labels=torch.full_like(batch.labels, -100), num_targets=0)
+    for these in ([], [empty]):
+        assert all(math.isnan(value) for value in evaluate(Model(), these).values())
+
+
+def test_a_baseline_that_has_seen_nothing_has_an_infinite_loss():
+    nothing = UnigramBaseline(torch.full((VOCAB,), -math.inf), 0)
+    scores = evaluate_causal(Model(), batches(), REAL, nothing, nullcontext)
+    assert scores["unigram_loss"] == math.inf and math.isfinite(scores["loss"])
+
+
+def test_every_module_has_its_own_mode_again_also_after_an_error():
+    model = Model().train()
+    model.head.eval()
+
+    def broken():
+        yield next(batches(1))
+        raise KeyError
+
+    evaluate(model, batches(1))
+    with pytest.raises(KeyError):
+        evaluate(model, broken())
+    assert model.training and model.embedding.training and not model.head.training

@@ -237,21 +237,29 @@ def test_bf16_differs_in_rounding_only(family):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "settings", "message"),
+    ("prompts", "settings", "code"),
     [
-        ([], {}, "there is no prompt"),
-        ([[1], []], {}, "prompt 2: no token"),
-        ([[1], [1] * POSITIONS], {}, "prompt 2: 48 tokens, and the model has 48 positions"),
-        ([[1, VOCAB]], {}, "ids 1 to 97"),
-        ([[-1]], {}, "ids -1 to -1"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ([[1]], {"temperature": -1.0}, "temperature is -1"),
-        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([], {}, "no_prompt"),
+        ([[1], []], {}, "bad_prompt"),
+        ([[1], [1] * POSITIONS], {}, "bad_prompt"),
+        ([[1, VOCAB]], {}, "bad_prompt"),
+        ([[-1]], {}, "bad_prompt"),
+        ([[1]], {"max_new_tokens": 0}, "out_of_range"),
+        ([[1]], {"temperature": -1.0}, "out_of_range"),
+        ([[1]], {"top_p": 0.0}, "out_of_range"),
     ],
 )
-def test_mistakes_are_told(prompts, settings, message):
-    with pytest.raises(UserError, match=message):
-        generate(make(), prompts, **({"max_new_tokens": 5} | settings))
+def test_mistakes_are_told(prompts, settings, code):
+    model = make().train()
+    with pytest.raises(UserError) as error:
+        generate(model, prompts, **({"max_new_tokens": 5} | settings))
+    assert error.value.code == code and model.training
+
+
+def test_a_model_without_a_cache_is_refused():
+    with pytest.raises(UserError) as error:
+        generate(torch.nn.Linear(2, 2), [[1]], max_new_tokens=1)
+    assert error.value.code == "cannot_generate"
 
 
 def test_texts_go_on_as_their_tokens_do():

@@ -99,3 +99,9 @@ def test_nothing_of_the_training_is_touched():
     evaluate_mlm(model, batches(), unpadded_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_batches_give_nan():
+    model = neobert(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    scores = evaluate_mlm(model, [], REAL, UnigramBaseline(torch.zeros(VOCAB), 0), nullcontext)
+    assert len(scores) == 5 and all(math.isnan(value) for value in scores.values())

@@ -103,15 +103,24 @@ def test_a_prompt_that_comes_again_is_known_from_earlier_calls():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key"),
     [
-        ((-0.1, None, None), "temperature is -0.1"),
-        ((float("nan"), None, None), "temperature is nan"),
-        ((1.0, 0, None), "top_k is 0"),
-        ((1.0, None, 0.0), "top_p is 0.0"),
-        ((1.0, None, 1.5), "top_p is 1.5"),
+        ((-0.1, None, None), "temperature"),
+        ((float("nan"), None, None), "temperature"),
+        ((1.0, 0, None), "top_k"),
+        ((1.0, None, 0.0), "top_p"),
+        ((1.0, None, 1.5), "top_p"),
     ],
 )
-def test_settings_out_of_range_are_named(settings, message):
-    with pytest.raises(UserError, match=message):
+def test_settings_out_of_range_are_named(settings, key):
+    with pytest.raises(UserError) as error:
         check_sampling(*settings)
+    assert (error.value.key, error.value.code) == (key, "out_of_range")
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])
+def test_a_tiny_temperature_samples_the_most_probable_token(temperature):
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)) * 5
+    filtered = filter_logits(logits, temperature, None, None)
+    assert not filtered.isnan().any()
+    assert torch.equal(sample(filtered, torch.rand(20, dtype=torch.float64)), logits.argmax(-1))

@@ -100,7 +100,7 @@ def _main(args: argparse.Namespace) -> None:
             stride=args.stride,
             rows=args.batch_size,
             autocast=autocast,
-            tell=progress.add,
+            on_progress=progress.add,
         )
     finally:
         progress.close()

@@ -1,7 +1,7 @@
-"""Text generation with a causal language model and a cache of keys and values.
+"""Text generation with a causal language model, with a cache of keys and values.
 
-Prompts of different lengths share a batch and are padded on the right. The cache entries of padding are never attended
-to: a token attends to the positions up to its own, and those have been overwritten by then.
+Prompts of different lengths share a batch, padded on the right. A token attends to the positions up to its own, and by
+then those hold its own prompt and completion, so what padding leaves in the cache is never used.
 """
 
 from collections import Counter
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchrecipes.errors import UserError
+from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.evaluation.sampling import check_sampling, filter_logits, sample, uniform_numbers
+from torchrecipes.models.transformer import Transformer
 from torchrecipes.modules.cache import KVCache
 
 EOS_CHECK_INTERVAL = 8  # tokens between two checks whether all texts have ended: a check waits for the device
@@ -22,13 +24,13 @@ EOS_CHECK_INTERVAL = 8  # tokens between two checks whether all texts have ended
 
 @dataclass(frozen=True)
 class Completion:
-    """The continuation of a prompt.
+    """A prompt and the text that the model added.
 
     Attributes:
-        prompt: the prompt.
-        text: the generated text; the full text is `prompt + text`.
-        num_tokens: number of generated tokens, including the end-of-sequence token.
-        ended: whether the model ended the text, rather than a limit on tokens or positions.
+        prompt: as it was given.
+        text: the new text; `prompt + text` is all of it.
+        num_tokens: new tokens, with the one that ends the text.
+        ended: whether the model ended the text, rather than a limit of tokens or positions.
     """
 
     prompt: str
@@ -56,42 +58,44 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt by at most `max_new_tokens` tokens, all of them in one batch.
 
-    A text also ends at the model's last position: prompt and continuation together are never longer than
-    `max_position_embeddings`. No global random generator is used, and training mode is restored.
-
-    Under `fully_shard` every rank calls this with the same arguments.
+    A text also ends where the model has no more positions: prompt and completion together are never longer than
+    `max_position_embeddings`. No global random generator is touched, and training modes are restored. Under
+    `fully_shard` every rank calls it with the same arguments.
 
     Args:
-        model: a causal one: `model(input_ids, position_ids=..., cache=...)` and `model.head`.
-        prompts: token ids of each prompt, at least one.
+        model: a decoder of `torchrecipes.models`: `model(input_ids, position_ids=..., cache=...)` and `model.head`.
+        prompts: ids of each, one at least.
         max_new_tokens: 1 or more.
-        temperature: 0 always takes the most probable token; below 1 sharpens the distribution.
+        temperature: 0 always takes the most probable token; below 1 sharpens the model's distribution.
         top_k: sample from the k most probable tokens only.
         top_p: sample from the most probable tokens whose probabilities sum to this.
-        seed: determines the samples. A continuation does not depend on the other prompts of the batch; a repeated
-            prompt is continued differently.
-        eos_id: the end-of-sequence token. None: texts end at a limit only.
-        unpadded_vocab_size: ids from here on are vocabulary padding and are never generated. None: there is no padding.
-        suppress_tokens: other ids that are never generated.
-        prompt_counts: how often each prompt occurred in earlier batches; updated here. The texts then do not depend on
-            how prompts are batched. None: this is the only batch.
-        autocast: returns the context to compute in.
-        on_token: called after every step with a token per prompt; ignore tokens after the end of a text. It makes the
-            host wait for every step.
+        seed: chooses the samples. A completion does not depend on the other prompts in the batch; a prompt that is
+            given twice has two completions.
+        eos_id: the token that ends a text. None: none does.
+        unpadded_vocab_size: ids from here on are padding of the vocabulary and are never chosen. None: there are none.
+        suppress_tokens: other ids that are never chosen.
+        prompt_counts: how often each prompt occurred in earlier batches; updated. With it, texts do not depend on how
+            prompts are batched. None: this is the only batch.
+        autocast: makes the context to compute in.
+        on_token: called after every step with a token per prompt; tokens after a text's end mean nothing. The host
+            waits for the device at each.
 
     Returns:
-        The new tokens of every prompt; the last one is `eos_id` if the model ended the text.
+        The new tokens of every prompt, with `eos_id` as the last one where the model has ended the text.
 
     Raises:
-        UserError: no prompt, an empty or too long one, an id that the model does not have, a setting out of range, or
-            logits that are not finite.
+        UserError: no prompt, or one that `check_prompts` refuses; a setting out of range; a model without a cache; or
+            logits that are not finite (code `nonfinite_logits`).
     """
     prompts = [list(prompt) for prompt in prompts]
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it is 1 or more.")
+        raise UserError(f"{max_new_tokens} must be 1 or more", key="max_new_tokens", code="out_of_range")
     if not prompts:
-        raise UserError("there is no prompt to continue. Give at least one.")
+        raise UserError("there is no prompt to continue", hint="Give one at least.", code="no_prompt")
+    if not isinstance(model, Transformer) or not model.causal:
+        problem = f"{type(model).__name__} cannot generate text"
+        raise UserError(problem, hint="Use a decoder of torchrecipes.models.", code="cannot_generate")
     check_prompts(model, prompts)
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -104,45 +108,40 @@ def generate(
         row[: len(prompt)] = torch.tensor(prompt)
     input_ids, next_position = input_ids.to(device), lengths.to(device)[:, None]
     position_ids = torch.arange(longest, device=device).expand(len(prompts), -1)
-    last_index = next_position - 1  # index of the input token whose hidden state predicts the next one
+    last_index = next_position - 1  # of the input token whose hidden state predicts the next one
 
     new_tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
     suppressed = torch.tensor(suppress_tokens, dtype=torch.int64).to(device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    broken = torch.zeros_like(ended)  # checked at the end: a check waits for the device
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast(), _without_compile(model):
-            cache = _cache(model, len(prompts), min(longest + steps, positions), device)
-            for step in range(steps):
-                hidden = model(input_ids, position_ids=position_ids, cache=cache)
-                last_BD = hidden.gather(1, last_index[:, :, None].expand(-1, -1, hidden.shape[2])).squeeze(1)
-                logits = model.head(last_BD)[:, :unpadded_vocab_size].float()
-                broken |= ~logits.isfinite().all(-1)
-                logits = logits.index_fill(1, suppressed, float("-inf"))
-                token_B = (
-                    sample(filter_logits(logits, temperature, top_k, top_p), uniform[:, step])
-                    if temperature
-                    else logits.argmax(-1)
-                )
-                new_tokens[:, step] = token_B
-                ended |= broken | (next_position.squeeze(1) + 1 >= positions)
-                if eos_id is not None:
-                    ended |= token_B == eos_id
-                if on_token:
-                    on_token(token_B.tolist())
-                if (on_token or (step + 1) % EOS_CHECK_INTERVAL == 0) and _all_everywhere(ended, model):
-                    break
-                # Texts that have ended are continued, unseen; their position stays a valid one.
-                input_ids, position_ids = token_B[:, None], next_position.clamp(max=cache.max_len - 1)
-                next_position, last_index = next_position + 1, torch.zeros_like(next_position)
-    finally:
-        model.train(was_training)
+    broken = torch.zeros_like(ended)  # read at the end only, since that waits for the device
+    with evaluation_mode(model), autocast(), _without_compile(model):
+        cache = _cache(model, len(prompts), min(longest + steps, positions), device)
+        for step in range(steps):
+            hidden = model(input_ids, position_ids=position_ids, cache=cache)
+            last_BD = hidden.gather(1, last_index[:, :, None].expand(-1, -1, hidden.shape[2])).squeeze(1)
+            logits = model.head(last_BD)[:, :unpadded_vocab_size].float()
+            broken |= ~logits.isfinite().all(-1)
+            logits = logits.index_fill(1, suppressed, float("-inf"))
+            token_B = (
+                sample(filter_logits(logits, temperature, top_k, top_p), uniform[:, step])
+                if temperature
+                else logits.argmax(-1)
+            )
+            new_tokens[:, step] = token_B
+            ended |= broken | (next_position.squeeze(1) + 1 >= positions)
+            if eos_id is not None:
+                ended |= token_B == eos_id
+            if on_token:
+                on_token(token_B.tolist())
+            if (on_token or (step + 1) % EOS_CHECK_INTERVAL == 0) and _all_everywhere(ended, model):
+                break
+            # A text that has ended is computed on, at a valid position.
+            input_ids, position_ids = token_B[:, None], next_position.clamp(max=cache.max_len - 1)
+            next_position, last_index = next_position + 1, torch.zeros_like(next_position)
     if broken.any():
         raise UserError(
-            "the model's logits are NaN or infinite: its weights are corrupt, or its training diverged",
-            hint="Use an earlier checkpoint.",
+            "the model gives NaN or infinite logits: its weights are damaged, or its training diverged",
+            hint="Take an earlier checkpoint.",
             code="nonfinite_logits",
         )
     return [
@@ -158,9 +157,9 @@ def check_prompts(
 
     Args:
         model: a causal one; one without a `config` is not checked.
-        prompts: token ids of each prompt.
-        names: names of the prompts in messages. None: prompt 1, prompt 2, ...
-        key: the config key or option that the prompts come from.
+        prompts: token ids of each.
+        names: what a message calls each prompt. None: prompt 1, prompt 2, ...
+        key: the config key or option that they are from.
 
     Raises:
         UserError: a prompt has no token, leaves no room for a new one, or has an id that the model does not have (code
@@ -201,14 +200,12 @@ def generate_text(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     on_token: Callable[[str], None] | None = None,
 ) -> list[Completion]:
-    """`generate` from texts to texts; the other arguments are the same.
-
-    The unknown token is never generated, because it stands for no text.
+    """`generate` from texts to texts, with the same arguments. The tokenizer's unknown token is never chosen.
 
     Args:
         model: as in `generate`.
-        tokenizer: loaded for causal models: a prompt begins as a document does, and its end-of-sequence token ends a
-            text.
+        tokenizer: a `torchrecipes.data` Tokenizer, loaded for causal models: a prompt begins like a document, and the
+            end-of-sequence token ends a text.
         prompts: texts. The empty one begins a document.
         on_token: called with each piece of the first prompt's text as soon as its characters are complete.
     """
@@ -239,10 +236,10 @@ def _continuation(tokenizer, prompt: str, ids: list[int], new: list[int]) -> Com
 
 
 def _added_text(tokenizer, ids: list[int], new: list[int]) -> str:
-    """The text that the tokens `new`, up to an end of text, add to the text of `ids`."""
+    """The text that `new` tokens, up to the one that ends a text, add to that of `ids`."""
     if tokenizer.eos_id in new:
         new = new[: new.index(tokenizer.eos_id)]
-    # Decoded together: a character may begin in the prompt's last token, and a first word has no space before it.
+    # Decoded together, since a character may begin in the prompt's last token, and a first word has no space.
     before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new)
     same = 0
     while same < len(before) and before[same] == whole[same : same + 1]:
@@ -251,15 +248,15 @@ def _added_text(tokenizer, ids: list[int], new: list[int]) -> str:
 
 
 def _in_pieces(tokenizer, ids: list[int], on_token: Callable[[str], None]) -> Callable[[list[int]], None]:
-    new, told = [], 0
+    new, printed = [], 0
 
     def add(tokens: list[int]) -> None:
-        nonlocal told
+        nonlocal printed
         new.append(tokens[0])
         text = _added_text(tokenizer, ids, new)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
-            on_token(text[told:])
-            told = len(text)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are yet to come
+            on_token(text[printed:])
+            printed = len(text)
 
     return add
 
@@ -274,7 +271,7 @@ def _cache(model: nn.Module, batch: int, max_len: int, device: torch.device) -> 
 
 
 def _all_everywhere(ended: Tensor, model: nn.Module) -> bool:
-    """Whether all texts have ended on all ranks: a sharded model needs every rank to gather weights."""
+    """Whether all texts have ended, on all ranks of a sharded model, since every rank takes part in its all-gathers."""
     done = ended.all()
     if isinstance(model, FSDPModule):
         done = done.int()
@@ -283,7 +280,7 @@ def _all_everywhere(ended: Tensor, model: nn.Module) -> bool:
 
 
 def _without_compile(model: nn.Module) -> AbstractContextManager:
-    """Runs blocks that were compiled for training without compilation: every prompt length would recompile them."""
+    """Runs compiled blocks eagerly: every new length of a prompt would recompile them."""
     if all(getattr(block, "_compiled_call_impl", None) is None for block in model.blocks):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

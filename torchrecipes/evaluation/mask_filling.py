@@ -1,4 +1,4 @@
-"""Fill-mask: the most probable tokens for each `[MASK]` of a text."""
+"""The predictions of a masked language model for `[MASK]`."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.evaluation.running import evaluation_mode
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A guess for one mask: the text of the token and its probability."""
+    """A prediction for a mask: the token's text, and its probability among all tokens that can be predicted."""
 
     token: str
     probability: float
@@ -21,26 +22,25 @@ def fill_mask(model: nn.Module, tokenizer, text: str, top_k: int = 5) -> list[li
     """The `top_k` most probable tokens for every mask in `text`, in the order of the masks.
 
     Args:
-        model: returns hidden states and has a `head` (`torchrecipes.models.load_hf`). It is put into evaluation mode.
-        tokenizer: its vocabulary padding is never predicted.
+        model: gives hidden states and has a `head` (`torchrecipes.models.load_hf`).
+        tokenizer: a `torchrecipes.data.tokenizers.Tokenizer`. Padding of its vocabulary is never predicted.
         text: contains the tokenizer's mask token at least once, as in `"The [MASK] is blue."`
 
     Raises:
-        UserError: `text` has no mask, or is longer than the model's positions.
+        UserError: `text` has no mask (code `no_mask`), or more tokens than the model has positions (`too_long`).
     """
     mask_token = tokenizer.decode_token(tokenizer.mask_id)
     ids = tokenizer.encode_prompt(text)
-    positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
-    if not positions:
-        raise UserError(f"{text!r} has no {mask_token}. Write {mask_token} where the model should predict a token.")
-    if len(ids) > model.config.max_position_embeddings:
-        raise UserError(
-            f"the text has {len(ids)} tokens, the model {model.config.max_position_embeddings} positions. Shorten it."
-        )
-    model.eval()
-    device = next(model.parameters()).device
-    hidden = model(torch.tensor([ids], device=device))
-    logits = model.head(hidden[0, positions])[:, : tokenizer.unpadded_vocab_size].float()
+    masks = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
+    if not masks:
+        hint = f"Put {mask_token} where the model is to predict a token."
+        raise UserError(f"{text!r} has no {mask_token}", hint=hint, code="no_mask")
+    if len(ids) > (positions := model.config.max_position_embeddings):
+        problem = f"the text has {len(ids)} tokens, and the model {positions} positions"
+        raise UserError(problem, hint="Shorten it.", code="too_long")
+    with evaluation_mode(model):
+        hidden = model(torch.tensor([ids], device=next(model.parameters()).device))
+        logits = model.head(hidden[0, masks])[:, : tokenizer.unpadded_vocab_size].float()
     probability, token = logits.softmax(-1).topk(min(top_k, tokenizer.unpadded_vocab_size))
     return [
         [Prediction(tokenizer.decode_token(t), p) for t, p in zip(tokens, probabilities, strict=True)]

@@ -1,17 +1,18 @@
-"""Evaluation of masked language models: loss, perplexity and accuracy, beside a unigram baseline."""
+"""The quality of a masked language model, beside a baseline of token frequencies."""
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from torchrecipes.evaluation.running import evaluation_mode, means_over_ranks
 from torchrecipes.losses import linear_cross_entropy
 
-ROWS_AT_ONCE = 2048  # masked positions whose logits are held at a time
+CHUNK_SIZE = 2048  # masked positions whose logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class UnigramBaseline:
 
     Attributes:
         log_probability: `[V]` fp32, the natural logarithm of each token's share; -inf where it never occurs.
-        most_frequent: the most frequent token.
+        most_frequent: the token that a constant prediction would choose.
     """
 
     log_probability: torch.Tensor
@@ -28,9 +29,9 @@ class UnigramBaseline:
 
 
 def unigram_baseline(corpus, special_ids: Iterable[int], vocab_size: int) -> UnigramBaseline:
-    """Counts the tokens of a corpus that are not special.
+    """Counts the tokens of a corpus (a `torchrecipes.data.corpus.Corpus`) that are not special.
 
-    A model whose loss is not below that of this baseline has learned nothing but token frequencies.
+    A model whose loss is not below this baseline's has learned nothing but token frequencies.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     chunk = 1 << 24
@@ -50,51 +51,43 @@ def evaluate_mlm(
     baseline: UnigramBaseline,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
-    """Evaluates `model` on `batches` in evaluation mode. No random generator is used.
+    """Evaluates a masked language model on `batches`, without touching any random generator.
 
     Args:
-        model: returns hidden states `[B, S, D]` and has a `head`; its training mode is restored afterwards.
-        batches: `Batch` objects with masks, on the model's device; in a process group each rank's share.
-        unpadded_vocab_size: ids from here on are vocabulary padding and are never predicted.
-        baseline: the unigram baseline of the same split.
-        autocast: returns the context to compute in.
+        model: gives `[B, S, D]` hidden states and has a `head`; its modules' training modes are restored afterwards.
+        batches: `Batch` objects with masks, on the model's device; in a process group this rank's share.
+        unpadded_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
+        baseline: of the same split.
+        autocast: makes the context to compute in.
 
     Returns:
-        `loss` (nats per masked token), `perplexity`, `accuracy` (share of masked tokens that the model's first guess
-        gets right), and `unigram_loss`, `unigram_accuracy`: the same for the baseline on the same masked tokens.
+        `loss` (nats per masked token), `perplexity`, `accuracy` (share of masked tokens that are the model's first
+        choice), and `unigram_loss`, `unigram_accuracy`: the same for the baseline. The same on all ranks; NaN where no
+        token is masked.
     """
     device = next(model.parameters()).device
     log_probability = baseline.log_probability.to(device)
-    loss, correct, unigram_loss, unigram_correct, targets = (torch.zeros((), device=device) for _ in range(5))
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        with autocast():
-            hidden = model(
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-            )
-            rows = hidden.flatten(0, 1).index_select(0, batch.masked_positions)
-            for row, label in zip(rows.split(ROWS_AT_ONCE), batch.masked_labels.split(ROWS_AT_ONCE), strict=True):
-                row = model.head.transform(row)
-                loss += linear_cross_entropy(row, model.head.weight, label, model.head.bias)
-                logits = nn.functional.linear(row, model.head.weight, model.head.bias)
-                correct += (logits[:, :unpadded_vocab_size].argmax(-1) == label).sum()
-        real = batch.masked_labels >= 0
-        unigram_loss -= torch.where(real, log_probability[batch.masked_labels.clamp(min=0)], 0).sum()
-        unigram_correct += (batch.masked_labels == baseline.most_frequent).sum()
-        targets += batch.num_targets
-    model.train(was_training)
-    sums = torch.stack([loss, correct, unigram_loss, unigram_correct, targets])
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    loss, correct, unigram_loss, unigram_correct, targets = sums.tolist()
-    return {
-        "loss": loss / targets,
-        "perplexity": math.exp(min(loss / targets, 700)),
-        "accuracy": correct / targets,
-        "unigram_loss": unigram_loss / targets,
-        "unigram_accuracy": unigram_correct / targets,
-    }
+    # In fp64: a sum over millions of tokens must not depend on how they are spread over batches and ranks.
+    zeros = torch.zeros(5, dtype=torch.float64, device=device)
+    loss, correct, unigram_loss, unigram_correct, targets = zeros
+    with evaluation_mode(model):
+        for batch in batches:
+            with autocast():
+                hidden = model(
+                    batch.input_ids,
+                    position_ids=batch.position_ids,
+                    cu_seqlens=batch.cu_seqlens,
+                    max_seqlen=batch.max_seqlen,
+                )
+                rows = hidden.flatten(0, 1).index_select(0, batch.masked_positions)
+                for row, label in zip(rows.split(CHUNK_SIZE), batch.masked_labels.split(CHUNK_SIZE), strict=True):
+                    row = model.head.transform(row)
+                    loss += linear_cross_entropy(row, model.head.weight, label, model.head.bias)
+                    logits = F.linear(row, model.head.weight, model.head.bias)
+                    correct += (logits[:, :unpadded_vocab_size].argmax(-1) == label).sum()
+            labels = batch.masked_labels
+            unigram_loss -= torch.where(labels >= 0, log_probability[labels.clamp(min=0)], 0).sum(dtype=torch.float64)
+            unigram_correct += (labels == baseline.most_frequent).sum()
+            targets += batch.num_targets
+    sums = {"loss": loss, "accuracy": correct, "unigram_loss": unigram_loss, "unigram_accuracy": unigram_correct}
+    return means_over_ranks(sums, targets)

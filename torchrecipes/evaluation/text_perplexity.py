@@ -1,14 +1,14 @@
-"""Perplexity of text under a causal language model.
+"""The perplexity of text under a causal language model.
 
-Every token of a document's text is scored once, given the tokens before it in the document; the first one given the
-token that begins documents. Begin and end tokens are never scored.
+Every token of a document's text is scored once, given the tokens before it in that document; the first one given the
+token that begins a document. Special tokens at the beginning and end of a document are not scored.
 
-A document longer than the model's window is scored in overlapping windows. Each starts `stride` tokens after the
-previous one and scores the tokens that it did not, so a token has at least `window - stride` tokens of context (unless
-its document begins later). A smaller stride takes more time and is closer to a full window of context for every token.
+A document longer than the model's window is read in overlapping windows: each begins `stride` tokens after the previous
+one and scores what that has not scored, so a token has at least `window - stride` tokens before it (or the whole
+beginning of the document). A smaller stride takes more time and comes closer to a full window before every token.
 
-Windows are packed into rows, the longest first, and attention stays inside each. Rows are only as long as the text
-needs, or short documents under a model with many positions would be mostly padding.
+Windows are packed into rows, the longest first, and attention stays inside each. Rows are as long as the text needs:
+rows of all of a model's positions would be mostly padding where documents are short.
 """
 
 import math
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.losses import linear_cross_entropy
 
-TOKENS_AT_ONCE = 16_384  # per forward pass, unless a number of rows is given
-ROW = 1_024  # tokens that a row has room for, unless a window is longer or no window can be so long
-BATCHES_COLLECTED = 16  # of windows that are sorted by length together, so that rows are full
+BATCH_TOKENS = 16_384  # per forward pass, unless a number of rows is given
+ROW_LENGTH = 1_024  # tokens of a row, unless a window is longer, or all windows are shorter
+BATCHES_SORTED = 16  # batches of windows that are sorted by length together, so that rows are full
 
 
 class Tokens(NamedTuple):
-    """A tokenized document: `ids`, the first of which is not scored, and the size of its text in UTF-8 bytes."""
+    """A document: `ids`, the first of which is not scored, and the size of its text in bytes (UTF-8)."""
 
     ids: list[int]
     num_bytes: int
@@ -38,14 +39,13 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The scores of a text. Without scored tokens the means are NaN.
+    """The result of `perplexity`. Where nothing was scored, the means are NaN.
 
     Attributes:
         documents: number of documents.
         tokens: number of scored tokens.
-        bytes: size of the text in UTF-8.
-        total_nll: sum of the negative log-likelihoods of the scored tokens, in nats. `nll_per_token` is their mean,
-            `perplexity` its exponential; `bits_per_byte` is comparable across tokenizers.
+        bytes: size of the documents' text in UTF-8.
+        total_nll: sum of the scored tokens' negative log-probabilities, in nats.
     """
 
     documents: int
@@ -55,22 +55,22 @@ class Perplexity:
 
     @property
     def nll_per_token(self) -> float:
-        """Mean negative log-likelihood of a token, in nats: the loss."""
+        """The loss: the mean over the tokens, in nats."""
         return self.total_nll / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """The exponential of `nll_per_token`."""
+        """`exp(nll_per_token)`: so many equally probable tokens would be as hard to predict."""
         return math.exp(min(self.nll_per_token, 700))
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per UTF-8 byte of text, comparable across tokenizers."""
+        """Bits per byte of text, which compares models with different tokenizers."""
         return self.total_nll / math.log(2) / self.bytes if self.bytes else math.nan
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean length of a token in UTF-8 bytes."""
+        """The mean length of a token."""
         return self.bytes / self.tokens if self.tokens else math.nan
 
     def as_dict(self) -> dict[str, float]:
@@ -88,32 +88,30 @@ def perplexity(
     stride: int | None = None,
     rows: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    tell: Callable[[int, int, int], None] | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Perplexity:
-    """Scores documents. No random generator is used, and training mode is restored.
+    """Scores documents. No random generator is touched, and training modes are restored.
 
     Args:
-        model: a causal model that returns hidden states and has a `head`.
+        model: a causal one that gives hidden states, with a `head`.
         documents: may be a generator; a few batches are in memory at a time.
-        window: tokens per window. None: the model's `max_position_embeddings`.
-        stride: tokens between the starts of two windows. None: half a window.
-        rows: windows per forward pass; shorter texts are packed into as many tokens. None: about 16,384 tokens, at
+        window: tokens that the model attends to. None: its `max_position_embeddings`.
+        stride: tokens between the beginnings of two windows. None: half a window.
+        rows: a forward pass takes about as many tokens as this many windows have. None: about 16,384 tokens, and at
             least one window.
-        autocast: returns the context to compute in.
-        tell: called now and then with the documents, bytes and scored tokens since the last call.
+        autocast: makes the context to compute in.
+        on_progress: called now and then with the documents, bytes and scored tokens since the last call.
 
     Raises:
-        UserError: window, stride or rows are out of range, or an id is one that the model does not have.
+        UserError: `window`, `stride` or `rows` is out of range, or an id is not in the model's vocabulary.
     """
     window, stride, at_once = _check_windows(model, window, stride, rows)
     device = next(model.parameters()).device
     total_nll = torch.zeros((), dtype=torch.float64, device=device)
     total_documents = total_tokens = total_bytes = 0
-    was_training = model.training
-    model.eval()
-    try:
-        for group, num_documents, num_bytes in _collect(documents, window, stride, BATCHES_COLLECTED * at_once):
-            capacity = max([min(window, ROW), *(len(piece.ids) - 1 for piece in group)])
+    with evaluation_mode(model):
+        for group, num_documents, num_bytes in _collect(documents, window, stride, BATCHES_SORTED * at_once):
+            capacity = max([min(window, ROW_LENGTH), *(len(piece.ids) - 1 for piece in group)])
             packed, rows = _pack(group, capacity), max(1, at_once // capacity)
             for first in range(0, len(packed), rows):
                 pieces = packed[first : first + rows]
@@ -124,13 +122,11 @@ def perplexity(
                     total_nll += linear_cross_entropy(hidden, model.head.weight, labels, model.head.bias)
                 tokens = sum(len(ids) - scored_from for row in pieces for ids, scored_from in row)
                 total_tokens += tokens
-                if tell:
+                if on_progress:
                     before, now = (num_bytes * done // len(packed) for done in (first, first + len(pieces)))
-                    tell(num_documents if first + rows >= len(packed) else 0, now - before, tokens)
+                    on_progress(num_documents if first + rows >= len(packed) else 0, now - before, tokens)
             total_documents += num_documents
             total_bytes += num_bytes
-    finally:
-        model.train(was_training)
     return Perplexity(total_documents, total_tokens, total_bytes, float(total_nll))
 
 
@@ -142,7 +138,7 @@ class Window(NamedTuple):
 
 
 def windows(ids: list[int], window: int, stride: int) -> Iterator[Window]:
-    """The windows of a document: at most `window + 1` tokens each; the model reads all but the last."""
+    """The windows of a document. The model reads all but the last token of each, at most `window`."""
     scored = 1
     for start in range(0, len(ids), stride):
         stop = min(start + window + 1, len(ids))
@@ -154,23 +150,24 @@ def windows(ids: list[int], window: int, stride: int) -> Iterator[Window]:
 
 
 def encode_documents(tokenizer, texts: Iterable[str], at_once: int = 64) -> Iterator[Tokens]:
-    """Tokenizes texts for `perplexity`: `<begin> text`, without an end token.
+    """Documents as `perplexity` takes them: `<begin> text`, without the token that ends a document.
 
     Args:
-        tokenizer: if it prepends nothing to a text, its `bos` or `eos` token is prepended.
+        tokenizer: a `torchrecipes.data` Tokenizer. If it puts no token before a text, its `bos` or `eos` token is.
         texts: the documents.
-        at_once: documents tokenized together.
+        at_once: documents that are tokenized together.
 
     Raises:
-        UserError: the tokenizer has neither a bos nor an eos token.
+        UserError: the tokenizer has no token to put before a text (code `no_bos_token`).
     """
     begin = {tokenizer.bos_id, tokenizer.cls_id, tokenizer.eos_id} - {None}
     end = {tokenizer.eos_id, tokenizer.sep_id} - {None}
     first = next((i for i in (tokenizer.bos_id, tokenizer.cls_id, tokenizer.eos_id) if i is not None), None)
     if first is None:
         raise UserError(
-            "this tokenizer has neither a bos nor an eos token, so nothing can stand before a text's first token. Name "
-            'one in tokenizer_config.json, as in "bos_token": "<|endoftext|>".'
+            "the tokenizer has neither a bos nor an eos token to put before a text's first token",
+            hint='Name one in tokenizer_config.json, as in "bos_token": "<|endoftext|>".',
+            code="no_bos_token",
         )
     for some in _in_groups(texts, at_once):
         for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
@@ -185,15 +182,14 @@ def _check_windows(model: nn.Module, window: int | None, stride: int | None, row
     positions = model.config.max_position_embeddings
     window = positions if window is None else window
     if not 1 <= window <= positions:
-        raise UserError(
-            f"the window is {window} tokens; it is at least 1 and at most the model's {positions} positions."
-        )
+        wanted = f"1 to {positions} tokens, the model's positions"
+        raise UserError(f"{window} must be {wanted}", key="window", code="out_of_range")
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
-        raise UserError(f"the stride is {stride} tokens; it is 1 or more, and at most the window, {window}.")
+        raise UserError(f"{stride} must be 1 to {window} tokens, the window", key="stride", code="out_of_range")
     if rows is not None and rows < 1:
-        raise UserError(f"{rows} rows per batch; it is 1 or more.")
-    return window, stride, TOKENS_AT_ONCE if rows is None else rows * window
+        raise UserError(f"{rows} must be 1 or more", key="rows", code="out_of_range")
+    return window, stride, BATCH_TOKENS if rows is None else rows * window
 
 
 def _in_groups(items: Iterable, size: int) -> Iterator[list]:
@@ -210,7 +206,7 @@ def _in_groups(items: Iterable, size: int) -> Iterator[list]:
 def _collect(
     documents: Iterable[Tokens], window: int, stride: int, num_tokens: int
 ) -> Iterator[tuple[list[Window], int, int]]:
-    """Batches of windows with about `num_tokens` tokens, the number of documents that end in each, and their bytes."""
+    """Groups of windows of about `num_tokens` tokens, with the documents that end in them and the bytes they score."""
     group, held, count, num_bytes = [], 0, 0, 0
     for document in documents:
         left, unscored = document.num_bytes, len(document.ids) - 1
@@ -230,7 +226,7 @@ def _collect(
 
 
 def _pack(group: list[Window], capacity: int) -> list[list[Window]]:
-    """Packs windows into rows with best-fit decreasing: the longest first, each where it fits most tightly."""
+    """Packs windows into rows, the longest first, each where it fits most tightly (best fit decreasing)."""
     rows: list[list[Window]] = []
     room: list[tuple[int, int]] = []  # (tokens that still fit, number of the row), sorted
     for piece in sorted(group, key=lambda piece: -len(piece.ids)):
@@ -248,7 +244,7 @@ def _pack(group: list[Window], capacity: int) -> list[list[Window]]:
 def _batch(
     rows: list[list[Window]], vocab_size: int, device: torch.device
 ) -> tuple[dict[str, Tensor | int | None], Tensor, Tensor]:
-    """The model's inputs `[B, longest row]`, the flat positions to score, and their labels."""
+    """The model's inputs, `[B, longest row]`, and the scored flat positions with their labels."""
     width = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     position_ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -265,17 +261,19 @@ def _batch(
             labels[number, start + scored_from - 1 : stop] = tokens[scored_from:]
             ends.append(number * width + stop)
             start = stop
-        while start < width:  # padding is documents, none longer than the others
+        while start < width:  # padding is more documents, none longer than the others
             stop = min(start + longest, width)
             position_ids[number, start:stop] = torch.arange(stop - start)
             ends.append(number * width + stop)
             start = stop
     highest = max(int(input_ids.max()), int(labels.max()))
-    if highest >= vocab_size:  # on a GPU this would end the process
+    if highest >= vocab_size:  # on a GPU it would end the process
         raise UserError(
-            f"the text has the id {highest:,}, and the model {vocab_size:,} tokens. Take the model's own tokenizer."
+            f"the text has the id {highest:,}, and the model {vocab_size:,} tokens",
+            hint="Use the model's own tokenizer.",
+            code="id_out_of_range",
         )
-    # A row that one window begins needs no boundaries: what follows is padding, which no earlier token sees.
+    # A row of one window needs no boundaries: padding follows, to which no earlier token attends.
     alone = all(len(row) == 1 for row in rows)
     inputs = {
         "input_ids": input_ids.to(device),
