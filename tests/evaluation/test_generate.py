@@ -308,7 +308,6 @@ from torchrecipes.training.run import Run
 
 folder, sizes, prompts, eos = sys.argv[1], *map(json.loads, sys.argv[2:])
 torch.distributed.init_process_group("gloo")
-folder.mkdir(exist_ok=True)
 run = Run(folder, torch.device("cpu"), rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
 with torch.device("meta"):
     model = llama(**sizes)
