@@ -8,7 +8,7 @@ from typing import Any
 from torchrecipes.config import Component, build, component
 from torchrecipes.config.metadata import Count, Fraction, MayChange
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
-from torchrecipes.data.corpus import prepare_corpus
+from torchrecipes.data.corpus import check_corpus_dir, prepare_corpus
 from torchrecipes.data.tokenizers import Tokenizer, load_tokenizer
 from torchrecipes.distributed.collectives import rank0_first
 
@@ -53,12 +53,19 @@ def load_text(config: Any, *, causal: bool) -> Text:
     source, validation_source = build(data.source), build(data.validation_source)
     corpus_dir = Path(data.corpus_dir or Path(config.output_dir) / "corpus")
     with rank0_first("tokenizer and corpus"):
+        check_corpus_dir(corpus_dir, source, 0 if validation_source else data.validation_fraction)
         if config.tokenizer is None:
             made = load_tokenizer(_tokenizer_folder(config.init_from), pad_vocab_to_multiple_of=1, causal=causal)
         else:
             made = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer", causal=causal)
         corpora = prepare_corpus(
-            corpus_dir, source, made, data.validation_fraction, validation_source, data.tokenizer_threads
+            corpus_dir,
+            source,
+            made,
+            data.validation_fraction,
+            validation_source,
+            data.tokenizer_threads,
+            seq_len=config.seq_len,
         )
     dataset = partial(
         PackedDataset if data.packing else PaddedDataset,

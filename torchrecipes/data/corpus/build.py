@@ -42,14 +42,22 @@ HASHES = 1 << 64  # number of values of a document's hash
 BATCH_CHARACTERS = 1 << 17  # tokenized at a time by one thread: encodings take 100 times as many bytes
 
 
-def check_corpus_dir(folder: str | Path) -> None:
-    """Checks, before a tokenizer is trained, that a corpus is in `folder` or can be written there.
+def check_corpus_dir(folder: str | Path, source: Source | None = None, validation_fraction: float = 0) -> None:
+    """Checks, before a tokenizer is trained, that a corpus is in `folder` or can be built there.
+
+    Args:
+        folder: as for `prepare_corpus`.
+        source: if given, it is read up to its first document for validation.
+        validation_fraction: as for `prepare_corpus`.
 
     Raises:
-        UserError: neither (code `not_writable`).
+        UserError: the folder cannot be written (code `not_writable`); no documents; a single one, and a fraction of it
+            is to be held out (`one_document`).
     """
     if not (Path(folder) / "train" / CORPUS_FILE).exists():
         check_writable(folder, key="data.corpus_dir")
+        if source is not None:
+            _validation_limit(source, validation_fraction)
 
 
 def build_corpus(
