@@ -11,6 +11,7 @@ from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.corpus import check_corpus_dir, prepare_corpus
 from torchrecipes.data.tokenizers import Tokenizer, load_tokenizer
 from torchrecipes.distributed.collectives import rank0_first
+from torchrecipes.errors import UserError
 
 
 @dataclass
@@ -50,7 +51,8 @@ def load_text(config: Any, *, causal: bool) -> Text:
         UserError: the text, the tokenizer or the folder is not usable; names what and why.
     """
     data = config.data
-    source, validation_source = build(data.source), build(data.validation_source)
+    source = _build_source("data.source", data.source)
+    validation_source = _build_source("data.validation_source", data.validation_source)
     corpus_dir = Path(data.corpus_dir or Path(config.output_dir) / "corpus")
     with rank0_first("tokenizer and corpus"):
         check_corpus_dir(corpus_dir, source, 0 if validation_source else data.validation_fraction)
@@ -76,6 +78,13 @@ def load_text(config: Any, *, causal: bool) -> Text:
     train, validation = (corpus and dataset(corpus) for corpus in corpora)
     print(f"training text: {train}", flush=True)
     return Text(made, train, validation)
+
+
+def _build_source(key: str, node: Component | None) -> Any:
+    try:
+        return build(node)
+    except UserError as error:
+        raise error.under(key) from None
 
 
 def _tokenizer_folder(init_from: str) -> Path:
