@@ -31,11 +31,7 @@ from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import Document, ReadStats, Source, require_documents
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, one_thread
 from torchrecipes.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs must not build in the same folder at once
-    fcntl = None
+from torchrecipes.file_lock import lock_folder
 
 SETTINGS_FILE = "prepare.json"
 HASHES = 1 << 64  # number of values of a document's hash
@@ -326,17 +322,12 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from building in the same folder; the kernel releases the lock however the process ends."""
+    """Keeps other processes from building in the same folder."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that builds the corpus in {folder}", file=sys.stderr, flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
+        locks = lock_folder(folder, wait=True)
+    try:
         yield
+    finally:
+        for lock in locks:
+            lock.close()
