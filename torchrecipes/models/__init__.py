@@ -40,6 +40,7 @@ from torchrecipes.models.hub import (
 from torchrecipes.models.locate import has_hf_config, resolve_model_folder
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.models.transformer import Transformer
+from torchrecipes.models.transformers_model import TransformersModel, from_transformers
 
 FAMILY_BUILDERS = (neobert, bert, gpt2, llama, qwen3, qwen3_moe, olmoe, moe)
 
@@ -47,12 +48,14 @@ __all__ = [
     "FAMILY_BUILDERS",
     "HFAdapter",
     "Transformer",
+    "TransformersModel",
     "active_parameters",
     "architecture_differences",
     "bert",
     "check_causal",
     "check_positions",
     "check_tokenizer_compatibility",
+    "from_transformers",
     "gpt2",
     "has_hf_config",
     "hf_config",

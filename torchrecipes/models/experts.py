@@ -74,34 +74,38 @@ class ExpertsAdapter(DecoderAdapter):
         return {f"{ours}.{name}": [(f"{hf}.{name}", self.config.num_experts)] for name in names}
 
     def prepare(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """Stacks the tensors of single experts, which `transformers` writes: one layer is read at a time.
+        """Stacks experts that are stored one by one."""
+        return stack_single_experts(stored)
 
-        Raises:
-            UserError: `weights_mismatch`: experts of a layer that are missing, not alike, or there in both forms.
-        """
-        stored, layers = dict(stored), {}
-        for name in list(stored):
-            if found := _SINGLE_EXPERT.fullmatch(name):
-                layers.setdefault(found[1], {})[int(found[2]), found[3]] = stored.pop(name)
-        for prefix, experts in layers.items():
-            count = max(number for number, _ in experts) + 1
-            wanted = ((number, kind) for number in range(count) for kind in ("gate", "up", "down"))
-            missing = [
-                f"{number}.{kind}_proj.weight"
-                for number, kind in islice((one for one in wanted if one not in experts), 3)
-            ]
-            if missing:
-                raise UserError(f"{prefix}: {', '.join(missing)} missing among {count} experts")
-            if f"{prefix}.gate_up_proj" in stored or f"{prefix}.down_proj" in stored:
-                raise UserError(f"{prefix} is stored twice, expert by expert and stacked. Delete one")
-            for (number, kind), tensor in experts.items():
-                first = experts[0, "down" if kind == "down" else "gate"]
-                if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
-                    found = f"{tensor.shape} {tensor.dtype}, and expert 0 has {first.shape} {first.dtype}"
-                    raise UserError(f"{prefix}.{number}.{kind}_proj.weight has {found}")
-            stored[f"{prefix}.gate_up_proj"] = _stacked(experts, count, "gate", "up")
-            stored[f"{prefix}.down_proj"] = _stacked(experts, count, "down")
-        return stored
+
+def stack_single_experts(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stacks the tensors of single experts, which `transformers` writes: one layer is read at a time.
+
+    Raises:
+        UserError: `weights_mismatch`: experts of a layer that are missing, not alike, or there in both forms.
+    """
+    stored, layers = dict(stored), {}
+    for name in list(stored):
+        if found := _SINGLE_EXPERT.fullmatch(name):
+            layers.setdefault(found[1], {})[int(found[2]), found[3]] = stored.pop(name)
+    for prefix, experts in layers.items():
+        count = max(number for number, _ in experts) + 1
+        wanted = ((number, kind) for number in range(count) for kind in ("gate", "up", "down"))
+        missing = [
+            f"{number}.{kind}_proj.weight" for number, kind in islice((one for one in wanted if one not in experts), 3)
+        ]
+        if missing:
+            raise UserError(f"{prefix}: {', '.join(missing)} missing among {count} experts")
+        if f"{prefix}.gate_up_proj" in stored or f"{prefix}.down_proj" in stored:
+            raise UserError(f"{prefix} is stored twice, expert by expert and stacked. Delete one")
+        for (number, kind), tensor in experts.items():
+            first = experts[0, "down" if kind == "down" else "gate"]
+            if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+                found = f"{tensor.shape} {tensor.dtype}, and expert 0 has {first.shape} {first.dtype}"
+                raise UserError(f"{prefix}.{number}.{kind}_proj.weight has {found}")
+        stored[f"{prefix}.gate_up_proj"] = _stacked(experts, count, "gate", "up")
+        stored[f"{prefix}.down_proj"] = _stacked(experts, count, "down")
+    return stored
 
 
 def _stacked(experts: dict[tuple[int, str], StoredTensor], count: int, *kinds: str) -> StoredTensor:

@@ -29,6 +29,7 @@ class HFAdapter:
         ignored: keys of config.json that do not change the network.
         required: keys that a config.json must have.
         defaults: values of keys that a config.json leaves out, where they are not those of `config_class`.
+        keeps_pad_id: whether `pad_token_id` is part of the architecture, and not the tokenizer's.
         token_types: whether the tokenizer should give `token_type_ids`.
     """
 
@@ -40,6 +41,7 @@ class HFAdapter:
     required: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[dict[str, Any]] = {}
     token_types: bool = False
+    keeps_pad_id: bool = False
 
     def __init__(self, config: Any = None):
         self.config = config

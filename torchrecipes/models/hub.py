@@ -4,7 +4,7 @@ A model with an `hf_adapter` is stored in the Hugging Face layout, any other und
 `transformers` is not needed, except for models that `from_transformers` made.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -35,11 +35,6 @@ FAMILIES = {
     "torchrecipes_moe": "custom_moe",
 }
 COMPANIONS = ("chat_template.jinja", "generation_config.json")
-# Settings of training: a checkpoint may be resumed with others.
-_TRAINING_KEYS = frozenset(
-    "initializer_range max_position_embeddings hidden_dropout_prob attention_probs_dropout_prob attention_dropout "
-    "attn_pdrop embd_pdrop resid_pdrop router_aux_loss_coef router_z_loss_coef".split()
-)
 
 
 def load_hf(
@@ -267,20 +262,22 @@ def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
     return [
         f"{key} is {stored_config.get(key)} in the checkpoint and {ours[key]} in this model"
         for key in ours
-        if key not in _TRAINING_KEYS | {"transformers_version"} and stored_config.get(key) != ours[key]
+        if not _is_training_key(key) and stored_config.get(key) != ours[key]
     ]
 
 
 def hf_config(model: nn.Module, tokenizer=None) -> dict | None:
     """The model's `config.json`, with the tokenizer's special token ids, or null without one; None: no `hf_adapter`."""
-    keys = adapter_of(model).write_keys()
+    adapter = adapter_of(model)
+    keys = adapter.write_keys()
     if keys is None:
         return None
     config = keys | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    ids = {"pad": None, "bos": None, "eos": None}  # null: transformers' own defaults may be beyond this vocabulary
+    # null: transformers' own defaults may be beyond this vocabulary
+    ids = {kind: keys.get(f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     if tokenizer is not None:
         ids = {
-            "pad": tokenizer.pad_id,
+            "pad": ids["pad"] if adapter.keeps_pad_id else tokenizer.pad_id,
             "bos": tokenizer.cls_id if tokenizer.bos_id is None else tokenizer.bos_id,
             "eos": tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id,
         }
@@ -348,10 +345,15 @@ def _from_transformers(raw: dict, folder: Path) -> nn.Module:
             hint="transformers may know it: pip install transformers",
             code="unknown_model_type",
         )
-    raise UserError(
-        f"{folder / 'config.json'}: model_type is {raw.get('model_type')!r}; the families here are {known}",
-        code="unknown_model_type",
-    )
+    from torchrecipes.models.transformers_model import from_transformers
+
+    return from_transformers(str(folder))
+
+
+def _is_training_key(key: str) -> bool:
+    """Whether a checkpoint may be resumed with another value of it."""
+    ignored = ("initializer_range", "max_position_embeddings", "router_aux_loss_coef", "router_z_loss_coef")
+    return key in (*ignored, "transformers_version") or "drop" in key or key.endswith("_token_id")
 
 
 def _companions(folder: Path) -> dict[str, bytes]:
