@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.evaluation.sampling import check_sampling, filter_logits, sample, uniform_numbers
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.modules.cache import KVCache
+
+if TYPE_CHECKING:
+    from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
 EOS_CHECK_INTERVAL = 8  # tokens between two checks whether all texts have ended: a check waits for the device
 
@@ -188,7 +192,7 @@ def check_prompts(
 
 def generate_text(
     model: nn.Module,
-    tokenizer,
+    tokenizer: "Tokenizer",
     prompts: Sequence[str],
     *,
     max_new_tokens: int,

@@ -1,12 +1,16 @@
 """The predictions of a masked language model for `[MASK]`."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.running import evaluation_mode
+
+if TYPE_CHECKING:
+    from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Prediction:
 
 
 @torch.no_grad()
-def fill_mask(model: nn.Module, tokenizer, text: str, top_k: int = 5) -> list[list[Prediction]]:
+def fill_mask(model: nn.Module, tokenizer: "Tokenizer", text: str, top_k: int = 5) -> list[list[Prediction]]:
     """The `top_k` most probable tokens for every mask in `text`, in the order of the masks.
 
     Args:

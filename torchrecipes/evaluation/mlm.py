@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 
 from torchrecipes.evaluation.running import evaluation_mode, means_over_ranks
 from torchrecipes.losses import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from torchrecipes.data.corpus.corpus import Corpus
 
 CHUNK_SIZE = 2048  # masked positions whose logits are held at a time
 
@@ -28,7 +32,7 @@ class UnigramBaseline:
     most_frequent: int
 
 
-def unigram_baseline(corpus, special_ids: Iterable[int], vocab_size: int) -> UnigramBaseline:
+def unigram_baseline(corpus: "Corpus", special_ids: Iterable[int], vocab_size: int) -> UnigramBaseline:
     """Counts the tokens of a corpus (a `torchrecipes.data.corpus.Corpus`) that are not special.
 
     A model whose loss is not below this baseline's has learned nothing but token frequencies.

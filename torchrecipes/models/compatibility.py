@@ -1,12 +1,15 @@
 """Checks that sizes are valid, and that a model fits the tokenizer, the row length and the objective."""
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.models.hf_adapter import HFAdapter
+
+if TYPE_CHECKING:
+    from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
 
 def check_sizes(config: Any) -> None:
@@ -44,7 +47,7 @@ def check_causal(model: nn.Module, causal: bool) -> None:
     raise UserError(problem, key="model", hint="Train it with causal_pretrain", code="wrong_direction")
 
 
-def check_tokenizer_compatibility(model: nn.Module, tokenizer, seq_len: int) -> None:
+def check_tokenizer_compatibility(model: nn.Module, tokenizer: "Tokenizer", seq_len: int) -> None:
     """Checks that the model has an embedding for every token and a position for every place in a row.
 
     A model without a `config` that says so passes.

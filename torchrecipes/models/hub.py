@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,9 @@ from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
 from torchrecipes.models.locate import resolve_model_folder
 from torchrecipes.models.stored_tensors import StoredTensor, open_tensors
 from torchrecipes.modules.init import copy_full
+
+if TYPE_CHECKING:
+    from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
 # model_type of a foreign config.json -> the file in families/ that has `from_config` and `Adapter`.
 FAMILIES = {
@@ -162,7 +165,7 @@ def load_hf_weights(
                     copy_full(target, adapter.join(parts[name], lambda hf_name: stored[hf_name].read()))
 
 
-def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
+def save_hf(model: nn.Module, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
     """Writes the folder of a model: `model.safetensors`, and with an `hf_adapter` what `from_pretrained()` needs.
 
     Tied weights are stored once. Each file is complete or absent.
@@ -178,7 +181,7 @@ def save_hf(model: nn.Module, path: str | Path, tokenizer=None) -> None:
     write_tensors(hf_state_dict(model), folder / "model.safetensors")
 
 
-def write_hf_config(model: nn.Module, folder: Path, tokenizer=None) -> None:
+def write_hf_config(model: nn.Module, folder: Path, tokenizer: "Tokenizer | None" = None) -> None:
     """Writes everything but the weights: the tokenizer, and with an `hf_adapter` `config.json` and its companions."""
     adapter = adapter_of(model)
     if tokenizer is not None:
@@ -266,7 +269,7 @@ def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
     ]
 
 
-def hf_config(model: nn.Module, tokenizer=None) -> dict | None:
+def hf_config(model: nn.Module, tokenizer: "Tokenizer | None" = None) -> dict | None:
     """The model's `config.json`, with the tokenizer's special token ids, or null without one; None: no `hf_adapter`."""
     adapter = adapter_of(model)
     keys = adapter.write_keys()

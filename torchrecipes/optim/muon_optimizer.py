@@ -199,7 +199,7 @@ class Muon(torch.optim.Optimizer):
         self._layouts: dict[tuple[int, ...], list[MatrixSharding]] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> float | None:
         """Updates the parameters that have a gradient. A collective: in a process group all ranks call it.
 
         Raises:
