@@ -104,6 +104,8 @@ class Experts(nn.Module):
         self.row_splits = {"gate_up_proj": (intermediate_size, intermediate_size)}  # two matrices, for Muon
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
+        # A number of slots that depends on the data is no graph. Not a decorator: that imports dynamo, 1.5 s of CPU.
+        self._dispatch_on_cpu = torch.compiler.disable(_dispatch_in_slots)
 
     def forward(self, x_TD: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
         """The sum of the chosen experts' outputs, by their weights.
@@ -119,7 +121,7 @@ class Experts(nn.Module):
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
         with torch.autocast(device, enabled=False):
-            dispatch = _dispatch_in_slots if kernel_device(x_TD.device) == "cpu" else _dispatch_sorted
+            dispatch = self._dispatch_on_cpu if kernel_device(x_TD.device) == "cpu" else _dispatch_sorted
             token_M, place_Tk, ends_E = dispatch(expert_Tk, len(self.down_proj))
             return _GroupedSwiGLU.apply(
                 x_TD.to(dtype),
@@ -146,7 +148,6 @@ def _dispatch_sorted(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     return order_M // expert_Tk.shape[1], place_M.view(expert_Tk.shape), ends_E
 
 
-@torch.compiler.disable  # a number of slots that depends on the data is no graph
 def _dispatch_in_slots(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Assignments sorted by expert, each with as many slots as the fullest has, so that products are plain batches.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import LayerCache
@@ -100,6 +99,8 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # imports dynamo, 1.5 s of CPU
+
     head_dim = q.shape[-1]
     tensors = [x.flatten(0, 1) for x in (q, k, v)]
     if head_dim % 8:  # the kernel takes multiples of 8; zeros change no product
