@@ -34,6 +34,8 @@ class UserError(Exception):
         text = f"{self.key}: {self.problem}" if self.key else self.problem
         if not self.hint:
             return text
+        if "\n" in text:  # a list
+            return f"{text}\n{self.hint}"
         return f"{text}{'' if text.endswith(('.', ':', '?')) else '.'} {self.hint}"
 
     def under(self, key: str) -> "UserError":

@@ -229,6 +229,7 @@ class Pretrained:
 def test_init_from_replaces_components_that_are_not_set():
     config = load(Pretrained, None, ["init_from=folder"])
     assert config.model is None and config.tokenizer is None
+    assert to_yaml(config).count("# replaced by init_from") == 2
     assert load(Pretrained, None).tokenizer.args == {"name": "x"}
 
 

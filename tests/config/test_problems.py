@@ -289,3 +289,18 @@ def test_a_config_for_another_recipe_says_so(tmp_path):
         load(Config, path, recipe="folder/masked.py")
     title = str(caught.value).split("\n")[0]
     assert "'causal'" in title and "'masked'" in title and len(caught.value.problems) == 2
+
+
+def test_a_check_after_loading_adds_to_the_same_list(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("output_dir: x\noptimizer:\n  text: 5k\nseed: 1\n")
+    several = [UserError("one", key="text"), UserError("two", key="base")]
+    errors = [
+        UserError("it is odd", key="seed", code="odd"),
+        UserError("\n".join(map(str, several)), key="optimizer", problems=several),
+    ]
+    with pytest.raises(UserError) as caught:
+        load(Config, path, check=lambda config: errors if config.seed == 1 else [])
+    assert [error.key for error in caught.value.problems] == ["optimizer.base", "optimizer.text", "seed"]
+    lines = str(caught.value).split("\n")[1:]
+    assert [line.rsplit("my.yaml:")[1].split(":")[0] for line in lines] == ["2", "3", "4"]

@@ -14,7 +14,17 @@ from typing import Annotated, Any
 
 from torchrecipes.config import coerce
 from torchrecipes.config.components import MISSING, Component, parameters, resolve, suggest_path
-from torchrecipes.config.merge import INVALID, PATH_KEY, KeyPath, MergedConfig, Problems, format_key, leaves
+from torchrecipes.config.merge import (
+    DEFAULT,
+    INVALID,
+    PATH_KEY,
+    KeyPath,
+    MergedConfig,
+    Problems,
+    Provenance,
+    format_key,
+    leaves,
+)
 from torchrecipes.config.metadata import Range
 from torchrecipes.config.shared_keys import check_shared_keys
 from torchrecipes.config.suggest import closest, did_you_mean
@@ -153,6 +163,8 @@ def _replace(checker: Checker, value: Any, spec: dataclasses.Field, tree: dict[s
             return value
         return checker.add_error(here, f"it can only be null where {other} is set", code="missing_key")
     is_explicit = any(place[: len(here)] == here for place in checker.merged.provenances)
+    if not is_explicit:
+        checker.merged.provenances[here] = Provenance(f"replaced by {other}", DEFAULT.rank)
     if value is None or not is_explicit:
         return None
     file = spec.metadata["replaced_if"]
@@ -173,6 +185,10 @@ def _holds(folder: Path, file: str) -> bool:
 
 def _add_all(checker: Checker, key_path: KeyPath, errors: list[UserError]) -> None:
     for error in errors:
+        if error.problem == "\n".join(map(str, error.problems)):  # a list of errors and no more
+            inner = [problem.under(error.key) if error.key else problem for problem in error.problems]
+            _add_all(checker, key_path, inner)
+            continue
         keys = tuple(error.key.split(".")) if error.key else ()
         located = error.under(format_key(key_path)) if key_path else error
         checker.problems.add_error(checker.merged.nearest((*key_path, *keys)), located)
