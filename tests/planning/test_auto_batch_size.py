@@ -1,13 +1,20 @@
 import gc
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
+from torchrecipes.cli.run import load_recipe
+from torchrecipes.config import load
+from torchrecipes.config.catalog import find_recipe
 from torchrecipes.errors import UserError
-from torchrecipes.planning import auto_batch_size
+from torchrecipes.planning import auto_batch_size, auto_micro_batch_size
 from torchrecipes.planning.auto_batch_size import find_micro_batch_size, free_memory
+from torchrecipes.planning.fake_model import TokenizerStandIn
+from torchrecipes.planning.run_estimate import estimate_run
+from torchrecipes.training.run import Run
 
 
 class Device:
@@ -25,6 +32,11 @@ class Device:
         self.cleaned += 1
 
 
+def find(device, fits=lambda rows: True, *, rows_per_rank, **options):
+    functions = {"try_step": device.try_step, "clean_up": device.clean_up}
+    return find_micro_batch_size(fits, rows_per_rank=rows_per_rank, **functions, **options)
+
+
 def out_of_memory_of_the_cpu():
     """What the CPU's allocator says."""
     with pytest.raises(RuntimeError) as found:
@@ -32,56 +44,42 @@ def out_of_memory_of_the_cpu():
     return found.value
 
 
-def test_what_the_estimate_lets_pass_is_tried_once(capsys):
+def test_the_largest_divisor_that_is_estimated_to_fit_is_tried_once():
     device = Device(most=16)
-    assert (
-        find_micro_batch_size(
-            lambda rows: rows <= 13, rows_per_rank=24, try_step=device.try_step, clean_up=device.clean_up
-        )
-        == 12
-    )
+    assert find(device, lambda rows: rows <= 13, rows_per_rank=24) == 12
     assert device.tried == [12]
-    assert capsys.readouterr().out == "micro_batch_size=auto: 12 of a rank's 24 rows per step\n"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, lambda _: out_of_memory_of_the_cpu()])
-def test_after_a_failure_the_next_smaller_divisor_is_tried_and_told(error, capsys):
+def test_after_a_failure_the_next_smaller_divisor_is_tried_and_reported(error, capsys):
     device = Device(most=5, error=error)
-    assert (
-        find_micro_batch_size(lambda rows: True, rows_per_rank=24, try_step=device.try_step, clean_up=device.clean_up)
-        == 4
-    )
+    assert find(device, rows_per_rank=24) == 4
     assert device.tried == [24, 12, 8, 6, 4]
     assert device.cleaned == 5
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
-    assert lines[0] == "micro_batch_size=auto: memory runs out with 24"
-    assert lines[-1] == "micro_batch_size=auto: 4 of a rank's 24 rows per step"
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_one_row_is_tried_even_if_the_estimate_is_against_it():
     device = Device(most=1)
-    assert (
-        find_micro_batch_size(lambda rows: False, rows_per_rank=8, try_step=device.try_step, clean_up=device.clean_up)
-        == 1
-    )
+    assert find(device, lambda rows: False, rows_per_rank=8) == 1
     assert device.tried == [1]
 
 
 @pytest.mark.parametrize("estimate", [True, False])
-def test_when_one_row_does_not_fit_the_message_has_remedies(estimate):
+def test_one_row_that_does_not_fit_is_an_error(estimate):
     device = Device(most=0)
-    with pytest.raises(UserError, match=r"single row\. Use activation_checkpointing=selective, or full"):
-        find_micro_batch_size(
-            lambda rows: estimate, rows_per_rank=4, try_step=device.try_step, clean_up=device.clean_up
-        )
+    with pytest.raises(UserError) as error:
+        find(device, lambda rows: estimate, rows_per_rank=4)
+    assert (error.value.code, error.value.key) == ("out_of_memory", "micro_batch_size")
+    assert "activation_checkpointing=selective" in error.value.hint
     assert device.tried == ([4, 2, 1] if estimate else [1])
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     device = Device(most=0, error=RuntimeError)
-    with pytest.raises(RuntimeError, match="Tried to allocate"):
-        find_micro_batch_size(lambda rows: True, rows_per_rank=4, try_step=device.try_step, clean_up=device.clean_up)
+    with pytest.raises(RuntimeError):
+        find(device, rows_per_rank=4)
+    assert device.tried == [4]
 
 
 def test_all_ranks_take_what_is_estimated_to_fit_on_each():
@@ -96,10 +94,7 @@ def test_all_ranks_take_what_is_estimated_to_fit_on_each():
             barrier.wait(5)
             return min(said.values())
 
-        fits, device = (lambda rows: rows <= room[number]), devices[number]
-        chosen[number] = find_micro_batch_size(
-            fits, rows_per_rank=32, try_step=device.try_step, clean_up=device.clean_up, agree=agree
-        )
+        chosen[number] = find(devices[number], lambda rows: rows <= room[number], rows_per_rank=32, agree=agree)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -110,21 +105,20 @@ def test_all_ranks_take_what_is_estimated_to_fit_on_each():
     assert devices[0].tried == devices[1].tried == [4]
 
 
-def test_with_several_processes_a_failed_trial_ends_the_run_and_says_what_to_set(monkeypatch):
+def test_with_several_processes_a_failed_trial_names_the_number_to_set(monkeypatch):
     """A sharded model does not survive it: measured with `fully_shard`, the next gradients are wrong."""
-    monkeypatch.setattr(auto_batch_size.collectives, "world_size", lambda: 2)
-    device, told = Device(most=5), []
+    monkeypatch.setattr(auto_batch_size, "world_size", lambda: 2)
+    device, agreed = Device(most=5), []
 
     def agree(value):  # a rank that fails alone must not wait for the others here
-        told.append(value)
+        agreed.append(value)
         return value
 
-    with pytest.raises(UserError, match=r"memory runs out with 12, which was .* Set micro_batch_size=8\."):
-        find_micro_batch_size(
-            lambda rows: rows <= 12, rows_per_rank=24, try_step=device.try_step, clean_up=device.clean_up, agree=agree
-        )
+    with pytest.raises(UserError) as error:
+        find(device, lambda rows: rows <= 12, rows_per_rank=24, agree=agree)
+    assert error.value.code == "out_of_memory" and "micro_batch_size=8" in error.value.hint
     assert device.tried == [12]
-    assert told == [12]
+    assert agreed == [12]
 
 
 def test_trials_draw_no_random_numbers_of_the_run():
@@ -170,3 +164,52 @@ def test_free_memory_of_the_cpu(tmp_path, monkeypatch):
     assert free_memory(cpu, processes=4) == 500_000
     limit.write_text("max\n")
     assert free_memory(cpu) > 2**20
+
+
+MLM = load_recipe(find_recipe("mlm_pretrain"))
+SETTINGS = """
+output_dir=nowhere data.source.path=nowhere model._component_=torchrecipes.models.bert
+model.hidden_size=32 model.num_hidden_layers=2 model.num_attention_heads=2 model.intermediate_size=64
+seq_len=32 global_batch_size=16 max_steps=1 compute.precision=fp32 micro_batch_size=auto checkpoint.async_save=false
+"""
+
+
+def auto(monkeypatch, free, *settings, compute_loss=MLM.compute_loss):
+    """The number of rows that is found with so many free bytes, and the model that was tried."""
+    config = load(MLM.Config, None, [*SETTINGS.split(), *settings])
+    monkeypatch.setattr(auto_batch_size, "free_memory", lambda *_: free)
+    tokenizer = TokenizerStandIn(512)
+    model = MLM.build_model(config, tokenizer)
+    functions = (MLM.build_model, MLM.build_collator, compute_loss)
+    run = Run(Path("nowhere"), torch.device("cpu"))
+    return auto_micro_batch_size(config, tokenizer, *functions, run, model), model
+
+
+def test_auto_takes_what_fits_beside_the_model(monkeypatch):
+    config = load(MLM.Config, None, [*SETTINGS.split(), "tokenizer.vocab_size=512", "micro_batch_size=16"])
+    memory = estimate_run(MLM, config, device="cpu")["memory"]
+    needed = (memory["total"] - memory["weights"] - memory["process"]) / 0.9
+    assert auto(monkeypatch, 1.001 * needed)[0] == 16
+    assert auto(monkeypatch, 0.999 * needed)[0] == 8
+    assert auto(monkeypatch, 0)[0] == 1
+    assert auto(monkeypatch, 0, "micro_batch_size=4")[0] == 4
+
+
+def test_auto_draws_no_random_number_and_leaves_no_gradient(monkeypatch):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    _, model = auto(monkeypatch, 2**40, "model.hidden_dropout_prob=0.1")
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    config = load(MLM.Config, None, [*SETTINGS.split(), "model.hidden_dropout_prob=0.1"])
+    MLM.build_model(config, TokenizerStandIn(512))  # draws what building the model above has drawn
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_reads_values_trains_with_one_row(monkeypatch):
+    def compute_loss(model, batch, config):
+        loss, logged = MLM.compute_loss(model, batch, config)
+        return (loss if loss.item() > 0 else -loss), logged
+
+    assert auto(monkeypatch, 2**40, compute_loss=compute_loss)[0] == 1

@@ -1,4 +1,4 @@
-"""`tune-style preflight`: the readiness check before a long run."""
+"""`tune-style preflight`: checks before a long run, with a dry run."""
 
 import argparse
 import contextlib
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from torchrecipes.errors import UserError
 
-_MARK = {"passed": "passed ", "failed": "FAILED ", "skipped": "skipped"}
-_CLEAR = "\r\033[K"  # the line, on a terminal
+_LABEL = {"passed": "passed ", "failed": "FAILED ", "skipped": "skipped"}
+_CLEAR = "\r\033[K"  # clears a terminal's line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,15 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example: tune-style preflight mlm_pretrain --config neobert/quickstart\n"
         "         tune-style preflight --nproc-per-node gpu mlm_pretrain --config my.yaml\n"
-        "exit code: 0 all is well, 1 a check failed, 2 a mistake on the command line"
+        "exit code: 0 ready, 1 a check failed, 2 a mistake on the command line"
     )
     run.add_config_arguments(parser)
-    parser.add_argument("--nproc-per-node", metavar="N", help="processes to try it with: a number, gpu or cpu (1)")
+    parser.add_argument("--nproc-per-node", metavar="N", help="processes of the dry run: a number, gpu or cpu (1)")
 
 
 def main(args: argparse.Namespace) -> None:
     """Print a table of checks, each as it is done; exit with 1 if one failed."""
-    with _signals_end_it():
+    with _exit_on_signals():
         _main(args)
 
 
@@ -38,7 +38,7 @@ def _main(args: argparse.Namespace) -> None:
 
     world_size = _processes(args.nproc_per_node)
     try:
-        _, config = load_recipe_and_config(args)
+        recipe, config = load_recipe_and_config(args)
     except UserError as error:
         from torchrecipes.planning.preflight_checks import ROWS
 
@@ -57,7 +57,7 @@ def _main(args: argparse.Namespace) -> None:
     command = [sys.executable, "-P", "-m", "torchrecipes.cli.main", "run", *several]
     command += ["--grace-period", str(GRACE_PERIOD)] if several else []
     failed = 0
-    for check in preflight(config, [*command, *words], world_size=world_size, tell=_tell):
+    for check in preflight(recipe, config, [*command, *words], world_size=world_size, report=_report):
         _show(check.name, check.status, check.reason)
         failed += check.status == "failed"
     if failed:
@@ -66,15 +66,16 @@ def _main(args: argparse.Namespace) -> None:
 
 
 def _end(failed: int) -> None:
-    print(f"\n{failed} of the checks failed: the run is not ready.")
+    print(f"\n{failed} {'check' if failed == 1 else 'checks'} failed: the run is not ready.")
     raise SystemExit(1)
 
 
 def _processes(asked: str | None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
-            "This process is one of several that a launcher started (WORLD_SIZE is set). Start preflight once, by "
-            "itself: it starts the processes of the run, as many as --nproc-per-node says."
+            "a launcher started this process as one of several (WORLD_SIZE is set)",
+            hint="Start preflight once, without a launcher: it starts the processes that --nproc-per-node asks for",
+            code="started_by_launcher",
         )
     if asked is None:
         return 1
@@ -84,8 +85,8 @@ def _processes(asked: str | None) -> int:
 
 
 @contextlib.contextmanager
-def _signals_end_it() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as Ctrl+C does: what it has begun is stopped, and its folder removed."""
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as Ctrl+C does: the dry run is stopped, and its folder removed."""
 
     def leave(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -101,7 +102,7 @@ def _signals_end_it() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell(what: str) -> None:
+def _report(what: str) -> None:
     if sys.stdout.isatty():
         print(f"{_CLEAR}...      {what}", end="", flush=True)
 
@@ -110,6 +111,6 @@ def _show(name: str, status: str, reason: str) -> None:
     if sys.stdout.isatty():
         print(_CLEAR, end="")
     first, *more = reason.splitlines() or [""]
-    print(f"{_MARK[status]}  {name:<14}  {first}", flush=True)
+    print(f"{_LABEL[status]}  {name:<14}  {first}", flush=True)
     for line in more:
         print(f"{'':<25}{line}", flush=True)

@@ -107,7 +107,17 @@ def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object
         if args.config is not None:
             find_config(args.config)  # reports a wrong name before the seconds that torch's import takes
         recipe = load_recipe(path)
-        return recipe, load(recipe.Config, args.config, args.overrides, recipe=path)
+        return recipe, load(
+            recipe.Config, args.config, args.overrides, recipe=path, check=lambda config: _check(recipe, config)
+        )
+
+
+def _check(recipe: ModuleType, config: object) -> list[UserError]:
+    if not hasattr(recipe, "build_model"):
+        return []
+    from torchrecipes.planning import check_components
+
+    return check_components(recipe, config)
 
 
 def load_recipe(path: Path) -> ModuleType:

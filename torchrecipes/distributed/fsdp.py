@@ -51,7 +51,8 @@ def parallelize(model: nn.Module, strategy: str, device: torch.device, dtype: to
         UserError: the strategy does not suit the number of processes.
     """
     _, _, world_size, local_world_size = dist_env()
-    strategy = choose_strategy(model, strategy, device, world_size, local_world_size)
+    memory = device_memory(device, local_world_size)
+    strategy = choose_strategy(model, strategy, memory, world_size, local_world_size)
     if strategy == "none":
         return strategy
     nodes = world_size // local_world_size
@@ -81,10 +82,8 @@ def parallelize(model: nn.Module, strategy: str, device: torch.device, dtype: to
     return strategy
 
 
-def choose_strategy(
-    model: nn.Module, strategy: str, device: torch.device, world_size: int, local_world_size: int
-) -> str:
-    """The strategy for so many processes: see `parallelize`, whose arguments and errors these are."""
+def choose_strategy(model: nn.Module, strategy: str, memory: int, world_size: int, local_world_size: int) -> str:
+    """The strategy for so many processes, with `memory` bytes each: see `parallelize` for arguments and errors."""
     if strategy not in STRATEGIES:
         raise UserError(
             f"{strategy!r} is not one of {', '.join(STRATEGIES)}", key="compute.strategy", code="unknown_name"
@@ -110,13 +109,16 @@ def choose_strategy(
         return "none"
     if strategy != "auto":
         return strategy
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size
     if BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()) < SHARE_FOR_DDP * memory:
         return "ddp"
     return "hsdp" if nodes > 1 and local_world_size > 1 else "fsdp"
+
+
+def device_memory(device: torch.device, local_world_size: int) -> int:
+    """Bytes of a GPU, or a process' part of this machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world_size
 
 
 def init_on_device(model: nn.Module, device: torch.device, seed: int) -> None:

@@ -81,7 +81,7 @@ def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]], coefficie
 
 def at_once(device: torch.device) -> int:
     """The number of elements that are best multiplied at once."""
-    return _BATCH_ON_CPU if device.type == "cpu" else _BATCH
+    return _BATCH_ON_CPU if kernel_device(device) == "cpu" else _BATCH
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -1,26 +1,51 @@
-"""Before a run: memory, time and disk, and a dry run.
+"""Before a run: its memory, time and disk; the size of its micro-batches; checks and a dry run.
 
-run_estimate       the estimate of a whole run from its config
-memory_estimate    the memory of a training step, from a step on tensors without data
+run_estimate       estimate of a whole run from its config
+memory_estimate    peak memory of a training step, on tensors without data
 flops              FLOPs per token, and the peak of a device
 auto_batch_size    `micro_batch_size: auto`
 preflight_checks   `tune-style preflight`
 dry_run            a few steps of the run in a folder of their own
-check_components   builds what a config names, and throws it away
+component_checks   builds what a config names on the meta device, and discards it
+fake_model         models and tokenizers without data
+
+All of it calls the recipe's `build_model`, `build_collator` and `compute_loss`, and knows no key of any objective.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from torchrecipes.planning.flops import peak_flops
+if TYPE_CHECKING:
+    from torchrecipes.planning.auto_batch_size import auto_micro_batch_size, find_micro_batch_size
+    from torchrecipes.planning.component_checks import check_components
+    from torchrecipes.planning.flops import flops_per_token, peak_flops
+    from torchrecipes.planning.preflight_checks import preflight
+    from torchrecipes.planning.run_estimate import estimate_run
 
-__all__ = ["auto_micro_batch_size", "flops_per_token", "peak_flops"]
+_MODULES = {
+    "auto_micro_batch_size": "auto_batch_size",
+    "check_components": "component_checks",
+    "estimate_run": "run_estimate",
+    "find_micro_batch_size": "auto_batch_size",
+    "flops_per_token": "flops",
+    "peak_flops": "flops",
+    "preflight": "preflight_checks",
+}
+__all__ = [
+    "auto_micro_batch_size",
+    "check_components",
+    "estimate_run",
+    "find_micro_batch_size",
+    "flops_per_token",
+    "peak_flops",
+    "preflight",
+]
 
 
-def flops_per_token(*_objective: Any) -> float | None:
-    """Counts nothing yet."""
-    return None
-
-
-def auto_micro_batch_size(config: Any, *_objective: Any) -> int:
-    """One row, which always fits."""
-    return 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+def __getattr__(name: str) -> Any:
+    # On first use: FakeTensorMode alone takes a second to import.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

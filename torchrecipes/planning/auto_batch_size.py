@@ -5,13 +5,63 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from torchrecipes.distributed import collectives
+from torchrecipes.data.batching.loader import rows_per_rank
+from torchrecipes.distributed.collectives import all_reduce_min, world_size
+from torchrecipes.distributed.fsdp import choose_strategy, device_memory
 from torchrecipes.errors import UserError
+from torchrecipes.planning.memory_estimate import StepEstimate
+from torchrecipes.planning.run_estimate import USABLE, rank_memory
+from torchrecipes.training.run import Run
 
-SHARE = 0.9  # of the free memory that a step may take: the rest is for what no estimate sees, such as fragmentation
+
+def auto_micro_batch_size(
+    config: Any,
+    tokenizer: Any,
+    build_model: Callable,
+    build_collator: Callable,
+    compute_loss: Callable,
+    run: Run,
+    model: nn.Module,
+) -> int:
+    """`config.micro_batch_size`, or for `auto` the largest divisor of the rank's rows that fits into memory.
+
+    It is estimated on tensors without data, then confirmed by one forward and backward pass of the real model, whose
+    gradients are cleared. All ranks get the same number. Random number generators are left as they were, so a run that
+    found its number equals a run that was given it, bit for bit.
+
+    Args:
+        config: a recipe's config.
+        tokenizer: the run's tokenizer.
+        build_model, build_collator, compute_loss: the recipe's functions.
+        run: says on which device, and among how many processes.
+        model: on its device; the optimizer has no state yet.
+
+    Raises:
+        UserError: memory runs out with one row, or, with several processes, with the estimated number (code
+            `out_of_memory`).
+    """
+    if config.micro_batch_size != "auto":
+        return config.micro_batch_size
+    collator = build_collator(config, tokenizer)
+
+    def try_step(rows: int) -> None:
+        batch = collator.example_batch(rows, config.seq_len).to(run.device)
+        with run.autocast():
+            loss, _ = compute_loss(model, batch, config)
+        loss.backward()
+
+    return find_micro_batch_size(
+        _estimated_fit(config, tokenizer, build_model, build_collator, compute_loss, run),
+        rows_per_rank=rows_per_rank(config.global_batch_size, run.world_size),
+        try_step=try_step,
+        clean_up=model.zero_grad,
+        agree=all_reduce_min,
+    )
 
 
 def find_micro_batch_size(
@@ -24,23 +74,22 @@ def find_micro_batch_size(
 ) -> int:
     """The number of rows per micro-batch: a divisor of `rows_per_rank`, the same on every rank.
 
-    The largest that the estimate lets pass is tried; if memory runs out, the next smaller divisor, and so on. The
-    generators of random numbers are afterwards where they were: a run that has found its number is, to the last bit, a
-    run that was given it.
+    The largest that is estimated to fit is tried; if memory runs out, the next smaller divisor, and so on. Random
+    number generators are left as they were.
 
-    With several processes a failed trial is an error, which says what to set: a backward pass that ends halfway leaves
-    a sharded model with wrong gradients from then on, and a rank that fails alone leaves the others waiting.
+    With several processes a failed trial is an error that names the number to set: a backward pass that ends halfway
+    leaves a sharded model with wrong gradients, and a rank that fails alone leaves the others waiting.
 
     Args:
-        fits: rows -> whether a step with so many is estimated to fit: into `SHARE` of `free_memory`, say. Where not
-            even 1 does, 1 is tried: an estimate can be wrong.
-        rows_per_rank: a rank's share of the rows of an optimizer step.
+        fits: rows -> whether a step with so many is estimated to fit. If none does, 1 is tried: an estimate can be
+            wrong.
+        rows_per_rank: a rank's rows of an optimizer step.
         try_step: takes a forward and backward pass over so many rows. All ranks call it together.
-        clean_up: throws the gradients away, whether or not memory ran out: `optimizer.zero_grad`.
-        agree: number -> the least of all ranks' numbers (`training.collectives.all_reduce_min`).
+        clean_up: clears the gradients, whether or not memory ran out: `model.zero_grad`.
+        agree: number -> the smallest of all ranks' numbers (`distributed.collectives.all_reduce_min`).
 
     Raises:
-        UserError: memory runs out with one row, or, with several processes, at all.
+        UserError: memory runs out with one row, or, with several processes, at all (code `out_of_memory`).
     """
     divisors = [rows for rows in range(rows_per_rank, 0, -1) if rows_per_rank % rows == 0]
     start = agree(next((rows for rows in divisors if fits(rows)), 1))
@@ -49,22 +98,28 @@ def find_micro_batch_size(
         if _runs(try_step, clean_up, rows):
             print(f"micro_batch_size=auto: {rows} of a rank's {rows_per_rank} rows per step", flush=True)
             return rows
-        said = f"micro_batch_size=auto: memory runs out with {rows}"
-        if smaller and collectives.world_size() > 1:
-            raise UserError(f"{said}, which was estimated to fit. Set micro_batch_size={smaller}.")
-        print(said, flush=True)
+        if smaller and world_size() > 1:
+            raise UserError(
+                f"auto: out of memory with {rows} rows, which were estimated to fit",
+                key="micro_batch_size",
+                hint=f"Set micro_batch_size={smaller}",
+                code="out_of_memory",
+            )
+        print(f"micro_batch_size=auto: out of memory with {rows} rows", flush=True)
     raise UserError(
-        "micro_batch_size=auto: memory runs out with a single row. Use activation_checkpointing=selective, or "
-        "full, a smaller seq_len or model, an optimizer with less state (torchrecipes.optim.adamw_8bit), or more "
-        "processes with parallel.strategy=fsdp."
+        "auto: out of memory with a single row",
+        key="micro_batch_size",
+        hint="Use compute.activation_checkpointing=selective, or full, a smaller seq_len or model, an optimizer with "
+        "less state (torchrecipes.optim.adamw_8bit), or more processes with compute.strategy=fsdp",
+        code="out_of_memory",
     )
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that this process can still take: of its GPU, or its part of this machine's memory.
+    """Bytes that this process can still allocate: on its GPU, or its part of this machine's memory.
 
     Args:
-        device: of the process. What PyTorch holds of a GPU and does not use counts as free.
+        device: of the process. What PyTorch has reserved of a GPU and does not use counts as free.
         processes: of this machine, which share its memory in equal parts if the device is the CPU.
     """
     if device.type == "cuda":
@@ -73,8 +128,35 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     return _free_of_machine() // processes
 
 
+def _estimated_fit(
+    config: Any, tokenizer: Any, build_model: Callable, build_collator: Callable, compute_loss: Callable, run: Run
+) -> Callable[[int], bool]:
+    """Rows -> whether a step of so many is estimated to fit into the free memory, of which weights are taken."""
+    usable = USABLE * free_memory(run.device, run.local_world_size)
+    try:
+        trace = StepEstimate(
+            *(config, tokenizer, build_model, build_collator, compute_loss),
+            device_type=run.device.type,
+            dtype=run.dtype,
+        )
+        trace.step(1, accumulate=True)
+    except Exception as error:  # whatever a model that reads values raises
+        print(f"micro_batch_size=auto: 1, as the model does not run without data ({error})", flush=True)
+        return lambda _rows: False
+    memory = device_memory(run.device, run.local_world_size)
+    strategy = choose_strategy(trace.model, config.compute.strategy, memory, run.world_size, run.local_world_size)
+
+    def fits(rows: int) -> bool:
+        parts = rank_memory(
+            trace, config, run.device.type, run.dtype, strategy, run.world_size, run.local_world_size, rows
+        )
+        return sum(parts.values()) - parts["weights"] - parts["process"] <= usable
+
+    return fits
+
+
 def _free_of_machine() -> int:
-    """What the kernel can give without swapping, and, in a container, what its limit leaves."""
+    """What the kernel can give without swapping and, in a container, what its limit leaves."""
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]

@@ -1,10 +1,9 @@
-"""A run tried by running it: five steps in a folder of their own, the last of which is made twice.
+"""A dry run: five steps of a run in a folder of their own, the last of which is repeated.
 
 1. `steps` runs the recipe's own command, with its processes, for five steps; a checkpoint is saved after the fourth
    and the fifth.
-2. `repeat` takes the fifth checkpoint away and runs the command again: it has to resume from the fourth and make the
-   fifth once more, to the last bit. That shows saving, loading and resuming at once, and that nothing is missing in a
-   checkpoint.
+2. `repeat` removes the fifth checkpoint and runs the command again: it has to resume from the fourth and repeat the
+   fifth bit for bit. That checks saving, loading and resuming at once, and that a checkpoint is complete.
 """
 
 import contextlib
@@ -25,19 +24,19 @@ from safetensors import safe_open
 from torchrecipes.errors import UserError
 
 STEPS = 5  # the first is slow, the next three are timed while nothing is saved, the last is repeated
-GRACE_PERIOD = 10  # seconds that a trial has to end after a signal: there is nothing in it to be kept
+GRACE_PERIOD = 10  # seconds that a dry run has to end after a signal: it has nothing to keep
 _SHOWN = 12  # lines of an error, at most
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """A command that starts a run, and the folder it is tried in.
 
     Attributes:
         command: starts the run, settings included.
         folder: its output_dir; made by the run.
         corpus_dir: the run's own, which is not made again.
-        resume: the checkpoint that the run goes on from; None: from the first step.
+        resume: the checkpoint to start from; None: from the first step.
         past: the step of that checkpoint.
         deterministic: also where the run itself is not.
     """
@@ -50,25 +49,25 @@ class Trial:
     deterministic: bool = False
 
     def steps(self) -> list[dict]:
-        """Makes the steps. Returns the line of metrics.jsonl of each.
+        """Runs the steps. Returns the line of metrics.jsonl of each.
 
         Raises:
-            UserError: the run ended in an error; its message.
+            UserError: the run ended in an error; has its message (code `dry_run_failed`).
         """
         run([*self.command, *self._settings(self.resume or "auto")])
         return self._lines()
 
     def repeat(self) -> list[str]:
-        """Makes the last step once more. Returns the names of what differs then, tensors above all.
+        """Repeats the last step. Returns the names of what differs then, tensors above all.
 
         Raises:
-            UserError: as `steps`, or there is no checkpoint.
+            UserError: as `steps`, or there is no checkpoint (code `no_checkpoint`).
         """
         last = self._checkpoint(STEPS)
         if not last.is_dir():
-            raise UserError(f"there is no checkpoint {last.name}")
+            raise UserError(f"there is no checkpoint {last.name}", code="no_checkpoint")
         before, line = contents(last), self._lines()[-1]
-        shutil.rmtree(last)  # it is known by its digests: no more disk than the run itself will take
+        shutil.rmtree(last)  # its digests are kept: this takes no more disk than the run itself
         run([*self.command, *self._settings("auto")])
         after, again = contents(last), self._lines()[-1]
         numbers = [name for name in ("loss", "grad_norm") if line[name] != again[name]]
@@ -90,20 +89,21 @@ class Trial:
         return [
             f"output_dir={self.folder}",
             f"data.corpus_dir={self.corpus_dir}",
-            f"resume={resume}",
-            *(f"max_steps={end}", "total_tokens=null", "epochs=null"),
+            f"checkpoint.resume={resume}",
+            *(f"max_steps={end}", "total_tokens=null", "epochs=null", "eval_every=null"),
             # The last step is saved anyway.
-            *(f"save_every={end - 1}", "keep_last=2", "log_every=1", "eval_every=null", "loggers=[]"),
-            # A warm-up of more steps than there are is refused. The null is for a schedule that is this one already.
+            *(f"checkpoint.save_every={end - 1}", "checkpoint.keep_last=2", "checkpoint.keep_best=null"),
+            *("log.log_every=1", "log.loggers=[]"),
+            # A warm-up of more steps than there are is refused. The null is for a scheduler that is this one already.
             *("lr_scheduler._component_=torchrecipes.optim.constant", "lr_scheduler.warmup_steps=null"),
-            *(["deterministic=true"] if self.deterministic else []),
+            *(["compute.deterministic=true"] if self.deterministic else []),
         ]
 
 
 def contents(checkpoint: Path) -> dict[str, list[str]]:
-    """What is in a checkpoint: tensor, or JSON file -> dtype, shape and checksum of each of its pieces.
+    """The contents of a checkpoint: tensor or JSON file -> dtype, shape and checksum of each of its pieces.
 
-    Which rank has written a piece, and into which file, does not matter.
+    The rank that wrote a piece, and its file, do not matter.
     """
     found: dict[str, list[str]] = {}
     for file in checkpoint.rglob("*.safetensors"):
@@ -129,7 +129,7 @@ def size(folder: Path) -> int:
     """The bytes of all files in a folder; 0 where there is none."""
     total = 0
     for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a run that is at work removes old checkpoints
+        with contextlib.suppress(FileNotFoundError):  # a run removes old checkpoints meanwhile
             total += file.stat().st_size if file.is_file() else 0
     return total
 
@@ -138,12 +138,12 @@ def run(command: list[str]) -> None:
     """Runs a command to its end, and ends it, with all its processes, when this one is interrupted.
 
     Raises:
-        UserError: it ended in an error; what it said.
+        UserError: it ended in an error; has its message (code `dry_run_failed`).
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         # A session of its own: Ctrl+C on the terminal reaches this process alone, which ends the other in order.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
         )
         try:
             code = process.wait()
@@ -151,20 +151,20 @@ def run(command: list[str]) -> None:
             _end(process)
             raise
         if code:
-            said.seek(0)
-            raise UserError(message_of(code, said.read().decode(errors="replace")))
+            stderr.seek(0)
+            raise UserError(message_of(code, stderr.read().decode(errors="replace")), code="dry_run_failed")
 
 
 def message_of(code: int, stderr: str) -> str:
-    """The one message in what a command that failed has said: without warnings, and without the rest of a traceback.
+    """The error message of a command that failed: without warnings, and without the rest of a traceback.
 
     Args:
         code: its exit code, or minus the signal that ended it.
-        stderr: all it said.
+        stderr: all of its output there.
     """
     if code < 0:
         name = signal.Signals(-code).name
-        hint = " Out of memory on the host? micro_batch_size=auto takes what fits." if name == "SIGKILL" else ""
+        hint = " Out of memory on the host? Try micro_batch_size=auto." if name == "SIGKILL" else ""
         return f"it was ended by {name}.{hint}"
     lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
     headers = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
@@ -172,14 +172,14 @@ def message_of(code: int, stderr: str) -> str:
         after = lines[headers[-1] + 1 :]
         start = next((number for number, line in enumerate(after) if not line.startswith((" ", "\t"))), 0)
         shown = after[start : start + _SHOWN]
-        return "\n".join([*shown, "This is a bug, of the recipe or of a component: tune-style run shows where."])
+        return "\n".join([*shown, "This is a bug of the recipe or a component: tune-style run shows where."])
     kept: list[str] = []
     warned = False
     for line in lines:
         warned = bool(re.match(r"\S+:\d+: \w*Warning: ", line)) or (warned and line.startswith("  "))
         if not warned:
             kept.append(line)
-    return "\n".join(kept[-_SHOWN:]) or f"it ended with exit code {code} and said nothing"
+    return "\n".join(kept[-_SHOWN:]) or f"it ended with exit code {code} and without a message"
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,13 +1,16 @@
-"""How much arithmetic training takes, and how much a device can do: the two halves of MFU."""
+"""FLOPs of training per token, and the peak FLOP/s of a device: the two halves of MFU."""
 
 import functools
 import re
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from torchrecipes.models.param_count import active_parameters
+from torchrecipes.planning.fake_model import fake_tensors, give_storage, meta_model
+from torchrecipes.training.precision import autocast
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first that is a word of the device's name counts.
 PEAKS = {
@@ -28,7 +31,7 @@ PEAKS = {
 }
 
 
-# What people call them on a command line, with the memory that a process can have, in GiB.
+# Names for the command line, with the memory that a process can have, in GiB.
 DEVICES = {
     "b200": ("B200", 178),
     "h200": ("H200", 139),
@@ -43,47 +46,68 @@ DEVICES = {
 }
 
 
-def mlm_flops_per_token(model: nn.Module, seq_len: int, mlm_probability: float) -> float:
-    """Training FLOPs (forward and backward) per token of a masked language model.
+def flops_per_token(
+    config: Any, tokenizer: Any, build_model: Callable, build_collator: Callable, compute_loss: Callable
+) -> float:
+    """FLOPs of the forward and backward pass of one row, divided by its tokens: model FLOPs, as MFU counts them.
 
-    `6 N + 12 L D S + 6 p (V D + T)`: N parameters of the blocks (Kaplan et al. 2020, 2001.08361, section 2.1; two FLOPs
-    per weight forward, four backward), attention over rows of S tokens (Chowdhery et al. 2022, 2204.02311, appendix B;
-    packed rows compute less: it is the count of a dense row), and the head, with its transform of T parameters, at the
-    share p of the tokens that is masked.
-
-    Args:
-        model: has `blocks`, `head` and a `config` with Hugging Face's keys.
-        seq_len: S, tokens per row.
-        mlm_probability: p.
-    """
-    config = model.config
-    blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
-    head = config.vocab_size * config.hidden_size + sum(p.numel() for p in model.head.transform.parameters())
-    attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
-    return 6 * blocks + attention + 6 * mlm_probability * head
-
-
-def causal_flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """Training FLOPs (forward and backward) per token of a causal language model.
-
-    `6 N + 12 L A S`: N parameters that compute with a token, those of the blocks and of the head (Kaplan et al. 2020,
-    2001.08361, section 2.1), of a mixture of experts only the chosen ones; attention of L layers, A = heads x their
-    size, over rows of S tokens (Chowdhery et al. 2022, 2204.02311, appendix B). That counts the whole square of scores,
-    as published MFUs do, of which causality needs half and packed documents less.
+    Matrix products are counted as the model computes them, on tensors without data, and a backward pass as twice its
+    forward pass. The row is one document of `seq_len` tokens, of which causal attention computes half of the scores;
+    experts count with the tokens that they get. Activation checkpointing does not count (Chowdhery et al. 2022,
+    2204.02311, appendix B).
 
     Args:
-        model: has `blocks` and a `config` with Hugging Face's keys.
-        seq_len: S, tokens per row.
+        config: a recipe's config.
+        tokenizer: the tokenizer, or a stand-in.
+        build_model, build_collator, compute_loss: the recipe's functions.
+
+    Returns:
+        FLOPs per token. Where the model cannot run on tensors without data, 6 per parameter (Kaplan et al. 2020,
+        2001.08361, section 2.1), which is reported.
     """
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
-    head = config.vocab_size * config.hidden_size
-    return 6 * (active_parameters(model.blocks) + head) + attention
+    model = meta_model(config, tokenizer, build_model)
+    batch = build_collator(config, tokenizer).example_batch(1, config.seq_len)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    try:
+        with fake_tensors("cuda"), counter:
+            give_storage(model)
+            with autocast(torch.device("cpu"), torch.bfloat16):
+                loss, _ = compute_loss(model, batch, config)
+            loss.backward()
+    except Exception as error:  # whatever a model that reads values raises
+        print(f"FLOPs are taken to be 6 per parameter: the model does not run without data ({error})", flush=True)
+        return 6.0 * sum(parameter.numel() for parameter in model.parameters())
+    return counter.get_total_flops() / config.seq_len
+
+
+def _attention(query, key, value, _dropout_p=0.0, is_causal=False, **_) -> int:
+    flops = sdpa_flop_count(query.shape, key.shape, value.shape)
+    return flops // 2 if is_causal else flops
+
+
+def _attention_backward(_grad, query, key, value, _out, _logsumexp, dropout_p, is_causal, **_) -> int:
+    return 2 * _attention(query, key, value, dropout_p, is_causal)
+
+
+def _grouped_mm(a, b, *_, **__) -> int:
+    # Every row of `a` meets one expert's matrix; without a row dimension of experts in `b` it is their outer products.
+    return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
+
+
+def _raw(formula: Callable) -> Callable:
+    formula._get_raw = True  # FlopCounterMode passes tensors, not shapes
+    return formula
+
+
+_FORMULAS = {  # of the operations that FlopCounterMode does not count, or counts otherwise
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _raw(_attention),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _raw(_attention_backward),
+    torch.ops.aten._grouped_mm: _raw(_grouped_mm),
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The most FLOP/s that the device does in `dtype`: GPUs from a table, for bf16; a CPU measured; None: unknown."""
+    """The highest FLOP/s of the device in `dtype`: GPUs from a table, for bf16; a CPU measured; None: unknown."""
     if device.type != "cuda":
         return _cpu_peak(dtype)
     name = torch.cuda.get_device_name(device) if dtype == torch.bfloat16 else ""
@@ -92,7 +116,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @functools.cache
 def _cpu_peak(dtype: torch.dtype) -> float:
-    """The best of the products of matrices that fit into 0.2 s: once per process."""
+    """The fastest matrix product of those that fit into 0.2 s, measured once per process."""
     a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
     out, best = torch.empty(1024, 1024, dtype=dtype), float("inf")
     end = time.perf_counter() + 0.2

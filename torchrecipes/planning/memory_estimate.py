@@ -1,161 +1,235 @@
-"""What a training step takes of a device's memory, found out by taking the step on tensors without data.
+"""Peak memory of a training step, measured by taking the step on tensors without data.
 
 `FakeTensorMode` runs the model's own code, its loss, backward pass and optimizer on tensors that have shapes and no
-memory. Counting the storages that live, and in which part of the step they were made, gives the peak and what it is
-made of: for any model, with activation checkpointing, with any optimizer, in seconds and on any machine. How processes
-share it is arithmetic.
+memory. Counting the storages that are alive, and the part of the step in which each was made, gives the peak and its
+composition: for any model and optimizer, with activation checkpointing, on any machine. How ranks share it is
+arithmetic.
 """
 
-import importlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from unittest import mock
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from torchrecipes.config import build
 from torchrecipes.errors import UserError
-from torchrecipes.modules import attention_backend, feed_forward, moe
+from torchrecipes.modules.blocks import transformer_blocks
+from torchrecipes.optim.cpu_offload_adamw import OffloadedAdamW
+from torchrecipes.planning.fake_model import fake_tensors, give_storage, meta_model
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
+from torchrecipes.training.precision import autocast
+from torchrecipes.training.setup import freeze
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one process at its peak, in bytes, by what made them.
+    """Bytes of one process at the peak of a step, by the part that made them.
 
     Attributes:
         weights: the parameters.
-        optimizer: its state.
-        activations: the forward pass, for the backward pass; autocast's copies of weights among them.
-        loss: logits of a chunk, and the gradients that the loss computes at once.
-        gradients: the backward pass: gradients, and what it needs for a moment.
-        gathered: weights that several processes compute with, beside those that they keep, and gradients for them.
-        saved: what a checkpoint holds of the optimizer's state: fp32, whatever it is in memory. Not part of the peak.
-        block: weights of the largest block.
-        blocks: weights of all blocks.
+        optimizer: its state, and temporary tensors where the peak is in its step.
+        activations: what the forward pass keeps for the backward pass, autocast's copies of weights included.
+        loss: what `compute_loss` makes outside of the model's forward pass.
+        gradients: gradients, and temporary tensors of the backward pass.
+        unsharded: parameters that several processes compute with, beside those that they keep, and their gradients.
     """
 
     weights: int
     optimizer: int
-    activations: int
-    loss: int
-    gradients: int
-    gathered: int
-    saved: int
-    block: int
-    blocks: int
+    activations: int = 0
+    loss: int = 0
+    gradients: int = 0
+    unsharded: int = 0
 
     @property
     def peak(self) -> int:
-        """The bytes that live at the peak."""
-        return self.weights + self.optimizer + self.activations + self.loss + self.gradients + self.gathered
+        """The sum of all parts."""
+        return self.weights + self.optimizer + self.activations + self.loss + self.gradients + self.unsharded
 
 
-def trace_step(
-    build_model: Callable[[], nn.Module],
-    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    forward: Callable[[nn.Module], Tensor],
-    loss: Callable[[nn.Module, Tensor], Tensor],
-    *,
-    autocast: Callable[[], AbstractContextManager],
-    device: str,
-    micro_batches: int,
-) -> Step:
-    """Takes an optimizer step without data, when the optimizer has its state, and looks at its peak.
+class StepEstimate:
+    """The memory of a recipe's optimizer steps, for any number of rows per micro-batch.
 
     Args:
-        build_model: makes the model, with all that changes what its blocks keep.
-        build_optimizer: makes its optimizer.
-        forward: model -> final hidden states of a micro-batch.
-        loss: model and hidden states -> the loss.
-        autocast: makes the context to compute in; of the CPU, where the tensors would be.
-        device: `cuda` or `cpu`: whose kernels, and sizes of chunks, are meant.
-        micro_batches: in a step; two stand for more.
+        config: a recipe's config.
+        tokenizer: the tokenizer, or a stand-in.
+        build_model, build_collator, compute_loss: the recipe's functions.
+        device_type: `cuda` or `cpu`.
+        dtype: of the forward and backward pass.
+
+    Attributes:
+        model: without data.
+        parameters: their number.
+        block, blocks: bytes of the largest block of the model, and of all blocks.
+        saved_bytes: the optimizer's averages in a checkpoint: in fp32, whatever they are in memory.
     """
-    with suppress(UserError):  # torchao's optimizers make tables, once, which need data; others may want a real model
-        warm_up = build_optimizer(nn.Linear(64, 64))
-        for group in warm_up.param_groups:
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        build_model: Callable,
+        build_collator: Callable,
+        compute_loss: Callable,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+    ):
+        self._config, self._device_type, self._dtype = config, device_type, dtype
+        self._collator, self._compute_loss = build_collator(config, tokenizer), compute_loss
+        self.model = meta_model(config, tokenizer, build_model)
+        freeze(self.model, config.freeze)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        blocks = transformer_blocks(self.model)
+        sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
+        self.block, self.blocks = max(sizes), sum(sizes)
+        apply_activation_checkpointing(self.model, config.compute.activation_checkpointing)
+        self._live = _Live()
+        self._steps: dict[tuple[int, bool], Step] = {}
+        _prepare_optimizer(config)
+        with fake_tensors(device_type), self._live:
+            give_storage(self.model)
+        self._weights = self._live.bytes["weights"]
+        self._optimizer_step = self._trace_optimizer()
+        self.model.register_forward_pre_hook(lambda *_: self._live.begin("activations"))
+        self.model.register_forward_hook(lambda *_: self._live.begin("loss"))
+
+    def step(self, rows: int, *, accumulate: bool) -> Step:
+        """The peak of a step with micro-batches of so many rows, on one process.
+
+        Args:
+            rows: of a micro-batch.
+            accumulate: whether there are several, so that gradients of the ones before are there.
+        """
+        if (rows, accumulate) not in self._steps:
+            passes = self._trace_passes(rows, accumulate)
+            self._steps[rows, accumulate] = max(passes, self._optimizer_step, key=lambda step: step.peak)
+        return self._steps[rows, accumulate]
+
+    def _trace_passes(self, rows: int, accumulate: bool) -> Step:
+        batch = self._collator.example_batch(rows, self._config.seq_len)
+        with fake_tensors(self._device_type, first_chunk_only=True), self._live as live:
+            if accumulate:
+                self._make_gradients()
+            live.forget_peak()
+            with autocast(torch.device("cpu"), self._dtype):
+                live.begin("loss")
+                loss, _ = self._compute_loss(self.model, batch, self._config)
+            live.begin("gradients")
+            loss.backward()
+            del loss, _
+            self.model.zero_grad()
+        parts = {name: live.at_peak[name] for name in ("activations", "loss", "gradients")}
+        return Step(weights=self._weights, optimizer=self._state_bytes, **parts)
+
+    def _trace_optimizer(self) -> Step:
+        self._state_bytes = self.saved_bytes = 0
+        with fake_tensors(self._device_type), self._live as live:
+            live.begin("optimizer")
+            optimizer = build_optimizer(self._config, self.model)
+            self._make_gradients()
+            live.begin("optimizer")
+            live.forget_peak()
+            if isinstance(optimizer, OffloadedAdamW):  # its state is in the memory of the host
+                self.saved_bytes = 2 * self._weights
+            else:
+                optimizer.step()
+            parts = {name: live.at_peak[name] for name in ("optimizer", "gradients")}
+            optimizer.zero_grad()
+            self._state_bytes = live.bytes["optimizer"]
+            averages = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+            self.saved_bytes += 4 * sum(x.numel() for x in averages if x.ndim)
+        self._optimizer = optimizer  # keeps its state alive
+        return Step(weights=self._weights, **parts)
+
+    def _make_gradients(self) -> None:
+        self._live.begin("gradients")
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+
+def build_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """The config's optimizer for a model, as the recipes build it."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return build(config.optimizer, model=model, params=trainable)
+
+
+def _prepare_optimizer(config: Any) -> None:
+    # torchao's optimizers make their tables in the first step, and need data for it; others may want a real model.
+    with suppress(UserError), torch.random.fork_rng(devices=[]):
+        optimizer = build_optimizer(config, nn.Linear(64, 64))
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        warm_up.step()
-    with FakeTensorMode(), _kernels_of(device), _Live() as live:
-        model = build_model()
-        in_blocks = [sum(p.nbytes for p in block.parameters()) for block in model.blocks]
-        optimizer = build_optimizer(model)
-        live.part = "optimizer"
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
-        optimizer.zero_grad()
-        live.forget_peak()
-        for _ in range(min(2, micro_batches)):
-            with autocast():
-                live.part = "activations"
-                hidden = forward(model)
-                live.part = "loss"
-                value = loss(model, hidden)
-            live.part = "gradients"
-            value.backward()
-            del hidden, value
-        live.part = "optimizer"
-        optimizer.step()
-        parts = {name: live.at_peak[name] for name in ("weights", "optimizer", "activations", "loss", "gradients")}
-        averages = [
-            value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-        ]
-        saved = 4 * sum(value.numel() for value in averages if value.ndim)
-    return Step(**parts, gathered=0, saved=saved, block=max(in_blocks), blocks=sum(in_blocks))
 
 
-def on_rank(step: Step, *, ranks: int, shards: int, half: bool, micro_batches: int) -> Step:
-    """What one rank of several has of it.
+def on_rank(
+    step: Step,
+    *,
+    device_type: str,
+    ranks: int,
+    shards: int,
+    half: bool,
+    accumulate: bool,
+    block: int,
+    blocks: int,
+) -> Step:
+    """One rank's part of a step.
 
     Args:
         step: of one process.
-        ranks: processes in all.
-        shards: ranks that weights, gradients and optimizer state are split over; 1: each has them whole.
-        half: whether weights are gathered in bf16.
-        micro_batches: with several, the gradients of the whole model wait on every rank for the last.
+        device_type: `cuda` or `cpu`.
+        ranks: processes of the run.
+        shards: ranks that weights, gradients and optimizer state are sharded over; 1: each has all of them.
+        half: whether parameters are unsharded in bf16.
+        accumulate: with several micro-batches, every rank keeps the gradients of the whole model until the last.
+        block, blocks: bytes of the largest block, and of all.
     """
-    if ranks == 1 or (shards == 1 and half):  # autocast's copies stand for those that `fully_shard` computes with
+    if ranks == 1:
         return step
-    if shards == 1:
-        return replace(step, gathered=step.weights)
-    narrow = 2 if half else 1
-    # Gathered are the root and two blocks, one of which computes while the next is on its way.
-    gathered = (step.weights - step.blocks + 2 * step.block) // narrow
-    copies = step.blocks // 2 if half else 0  # autocast's: the weights that are gathered are bf16 already
-    waits = micro_batches > 1
+    root = step.weights - blocks  # embedding, last norm and head: on a CPU they are unsharded in fp32
+    width = 2 if half else 1
+    root_width = 1 if device_type == "cpu" else width
+    if shards == 1:  # in bf16 autocast's copies stand for those that `fully_shard` computes with
+        return replace(step, unsharded=(root if root_width == 1 else 0) + (0 if half else blocks))
+    # The root and two blocks are unsharded: one block computes while the next is gathered.
+    unsharded = root // root_width + 2 * block // width
+    copies = blocks // 2 if half else 0  # autocast's: unsharded parameters are in bf16 already
     return replace(
         step,
         weights=step.weights // shards,
         optimizer=step.optimizer // shards,
         activations=max(0, step.activations - copies),
-        gradients=step.gradients if waits else step.gradients // shards,
-        gathered=gathered if waits else 2 * gathered,
+        gradients=step.gradients if accumulate else step.gradients // shards,
+        unsharded=unsharded if accumulate else 2 * unsharded,
     )
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that live, by the part in which each was made."""
+    """Counts the bytes of all storages that are alive, by the part of the step in which each was made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.part = "weights"
         self.bytes: Counter[str] = Counter()
         self._storages: dict[int, tuple[str, int]] = {}
+        self.total = 0
         self.forget_peak()
 
+    def begin(self, part: str) -> None:
+        self.part = part
+
     def forget_peak(self) -> None:
-        self.total = self.peak = self.bytes.total()
-        self.at_peak = self.bytes.copy()
+        self.peak, self.at_peak = self.total, self.bytes.copy()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -168,47 +242,14 @@ class _Live(TorchDispatchMode):
         if key not in self._storages:
             size = storage.nbytes()
             self._storages[key] = self.part, size
-            weakref.finalize(storage, self._gone, key)
+            weakref.finalize(storage, self._free, key)
             self.bytes[self.part] += size
             self.total += size
             if self.total > self.peak:
                 self.peak, self.at_peak = self.total, self.bytes.copy()
         return tensor
 
-    def _gone(self, key: int) -> None:
+    def _free(self, key: int) -> None:
         part, size = self._storages.pop(key)
         self.bytes[part] -= size
         self.total -= size
-
-
-@contextmanager
-def _kernels_of(device: str) -> Iterator[None]:
-    """The tensors are the CPU's, whatever the device; what differs between the two is replaced here."""
-    with ExitStack() as stack:
-        # The CPU's own GELU keeps as much as PyTorch's, in many small steps.
-        stack.enter_context(mock.patch.object(feed_forward, "gelu_tanh", partial(F.gelu, approximate="tanh")))
-        # Experts' loads are data; they are taken to be even.
-        stack.enter_context(mock.patch.object(moe, "_slots", lambda count_E, total: -(-total // len(count_E))))
-        stack.enter_context(mock.patch.object(moe, "_tiles", lambda _x: [slice(None)]))
-        if device != "cpu":
-            # A GPU's attention keeps queries, keys, values and outputs, as the CPU's flash kernel does without a mask
-            # and dropout, and never the scores.
-            stack.enter_context(mock.patch.object(attention_backend, "AttentionBackend", _flash))
-            for name in ("default_chunk_size", "_scratch_bytes"):
-                chosen = _for_device(getattr(_LOSS, name), torch.device(device))
-                stack.enter_context(mock.patch.object(_LOSS, name, chosen))
-        yield
-
-
-_LOSS = importlib.import_module("torchrecipes.losses.chunked_cross_entropy")  # the package has a function of this name
-
-
-_PLAN = attention_backend.AttentionBackend
-
-
-def _flash(_kernel: str, *, causal: bool = False, **_masks_and_dropout) -> attention_backend.AttentionBackend:
-    return _PLAN("sdpa", causal=causal)
-
-
-def _for_device(function: Callable, device: torch.device) -> Callable:
-    return lambda *args: function(*args[:-1], device)  # the device is the last argument of both

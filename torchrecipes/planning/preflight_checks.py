@@ -1,40 +1,38 @@
-"""Everything that can be known to go wrong in a long run, tried in minutes before it is started.
+"""Checks before a long run: what would fail after hours fails in minutes.
 
-What needs the run itself is tried by running it: see trial.py. The rest is asked of the parts that will be asked then:
-the checkpointer for the checkpoint to resume from, the corpus, the schedule, the writers.
+What needs the run itself is checked by running it (dry_run.py). The rest is asked of the parts that the run will use:
+the checkpoint to resume from, the corpus, the scheduler, the loggers.
 """
 
 import contextlib
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from torchrecipes.checkpoint.checkpointer import Checkpointer
-from torchrecipes.checkpoint.resume import check_same_settings as _check_same_settings
+from torchrecipes.checkpoint.checkpointer import find_checkpoint
+from torchrecipes.checkpoint.resume import check_same_settings
 from torchrecipes.config import Component, build, to_yaml
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
-from torchrecipes.data.corpus.corpus import Corpus, open_corpus
+from torchrecipes.data.corpus.corpus import open_corpus
 from torchrecipes.errors import UserError, format_user_error
-from torchrecipes.file_lock import lock_folder as _lock
-from torchrecipes.planning.dry_run import STEPS, Trial, size
+from torchrecipes.file_lock import lock_folder
+from torchrecipes.planning.component_checks import build_scheduler
+from torchrecipes.planning.dry_run import STEPS, DryRun, size
 from torchrecipes.planning.run_estimate import estimate_run
 from torchrecipes.training.duration import resolve_max_steps
 
 GIB = 2**30
 MANY_EPOCHS = 4  # repeating text more often than this helps little (Muennighoff et al. 2023, 2305.16264)
-TRIES = ".preflight-"  # begins the name of the folder inside output_dir that is used, and removed
+DRY_RUN_FOLDER = ".preflight-"  # begins the name of the folder inside output_dir that is used and removed
 ROWS = (
-    *("output_dir", "resume", "loggers", "a real step", "checkpoint", "loader workers"),
-    *("data", "validation", "budget", "time", "disk"),
-)
-KEYS = (  # of a recipe's config, which are read or set here
-    *("output_dir", "data.corpus_dir", "data.packing", "data.num_workers", "seq_len", "global_batch_size"),
-    *("max_steps", "total_tokens", "epochs", "lr_scheduler", "deterministic", "log_every", "eval_every", "save_every"),
-    *("keep_last", "resume", "loggers"),
+    *("output_dir", "resume", "loggers", "train step", "checkpoint", "loader workers"),
+    *("data", "validation", "duration", "time", "disk"),
 )
 
 
@@ -48,112 +46,102 @@ class Check:
 
 
 def preflight(
-    config: Any, command: list[str], *, world_size: int = 1, tell: Callable[[str], None] = lambda _: None
+    recipe: ModuleType,
+    config: Any,
+    command: list[str],
+    *,
+    world_size: int = 1,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Check]:
     """Checks a run, one thing after another.
 
     Args:
-        config: the recipe's config, checked.
-        command: what starts the run, without settings of its own for what is tried here.
+        recipe: the recipe's module.
+        config: its config, checked.
+        command: starts the run; settings for the dry run are appended.
         world_size: the processes that the command starts.
-        tell: is told what begins to be tried, before what takes long.
+        report: called with what begins, before what takes long.
 
     Yields:
-        A check as soon as it is done. What could not be tried because of an earlier failure is skipped.
+        A check as soon as it is done. What an earlier failure prevents is skipped.
     """
-    if lacking := [key for key in KEYS if not _has(config, key)]:
-        reason = (
-            f"its config has no {', '.join(lacking)}, which preflight needs to try it: see tune-style cat mlm_pretrain"
-        )
-        yield Check("recipe", "failed", reason)
-        yield from skipped(ROWS, "the recipe")
-        return
     output_dir = Path(config.output_dir)
-    estimate = _estimate(config, world_size)
-    yield (writable := _writable(output_dir, estimate, config.keep_last + 1))
+    estimate = _estimate(recipe, config, world_size)
+    yield (writable := _writable(output_dir, estimate, config.checkpoint.keep_last + 1))
     if writable.status == "failed":
         yield from skipped(ROWS[1:], "output_dir")
         return
-    tell("reading the checkpoint to resume from")
+    report("reading the checkpoint to resume from")
     resume, resumed = _resume(config)
     yield resume
-    if not config.loggers:
-        yield Check("loggers", "skipped", "loggers names no writer; metrics.jsonl is always written")
-    for number, writer in enumerate(config.loggers):
-        tell(f"writing a value with {writer.path}")
-        yield _writer(number, writer)
+    if not config.log.loggers:
+        yield Check("loggers", "skipped", "log.loggers is empty; metrics.jsonl is always written")
+    for number, logger in enumerate(config.log.loggers):
+        report(f"logging a value with {logger.path}")
+        yield _logger(number, logger)
     with _own_folder(output_dir) as folder:
         corpus_dir = Path(config.data.corpus_dir or output_dir / "corpus")
-        trial = Trial(command, folder / "run", corpus_dir)
+        dry_run = DryRun(command, folder / "run", corpus_dir)
         if resumed:
-            trial = replace(trial, resume=resumed.path, past=resumed.step)
-        yield from _try(config, trial, resumed, estimate, tell)
+            past = json.loads((resumed / "state.json").read_text(encoding="utf-8"))["step"]
+            dry_run = replace(dry_run, resume=resumed, past=past)
+        yield from _try(config, dry_run, estimate, report)
 
 
 def skipped(names: tuple[str, ...], because_of: str) -> Iterator[Check]:
-    """Rows for what cannot be tried."""
+    """Rows for what was not tried."""
     for name in names:
         yield Check(name, "skipped", f"because of {because_of}")
 
 
-def _try(
-    config: Any, trial: Trial, resumed: Any | None, estimate: dict[str, Any], tell: Callable[[str], None]
-) -> Iterator[Check]:
-    """The checks that need the run, and those that need its corpus, which is there after that."""
-    tell("making the tokenizer and the corpus if they are not there, then five steps of the run")
+def _try(config: Any, dry_run: DryRun, estimate: dict[str, Any], report: Callable[[str], None]) -> Iterator[Check]:
+    """The checks that need the run, and those that need its corpus, which exists after that."""
+    report("making the tokenizer and the corpus if they do not exist, then five steps of the run")
     try:
-        lines = trial.steps()
+        lines = dry_run.steps()
     except UserError as error:
-        yield Check("a real step", "failed", str(error))
-        yield from skipped(ROWS[4:], "the step")
+        yield Check("train step", "failed", str(error))
+        yield from skipped(ROWS[4:], "the train step")
         return
-    checkpoint_bytes = trial.checkpoint_bytes()
+    checkpoint_bytes = dry_run.checkpoint_bytes()
     yield (step := _step(lines, estimate.get("device_bytes")))
     if step.status == "failed":
-        yield from skipped(("checkpoint",), "the step")
+        yield from skipped(("checkpoint",), "the train step")
     else:
-        tell("the last step once more, from the checkpoint before it")
-        yield _repeated(trial, checkpoint_bytes, config.deterministic, tell)
+        report("the last step once more, from the checkpoint before it")
+        yield _repeated(dry_run, checkpoint_bytes, config.compute.deterministic, report)
     if workers := config.data.num_workers:
         yield Check("loader workers", "passed", f"{workers} per process have made the batches of these steps")
     else:
         yield Check("loader workers", "skipped", "data.num_workers is 0: batches are made in the process itself")
 
-    train = open_corpus(trial.corpus_dir / "train")
-    rows = (PackedDataset if config.data.packing else PaddedDataset)(train, config.seq_len, pad_id=0)
-    yield _data(config, train, resumed)
-    yield _validation(config, trial.corpus_dir / "validation")
-    budget, steps = _budget(config, rows)
-    yield budget
+    train = open_corpus(dry_run.corpus_dir / "train")
+    dataset = (PackedDataset if config.data.packing else PaddedDataset)(train, config.seq_len, pad_id=0)
+    yield Check("data", "passed", f"{train.num_documents:,} documents, {train.num_tokens:,} tokens")
+    yield _validation(config, dry_run.corpus_dir / "validation")
+    duration, steps = _duration(config, dataset)
+    yield duration
     if steps:
-        yield _time(steps - trial.past, _typical(lines))
+        yield _time(steps - dry_run.past, _typical(lines))
     else:
-        yield from skipped(("time",), "the budget")
+        yield from skipped(("time",), "the duration")
     if checkpoint_bytes:
-        freed = size(trial.folder.parent)
-        yield _room("disk", Path(config.output_dir), checkpoint_bytes, config.keep_last + 1, freed=freed)
-    else:  # what is not finite is not saved
-        yield from skipped(("disk",), "the step")
+        freed = size(dry_run.folder.parent)
+        yield _room("disk", Path(config.output_dir), checkpoint_bytes, config.checkpoint.keep_last + 1, freed=freed)
+    else:  # a step that is not finite is not saved
+        yield from skipped(("disk",), "the train step")
 
 
-def _has(config: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not hasattr(config, part):
-            return False
-        config = getattr(config, part)
-    return True
-
-
-def _estimate(config: Any, world_size: int) -> dict[str, Any]:
+def _estimate(recipe: ModuleType, config: Any, world_size: int) -> dict[str, Any]:
     """What is known before there is a checkpoint; empty where nothing is."""
     try:
-        return estimate_run(config, world_size=world_size)
-    except (Exception, SystemExit):  # a recipe of another kind, or what the trial will tell in better words
+        return estimate_run(recipe, config, world_size=world_size)
+    except (Exception, SystemExit):  # the dry run reports it in better words
         return {}
 
 
 def _writable(output_dir: Path, estimate: dict[str, Any], number: int) -> Check:
-    """Whether the folder can be written, is nobody else's, and has room for the checkpoints."""
+    """Checks that the folder can be written, is not in use, and has room for the checkpoints."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
@@ -162,7 +150,7 @@ def _writable(output_dir: Path, estimate: dict[str, Any], number: int) -> Check:
         return Check("output_dir", "failed", f"{output_dir}: {error.strerror}. Give another output_dir=...")
     try:
         if (output_dir / ".lock").exists():
-            for lock in _lock(output_dir):
+            for lock in lock_folder(output_dir):
                 lock.close()
     except UserError as error:
         return Check("output_dir", "failed", str(error))
@@ -172,77 +160,73 @@ def _writable(output_dir: Path, estimate: dict[str, Any], number: int) -> Check:
 
 
 def _room(name: str, output_dir: Path, checkpoint_bytes: int, number: int, *, freed: int = 0) -> Check:
-    """Whether so many checkpoints find room; those that are there are among them. `freed` bytes will be free."""
+    """Checks that there is room for `number` checkpoints, those that exist included. `freed` bytes will be free."""
     room = shutil.disk_usage(output_dir).free + freed + size(output_dir / "checkpoints")
     needed = number * checkpoint_bytes
-    said = (
+    found = (
         f"{number} checkpoints (keep_last, and one being written) of {_amount(checkpoint_bytes)} take "
         f"{_amount(needed)}; there is room for {_amount(room)}"
     )
     if room < needed:
-        return Check(name, "failed", f"{said}. Make room, lower keep_last, or give another output_dir=...")
-    return Check(name, "passed", said)
+        return Check(name, "failed", f"{found}. Make room, lower checkpoint.keep_last, or give another output_dir=...")
+    return Check(name, "passed", found)
 
 
-def _resume(config: Any) -> tuple[Check, Any | None]:
-    """Whether the folder is that of this run, and its checkpoint whole; and that checkpoint."""
+def _resume(config: Any) -> tuple[Check, Path | None]:
+    """Checks that the folder belongs to this run and its checkpoint is valid; returns that checkpoint, too."""
     output_dir = Path(config.output_dir)
-    there = any((output_dir / "checkpoints").glob("step-*"))
-    told = io.StringIO()
+    has_checkpoints = any((output_dir / "checkpoints").glob("step-*"))
     try:
-        if there and config.resume == "never":
-            raise UserError(
-                f"{output_dir} holds the checkpoints of a run, and resume=never would write over them. Give another "
-                "output_dir=..., or delete the folder, or continue the run with resume=auto."
-            )
-        if there and (output_dir / "config.yaml").exists():
-            _check_same_settings(output_dir / "config.yaml", to_yaml(config))
-        with contextlib.redirect_stdout(told):
-            found = Checkpointer(output_dir, config.keep_last).resume(config.resume)
+        if has_checkpoints and config.checkpoint.resume == "never":
+            return Check("resume", "failed", f"{output_dir} holds checkpoints, and checkpoint.resume is never"), None
+        if has_checkpoints and (output_dir / "config.yaml").exists():
+            check_same_settings(output_dir / "config.yaml", to_yaml(config), type(config))
+        with contextlib.redirect_stdout(io.StringIO()):
+            found, corrupt = find_checkpoint(output_dir, config.checkpoint.resume)
     except UserError as error:
         return Check("resume", "failed", str(error)), None
     if found is None:
-        return Check("resume", "passed", "there is no checkpoint: the run begins at step 1"), None
-    damaged = [line for line in told.getvalue().splitlines() if "damaged" in line]
-    reason = "\n".join([f"{found.path} is whole: the run goes on behind step {found.step:,}", *damaged])
-    return Check("resume", "passed", reason), found
+        return Check("resume", "passed", "there is no checkpoint: the run starts at step 1"), None
+    lines = [f"{found} is valid: the run resumes from it"]
+    lines += [f"skipping corrupt checkpoint {path}: {'; '.join(problems)}" for path, problems in corrupt.items()]
+    return Check("resume", "passed", "\n".join(lines)), found
 
 
-def _writer(number: int, writer: Component) -> Check:
-    """Whether a metrics writer can be built, and takes a value; nothing is left where the run's own values go."""
+def _logger(number: int, logger: Component) -> Check:
+    """Checks that a logger can be built and takes a value; nothing is left where the run's own values go."""
     name = f"loggers.{number}"
-    arguments = dict(writer.args)
+    arguments = dict(logger.args)
     more = ""
-    if writer.path == "torchrecipes.training.loggers.TensorBoard":
+    if logger.path == "torchrecipes.training.loggers.TensorBoard":
         arguments.pop("folder", None)
-    if writer.path == "torchrecipes.training.loggers.WandB" and arguments.get("mode", "online") == "online":
+    if logger.path == "torchrecipes.training.loggers.WandB" and arguments.get("mode", "online") == "online":
         arguments["mode"] = "offline"
         more = ", offline: its server and your login are not tried"
-    # Not a folder that vanishes: a writer's thread may write once more after close.
+    # Not a folder that vanishes: a logger's thread may write once more after close.
     with tempfile.TemporaryDirectory(prefix="preflight-", ignore_cleanup_errors=True) as folder:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                built = build(replace(writer, args=arguments), output_dir=folder)
+                built = build(replace(logger, args=arguments), output_dir=folder)
                 built.log({"step": 0, "preflight": 1.0}, 0)
                 built.close()
         except (Exception, SystemExit) as error:  # whatever a logger's package raises without its server or a login
             return Check(
-                name, "failed", f"{writer.path}: {format_user_error(error) or f'{type(error).__name__}: {error}'}"
+                name, "failed", f"{logger.path}: {format_user_error(error) or f'{type(error).__name__}: {error}'}"
             )
-    return Check(name, "passed", f"{writer.path} has taken a value{more}")
+    return Check(name, "passed", f"{logger.path} has taken a value{more}")
 
 
 @contextlib.contextmanager
 def _own_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder for this try, removed at the end; those that killed ones have left are removed, too."""
-    for old in output_dir.glob(f"{TRIES}*"):
-        with contextlib.suppress(UserError):  # locked: another preflight is at work
-            if locks := _lock(old):
+    """A folder for the dry run, removed at the end, with those that killed ones have left."""
+    for old in output_dir.glob(f"{DRY_RUN_FOLDER}*"):
+        with contextlib.suppress(UserError):  # locked: another preflight is running
+            if locks := lock_folder(old):
                 shutil.rmtree(old, ignore_errors=True)
                 for lock in locks:
                     lock.close()
-    folder = Path(tempfile.mkdtemp(prefix=TRIES, dir=output_dir))
-    locks = _lock(folder)
+    folder = Path(tempfile.mkdtemp(prefix=DRY_RUN_FOLDER, dir=output_dir))
+    locks = lock_folder(folder)
     try:
         yield folder
     finally:
@@ -252,16 +236,16 @@ def _own_folder(output_dir: Path) -> Iterator[Path]:
 
 
 def _step(lines: list[dict], device_bytes: int | None) -> Check:
-    """What the first steps have shown."""
+    """Checks that loss and gradient of the first steps are finite."""
     bad = [line for line in lines if line["loss"] is None or line["grad_norm"] is None]
     if bad:
-        remedy = "Lower optimizer.lr, lengthen the warm-up or try precision=fp32"
-        return Check("a real step", "failed", f"step {bad[0]['step']}: loss or gradient is not finite. {remedy}")
+        remedy = "Lower optimizer.lr, lengthen the warm-up or try compute.precision=fp32"
+        return Check("train step", "failed", f"step {bad[0]['step']}: loss or gradient is not finite. {remedy}")
     losses = ", ".join(f"{line['loss']:.3f}" for line in lines)
     of = f" of {device_bytes / GIB:.0f}" if device_bytes else ""
     memory = f"{lines[-1]['peak_memory_gib']:.2f}{of} GiB"
     return Check(
-        "a real step",
+        "train step",
         "passed",
         f"losses {losses}; gradient norm {lines[-1]['grad_norm']:.2f}; peak memory {memory}; "
         f"{_seconds(_typical(lines)):.2f} s per step",
@@ -269,104 +253,85 @@ def _step(lines: list[dict], device_bytes: int | None) -> Check:
 
 
 def _typical(lines: list[dict]) -> dict:
-    """The line of the step in the middle, by time, of those in which nothing begins and nothing is saved."""
+    """The line of the median step, by time, of those in which nothing starts and nothing is saved."""
     return sorted(lines[1:-1], key=_seconds)[(len(lines) - 2) // 2]
 
 
 def _seconds(line: dict) -> float:
-    """Seconds of the step that a line is of."""
+    """Seconds of the step that a line reports."""
     return line["tokens"] / line["step"] / line["tokens_per_second"]
 
 
-def _repeated(trial: Trial, checkpoint_bytes: int, deterministic: bool, tell: Callable[[str], None]) -> Check:
-    """Whether the run resumes and makes its last step once more."""
+def _repeated(dry_run: DryRun, checkpoint_bytes: int, deterministic: bool, report: Callable[[str], None]) -> Check:
+    """Checks that the run resumes and repeats its last step."""
     try:
-        names = trial.repeat()
+        names = dry_run.repeat()
     except UserError as error:
         return Check("checkpoint", "failed", f"the run does not resume: {error}")
-    step, taken = trial.past + STEPS, _amount(checkpoint_bytes)
+    step, taken = dry_run.past + STEPS, _amount(checkpoint_bytes)
     if not names:
-        return Check("checkpoint", "passed", f"saved ({taken}), loaded, and step {step} repeated to the last bit")
+        return Check("checkpoint", "passed", f"saved ({taken}), loaded, and step {step} repeated bit for bit")
     shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
     differs = f"step {step}, resumed from step {step - 1}, differs: {shown}"
     if deterministic:
-        return Check("checkpoint", "failed", f"{differs}. A resumed run would go another way")
-    # Kernels of a GPU add up in any order. Whether it is that, or something a checkpoint lacks, shows without them.
-    tell("the same with deterministic=true, as some kernels do not repeat their last bits")
-    again = replace(trial, folder=trial.folder.with_name("deterministic"), deterministic=True)
+        return Check("checkpoint", "failed", f"{differs}. A resumed run would diverge")
+    # Kernels of a GPU add up in any order. Whether that is it, or a checkpoint lacks something, shows without them.
+    report("the same with compute.deterministic=true, as some kernels do not repeat their last bits")
+    again = replace(dry_run, folder=dry_run.folder.with_name("deterministic"), deterministic=True)
     try:
         again.steps()
         names = again.repeat()
     except UserError as error:
-        return Check("checkpoint", "failed", f"{differs}; and deterministic=true, which would show why, ends: {error}")
+        reason = f"{differs}; and compute.deterministic=true, which would show why, ends: {error}"
+        return Check("checkpoint", "failed", reason)
     if names:
-        return Check("checkpoint", "failed", f"{differs}; with deterministic=true, too. A resumed run goes another way")
+        reason = f"{differs}; with compute.deterministic=true, too. A resumed run would diverge"
+        return Check("checkpoint", "failed", reason)
     return Check(
         "checkpoint",
         "passed",
-        f"saved ({taken}), loaded; step {step} is repeated to the last bit with deterministic=true. Without it, as the "
-        "config has it, some kernels round in another order each time",
+        f"saved ({taken}), loaded; step {step} is repeated bit for bit with compute.deterministic=true. Without it, as "
+        "the config has it, some kernels round in another order each time",
     )
 
 
-def _data(config: Any, train: Corpus, resumed: Any | None) -> Check:
-    """Whether the text is that of the checkpoint to resume from. That it fills a row, the step has shown."""
-    if resumed:
-        try:
-            pass
-        except UserError as error:
-            return Check("data", "failed", str(error))
-    of = f"; the corpus of {resumed.path}" if resumed and config.resume == "auto" else ""
-    return Check("data", "passed", f"{train.num_documents:,} documents, {train.num_tokens:,} tokens{of}")
-
-
 def _validation(config: Any, folder: Path) -> Check:
-    """Whether there is something to evaluate on."""
+    """Checks that there are rows to evaluate on."""
     if not config.eval_every:
         return Check("validation", "skipped", "eval_every is null")
     try:
         corpus = open_corpus(folder)
     except UserError as error:
         return Check("validation", "failed", f"eval_every={config.eval_every}, and: {error}")
-    rows = (PackedDataset if config.data.packing else PaddedDataset)(corpus, config.seq_len, pad_id=0)
-    return Check("validation", "passed", f"{rows.num_rows:,} rows, {corpus.num_tokens:,} tokens")
+    dataset = (PackedDataset if config.data.packing else PaddedDataset)(corpus, config.seq_len, pad_id=0)
+    return Check("validation", "passed", f"{dataset.num_rows:,} rows, {corpus.num_tokens:,} tokens")
 
 
-def _budget(config: Any, rows: PackedDataset | PaddedDataset) -> tuple[Check, int | None]:
-    """How often each row is seen, and the run's steps. The schedule of so many, which the trial replaces, is made."""
+def _duration(config: Any, dataset: PackedDataset | PaddedDataset) -> tuple[Check, int | None]:
+    """How often each row is seen, and the run's steps. Builds the scheduler for them, which the dry run replaces."""
     try:
-        steps = resolve_max_steps(
-            rows,
-            config.global_batch_size,
-            max_steps=config.max_steps,
-            total_tokens=config.total_tokens,
-            epochs=config.epochs,
-        )
-        import torch
-
-        build(config.lr_scheduler, optimizer=torch.optim.SGD([torch.zeros(1)]), max_steps=steps)
+        with contextlib.redirect_stdout(io.StringIO()):
+            steps = resolve_max_steps(config, dataset)
+        build_scheduler(config, steps)
     except UserError as error:
-        return Check("budget", "failed", str(error)), None
-    epochs = steps * config.global_batch_size / rows.num_rows
-    said = f"{steps:,} steps see the {rows.num_rows:,} rows of the corpus {epochs:,.2f} times"
+        return Check("duration", "failed", str(error)), None
+    epochs = steps * config.global_batch_size / dataset.num_rows
+    found = f"{steps:,} steps see the {dataset.num_rows:,} rows of the corpus {epochs:,.2f} times"
     if epochs > MANY_EPOCHS:
-        said += (
-            f". Warning: more than {MANY_EPOCHS} times teaches little; more text, or a smaller budget, would be better"
-        )
-    return Check("budget", "passed", said), steps
+        found += f". Warning: more than {MANY_EPOCHS} times helps little; use more text or fewer steps"
+    return Check("duration", "passed", found), steps
 
 
 def _time(steps: int, line: dict) -> Check:
-    """How long the run will take, without evaluation and what saving adds."""
+    """How long the run will take, without evaluation and saving."""
     if steps <= 0:
-        return Check("time", "passed", "the run has made all its steps already")
+        return Check("time", "passed", "the run has done all its steps")
     seconds = _seconds(line)
     total = steps * seconds
-    long = f"{total / 3600:,.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes"
+    length = f"{total / 3600:,.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes"
     mfu = f", MFU {line['mfu']:.1%}" if line.get("mfu") else ""
-    return Check(
-        "time", "passed", f"{steps:,} steps of {seconds:.2f} s: {long}{mfu}; evaluation and saving come on top"
-    )
+    reason = f"{steps:,} steps of {seconds:.2f} s: {length}{mfu}; evaluation and saving not included"
+    return Check("time", "passed", reason)
 
 
 def _amount(count: int) -> str:

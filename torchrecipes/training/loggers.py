@@ -21,6 +21,8 @@ class TensorBoard:
         UserError: the package is not installed.
     """
 
+    requires = "tensorboard"  # checked before a run starts
+
     def __init__(self, output_dir: str, folder: str | None = None):
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -56,6 +58,8 @@ class WandB:
     Raises:
         UserError: the package is not installed.
     """
+
+    requires = "wandb"  # checked before a run starts
 
     def __init__(self, project: str, output_dir: str, name: str | None = None, mode: str = "online"):
         try:
