@@ -304,20 +304,19 @@ from torchrecipes.evaluation.generation import generate
 from torchrecipes.models import llama
 from torchrecipes.distributed.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
-from torchrecipes.training.run import Run
 
 folder, sizes, prompts, eos = sys.argv[1], *map(json.loads, sys.argv[2:])
 torch.distributed.init_process_group("gloo")
-run = Run(folder, torch.device("cpu"), rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
+rank, device = torch.distributed.get_rank(), torch.device("cpu")
 with torch.device("meta"):
     model = llama(**sizes)
-parallelize(model, "fsdp", run.device, torch.float32)
-init_on_device(model, run.device, 1)
+parallelize(model, "fsdp", device, torch.float32)
+init_on_device(model, device, 1)
 model.train()
 found = [generate(model, prompts, max_new_tokens=20, temperature=t, seed=3, eos_id=eos) for t in (0, 0.7)]
 assert model.training
 model.head(model(torch.tensor([[1, 2]]))).sum().backward()  # training goes on
-with open(f"{folder}/{run.rank}.json", "w") as file:
+with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(found, file)
 hard_exit(0)
 """
@@ -330,5 +329,6 @@ def test_ranks_of_a_sharded_model_write_the_same_text(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     words = [json.dumps(value) for value in (SIZES["llama"] | {"vocab_size": VOCAB}, prompts, eos)]
+    (tmp_path / "run").mkdir()
     ranks.run(script, 2, tmp_path / "run", *words)
     assert [json.loads((tmp_path / "run" / f"{rank}.json").read_text()) for rank in range(2)] == [expected] * 2

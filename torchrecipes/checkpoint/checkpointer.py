@@ -41,7 +41,7 @@ from torchrecipes.checkpoint.optimizer_state import (
 from torchrecipes.checkpoint.random_state import random_state, restore_random_state
 from torchrecipes.checkpoint.resume import check_same_architecture
 from torchrecipes.checkpoint.state import flatten_state, unflatten_state
-from torchrecipes.checkpoint.tensor_files import HostCopies, load_shards, save_shards, unsharded_files
+from torchrecipes.checkpoint.tensor_files import HostCopies, iterate_shards, load_shards, save_shards, unsharded_files
 from torchrecipes.config.metadata import MayChange, Steps
 from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
@@ -360,7 +360,7 @@ class Checkpointer:
         check_same_architecture(path, self.model)
         check_same_optimizer(stored["optimizer"], self.optimizer, self.model, str(path))
         self._load_model(path)
-        tensors = load_shards(path / "optimizer", lambda key, meta: like_stored(key, meta, self.model))
+        tensors = iterate_shards(path / "optimizer", lambda key, meta: like_stored(key, meta, self.model))
         scheduled = any(isinstance(obj, LRScheduler) for obj in self.state.values())
         unflatten_optimizer(tensors, stored["optimizer"], self.optimizer, self.model, str(path), scheduled)
         self._load_state(path, stored["state"])

@@ -1,10 +1,11 @@
-"""An optimizer's state by parameter names, as tensors for a safetensors file and a description for a JSON file.
+"""An optimizer's state by parameter names: tensors for a safetensors file, and a description for a JSON file.
 
-`torch.optim` numbers its parameters; a number says nothing once a group is split or a layer added. Names do, so a state
-that does not belong to a parameter is refused instead of being taken for another's.
+`torch.optim` numbers its parameters, and a number means another parameter once a group is split or a layer added. A
+name does not, so state that belongs to no parameter is refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,12 @@ SCHEDULED = {"lr", "momentum", "betas"}  # settings that torch's learning-rate s
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
-    """The optimizer's state, without its object.
+    """Splits the optimizer's state into tensors and a JSON description.
 
     Returns:
-        The tensors as `<kind>.<parameter>`, such as `exp_avg.head.bias`; one without dimensions gets one. And what JSON
-        holds: the optimizer's class; its groups, each with its settings and its parameters' shapes; values that are no
-        tensors; which of the tensors had no dimensions.
+        The tensors as `<kind>.<parameter>`, such as `exp_avg.head.bias`; a scalar gets one dimension. And a
+        description: the optimizer's class; its groups, each with its settings and its parameters' shapes; values that
+        are no tensors; the names of the scalars.
 
     Raises:
         ValueError: the optimizer has a parameter that is not the model's.
@@ -50,39 +51,42 @@ def check_same_optimizer(description: dict, optimizer: torch.optim.Optimizer, mo
     """Checks that a state belongs to this optimizer and these parameters.
 
     Args:
-        description: what `flatten_optimizer` returned.
-        optimizer, model: whose state it is to become.
-        where: what it was read from, for the message.
+        description: from `flatten_optimizer`.
+        optimizer, model: the ones that are to have it.
+        where: names the source in errors.
 
     Raises:
-        UserError: the state is of another kind of optimizer, or of other parameters; names what differs.
+        UserError: the state is of another class of optimizer, or of other parameters (code `other_optimizer`); names
+            what differs.
     """
     parameters = dict(_named(optimizer, model))
     stored = {name: shape for group in description["groups"] for name, shape in group["parameters"].items()}
-    problems = [f"{name} is trained here and was not there" for name in parameters if name not in stored]
-    problems += [f"{name} was trained there and is not here" for name in stored if name not in parameters]
+    problems = [f"{name} is trained now and is not in it" for name in parameters if name not in stored]
+    problems += [f"{name} is in it and is not trained now" for name in stored if name not in parameters]
     problems += [
-        f"{name} is {shape} there and {list(parameters[name].shape)} here"
+        f"{name} has the shape {shape} in it, and {list(parameters[name].shape)} now"
         for name, shape in stored.items()
         if name in parameters and list(parameters[name].shape) != shape
     ]
-    if (ours := type(optimizer).__name__) != description["class"]:
-        problems = [f"it is of {description['class']}, this run's optimizer is {ours}"]
+    if (current := type(optimizer).__name__) != description["class"]:
+        problems = [f"it is of {description['class']}, and this run's optimizer is {current}"]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(
-            f"{where}: its optimizer's state does not fit: {shown}. Give the settings it was trained with, or begin at "
-            f"step 1 with its weights: init_from={where}."
+            f"{where}: its optimizer's state does not fit: {shown}",
+            key="optimizer",
+            hint=f"Use the settings it was trained with, or train its weights from step 1: init_from={where}.",
+            code="other_optimizer",
         )
 
 
 def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module) -> Tensor:
-    """An empty tensor to read a stored one into, sharded as its parameter is if it has the parameter's shape.
+    """An empty tensor to read a stored one into, sharded like its parameter if it has the parameter's shape.
 
     Args:
         key: `<kind>.<parameter>`.
-        stored: its shape and dtype, as torch.distributed.checkpoint tells them.
-        model: whose parameter it is of.
+        stored: its shape and dtype.
+        model: has the parameter.
     """
     parameter = model.get_parameter(key.partition(".")[2])
     if parameter.shape == stored.size:
@@ -91,7 +95,7 @@ def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module) -> Te
 
 
 def unflatten_optimizer(
-    tensors: dict[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     description: dict,
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
@@ -101,9 +105,11 @@ def unflatten_optimizer(
     """Sets the optimizer's state to a flattened one, bit for bit. Its settings, such as weight decay, stay its own.
 
     Args:
-        tensors, description: what `flatten_optimizer` returned.
-        optimizer, model: what is set, and whose names its parameters have.
-        where: what the state was read from, for the message.
+        tensors: the items of what `flatten_optimizer` returned. Each takes the optimizer's own form (quantized, or on
+            the CPU) before the next one is asked for, so that a generator never has all of them in memory.
+        description: the other part of it.
+        optimizer, model: the optimizer to set, and the model that names its parameters.
+        where: names the source in errors.
         scheduled: restores the settings that a scheduler changes (`SCHEDULED`), too.
 
     Raises:
@@ -113,7 +119,7 @@ def unflatten_optimizer(
     parameters = dict(_named(optimizer, model))
     states: dict[str, dict] = {}
     scalars = set(description["scalars"])
-    for key, value in (tensors | description["values"]).items():
+    for key, value in chain(tensors, description["values"].items()):
         kind, _, name = key.partition(".")
         if isinstance(value, Tensor):
             value = value.view(()) if key in scalars else from_plain(optimizer, parameters[name], kind, value)
@@ -131,7 +137,7 @@ def unflatten_optimizer(
                 group[key].fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(value, list) else value
-    # It has put each tensor on the right device, and has given floats the parameter's dtype, which need not be theirs.
+    # load_state_dict has put tensors on their device, and cast floats to the parameter's dtype, which is undone here.
     for name, state in states.items():
         loaded = optimizer.state[parameters[name]]
         for kind, value in state.items():
@@ -142,7 +148,7 @@ def unflatten_optimizer(
 def _named(
     optimizer: torch.optim.Optimizer, model: nn.Module, group: int | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter, of all groups or of one, in the order in which the optimizer's state_dict numbers them."""
+    """(Name, parameter) of all groups or of one, in the order in which the optimizer's state_dict numbers them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for entry in optimizer.param_groups if group is None else [optimizer.param_groups[group]]:
         for parameter in entry["params"]:

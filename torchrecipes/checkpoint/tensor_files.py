@@ -1,6 +1,6 @@
 """A checkpoint's tensors as safetensors files: unsharded for the model, as they are sharded for the rest."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,26 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGro
 
 def load_shards(folder: Path, like: Callable[[str, Any], Tensor]) -> dict[str, Tensor]:
     """Reads what `save_shards` wrote, each tensor into `like(key, metadata)`: a full one, or this rank's shard."""
+    return dict(iterate_shards(folder, like))
+
+
+def iterate_shards(
+    folder: Path, like: Callable[[str, Any], Tensor], part_bytes: int = 1 << 28
+) -> Iterator[tuple[str, Tensor]]:
+    """`load_shards`, (key, tensor) by tensor; no more than about `part_bytes` are in memory for it at a time."""
     if not folder.exists():
-        return {}
+        return
     stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {key: like(key, meta) for key, meta in stored.items()}
-    # Each rank reads what it needs by itself.
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return tensors
+    part, size = {}, 0
+    for number, (key, meta) in enumerate(stored.items(), start=1):
+        part[key] = like(key, meta)
+        size += meta.size.numel() * meta.properties.dtype.itemsize
+        if size >= part_bytes or number == len(stored):
+            # Each rank reads what it needs by itself.
+            dcp.load(part, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+            while part:
+                yield part.popitem()
+            size = 0
 
 
 class HostCopies:
