@@ -30,7 +30,7 @@ def shipped(tmp_path, monkeypatch):
         ("family/whole my.yaml", "my.yaml", "run mlm --config my.yaml"),
     ],
 )
-def test_a_copy_says_where_it_is_and_how_to_run_it(words, target, command, capsys):
+def test_the_path_of_the_copy_and_its_command_are_printed(words, target, command, capsys):
     assert main(["cp", *words.split()]) == 0
     assert Path(target).read_bytes() == find_builtin(words.split()[0]).path.read_bytes()
     assert capsys.readouterr().out == f"Wrote {target}. To run it:\n\n    tune-style {command}\n"

@@ -42,7 +42,7 @@ def generate(capsys, *words):
     return out, err
 
 
-def test_prompts_are_printed_with_what_follows_as_transformers_says(run, capsys):
+def test_greedy_text_equals_that_of_transformers(run, capsys):
     transformers = pytest.importorskip("transformers")
     newest = run / "checkpoints/step-00000010"
     prompts = ["the quick", "the lazy dog.", ""]
@@ -87,7 +87,7 @@ def test_batches_make_no_difference_and_go_to_a_file(run, tmp_path, capsys):
     assert len({found["text"] for found in outputs[0] if found["prompt"] == "the quick"}) == 3
 
 
-def test_one_prompt_is_printed_as_it_grows(run, tmp_path, monkeypatch, capsys):
+def test_a_single_prompt_is_printed_token_by_token(run, tmp_path, monkeypatch, capsys):
     printed = []
 
     def note(text, end="\n", file=None, flush=False):
@@ -132,7 +132,7 @@ def test_a_text_stops_at_the_model_s_positions(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
-def test_texts_that_are_done_are_kept_when_a_later_one_fails(end, run, tmp_path, monkeypatch, capsys):
+def test_finished_texts_are_kept_when_a_later_one_fails(end, run, tmp_path, monkeypatch, capsys):
     from torchrecipes.evaluation import generation as module
 
     batches = []

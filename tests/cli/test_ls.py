@@ -33,7 +33,7 @@ def shipped(tmp_path, monkeypatch):
     monkeypatch.setattr("torchrecipes.config.catalog.recipes_folder", lambda: tmp_path)
 
 
-def test_configs_stand_below_their_recipe_and_strays_at_the_end(shipped, capsys):
+def test_configs_are_listed_below_their_recipe_and_strays_last(shipped, capsys):
     assert main(["ls"]) == 0
     assert capsys.readouterr().out.splitlines()[:9] == [
         "one: Train one.",

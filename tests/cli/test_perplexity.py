@@ -59,7 +59,7 @@ def expected(folder, documents, window=32, stride=16):
     return tokens, nats
 
 
-def test_figures_are_those_of_transformers(folder, capsys):
+def test_figures_equal_those_of_transformers(folder, capsys):
     found = measured(capsys, folder, folder / "data.jsonl", "--text-column", "body")
     tokens, nats = expected(folder, DOCUMENTS)
     num_bytes = sum(len(text.encode()) for text in DOCUMENTS)

@@ -41,7 +41,7 @@ def test_one_run_is_drawn_into_its_folder(tmp_path, figures, capsys):
     assert len(accuracy.get_lines()) >= 2 and len(rate.get_lines()) == len(speed.get_lines()) == 1
 
 
-def test_several_runs_are_drawn_over_each_other(tmp_path, figures):
+def test_several_runs_are_drawn_into_one_picture(tmp_path, figures):
     runs = [write(tmp_path / name, evaluation=name != "plain") for name in ("a/same", "b/same", "plain")]
     output = tmp_path / "new" / "compared.svg"
     assert main(["plot", *map(str, runs), "-o", str(output)]) == 0

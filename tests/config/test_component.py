@@ -92,7 +92,7 @@ def test_arguments_are_merged_and_converted():
     assert build(config.optimizer, model="m") == {"adam": ("m", 0.5, (0.8, 1.0), 1e-6)}
 
 
-def test_another_component_drops_the_arguments_from_below(tmp_path):
+def test_another_component_drops_the_arguments_of_the_former(tmp_path):
     other, same = f"optimizer._component_={HERE}.sgd", f"optimizer._component_={HERE}.adam"
     assert load(Config, None, [other, "optimizer.lr=1"]).optimizer == Component(f"{HERE}.sgd", {"lr": 1.0})
     assert load(Config, None, ["optimizer.lr=1", other]).optimizer.args == {"lr": 1.0}  # whatever the order typed
@@ -124,7 +124,7 @@ def test_lists_of_components():
     assert config.writers == [Component(f"{HERE}.strange"), Component(f"{HERE}.Reader", {"path": "b"})]
 
 
-def test_nested_components_are_checked_and_built_with_the_same_runtime_arguments():
+def test_nested_components_get_the_same_injected_arguments():
     inner = f"inner: {{_component_: {HERE}.adam, lr: 10k}}"
     items = f"items: [1, {{_component_: {HERE}.sgd, lr: 2}}]"
     text = f"optimizer={{_component_: {HERE}.wrapping, {inner}, {items}}}"
@@ -299,7 +299,7 @@ def test_building_leaves_the_config_alone():
     assert node.args["items"] == [1]
 
 
-def test_the_helper_takes_its_own_names_apart_from_a_components():
+def test_an_argument_of_a_component_may_be_called_default():
     # `default` is positional only, so that a component may have an argument of that name.
     spec = inspect.signature(component).parameters
     assert spec["default"].kind is inspect.Parameter.POSITIONAL_ONLY

@@ -146,7 +146,7 @@ def test_interpolation_reads_the_environment(tmp_path, monkeypatch):
     assert read(tmp_path, "seed: ${oc.env:TORCHRECIPES_TEST_SEED}").seed == 17
 
 
-def test_overrides_win_and_the_last_one_most(tmp_path):
+def test_the_last_override_wins(tmp_path):
     assert read(tmp_path, "seed: 1", "seed=2", "seed=3").seed == 3
 
 

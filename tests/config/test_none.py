@@ -20,7 +20,7 @@ class Config:
     rate: float | None = 1.0
 
 
-def test_a_key_that_has_it_among_its_choices_takes_it_with_and_without_quotes(tmp_path):
+def test_none_may_be_a_choice_with_and_without_quotes(tmp_path):
     assert load(Config, None, ["mode=none"]).mode == "none"
     assert load(Config, None, ["mode='none'"]).mode == "none"
     file = tmp_path / "config.yaml"
@@ -33,13 +33,13 @@ def test_a_key_that_has_it_among_its_choices_takes_it_with_and_without_quotes(tm
 
 
 @pytest.mark.parametrize("key", ["other", "path", "name", "rate"])
-def test_elsewhere_it_is_refused_with_the_remedy(key):
+def test_none_is_refused_by_other_keys_with_the_remedy(key):
     with pytest.raises(UserError) as caught:
         load(Config, None, [f"{key}=none"])
     assert caught.value.problems[0].key == key and "null" in caught.value.problems[0].hint
 
 
-def test_quoted_it_is_text_and_stays_so(tmp_path):
+def test_quoted_none_is_text(tmp_path):
     config = load(Config, None, ["path='none'"])
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load(Config, tmp_path / "again.yaml", []).path == "none"

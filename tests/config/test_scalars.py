@@ -12,7 +12,7 @@ my/file.txt 1.2.3 127.0.0.1:80 C:\\data a-b 10B 500k neobert/quickstart runs/202
 
 
 @pytest.mark.parametrize("text", SAME_AS_YAML)
-def test_words_that_yaml_reads_well_are_read_as_yaml_does(text):
+def test_unambiguous_words_are_read_as_yaml_reads_them(text):
     assert read_scalar(text) == yaml.safe_load(text)
     assert type(read_scalar(text)) is type(yaml.safe_load(text))
 
@@ -22,7 +22,7 @@ def test_not_a_number():
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 0.001), ("1E6", 1e6), ("-2e+5", -2e5), ("1_0e1", 100.0)])
-def test_exponents_without_a_point_are_numbers_though_not_to_yaml(text, value):
+def test_exponents_without_a_point_are_numbers(text, value):
     assert yaml.safe_load(text) == text
     assert read_scalar(text) == value and isinstance(read_scalar(text), float)
 
@@ -79,7 +79,7 @@ def test_numbers_for_people(text, value):
 
 
 @pytest.mark.parametrize("text", ["", "k", "10m", "10b", "10 B", "1,000", "ten", "10kk", "1e", "--1", "inf", "0x10"])
-def test_other_text_is_no_number(text):
+def test_other_text_is_not_a_number(text):
     assert read_number(text) is None
 
 

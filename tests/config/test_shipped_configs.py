@@ -80,7 +80,7 @@ def misspelled(key: str) -> str:
     return swapped if len(key) > 3 and swapped != key else key + key[-1]
 
 
-def test_there_are_configs_and_each_names_its_recipe_and_its_purpose():
+def test_every_config_names_its_recipe_and_its_purpose():
     recipes = {recipe.name for recipe in builtin_recipes()}
     assert recipes and CONFIGS
     assert all(recipe.summary for recipe in builtin_recipes())
@@ -96,7 +96,7 @@ def test_a_shipped_config_is_valid(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_resolved_config_that_a_run_keeps_is_the_same_config(name, tmp_path):
+def test_the_config_that_a_run_stores_loads_as_the_same_config(name, tmp_path):
     config = CONFIGS[name]
     instance = load(schema_of(config.recipe), config.path, left_to_the_user(config))
     (tmp_path / "config.yaml").write_text(to_yaml(instance))

@@ -43,7 +43,7 @@ class Config:
     off: Component | None = None
 
 
-def test_every_value_has_its_origin(tmp_path):
+def test_every_value_has_its_provenance(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(f"output_dir: runs/x\ndata:\n  share: 1\nwriters:\n- _component_: {HERE}.train\n  size: 10k\n")
     config = load(Config, path, ["seed=7", "optimizer.name=on it"])
@@ -135,7 +135,7 @@ def test_numbers_survive_the_round_trip(tmp_path, number):
     assert math.isnan(yaml.safe_load(to_yaml(Config(anything=math.nan)))["anything"])
 
 
-def test_a_whole_config_survives_the_round_trip(tmp_path):
+def test_a_full_config_survives_the_round_trip(tmp_path):
     overrides = [
         "output_dir=runs/${seed}",
         "seed=10k",

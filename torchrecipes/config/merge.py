@@ -145,10 +145,10 @@ def interpolate(merged: MergedConfig, problems: Problems) -> None:
             add_error(key_path, error)
             merged.get(key_path[:-1])[key_path[-1]] = INVALID
             places.remove(key_path)
-    whole = OmegaConf.create(merged.tree, flags={"allow_objects": True})
+    resolved = OmegaConf.create(merged.tree, flags={"allow_objects": True})
     for key_path in places:
         try:
-            value: Any = whole
+            value: Any = resolved
             for key in key_path:
                 value = value[key]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

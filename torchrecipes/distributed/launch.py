@@ -191,7 +191,7 @@ class _Agent(SimpleElasticAgent):
     def _catch_signals(self) -> None:
         """Collect signals in `_signals` from now on."""
         for number in (*_STOPS, signal.SIGHUP):
-            if number in _STOPS or signal.getsignal(number) != signal.SIG_IGN:  # ignored: nohup, the run goes on
+            if number in _STOPS or signal.getsignal(number) != signal.SIG_IGN:  # ignored: nohup, and the run continues
                 signal.signal(number, lambda received, _frame: self._signals.append(received))
 
     def _die_of_signals(self) -> None:
