@@ -3,9 +3,13 @@ from types import SimpleNamespace
 import pytest
 
 from torchrecipes.errors import UserError
-from torchrecipes.training.duration import resolve_max_steps
+from torchrecipes.training import resolve_max_steps
 
-CORPUS = {"rows": SimpleNamespace(num_rows=1000, tokens_per_row=250.0), "global_batch_size": 16}
+DATASET = SimpleNamespace(num_rows=1000, tokens_per_row=250.0)
+
+
+def config(**budget):
+    return SimpleNamespace(**({"max_steps": None, "total_tokens": None, "epochs": None} | budget), global_batch_size=16)
 
 
 @pytest.mark.parametrize(
@@ -18,20 +22,20 @@ CORPUS = {"rows": SimpleNamespace(num_rows=1000, tokens_per_row=250.0), "global_
         ({"epochs": 0.5}, 32),
     ],
 )
-def test_budget_rounds_up(budget, steps):
-    none = {"max_steps": None, "total_tokens": None, "epochs": None}
-    assert resolve_max_steps(**(none | budget), **CORPUS) == steps
+def test_a_budget_is_rounded_up(budget, steps, capsys):
+    assert resolve_max_steps(config(**budget), DATASET) == steps
+    assert f"{steps} steps of 4,000 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("budget", "message"),
+    ("budget", "key"),
     [
-        ({}, "none of them is set"),
-        ({"max_steps": 5, "epochs": 1}, "max_steps and epochs are set"),
-        ({"total_tokens": 0}, "total_tokens: 0 trains nothing"),
+        ({}, "max_steps, total_tokens, epochs"),
+        ({"max_steps": 5, "epochs": 1}, "max_steps, total_tokens, epochs"),
+        ({"total_tokens": 0}, "total_tokens"),
     ],
 )
-def test_budget_that_says_nothing_or_too_much_is_refused(budget, message):
-    none = {"max_steps": None, "total_tokens": None, "epochs": None}
-    with pytest.raises(UserError, match=message):
-        resolve_max_steps(**(none | budget), **CORPUS)
+def test_a_budget_that_is_missing_or_given_twice_is_refused(budget, key):
+    with pytest.raises(UserError) as error:
+        resolve_max_steps(config(**budget), DATASET)
+    assert (error.value.code, error.value.key) == ("budget", key)

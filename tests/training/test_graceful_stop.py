@@ -10,27 +10,27 @@ from torchrecipes.training.graceful_stop import GracefulStop
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_noted_and_the_work_goes_on(number, capfd):
-    with GracefulStop() as signals:
-        assert signals.received is None
+def test_a_signal_is_noted_and_training_continues(number, capfd):
+    with GracefulStop() as stop:
+        assert stop.received is None
         os.kill(os.getpid(), number)
-        assert signals.received == number
+        assert stop.received == number
     message = capfd.readouterr().err
-    assert "finishing the step, then saving" in message
-    assert ("Ctrl+C again" in message) == (number == signal.SIGINT)
+    assert signal.Signals(number).name in message
+    assert ("Ctrl+C" in message) == (number == signal.SIGINT)
 
 
-def test_rank_0_speaks_for_all(capfd, monkeypatch):
+def test_only_rank_0_prints(capfd, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with GracefulStop() as signals:
+    with GracefulStop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.received == signal.SIGTERM and capfd.readouterr().err == ""
+    assert stop.received == signal.SIGTERM and capfd.readouterr().err == ""
 
 
 def test_a_second_interrupt_stops_at_once():
     with GracefulStop(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # not a person who is impatient
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may repeat it
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -43,29 +43,36 @@ def test_a_signal_in_the_middle_of_a_line_to_the_terminal_breaks_nothing(capfd):
             os.kill(os.getpid(), signal.SIGTERM)
             return len(data)
 
-    with GracefulStop() as signals, io.TextIOWrapper(io.BufferedWriter(Stream()), write_through=True) as stream:
+    with GracefulStop() as stop, io.TextIOWrapper(io.BufferedWriter(Stream()), write_through=True) as stream:
         before, sys.stderr = sys.stderr, stream
         try:
             print("step 1", file=sys.stderr, flush=True)
         finally:
             sys.stderr = before
-        assert signals.received == signal.SIGTERM
-    assert "finishing the step" in capfd.readouterr().err
+        assert stop.received == signal.SIGTERM
+    assert "SIGTERM" in capfd.readouterr().err
 
 
-def test_handlers_are_given_back():
+def test_handlers_are_restored():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with GracefulStop():
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_ranks_agree_on_the_signal():
+    with GracefulStop() as stop:
+        assert stop.agreed() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed() == signal.SIGTERM
+
+
 def test_another_thread_may_use_it():
     seen = []
 
     def work():
-        with GracefulStop() as signals:
-            seen.append(signals.received)
+        with GracefulStop() as stop:
+            seen.append(stop.received)
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -29,7 +29,7 @@ OPTIMIZERS = {
 
 
 class Lines(list):
-    """Keeps what a guard tells."""
+    """Keeps the lines of a guard."""
 
     __call__ = list.append
 
@@ -47,6 +47,19 @@ def make(**settings):
     guard = Guard(**settings)
     guard.log_fn = Lines()
     return guard
+
+
+def refused(call, *args, **settings):
+    """The text of the error that stops a run."""
+    with pytest.raises(UserError) as error:
+        call(*args, **settings)
+    assert error.value.code == "diverged"
+    return str(error.value)
+
+
+def numbers(line):
+    """The numbers in a line: `step 812: loss is nan: step skipped (1 in a row)` has 812 and 1."""
+    return [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", line)]
 
 
 def feed(guard, losses, first=1, norms=None, **look):
@@ -115,48 +128,43 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is_fine():
     assert not hasattr(optimizer, "found_inf")
 
 
-def test_every_skipped_step_is_told_and_counted():
+def test_every_skipped_step_is_reported_and_counted():
     guard = make()
     feed(guard, [2.0, NAN, INF, 2.0, 2.0], norms=[1.0, NAN, 1.0, INF, 1.0], first=811)
-    assert guard.log_fn == [
-        "step 812: loss is nan and gradient norm is nan: step skipped (1 in a row)",
-        "step 813: loss is inf: step skipped (2 in a row)",
-        "step 814: gradient norm is inf: step skipped (3 in a row)",
-    ]
+    assert [numbers(line) for line in guard.log_fn] == [[812, 1], [813, 2], [814, 3]]
+    named = [[word for word in ("loss", "gradient norm", "nan", "inf") if word in line] for line in guard.log_fn]
+    assert named == [["loss", "gradient norm", "nan"], ["loss", "inf"], ["gradient norm", "inf"]]
     assert guard.metrics() == {"skipped_steps": 3, "spikes": 0, "rollbacks": 0}
     feed(guard, [NAN], first=816)
-    assert guard.log_fn[-1] == "step 816: loss is nan: step skipped (1 in a row)"
+    assert numbers(guard.log_fn[-1]) == [816, 1]
 
 
 def test_a_row_of_skipped_steps_stops_the_run():
     guard = make(max_skips=3)
     feed(guard, [1.0, NAN, NAN, 1.0, NAN, NAN])
-    with pytest.raises(UserError, match=r"^step 7: loss is nan.* 3 in a row.*checkpoint is c/step-4") as e:
-        feed(guard, [NAN], first=7, checkpoint="c/step-4")
-    assert "steps 5 to 7" in str(e.value) and "Lower optimizer.lr" in str(e.value) and "resume=c/step-4" in str(e.value)
+    text = refused(feed, guard, [NAN], first=7, checkpoint="c/step-4")
+    for part in ("step 7", "3 in a row", "steps 5 to 7", "optimizer.lr", "checkpoint.resume=c/step-4"):
+        assert part in text
     assert len(guard.log_fn) == 5
 
 
 def test_the_first_step_that_is_not_finite_stops_where_that_is_set():
-    with pytest.raises(UserError, match=r"step 1: gradient norm is inf.*No checkpoint was saved yet.*data of step 1\."):
-        feed(make(on_nonfinite="stop"), [1.0], norms=[INF])
+    text = refused(feed, make(on_nonfinite="stop"), [1.0], norms=[INF])
+    assert "step 1" in text and "gradient norm is inf" in text and "resume" not in text
 
 
 def test_a_row_of_skipped_steps_rolls_back():
     guard = make(on_nonfinite="rollback", max_skips=2, max_rollbacks=1)
     assert feed(guard, [1.0, NAN, 1.0, NAN, NAN], checkpoint="c") == ["continue"] * 4 + ["rollback"]
-    assert guard.log_fn[-1] == (
-        "step 5: 2 steps in a row were not finite: back to c, and on with the data behind this step (rollback 1 of 1)"
-    )
+    assert numbers(guard.log_fn[-1]) == [5, 2, 1, 1] and " c," in guard.log_fn[-1]
     assert feed(guard, [NAN, 1.0, NAN], first=6, checkpoint="c") == ["continue"] * 3  # the row began anew
-    with pytest.raises(UserError, match=r"step 9: .*rolled back 1 times before.*max_rollbacks=1.*steps 8 to 9"):
-        feed(guard, [NAN], first=9, checkpoint="c")
+    text = refused(feed, guard, [NAN], first=9, checkpoint="c")
+    assert "step 9" in text and "max_rollbacks=1" in text and "steps 8 to 9" in text
 
 
 def test_without_a_checkpoint_there_is_no_rollback():
     guard = make(on_nonfinite="rollback", max_skips=1)
-    with pytest.raises(UserError, match=r"step 1: .* no checkpoint to roll back to"):
-        feed(guard, [NAN])
+    assert "no checkpoint" in refused(feed, guard, [NAN])
 
 
 def test_an_older_state_does_not_reset_the_counters():
@@ -169,8 +177,7 @@ def test_an_older_state_does_not_reset_the_counters():
         guard.load_state_dict(saved)
         assert guard.rollbacks == rollback and guard.state_dict()["window"] == pytest.approx([1.0, 1.1])
     assert guard.skipped_steps == 5
-    with pytest.raises(UserError, match="rolled back 2 times"):
-        feed(guard, [1.2, NAN, NAN], first=30, checkpoint="c")
+    assert "max_rollbacks=2" in refused(feed, guard, [1.2, NAN, NAN], first=30, checkpoint="c")
 
 
 def test_a_rollback_to_a_checkpoint_amid_skipped_steps_ends_their_row():
@@ -197,10 +204,9 @@ def test_a_spike_is_what_the_z_score_says():
         assert guard.spikes == spikes
     guard = make(spike_window=16)
     feed(guard, [*past, mean + 20 * deviation], first=101)
-    assert guard.log_fn == [
-        f"step 117: loss {mean + 20 * deviation:.4g} is a spike: 20.0 deviations above {mean:.4g}, the mean of the "
-        "last 16 that were none"
-    ]
+    (line,) = guard.log_fn
+    assert line.startswith("step 117: ") and numbers(line)[-1] == 16
+    assert f"{mean + 20 * deviation:.4g}" in line and "20.0" in line and f"{mean:.4g}" in line
 
 
 def test_only_the_window_counts_and_spikes_are_not_in_it():
@@ -237,7 +243,7 @@ def test_a_loss_that_settles_higher_becomes_the_window():
     guard = make(spike_window=16)
     feed(guard, [*noisy(16), *[loss + 5 for loss in noisy(9, seed=1)]])
     assert guard.spikes == 8
-    assert guard.log_fn[-1] == "step 24: 8 spikes in a row: later losses are compared with these"
+    assert numbers(guard.log_fn[-1]) == [24, 8]
     assert list(guard.window) == torch.tensor([loss + 5 for loss in noisy(9, seed=1)]).tolist()
 
 
@@ -254,7 +260,7 @@ def test_spikes_can_be_off():
 
 
 @pytest.mark.parametrize("stop_at", range(1, 60, 7))
-def test_a_resumed_guard_goes_on_as_if_it_had_never_stopped(stop_at):
+def test_a_resumed_guard_continues_as_if_it_had_never_stopped(stop_at):
     losses = noisy(60)
     for step, loss in {12: NAN, 13: NAN, 14: INF, 25: 9.0, 40: 8.0, 41: 8.5, 42: 8.1, 55: NAN}.items():
         losses[step] = loss
@@ -269,19 +275,18 @@ def test_a_resumed_guard_goes_on_as_if_it_had_never_stopped(stop_at):
     assert "rollback" in verdicts and whole.spikes >= 4
 
 
-def test_a_state_of_other_settings_is_gone_on_from():
+def test_a_state_of_other_settings_is_continued():
     """What a stopped run is continued with: a smaller window, fewer skips."""
     wide, narrow = make(spike_window=16), make(spike_window=4, max_skips=2)
     feed(wide, [*noisy(20), 9.0, 9.1, 9.0, NAN, NAN, NAN])
     narrow.load_state_dict(wide.state_dict())
     assert list(narrow.window) == noisy(20)[-4:]
     feed(narrow, [9.2, 9.1], first=27)
-    assert narrow.log_fn[-1] == "step 27: 4 spikes in a row: later losses are compared with these"
+    assert numbers(narrow.log_fn[-1]) == [27, 4]
     assert narrow.spikes == 4 and list(narrow.window) == pytest.approx([9.0, 9.1, 9.0, 9.2, 9.1][-4:])
     again = make(max_skips=2)
     again.load_state_dict(wide.state_dict())
-    with pytest.raises(UserError, match="steps 24 to 27"):
-        feed(again, [NAN], first=27)
+    assert "steps 24 to 27" in refused(feed, again, [NAN], first=27)
 
 
 class Copied:
@@ -309,18 +314,15 @@ def test_a_device_is_judged_one_step_late_and_at_once_on_demand(like_a_gpu):
     guard = make(on_nonfinite="rollback", max_skips=2)
     feed(guard, [1.0, NAN], checkpoint="c")
     assert [event.waited for event in like_a_gpu] == [True, False] and guard.log_fn == []
-    with pytest.raises(RuntimeError, match="sync=True"):
+    with pytest.raises(RuntimeError):
         guard.state_dict()
     assert guard.check(2, sync=True) == "continue"
-    assert guard.log_fn == ["step 2: loss is nan: step skipped (1 in a row)"]
+    assert [numbers(line) for line in guard.log_fn] == [[2, 1]]
     assert guard.state_dict()["skipping"] == [2]
     assert feed(guard, [NAN, 1.0, 1.0], first=3, checkpoint="c") == ["continue", "rollback", "continue"]
-    assert guard.log_fn[1:] == [
-        "step 3: loss is nan: step skipped (2 in a row)",
-        "step 4: 2 steps in a row were not finite: back to c, and on with the data behind this step (rollback 1 of 3)",
-    ]
+    assert [numbers(line) for line in guard.log_fn[1:]] == [[3, 2], [4, 2, 1, 3]]
     assert feed(guard, [NAN], first=6, sync=True) == ["continue"]
-    assert guard.log_fn[-1] == "step 6: loss is nan: step skipped (1 in a row)"
+    assert numbers(guard.log_fn[-1]) == [6, 1]
 
 
 def test_steps_that_were_not_judged_are_forgotten_with_their_weights(like_a_gpu):
@@ -380,7 +382,7 @@ def test_a_killed_run_with_rollbacks_ends_as_the_one_that_was_not(kill_before):
     assert_equal(run_loop(disk), whole)
 
 
-def test_the_page_shows_what_is_told():
+def test_the_page_shows_the_lines():
     page = (Path(__file__).parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
     checkpoint = "runs/small/checkpoints/step-00000500"
     single, spike = make(), make(spike_window=128)
@@ -412,8 +414,10 @@ def test_the_page_shows_what_is_told():
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting):
-    with pytest.raises(UserError, match=rf"^guard\.{next(iter(setting))}: "):
+    with pytest.raises(UserError) as error:
         Guard(**setting)
+    (problem,) = error.value.problems
+    assert (problem.code, problem.key) == ("out_of_range", f"guard.{next(iter(setting))}")
 
 
 def sharded_skip(rank, port, answers):
@@ -485,4 +489,4 @@ def test_nothing_waits_for_the_gpu_but_the_look_of_the_step_before():
 
 def test_lines_are_printed(capsys):
     feed(Guard(), [NAN])
-    assert capsys.readouterr().out == "step 1: loss is nan: step skipped (1 in a row)\n"
+    assert numbers(capsys.readouterr().out) == [1, 1]

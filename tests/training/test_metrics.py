@@ -6,12 +6,13 @@ import types
 import pytest
 import torch
 
+from tests import ranks
+from torchrecipes.config import Component
 from torchrecipes.errors import UserError
+from torchrecipes.training import LogConfig, MetricLogger, sum_over_ranks
 from torchrecipes.training import metrics as module
 from torchrecipes.training.loggers import TensorBoard, WandB
-from torchrecipes.training.metrics import MetricLogger
-
-CPU = torch.device("cpu")
+from torchrecipes.training.run import Run
 
 
 class Clock:
@@ -27,8 +28,15 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-def make(folder, **changes):
-    return MetricLogger(folder, 10, device=CPU, **({"tokens_per_step": 100.0} | changes))
+def make(folder, options=None, **changes):
+    run = Run(folder, torch.device("cpu"))
+    return MetricLogger(run, options, max_steps=10, **({"tokens_per_step": 100.0} | changes))
+
+
+def log(metrics, step, loss=1.0, targets=1, grad_norm=1.0, **more):
+    """A step with this loss, logged."""
+    metrics.update({"loss": torch.tensor(loss * targets)}, targets)
+    return metrics.log(step, lr=1e-3, grad_norm=torch.tensor(grad_norm), **more)
 
 
 def lines(folder):
@@ -38,27 +46,63 @@ def lines(folder):
 def test_the_loss_is_the_mean_over_targets_whatever_the_micro_batches(tmp_path):
     metrics = make(tmp_path)
     for loss_sum, targets in ((10.0, 4), (2.0, 1), (30.0, 5)):
-        metrics.update(torch.tensor(loss_sum), targets)
+        metrics.update({"loss": torch.tensor(loss_sum), "mine": torch.tensor(loss_sum / 2)}, targets)
     line = metrics.log(2, lr=1e-3, grad_norm=torch.tensor(2.5))
     assert line["loss"] == pytest.approx(42 / 10) and line["perplexity"] == pytest.approx(math.exp(4.2))
+    assert line["mine"] == pytest.approx(2.1)
     assert line["grad_norm"] == 2.5 and line["lr"] == 1e-3 and line["tokens"] == 200
-    metrics.update(torch.tensor(3.0), 3)
-    assert metrics.log(3, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"] == 1.0
+    assert log(metrics, 3, loss=1.0, targets=3)["loss"] == 1.0
     assert lines(tmp_path)[0]["loss"] == pytest.approx(4.2)
 
 
-def test_rates_leave_out_pauses_and_the_first_step_and_tell_waiting(tmp_path, clock, capsys):
+def test_a_skipped_step_is_not_in_the_mean(tmp_path):
+    metrics = make(tmp_path)
+    metrics.update({"loss": torch.tensor(6.0)}, 2, torch.tensor(0.0))
+    metrics.update({"loss": torch.tensor(math.nan)}, 2, torch.tensor(1.0))
+    assert metrics.log(2, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"] == 3.0
+    metrics.update({"loss": torch.tensor(math.inf)}, 2, torch.tensor(1.0))
+    assert math.isnan(metrics.log(3, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"])
+
+
+def test_values_that_come_later_and_lists_are_logged(tmp_path):
+    line = log(make(tmp_path), 1, expert_load=[0.25, 0.75], skipped_steps=0)
+    assert line["expert_load"] == [0.25, 0.75] and lines(tmp_path)[0]["expert_load"] == [0.25, 0.75]
+    assert line["skipped_steps"] == 0
+
+
+def test_micro_batches_are_added_up():
+    parts = [{"loss": torch.tensor(1.0), "aux": torch.tensor(0.5, dtype=torch.bfloat16)} for _ in range(3)]
+    assert sum_over_ranks(parts) == {"loss": 3.0, "aux": 1.5}
+
+
+SUMS = """
+import torch, torch.distributed as dist
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.training import sum_over_ranks
+dist.init_process_group("gloo")
+part = {"loss": torch.tensor(1.0 + dist.get_rank()), "aux": torch.tensor(2.0)}
+print({name: value.item() for name, value in sum_over_ranks([part, part]).items()})
+hard_exit(0)
+"""
+
+
+def test_ranks_are_added_up(tmp_path):
+    (tmp_path / "script.py").write_text(SUMS)
+    assert ranks.run(tmp_path / "script.py", 2) == ["{'loss': 6.0, 'aux': 8.0}\n"] * 2
+
+
+def test_rates_leave_out_pauses_and_the_first_step(tmp_path, clock, capsys):
     metrics = make(tmp_path, flops_per_token=6.0, peak_flops=1200.0)
     with metrics.begin_step():
-        clock.now += 30  # the first step compiles: it is told, and not in the rates
+        clock.now += 30  # the first step compiles: it is reported apart, and not in the rates
     for _ in range(2):
         with metrics.begin_step():
             clock.now += 0.5
         clock.now += 1.5
     with metrics.exclude_time():
         clock.now += 60
-    line = metrics.log(3, lr=1e-3, grad_norm=torch.tensor(1.0))
-    assert "first step: 30.0 s, peak memory" in capsys.readouterr().out
+    line = log(metrics, 3)
+    assert "30.0 s" in capsys.readouterr().out
     assert line["tokens_per_second"] == pytest.approx(200 / 4)
     assert line["data_wait_fraction"] == pytest.approx(1 / 4)
     assert line["mfu"] == pytest.approx(50 * 6 / 1200)
@@ -66,10 +110,8 @@ def test_rates_leave_out_pauses_and_the_first_step_and_tell_waiting(tmp_path, cl
     assert line["peak_memory_gib"] > 0
 
 
-def test_what_is_not_finite_is_null_in_the_file_and_itself_in_the_line(tmp_path):
-    metrics = make(tmp_path)
-    metrics.update(torch.tensor(math.nan), 1)
-    line = metrics.log(1, lr=1e-3, grad_norm=torch.tensor(math.inf))
+def test_nonfinite_numbers_are_null_in_the_file(tmp_path):
+    line = log(make(tmp_path), 1, loss=math.nan, grad_norm=math.inf)
     assert math.isnan(line["loss"]) and math.isinf(line["grad_norm"])
     (written,) = lines(tmp_path)
     assert written["loss"] is None and written["loss_nonfinite"] == "nan"
@@ -79,23 +121,51 @@ def test_what_is_not_finite_is_null_in_the_file_and_itself_in_the_line(tmp_path)
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     with make(tmp_path) as metrics:
         for step in range(1, 7):
-            metrics.log(step, lr=1e-3, grad_norm=torch.tensor(1.0))
-            metrics.log_eval(step, "validation", {"loss": 1.0})
+            log(metrics, step)
+            assert metrics.log_eval(step, "validation", {"loss": 1.0}) == {"eval/validation/loss": 1.0}
+            metrics.log_samples(step, [types.SimpleNamespace(prompt="a", text=" b")])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": null}\n[]\n{"step": 7, "lo')  # a crash
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\x00")  # a power cut
     with make(tmp_path, first_step=5) as metrics:
         assert [line["step"] for line in lines(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4]
-        assert metrics.log(5, lr=1e-3, grad_norm=torch.tensor(1.0))["tokens"] == 500
+        samples = (tmp_path / "samples.jsonl").read_text().splitlines()
+        assert json.loads(samples[-1]) == {"step": 4, "prompt": "a", "text": " b"} and len(samples) == 4
+        assert log(metrics, 5)["tokens"] == 500
     with make(tmp_path):
-        assert lines(tmp_path) == []
+        assert lines(tmp_path) == [] and (tmp_path / "samples.jsonl").read_text() == ""
+
+
+def test_a_rollback_removes_the_lines_after_its_step(tmp_path, clock):
+    with make(tmp_path) as metrics:
+        for step in range(1, 5):
+            clock.now += 1
+            log(metrics, step)
+        metrics.update({"loss": torch.tensor(9.0)}, 1)  # of a step that is given up
+        metrics.truncate_after(2)
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        clock.now += 2
+        line = log(metrics, 3)
+        assert line["loss"] == 1.0 and line["tokens_per_second"] == 50
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_long_step_shows_its_progress(tmp_path, clock, capsys):
+    metrics = make(tmp_path)
+    with metrics.begin_step():
+        pass
+    for _ in metrics.track(range(5)):
+        clock.now += 20
+    assert capsys.readouterr().out.splitlines() == ["step 1: micro-batch 2 of 5", "step 1: micro-batch 4 of 5"]
+    for _ in metrics.track(range(3)):
+        clock.now += 5
+    assert capsys.readouterr().out == ""
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with make(tmp_path) as metrics:
-        metrics.update(torch.tensor(5.0), 2)
-        metrics.log(1, lr=1e-3, grad_norm=torch.tensor(0.5))
+        log(metrics, 1, loss=2.5, targets=2, grad_norm=0.5)
         metrics.log_eval(1, "validation", {"loss": 2.0, "accuracy": 0.25})
     out = capsys.readouterr().out
     assert "step 1/10: loss 2.500, lr 1.0e-03, grad_norm 0.50" in out and "left" in out
@@ -106,28 +176,35 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with make(tmp_path, first_step=4) as metrics:
-        metrics.update(torch.tensor(5.0), 2)
-        metrics.log(5, lr=1e-3, grad_norm=torch.tensor(0.5))
+        log(metrics, 5, loss=2.5)
         assert metrics.bar.n == 5 and metrics.bar.initial == 3
         assert "loss 2.500" in metrics.bar.postfix and "left" in metrics.bar.postfix
     assert "step 5/10" not in capsys.readouterr().out
 
 
-def test_writers_get_every_line(tmp_path):
-    class Writer:
-        logged, closed = [], False
+class Kept:
+    """A logger that keeps what it gets."""
 
-        def log(self, values, step):
-            self.logged.append((step, values))
+    made: list["Kept"] = []
 
-        def close(self):
-            self.closed = True
+    def __init__(self, output_dir):
+        self.output_dir, self.logged, self.closed = output_dir, [], False
+        self.made.append(self)
 
-    logger = Writer()
-    with make(tmp_path, loggers=[logger]) as metrics:
-        metrics.log(1, lr=1e-3, grad_norm=torch.tensor(0.5))
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def close(self):
+        self.closed = True
+
+
+def test_loggers_get_every_line(tmp_path):
+    component = Component(f"{__name__}.Kept")
+    with make(tmp_path, LogConfig(loggers=[component])) as metrics:
+        log(metrics, 1, grad_norm=0.5)
         metrics.log_eval(1, "validation", {"loss": 2.0})
-    assert [step for step, _ in logger.logged] == [1, 1] and logger.closed
+    logger = Kept.made.pop()
+    assert [step for step, _ in logger.logged] == [1, 1] and logger.closed and logger.output_dir == str(tmp_path)
     assert logger.logged[0][1]["grad_norm"] == 0.5 and logger.logged[1][1]["eval/validation/loss"] == 2.0
 
 
@@ -142,7 +219,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert events.Tags()["scalars"] == ["loss"]
 
 
-def test_wandb_is_told_project_folder_and_an_id_that_a_resumed_run_shares(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
     calls = []
 
     class Run:
@@ -165,17 +242,18 @@ def test_wandb_is_told_project_folder_and_an_id_that_a_resumed_run_shares(tmp_pa
     assert logged == ({"loss": 1.0}, 7) and end == "finish"
 
 
-@pytest.mark.parametrize(("module_name", "make_writer"), [("wandb", lambda: WandB("p", output_dir="r"))])
-def test_a_missing_package_is_named_with_the_command(monkeypatch, module_name, make_writer):
+@pytest.mark.parametrize(
+    ("module_name", "package", "make_logger"),
+    [
+        ("wandb", "wandb", lambda: WandB("p", output_dir="r")),
+        ("torch.utils.tensorboard", "tensorboard", lambda: TensorBoard(output_dir="r")),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command(monkeypatch, module_name, package, make_logger):
     monkeypatch.setitem(sys.modules, module_name, None)
-    with pytest.raises(UserError, match=f"pip install {module_name}"):
-        make_writer()
-
-
-def test_a_missing_tensorboard_is_named_with_the_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        TensorBoard(output_dir="r")
+    with pytest.raises(UserError) as error:
+        make_logger()
+    assert error.value.code == "missing_package" and f"pip install {package}" in error.value.hint
 
 
 def test_a_reader_of_the_output_that_has_gone_costs_no_step(tmp_path, monkeypatch):
@@ -189,6 +267,6 @@ def test_a_reader_of_the_output_that_has_gone_costs_no_step(tmp_path, monkeypatc
 
     monkeypatch.setattr(sys, "stdout", Gone())
     with make(tmp_path) as metrics:
-        metrics.log(1, lr=1e-3, grad_norm=torch.tensor(0.5))
+        log(metrics, 1)
         metrics.log_eval(1, "validation", {"loss": 2.0})
     assert len(lines(tmp_path)) == 2

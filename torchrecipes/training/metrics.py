@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line of JSON per log step, a bar or a line on the terminal, and loggers."""
+"""Logs metrics: a line of JSON per log step, a bar or a line on the terminal, and loggers."""
 
 import contextlib
 import json
@@ -81,11 +81,8 @@ class MetricLogger:
         self._open_file(first_step)
         self.sums: dict[str, Tensor] = {}
         self.targets = torch.zeros((), device=run.device)
-        self.first_step, self.begun, self.finished = (
-            first_step,
-            0,
-            first_step - 2,
-        )  # one less than are, until `begin_step`
+        self.first_step, self.begun = first_step, 0
+        self.finished = first_step - 2  # `begin_step` counts one
         self._begin_interval(first_step - 1)
         self.bar = None
         if self.is_main and sys.stderr.isatty():
@@ -151,7 +148,7 @@ class MetricLogger:
         self._begin_interval(step)
 
     def log(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
-        """Logs the steps since the last call; losses and other sums are means over their targets.
+        """Logs the steps since the last call, of which there is one: sums become means over their targets.
 
         Args:
             step: the last step done.
@@ -239,6 +236,7 @@ class MetricLogger:
     def _open_file(self, first_step: int) -> None:
         if self.is_main:
             _drop_lines_from(self.path, first_step)
+            _drop_lines_from(self.path.with_name("samples.jsonl"), first_step)
             self.file = self.path.open("a", encoding="utf-8")
 
     def _record(self, line: dict[str, float], step: int) -> None:

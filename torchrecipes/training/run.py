@@ -13,6 +13,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from torchrecipes.atomic_write import write_atomically
 from torchrecipes.checkpoint.resume import check_same_settings
 from torchrecipes.config import MayChange, to_yaml
 from torchrecipes.distributed import collectives
@@ -154,9 +155,7 @@ def _prepare(folder: Path, config: Any, locks: list) -> None:
             )
         if has_checkpoints and config_file.exists():
             check_same_settings(config_file, config_yaml, type(config))
-        temporary = config_file.with_suffix(".tmp")
-        temporary.write_text(config_yaml, encoding="utf-8")
-        os.replace(temporary, config_file)
+        write_atomically(config_file, [config_yaml.encode()])
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror}",
