@@ -389,14 +389,12 @@ def test_the_page_shows_the_lines():
     feed(single, [2.0], norms=[INF], first=812)
     feed(spike, [2.412 + 0.3939 * (-1) ** step for step in range(128)], first=4117 - 128)
     feed(spike, [6.903], first=4117)
-    rollback, stop = make(on_nonfinite="rollback"), make()
+    rollback = make(on_nonfinite="rollback")
     feed(rollback, [NAN] * 5, first=812, checkpoint=checkpoint)
-    with pytest.raises(UserError) as error:
-        feed(stop, [NAN] * 5, first=812, checkpoint=checkpoint)
-    shown = [*single.log_fn, *spike.log_fn, *rollback.log_fn[-2:], str(error.value)]
+    shown = [*single.log_fn, *spike.log_fn, *rollback.log_fn[-2:]]
     assert [line for line in shown if f"\n{line}\n" not in page] == []
     defaults = {name: p.default for name, p in inspect.signature(Guard).parameters.items()}
-    assert dict(re.findall(r"^\| `guard\.(\w+)` \| `([^`]+)`", page, re.MULTILINE)) == {
+    assert dict(re.findall(r"^\| `guard\.(\w+)` \| `?([^`|]+?)`? \|", page, re.MULTILINE)) == {
         name: str(default) for name, default in defaults.items()
     }
 

@@ -2,6 +2,7 @@ import json
 import math
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
 class Kept:
     """A logger that keeps what it gets."""
 
-    made: list["Kept"] = []
+    made: ClassVar[list["Kept"]] = []
 
     def __init__(self, output_dir):
         self.output_dir, self.logged, self.closed = output_dir, [], False

@@ -201,7 +201,7 @@ class Guard:
                 self.spiking.append(loss)
                 self.log_fn(
                     f"step {step}: loss {loss:.4g} is a spike: {zscore:.1f} standard deviations above {mean:.4g}, the "
-                    f"mean of the last {len(self.window)} that were not"
+                    f"mean of the last {len(self.window)} losses"
                 )
                 if self.on_spike == "rollback":
                     return f"the loss of step {step} is a spike"
