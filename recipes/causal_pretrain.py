@@ -10,7 +10,6 @@ The quickstart config takes about 5 minutes on 2 CPU cores. Every checkpoint is 
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer
@@ -20,7 +19,7 @@ from torchrecipes.data import Batch, CausalLMCollator, Loader, TextData, Tokeniz
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import check_prompts, evaluate_causal, generate_text, unigram_baseline
 from torchrecipes.losses import causal_lm_loss
-from torchrecipes.models import check_causal, check_tokenizer_compatibility, loading_hint, meta_model_from_hf
+from torchrecipes.models import check_causal, loading_hint, meta_model_from_hf
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops
 from torchrecipes.training import ComputeConfig, ExpertBalance, GracefulStop, LogConfig, MetricLogger
 from torchrecipes.training import oom_hint, resolve_max_steps, router_loss, setup_model, start_run, sum_over_ranks
@@ -105,12 +104,10 @@ def main(config: Config) -> None:
     tokenizer, collator = text.tokenizer, build_collator(config, text.tokenizer)
     max_steps = resolve_max_steps(config, text.train)
 
-    with torch.device("meta"):  # without memory: each process fills in its own part
-        model = build_model(config, tokenizer)
-    check_tokenizer_compatibility(model, tokenizer, config.seq_len)
+    # Float8, activation checkpointing, compile, sharding, initial weights: each needs the ones before it.
+    model = setup_model(build_model, config, tokenizer, run)
     prompts = [tokenizer.encode_prompt(prompt) for prompt in config.sample_prompts]
     check_prompts(model, prompts, config.sample_prompts, key="sample_prompts")
-    setup_model(model, run, config)  # float8, activation checkpointing, compile, sharding, weights
     optimizer = build(config.optimizer, model=model, params=[p for p in model.parameters() if p.requires_grad])
     lr_scheduler = build(config.lr_scheduler, optimizer=optimizer, max_steps=max_steps)
     ema = build(config.ema, model=model)

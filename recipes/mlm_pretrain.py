@@ -11,7 +11,6 @@ The quickstart config takes about 4 minutes on 2 CPU cores. Every checkpoint is 
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer
@@ -21,7 +20,7 @@ from torchrecipes.data import Batch, Loader, MLMCollator, TextData, Tokenizer, e
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import evaluate_mlm, unigram_baseline
 from torchrecipes.losses import masked_lm_loss
-from torchrecipes.models import check_causal, check_tokenizer_compatibility, loading_hint, meta_model_from_hf
+from torchrecipes.models import check_causal, loading_hint, meta_model_from_hf
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops
 from torchrecipes.training import ComputeConfig, GracefulStop, LogConfig, MetricLogger
 from torchrecipes.training import oom_hint, resolve_max_steps, setup_model, start_run, sum_over_ranks
@@ -102,10 +101,8 @@ def main(config: Config) -> None:
     tokenizer, collator = text.tokenizer, build_collator(config, text.tokenizer)
     max_steps = resolve_max_steps(config, text.train)
 
-    with torch.device("meta"):  # without memory: each process fills in its own part
-        model = build_model(config, tokenizer)
-    check_tokenizer_compatibility(model, tokenizer, config.seq_len)
-    setup_model(model, run, config)  # float8, activation checkpointing, compile, sharding, weights
+    # Float8, activation checkpointing, compile, sharding, initial weights: each needs the ones before it.
+    model = setup_model(build_model, config, tokenizer, run)
     optimizer = build(config.optimizer, model=model, params=[p for p in model.parameters() if p.requires_grad])
     lr_scheduler = build(config.lr_scheduler, optimizer=optimizer, max_steps=max_steps)
     ema = build(config.ema, model=model)

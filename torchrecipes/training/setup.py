@@ -1,34 +1,49 @@
-"""`setup_model`: from a model on the meta device to one that trains, in the one order that is correct."""
+"""`setup_model`: a model that is ready to train, prepared in the one order that is correct."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
+from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.errors import UserError
-from torchrecipes.models import load_hf_weights
+from torchrecipes.models import check_tokenizer_compatibility, load_hf_weights
 from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.training.float8 import convert_to_float8
 from torchrecipes.training.run import Run
 
 
-def setup_model(model: nn.Module, run: Run, config: Any) -> nn.Module:
-    """Prepares a model for training, in place: float8, activation checkpointing, compile, sharding, initial weights.
+def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, tokenizer: Tokenizer, run: Run) -> nn.Module:
+    """Builds a model and prepares it for training: float8, activation checkpointing, compile, sharding, weights.
 
-    Each step needs the ones before it: checkpointing and compile wrap the converted layers, `fully_shard` wraps
-    compiled blocks, and weights are made where they stay, so that no rank ever holds a whole model.
+    Each step needs the ones before it: checkpointing and compile wrap the converted layers, and `fully_shard` wraps
+    compiled blocks. A model with `init_weights(seed)` is built on the meta device and gets its weights where they stay,
+    so that no rank ever holds a whole model. Any other is built on the CPU of every rank, from the same seed.
 
     Args:
-        model: on the meta device, or with weights that are the same on every rank.
+        build_model: the recipe's.
+        config: the recipe's, with the keys `seq_len`, `compute`, `seed`, `init_from` and `freeze`.
+        tokenizer: the model's vocabulary must hold it.
         run: the processes and the device.
-        config: a recipe's, with the keys `compute`, `seed`, `init_from` and `freeze`.
 
     Returns:
         The model, in training mode.
+
+    Raises:
+        UserError: model and tokenizer, or a setting, do not fit together.
     """
+    with torch.device("meta"):
+        model = build_model(config, tokenizer)
+    if not _takes_seed(getattr(model, "init_weights", None)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = build_model(config, tokenizer)
+    check_tokenizer_compatibility(model, tokenizer, config.seq_len)
     compute = config.compute
     model.train()
     convert_to_float8(model, compute.precision, device=run.device, emulate=compute.emulate_float8)
@@ -72,3 +87,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError("no parameter is left to train", key="freeze", code="nothing_to_train")
+
+
+def _takes_seed(init_weights: Callable | None) -> bool:
+    # Models of other libraries have methods of this name, without a seed.
+    return callable(init_weights) and "seed" in inspect.signature(init_weights).parameters
