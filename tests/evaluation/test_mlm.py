@@ -105,3 +105,17 @@ def test_no_batches_give_nan():
     model = neobert(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     scores = evaluate_mlm(model, [], REAL, UnigramBaseline(torch.zeros(VOCAB), 0), nullcontext)
     assert len(scores) == 5 and all(math.isnan(value) for value in scores.values())
+
+
+def test_a_linear_layer_is_a_head():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(VOCAB, 8), torch.nn.Linear(8, VOCAB)
+
+        def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen):
+            return self.embedding(input_ids)
+
+    baseline = UnigramBaseline(torch.full((VOCAB,), 1 / VOCAB).log(), most_frequent=7)
+    scores = evaluate_mlm(Net(), batches(), unpadded_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+    assert 0 < scores["loss"] < 10

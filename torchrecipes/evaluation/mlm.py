@@ -74,6 +74,7 @@ def evaluate_mlm(
     # In fp64: a sum over millions of tokens must not depend on how they are spread over batches and ranks.
     zeros = torch.zeros(5, dtype=torch.float64, device=device)
     loss, correct, unigram_loss, unigram_correct, targets = zeros
+    transform = getattr(model.head, "transform", nn.Identity())  # an nn.Linear has none
     with evaluation_mode(model):
         for batch in batches:
             with autocast():
@@ -85,7 +86,7 @@ def evaluate_mlm(
                 )
                 rows = hidden.flatten(0, 1).index_select(0, batch.masked_positions)
                 for row, label in zip(rows.split(CHUNK_SIZE), batch.masked_labels.split(CHUNK_SIZE), strict=True):
-                    row = model.head.transform(row)
+                    row = transform(row)
                     loss += linear_cross_entropy(row, model.head.weight, label, model.head.bias)
                     logits = F.linear(row, model.head.weight, model.head.bias)
                     correct += (logits[:, :unpadded_vocab_size].argmax(-1) == label).sum()

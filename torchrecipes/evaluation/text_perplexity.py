@@ -118,7 +118,7 @@ def perplexity(
                 inputs, scored, labels = _batch(pieces, model.config.vocab_size, device)
                 with autocast():
                     hidden = model(**inputs).flatten(0, 1).index_select(0, scored)
-                    hidden = model.head.transform(hidden)
+                    hidden = getattr(model.head, "transform", nn.Identity())(hidden)
                     total_nll += linear_cross_entropy(hidden, model.head.weight, labels, model.head.bias)
                 tokens = sum(len(ids) - scored_from for row in pieces for ids, scored_from in row)
                 total_tokens += tokens
