@@ -285,6 +285,12 @@ def test_texts_go_on_as_their_tokens_do():
     model.head = eos
     (said,) = generate_text(model, tokenizer, ["the"], max_new_tokens=5)
     assert (said.text, said.num_tokens, said.ended) == ("", 1, True)
+    eos.bias.data[20] = 2e4  # what a folder's eos_token_id lists beside the tokenizer's
+    (said,) = generate_text(model, tokenizer, ["the"], max_new_tokens=5)
+    assert (said.num_tokens, said.ended) == (5, False)
+    model.hf_adapter.stop_ids = [20, 21]
+    (said,) = generate_text(model, tokenizer, ["the"], max_new_tokens=5)
+    assert (said.text, said.num_tokens, said.ended) == ("", 1, True)
 
 
 def test_the_unknown_token_is_no_text():

@@ -4,8 +4,9 @@ Prompts of different lengths share a batch, padded on the right. A token attends
 then those hold its own prompt and completion, so what padding leaves in the cache is never used.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.evaluation.sampling import check_sampling, filter_logits, sample, uniform_numbers
+from torchrecipes.models.hf_adapter import adapter_of
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.modules.cache import KVCache
 
@@ -53,7 +55,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     unpadded_vocab_size: int | None = None,
     suppress_tokens: Sequence[int] = (),
     prompt_counts: Counter[tuple[int, ...]] | None = None,
@@ -75,7 +77,7 @@ def generate(
         top_p: sample from the most probable tokens whose probabilities sum to this.
         seed: chooses the samples. A completion does not depend on the other prompts in the batch; a prompt that is
             given twice has two completions.
-        eos_id: the token that ends a text. None: none does.
+        eos_id: the token that ends a text, or several. None: none does.
         unpadded_vocab_size: ids from here on are padding of the vocabulary and are never chosen. None: there are none.
         suppress_tokens: other ids that are never chosen.
         prompt_counts: how often each prompt occurred in earlier batches; updated. With it, texts do not depend on how
@@ -85,7 +87,7 @@ def generate(
             waits for the device at each.
 
     Returns:
-        The new tokens of every prompt, with `eos_id` as the last one where the model has ended the text.
+        The new tokens of every prompt, with one of `eos_id` as the last where the model has ended the text.
 
     Raises:
         UserError: no prompt, or one that `check_prompts` refuses; a setting out of range; a model without a cache; or
@@ -116,6 +118,8 @@ def generate(
 
     new_tokens = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
     suppressed = torch.tensor(suppress_tokens, dtype=torch.int64).to(device)
+    eos_ids = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
+    ends = torch.tensor(eos_ids, dtype=torch.int64).to(device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     broken = torch.zeros_like(ended)  # read at the end only, since that waits for the device
     with evaluation_mode(model), autocast(), _without_compile(model):
@@ -132,9 +136,7 @@ def generate(
                 else logits.argmax(-1)
             )
             new_tokens[:, step] = token_B
-            ended |= broken | (next_position.squeeze(1) + 1 >= positions)
-            if eos_id is not None:
-                ended |= token_B == eos_id
+            ended |= broken | (next_position.squeeze(1) + 1 >= positions) | torch.isin(token_B, ends)
             if on_token:
                 on_token(token_B.tolist())
             if (on_token or (step + 1) % EOS_CHECK_INTERVAL == 0) and _all_everywhere(ended, model):
@@ -149,7 +151,7 @@ def generate(
             code="nonfinite_logits",
         )
     return [
-        _up_to_the_end(tokens[: positions - len(prompt)], eos_id)
+        _up_to_the_end(tokens[: positions - len(prompt)], eos_ids)
         for prompt, tokens in zip(prompts, new_tokens[:, : step + 1].tolist(), strict=True)
     ]
 
@@ -214,6 +216,7 @@ def generate_text(
         on_token: called with each piece of the first prompt's text as soon as its characters are complete.
     """
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    eos_ids = {*adapter_of(model).stop_ids, tokenizer.eos_id} - {None}
     continued = generate(
         model,
         prompt_ids,
@@ -222,27 +225,26 @@ def generate_text(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        eos_id=tokenizer.eos_id,
+        eos_id=eos_ids,
         unpadded_vocab_size=tokenizer.unpadded_vocab_size,
         suppress_tokens=[] if tokenizer.unknown_id is None else [tokenizer.unknown_id],
         prompt_counts=prompt_counts,
         autocast=autocast,
-        on_token=_in_pieces(tokenizer, prompt_ids[0], on_token) if on_token and prompt_ids else None,
+        on_token=_in_pieces(tokenizer, eos_ids, prompt_ids[0], on_token) if on_token and prompt_ids else None,
     )
     return [
-        _continuation(tokenizer, prompt, ids, new)
+        _continuation(tokenizer, eos_ids, prompt, ids, new)
         for prompt, ids, new in zip(prompts, prompt_ids, continued, strict=True)
     ]
 
 
-def _continuation(tokenizer, prompt: str, ids: list[int], new: list[int]) -> Completion:
-    return Completion(prompt, _added_text(tokenizer, ids, new), len(new), ended=new[-1] == tokenizer.eos_id)
+def _continuation(tokenizer, eos_ids: set[int], prompt: str, ids: list[int], new: list[int]) -> Completion:
+    return Completion(prompt, _added_text(tokenizer, eos_ids, ids, new), len(new), ended=new[-1] in eos_ids)
 
 
-def _added_text(tokenizer, ids: list[int], new: list[int]) -> str:
+def _added_text(tokenizer, eos_ids: set[int], ids: list[int], new: list[int]) -> str:
     """The text that `new` tokens, up to the one that ends a text, add to that of `ids`."""
-    if tokenizer.eos_id in new:
-        new = new[: new.index(tokenizer.eos_id)]
+    new = list(itertools.takewhile(lambda token: token not in eos_ids, new))
     # Decoded together, since a character may begin in the prompt's last token, and a first word has no space.
     before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new)
     same = 0
@@ -251,13 +253,15 @@ def _added_text(tokenizer, ids: list[int], new: list[int]) -> str:
     return whole[same:]
 
 
-def _in_pieces(tokenizer, ids: list[int], on_token: Callable[[str], None]) -> Callable[[list[int]], None]:
+def _in_pieces(
+    tokenizer, eos_ids: set[int], ids: list[int], on_token: Callable[[str], None]
+) -> Callable[[list[int]], None]:
     new, printed = [], 0
 
     def add(tokens: list[int]) -> None:
         nonlocal printed
         new.append(tokens[0])
-        text = _added_text(tokenizer, ids, new)
+        text = _added_text(tokenizer, eos_ids, ids, new)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are yet to come
             on_token(text[printed:])
             printed = len(text)
@@ -290,5 +294,6 @@ def _without_compile(model: nn.Module) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager")
 
 
-def _up_to_the_end(tokens: list[int], eos_id: int | None) -> list[int]:
-    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+def _up_to_the_end(tokens: list[int], eos_ids: Collection[int]) -> list[int]:
+    end = next((index for index, token in enumerate(tokens) if token in eos_ids), len(tokens))
+    return tokens[: end + 1]

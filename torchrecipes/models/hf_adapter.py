@@ -22,6 +22,7 @@ class HFAdapter:
         config: of the model.
         companions: file name -> contents of what travels from the folder that the model was made from into its
             checkpoints: chat template and generation config.
+        stop_ids: the tokens that end a text, by the folder that the model was made from; the tokenizer has one of them.
         architecture: the class of `transformers` that reads the folder.
         config_class: the family's config, a dataclass whose fields are the keys of config.json that it follows.
         tied: (name, source): a stored copy of a tied head, and what it is a copy of.
@@ -46,6 +47,7 @@ class HFAdapter:
     def __init__(self, config: Any = None):
         self.config = config
         self.companions: dict[str, bytes] = {}
+        self.stop_ids: list[int] = []
 
     # The config.
 

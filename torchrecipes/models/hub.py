@@ -89,7 +89,7 @@ def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = print) 
         else:
             module = importlib.import_module(f"torchrecipes.models.families.{family}")
             model = module.from_config(config_from_dict(raw, file, module.Adapter, report))
-    model.hf_adapter.companions = _companions(folder)
+    model.hf_adapter.companions, model.hf_adapter.stop_ids = _companions(folder), stop_token_ids(folder)
     return model
 
 
@@ -284,6 +284,8 @@ def hf_config(model: nn.Module, tokenizer: "Tokenizer | None" = None) -> dict | 
             "bos": tokenizer.cls_id if tokenizer.bos_id is None else tokenizer.bos_id,
             "eos": tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id,
         }
+        if ids["eos"] in adapter.stop_ids and len(adapter.stop_ids) > 1:
+            ids["eos"] = adapter.stop_ids
         if tokenizer.mask_id is not None and config["model_type"] == "eurobert":
             ids["mask"] = tokenizer.mask_id
     return config | {f"{kind}_token_id": value for kind, value in ids.items()}
