@@ -320,7 +320,9 @@ def test_documents_of_complete_shards_are_not_tokenized_again(tokenizer, tmp_pat
         path.unlink()
     tokenized = []
     inner = build._tokenize
-    monkeypatch.setattr(build, "_tokenize", lambda texts, *rest: tokenized.extend(texts) or inner(texts, *rest))
+    monkeypatch.setattr(
+        build, "_tokenize", lambda documents, *rest: tokenized.extend(documents) or inner(documents, *rest)
+    )
     train, _ = prepare_corpus(tmp_path / "part", source, tokenizer, 0.1, shard_tokens=500)
     assert len(tokenized) == train.num_documents - train.shards[3].document_offset
     assert content(tmp_path / "part") == content(tmp_path / "whole")

@@ -29,7 +29,7 @@ def make(folder, lengths, shard_tokens, dtype="uint16", seed=0):
     documents = [draw.integers(0, 60_000, length).astype(dtype) for length in lengths]
     writer = SplitWriter(folder, "train", {"dtype": dtype, "shard_tokens": shard_tokens})
     sizes = np.array(lengths)
-    writer.add(Tokenized(np.concatenate(documents), sizes, sizes, sizes, sizes * 0))
+    writer.add(Tokenized(np.concatenate(documents), sizes, np.stack([sizes, sizes, sizes * 0], 1)))
     writer.finish(ReadStats(), Maker)
     return open_corpus(folder), documents
 

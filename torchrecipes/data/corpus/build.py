@@ -17,9 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -168,20 +167,11 @@ def _encode(document: Document) -> bytes:
         raise UserError(problem, hint="Repair or remove it.", code="bad_record") from error
 
 
-@dataclass
-class Batch:
-    """Documents as they were read, by split."""
+class Batch(NamedTuple):
+    """Documents as they were read, as (text, bytes of UTF-8) by split."""
 
-    texts: dict[str, list[str]]
-    bytes: dict[str, list[int]]
-    num_characters: int = 0
-    skipped_bytes: int = 0  # of documents that are in shards already
-
-    def add(self, split: str, text: str, num_bytes: int) -> None:
-        """Adds a document of `num_bytes` bytes of UTF-8."""
-        self.texts[split].append(text)
-        self.bytes[split].append(num_bytes)
-        self.num_characters += len(text)
+    documents: dict[str, list[tuple[str, int]]]
+    skipped_bytes: int  # of documents that are in shards already
 
 
 def _tokenize_source(
@@ -198,9 +188,9 @@ def _tokenize_source(
 
     def tokenize(batch: Batch) -> dict[str, Tokenized]:
         return {
-            split: _tokenize(texts, batch.bytes[split], backend, tokenizer.unknown_id, writers[split].dtype)
-            for split, texts in batch.texts.items()
-            if texts
+            split: _tokenize(documents, backend, tokenizer.unknown_id, writers[split].dtype)
+            for split, documents in batch.documents.items()
+            if documents
         }
 
     try:
@@ -209,7 +199,7 @@ def _tokenize_source(
             for batch, result in results:
                 for split, tokenized in result.items():
                     writers[split].add(tokenized)
-                    progress.add(len(tokenized.lengths), int(tokenized.bytes.sum()), len(tokenized.tokens))
+                    progress.add(len(tokenized.lengths), int(tokenized.counts[:, 1].sum()), len(tokenized.tokens))
                 progress.add(0, 0, skipped_bytes=batch.skipped_bytes)
     finally:
         progress.close()
@@ -233,40 +223,33 @@ def _tokenize_source(
 
 def _batches(source: Source, writers: dict[str, SplitWriter], validation_limit: int) -> Iterator[Batch]:
     to_skip = {split: sys.maxsize if writer.finished else writer.seen for split, writer in writers.items()}
-
-    def new() -> Batch:
-        return Batch({split: [] for split in writers}, {split: [] for split in writers})
-
-    batch = new()
+    documents, characters, skipped_bytes = {split: [] for split in writers}, 0, 0
     for document in source:
         content = _encode(document)
         split = "validation" if _hash(content) < validation_limit else "train"
         if to_skip[split]:
             to_skip[split] -= 1
-            batch.skipped_bytes += len(content)
+            skipped_bytes += len(content)
         else:
-            batch.add(split, document.text, len(content))
-        if batch.num_characters >= BATCH_CHARACTERS or batch.skipped_bytes >= 64 * BATCH_CHARACTERS:
-            yield batch
-            batch = new()
-    yield batch
+            documents[split].append((document.text, len(content)))
+            characters += len(document.text)
+        if characters >= BATCH_CHARACTERS or skipped_bytes >= 64 * BATCH_CHARACTERS:
+            yield Batch(documents, skipped_bytes)
+            documents, characters, skipped_bytes = {split: [] for split in writers}, 0, 0
+    yield Batch(documents, skipped_bytes)
 
 
-def _tokenize(
-    texts: list[str], num_bytes: list[int], backend: Any, unknown_id: int | None, dtype: np.dtype
-) -> Tokenized:
-    ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+def _tokenize(documents: list[tuple[str, int]], backend: Any, unknown_id: int | None, dtype: np.dtype) -> Tokenized:
+    ids = [encoding.ids for encoding in backend.encode_batch_fast([text for text, _ in documents])]
     around = backend.num_special_tokens_to_add(is_pair=False)
     ids = [one if len(one) > around else [] for one in ids]
     lengths = np.array([len(one) for one in ids], np.int64)
     tokens = np.concatenate([np.array(one, dtype) for one in ids])
-    if unknown_id is None:
-        unknown = np.zeros(len(ids), np.int64)
-    else:
+    counts = np.array([(len(text), num_bytes, 0) for text, num_bytes in documents], np.int64)
+    if unknown_id is not None:
         before = np.concatenate([[0], np.cumsum(tokens == unknown_id)])[np.concatenate([[0], np.cumsum(lengths)])]
-        unknown = np.diff(before)
-    characters = np.array([len(text) for text in texts], np.int64)
-    return Tokenized(tokens, lengths, characters, np.array(num_bytes, np.int64), unknown)
+        counts[:, 2] = np.diff(before)
+    return Tokenized(tokens, lengths, counts)
 
 
 def _in_order(work: Callable[[Any], Any], items: Iterator[Any], threads: int) -> Iterator[tuple[Any, Any]]:

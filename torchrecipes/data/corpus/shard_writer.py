@@ -25,13 +25,14 @@ CORPUS_FILE = "corpus.json"
 
 @dataclass
 class Tokenized:
-    """A batch of documents of one split: its tokens `[N]`, and per document their number (0: skipped) and counts."""
+    """A batch of documents of one split: its tokens `[N]`, their number per document (0: skipped), and more counts.
+
+    `counts` is int64 `[D, 3]`: characters, bytes and unknown tokens of each document.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
-    characters: np.ndarray
-    bytes: np.ndarray
-    unknown: np.ndarray
+    counts: np.ndarray
 
 
 class SplitWriter:
@@ -135,6 +136,7 @@ class SplitWriter:
         begin = int(ends[first - 1]) if first else 0
         lengths = batch.lengths[first:last]
         kept = lengths[lengths > 0]
+        characters, num_bytes, unknown = batch.counts[first:last].sum(0).tolist()
         self.tokens.append(batch.tokens[begin : int(ends[last - 1])])
         self.lengths.append(kept)
         self.current += Statistics(
@@ -142,10 +144,10 @@ class SplitWriter:
             documents=len(kept),
             empty=last - first - len(kept),
             tokens=int(kept.sum()),
-            characters=int(batch.characters[first:last].sum()),
-            bytes=int(batch.bytes[first:last].sum()),
-            unknown=int(batch.unknown[first:last].sum()),
-            shortest=int(kept.min(initial=np.iinfo(np.int64).max)) if len(kept) else 0,
+            characters=characters,
+            bytes=num_bytes,
+            unknown=unknown,
+            shortest=int(kept.min()) if len(kept) else 0,
             longest=int(kept.max(initial=0)),
         )
 

@@ -36,14 +36,7 @@ USUAL_NAMES = {
 
 PADDING = re.compile(r"<\|inert_\d+\|>")  # names of vocabulary padding
 
-SLOW_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-)
+SLOW_FILES = "vocab.json merges.txt tokenizer.model spiece.model sentencepiece.bpe.model tiktoken.model".split()
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # Keys of tokenizer_config.json with which `transformers` would change what tokenizer.json says, or that name files.
@@ -85,12 +78,10 @@ def read_tokenizer(path: Path, causal: bool = False) -> TokenizerFiles:
             ids are not unique (`duplicate_ids`) or would change (`moved_ids`).
     """
     if not path.exists():
-        raise UserError(
+        raise _no_tokenizer(
             f"there is no file or folder {path}",
-            key="path",
-            hint="Give a tokenizer.json, a folder with one (as Hugging Face's save_pretrained writes it), or a "
+            "Give a tokenizer.json, a folder with one (as Hugging Face's save_pretrained writes it), or a "
             f"SentencePiece .model. Nothing is downloaded{_how_to_download(path)}",
-            code="no_tokenizer",
         )
     if path.is_dir():
         path = _file_in(path)
@@ -102,12 +93,8 @@ def read_tokenizer(path: Path, causal: bool = False) -> TokenizerFiles:
     elif path.suffix == ".model":
         files = _read_sentencepiece(path, causal)
     else:
-        raise UserError(
-            f"{path} is not a tokenizer file",
-            key="path",
-            hint="Give a tokenizer.json, a folder with one, a BERT vocab.txt, or a SentencePiece .model.",
-            code="no_tokenizer",
-        )
+        hint = "Give a tokenizer.json, a folder with one, a BERT vocab.txt, or a SentencePiece .model."
+        raise _no_tokenizer(f"{path} is not a tokenizer file", hint)
     if path.name in ("tokenizer.json", "vocab.txt"):
         files.config = {key: value for key, value in _config(path).items() if key not in REBUILD_KEYS}
         template = path.with_name(CHAT_TEMPLATE)
@@ -134,16 +121,22 @@ def _file_in(folder: Path) -> Path:
         checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda path: (len(path.name), path.name))
         if checkpoints:
             hint = f"It is the folder of a run: give one of its checkpoints, such as the newest, {checkpoints[-1]}"
-        raise UserError(f"{folder} holds no tokenizer.json", key="path", hint=hint, code="no_tokenizer")
+        raise _no_tokenizer(f"{folder} holds no tokenizer.json", hint)
     model = next((name for name in slow if name.endswith(".model")), None)
     plain = f" (or give {folder / model} itself: plain SentencePiece ids)" if model else ""
-    raise UserError(
+    raise _no_tokenizer(
         f"{folder} holds only files of a slow tokenizer ({', '.join(slow)}), no tokenizer.json",
-        key="path",
-        hint='Convert it once: python -c "from transformers import AutoTokenizer as A; '
+        'Convert it once: python -c "from transformers import AutoTokenizer as A; '
         f"A.from_pretrained('{folder}').save_pretrained('{folder}')\"{plain}",
-        code="no_tokenizer",
     )
+
+
+def _no_tokenizer(problem: str, hint: str) -> UserError:
+    return UserError(problem, key="path", hint=hint, code="no_tokenizer")
+
+
+def _unreadable(problem: str, hint: str = "Get the file again.") -> UserError:
+    return UserError(problem, hint=hint, code="unreadable_tokenizer")
 
 
 def read_json(path: Path) -> tokenizers.Tokenizer:
@@ -167,12 +160,9 @@ def read_json(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         stated = vocab | {token["content"]: token["id"] for token in content["added_tokens"]}
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(
-            f"{path} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read "
-            f"({type(error).__name__}: {error})",
-            hint="Save it again, or upgrade tokenizers.",
-            code="unreadable_tokenizer",
-        ) from error
+        problem = f"{path} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read"
+        hint = "Save it again, or upgrade tokenizers."
+        raise _unreadable(f"{problem} ({type(error).__name__}: {error})", hint) from error
     _check_ids(path, stated, backend)
     # Many files carry the limits of the model they came with: documents would be cut there silently.
     backend.no_truncation()
@@ -187,22 +177,16 @@ def _check_ids(path: Path, stated: dict[str, int], backend: tokenizers.Tokenizer
         if names.setdefault(i, name) != name:
             double.append(f"{i} ({names[i]!r}, {name!r})")
     if double:
-        raise UserError(
-            f"{path} gives an id to two tokens: {_some(double)}",
-            hint="Give every token an id of its own.",
-            code="duplicate_ids",
-        )
+        hint = "Give every token an id of its own."
+        raise UserError(f"{path} gives an id to two tokens: {_some(double)}", hint=hint, code="duplicate_ids")
     moved = [
         f"{name!r} has id {i}, but would get {backend.token_to_id(name)}"
         for name, i in stated.items()
         if backend.token_to_id(name) != i
     ]
     if moved:
-        raise UserError(
-            f"{path}: {_some(moved)}",
-            hint="Added tokens come after the vocabulary, without a gap; number them so.",
-            code="moved_ids",
-        )
+        hint = "Added tokens come after the vocabulary, without a gap; number them so."
+        raise UserError(f"{path}: {_some(moved)}", hint=hint, code="moved_ids")
 
 
 def _some(items: list[str]) -> str:
@@ -213,12 +197,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:  # a JSON error says line and column
-        raise UserError(
-            f"{path} cannot be read as JSON ({error})", hint="Get the file again.", code="unreadable_tokenizer"
-        ) from error
+        raise _unreadable(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
-        hint = "Get the file again."
-        raise UserError(f"{path} does not hold a JSON object", hint=hint, code="unreadable_tokenizer")
+        raise _unreadable(f"{path} does not hold a JSON object")
     return content
 
 
@@ -256,8 +237,7 @@ def _read_vocab_txt(path: Path) -> TokenizerFiles:
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        hint = "Get the file again."
-        raise UserError(f"{path} is not UTF-8 text ({error})", hint=hint, code="unreadable_tokenizer") from error
+        raise _unreadable(f"{path} is not UTF-8 text ({error})") from error
     lines = lines[:-1] if lines[-1] == "" else lines
     vocab = {token: i for i, token in enumerate(lines)}
     double = [
@@ -268,11 +248,8 @@ def _read_vocab_txt(path: Path) -> TokenizerFiles:
         raise UserError(f"{path} has tokens twice: {_some(double)}", hint=hint, code="duplicate_ids")
     missing = [name for name in ("[UNK]", "[CLS]", "[SEP]") if name not in vocab]
     if missing:
-        raise UserError(
-            f"{path} has no line {missing[0]}, which a BERT vocabulary has",
-            hint="Give a tokenizer.json instead.",
-            code="unreadable_tokenizer",
-        )
+        problem = f"{path} has no line {missing[0]}, which a BERT vocabulary has"
+        raise _unreadable(problem, "Give a tokenizer.json instead.")
     config = _config(path)
     backend = bert_wordpiece(
         vocab,
