@@ -39,7 +39,7 @@ class Batch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, from which a GPU copies while the CPU goes on (called by DataLoader)."""
+        """The batch in page-locked memory, from which a GPU copies while the CPU continues (called by DataLoader)."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change) -> "Batch":
@@ -48,7 +48,7 @@ class Batch:
 
 
 def document_fields(boundaries: np.ndarray, shape: tuple[int, int], max_segments: int) -> dict[str, Tensor | int]:
-    """The fields of a `Batch` that tell of its documents: `position_ids`, `cu_seqlens` and `max_seqlen`.
+    """Returns the fields of a `Batch` that describe its documents: `position_ids`, `cu_seqlens` and `max_seqlen`.
 
     Args:
         boundaries: int64, sorted: the flat positions at which documents start, 0 the first.

@@ -1,12 +1,11 @@
 """Masked language modelling: chooses and hides the tokens to predict (Devlin et al. 2018, 1810.04805, section 3.1).
 
-1. Every row has a 64-bit key; all that is drawn for it is a function of that key and the position, computed for the
-   whole batch at once. No generator has a state.
-2. Of a row's n ordinary tokens (not special, not padding) k are chosen, at random, all different. k is p * n, rounded
-   up or down at random so that its mean is exactly p * n, and 1 at least: no row with an ordinary token is without
-   a target.
-3. Of the k, 80 % become `[MASK]`, 10 % a random ordinary token and 10 % stay, rounded in the same way. So the shares of
-   a corpus are exact but for rounding: (1 - p) untouched, 0.8 p, 0.1 p, 0.1 p.
+1. Every row has a 64-bit key; everything drawn for it is a function of that key and the position, computed for the
+   batch at once. There is no generator with a state.
+2. Of a row's n ordinary tokens (not special, not padding) k different ones are chosen at random. k is p * n, rounded up
+   or down at random so that its mean is exactly p * n, and at least 1: every row with an ordinary token has a target.
+3. Of the k, 80 % become `[MASK]`, 10 % a random ordinary token and 10 % stay, rounded in the same way. So the fractions
+   over a corpus are exact: (1 - p) unchanged, 0.8 p, 0.1 p, 0.1 p.
 4. The slots of a batch are fixed: ceil(p * S) in every row.
 5. p may be a function of the optimizer step. The loader evaluates it where it makes the batch, in a worker too.
 """
@@ -30,8 +29,8 @@ class MLMCollator:
     """Chooses and hides targets.
 
     Args:
-        tokenizer: its special tokens, `[UNK]` and inert ones among them, are never targets and never replacements.
-        mlm_probability: p, the share of ordinary tokens to predict (NeoBERT: 0.2, BERT: 0.15), or a function of the
+        tokenizer: its special tokens (also `[UNK]` and vocabulary padding) are never targets or replacements.
+        mlm_probability: p, the fraction of ordinary tokens to predict (NeoBERT: 0.2, BERT: 0.15), or a function of the
             optimizer step, counted from 1. Loader workers that are spawned need one that can be pickled.
         mask_all: every chosen token becomes `[MASK]` (NeoBERT); else 80 / 10 / 10.
 

@@ -1,7 +1,7 @@
 """Rows of equal length from a corpus of documents, packed or one document each.
 
-Both kinds give rows by their numbers, any of them at any time, and say where documents begin. Nothing is truncated: a
-document that is longer than what is left of its row goes on in another row, as a document of its own.
+Both datasets return any rows by their numbers, and where documents begin. Nothing is truncated: a document that is
+longer than what is left of its row continues in another row, as a document of its own.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class RowBlock:
         tokens: `[B, S]` int64.
         boundaries: int64, sorted: the flat positions in `[0, B * S)` at which a document (or padding) starts; the
             start of every row is among them.
-        lengths: `[B]` int64: what is in a row before its padding, in tokens.
+        lengths: `[B]` int64: tokens of a row before its padding.
     """
 
     tokens: np.ndarray
@@ -28,13 +28,13 @@ class RowBlock:
 
 
 class PackedDataset:
-    """Row i is the tokens from `i * S` to `(i + 1) * S` of the corpus; the last row is filled up with padding.
+    """Row i holds the tokens from `i * S` to `(i + 1) * S` of the corpus; the last row is filled with padding.
 
     Args:
         corpus: the documents.
         seq_len: S, tokens per row.
         pad_id: the padding token.
-        lookahead: tokens behind a row that `rows` shows with it: 1 for a model that predicts the next token.
+        lookahead: tokens after a row that `rows` returns with it: 1 for a model that predicts the next token.
 
     Attributes:
         num_rows: rows in the corpus.
@@ -91,7 +91,7 @@ class PackedDataset:
         return RowBlock(tokens, np.sort(np.concatenate(boundaries)), lengths)
 
     def _read_slowly(self, out: np.ndarray, number: int) -> np.ndarray:
-        """Writes a row into `out` and gives the boundaries inside it."""
+        """Writes a row into `out` and returns the boundaries inside it."""
         if number < 0:
             out[:] = self.pad_id
             return np.empty(0, dtype=np.int64)
@@ -107,7 +107,7 @@ class PackedDataset:
 
 
 class PaddedDataset:
-    """Every row begins with a document and is filled up with padding; a longer document takes several rows.
+    """Every row begins with a document and is filled with padding; a longer document takes several rows.
 
     Arguments and attributes are those of `PackedDataset`.
     """

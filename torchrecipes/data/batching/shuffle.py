@@ -1,6 +1,6 @@
-"""The order of the data as arithmetic: which row does position p of an epoch hold, without a list of positions.
+"""Shuffles rows without a list of positions: the row at any position of an epoch is computed.
 
-1. The rows of an epoch are the numbers from 0 to n - 1. `permute` is a bijection of them, chosen by a key.
+1. The rows of an epoch are the numbers from 0 to n - 1. `permute` is a bijection of these, selected by a key.
 2. It is a Feistel network on the next larger power of four, with cycle walking: numbers that fall outside are sent
    through again until they are inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4).
 3. Row r of optimizer step s is position `(s - 1) * global_batch_size + r` of the run, counted over all epochs; every
@@ -18,7 +18,7 @@ GOLDEN, MIX_1, MIX_2, *SHIFTS = np.array(
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit numbers that sends similar ones far apart (SplitMix64's finalizer, Steele et al. 2014).
+    """A bijection of 64-bit numbers that maps similar ones far apart (SplitMix64's finalizer, Steele et al. 2014).
 
     Args:
         x: uint64, any shape but `()`: NumPy warns of overflow in scalars.
@@ -47,12 +47,12 @@ def fold_in(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where a random permutation of `range(n)` sends `index`.
+    """Applies a random permutation of `range(n)` to `index`.
 
     Args:
         index: integers in `range(n)`, any shape but `()`.
         n: 1 to 2**62.
-        key: uint64 `[1]`, from `fold_in`: it chooses the permutation.
+        key: uint64 `[1]`, from `fold_in`: selects the permutation.
 
     Returns:
         int64 of the shape of `index`.
@@ -74,12 +74,12 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 
 def row_indices(positions: np.ndarray, n: int, seed: int, shuffle: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that a run trains on at positions counted from its start.
+    """Returns the rows that a run trains on at positions counted from its start.
 
     Args:
         positions: integers of any shape, 0 or more: `(step - 1) * global_batch_size + r`.
         n: rows in an epoch.
-        seed: chooses the order; another seed, and another epoch, give another one.
+        seed: selects the order; another seed or another epoch has another order.
         shuffle: False: every epoch goes from row 0 to n - 1.
 
     Returns:
