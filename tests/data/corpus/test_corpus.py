@@ -23,11 +23,11 @@ class Maker:
     fingerprint, vocab_size = "f" * 32, 1000
 
 
-def make(folder, lengths, shard_tokens, dtype="uint16", seed=0):
+def make(folder, lengths, shard_tokens, dtype="uint16", seed=0, source="source-1"):
     """A corpus of documents with these lengths; gives the documents, too."""
     draw = np.random.default_rng(seed)
     documents = [draw.integers(0, 60_000, length).astype(dtype) for length in lengths]
-    writer = SplitWriter(folder, "train", {"dtype": dtype, "shard_tokens": shard_tokens})
+    writer = SplitWriter(folder, "train", {"dtype": dtype, "shard_tokens": shard_tokens, "source": source})
     sizes = np.array(lengths)
     writer.add(Tokenized(np.concatenate(documents), sizes, np.stack([sizes, sizes, sizes * 0], 1)))
     writer.finish(ReadStats(), Maker)
@@ -125,9 +125,10 @@ def test_shards_are_safetensors(tmp_path, dtype):
 
 def test_the_fingerprint_is_the_content(tmp_path):
     one, _ = make(tmp_path / "a", [3, 4, 5, 6], 8)
-    same, _ = make(tmp_path / "b", [3, 4, 5, 6], 8)
+    same, _ = make(tmp_path / "b", [3, 4, 5, 6], 8, source="another")
     other, _ = make(tmp_path / "c", [3, 4, 5, 6], 8, seed=1)
     assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert one.account["shards"][0]["xxh3"] != same.account["shards"][0]["xxh3"], "its header names the source"
 
 
 def test_statistics_add_up():

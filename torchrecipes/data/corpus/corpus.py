@@ -19,7 +19,7 @@ import xxhash
 
 from torchrecipes.data.corpus.build import build_corpus
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
-from torchrecipes.data.corpus.shards import FORMAT, Shard, Statistics, checksum, open_shard
+from torchrecipes.data.corpus.shards import FORMAT, Shard, Statistics, checksums, open_shard
 from torchrecipes.data.sources.records import Source
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
@@ -38,7 +38,7 @@ class Corpus:
         shortest_document, longest_document: lengths in tokens, special ones included.
         dtype: type of the tokens, uint16 or uint32.
         tokenizer_fingerprint: fingerprint of the tokenizer that made it.
-        fingerprint: xxh3-128 (hex) of the tokenizer's fingerprint and the content, wherever the folder is.
+        fingerprint: xxh3-128 (hex) of the tokenizer's fingerprint and the tokens, wherever they came from.
         statistics: more numbers: see `summary`.
     """
 
@@ -49,7 +49,7 @@ class Corpus:
         self.shortest_document, self.longest_document = self.statistics.shortest, self.statistics.longest
         self.dtype = shards[0].tokens.dtype
         self.tokenizer_fingerprint: str = account["tokenizer"]["fingerprint"]
-        content = [FORMAT, self.tokenizer_fingerprint, *(shard["xxh3"] for shard in account["shards"])]
+        content = [FORMAT, self.tokenizer_fingerprint, *(shard["arrays_xxh3"] for shard in account["shards"])]
         self.fingerprint = xxhash.xxh3_128_hexdigest(" ".join(content).encode())
         self._first = [shard.token_offset for shard in shards]
         self._first_document = np.array([shard.document_offset for shard in shards])
@@ -117,7 +117,7 @@ class Corpus:
         corrupt = [
             shard.path.name
             for shard, stated in zip(self.shards, self.account["shards"], strict=True)
-            if checksum(shard.path) != stated["xxh3"]
+            if checksums(shard.path)[0] != stated["xxh3"]
         ]
         if corrupt:
             raise _corrupt(self.folder, f"{', '.join(corrupt)}: wrong checksum")

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from torchrecipes.atomic_write import write_atomically
-from torchrecipes.data.corpus.shards import FORMAT, Statistics, checksum, open_shard, shard_name, write_shard
+from torchrecipes.data.corpus.shards import FORMAT, Statistics, checksums, open_shard, shard_name, write_shard
 from torchrecipes.data.sources.records import ReadStats
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
@@ -86,7 +86,6 @@ class SplitWriter:
                 hint="Check the source and the tokenizer's normalizer.",
                 code="no_documents",
             )
-        paths = [self.folder / shard_name(i) for i in range(len(self.shards))]
         account = {
             "format": FORMAT,
             "split": self.split,
@@ -94,20 +93,17 @@ class SplitWriter:
             "settings": self.settings,
             "statistics": asdict(total),
             "skipped": skipped.lines()[1:],
-            "shards": [
-                {
-                    "file": path.name,
-                    "size": path.stat().st_size,
-                    "xxh3": checksum(path),
-                    "tokens": shard.tokens,
-                    "documents": shard.documents,
-                }
-                for path, shard in zip(paths, self.shards, strict=True)
-            ],
+            "shards": [self._describe(shard_name(i), shard) for i, shard in enumerate(self.shards)],
         }
         with writing(self.folder):
             write_atomically(self.folder / CORPUS_FILE, [to_json(account)])
         self.finished = True
+
+    def _describe(self, name: str, shard: Statistics) -> dict[str, Any]:
+        path = self.folder / name
+        whole, arrays = checksums(path)
+        counts = {"tokens": shard.tokens, "documents": shard.documents}
+        return {"file": name, "size": path.stat().st_size, "xxh3": whole, "arrays_xxh3": arrays, **counts}
 
     def clear(self) -> None:
         """Removes the shards."""

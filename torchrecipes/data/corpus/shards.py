@@ -7,7 +7,6 @@ shard.
 
 import json
 import struct
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import xxhash
 
 from torchrecipes.atomic_write import write_atomically
 
-FORMAT = "torchrecipes-corpus-1"
+FORMAT = "torchrecipes-corpus-2"
 DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 OFFSETS = np.dtype("<i8")
 
@@ -136,15 +135,13 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
     return shard, header["__metadata__"]["source"], Statistics(**json.loads(header["__metadata__"]["statistics"]))
 
 
-def checksum(path: Path) -> str:
-    """xxh3-64 (hex) of a file's content."""
-    digest = xxhash.xxh3_64()
-    for block in _blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
+def checksums(path: Path) -> tuple[str, str]:
+    """Returns the xxh3-64 (hex) of a shard's file, and of its arrays alone, whatever its header says."""
+    whole, arrays = xxhash.xxh3_64(), xxhash.xxh3_64()
     with path.open("rb") as file:
+        size = file.read(8)
+        whole.update(size + file.read(min(int.from_bytes(size, "little"), 1 << 20)))
         while block := file.read(1 << 22):
-            yield block
+            whole.update(block)
+            arrays.update(block)
+    return whole.hexdigest(), arrays.hexdigest()

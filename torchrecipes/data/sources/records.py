@@ -18,7 +18,7 @@ from torchrecipes.errors import UserError
 
 EMPTY_TEXT = "the text is empty"  # counted, but never an error: there is nothing in it to train on, or to repair
 EXAMPLES_PER_REASON = 5
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a file, for its checksum
+SAMPLES, SAMPLE_BYTES = 8, 1 << 16  # of a file, for its checksum
 
 
 class Document(NamedTuple):
@@ -151,7 +151,7 @@ def check_options(on_bad_record: str, max_document_chars: int, **choices: tuple[
 
 
 def content_checksum(path: str | Path) -> str:
-    """Return the size of a file and the xxh3-128 of its beginning, its end and evenly spaced samples, at most 1 MiB.
+    """Return the size of a file and the xxh3-128 of its beginning, its end and evenly spaced samples, 512 KiB at most.
 
     The time of the last change does not enter: a file that is copied or touched is the same file.
 
