@@ -1,4 +1,4 @@
-"""Losses: plain functions that return a sum over targets, so that the caller divides once by the targets of a step."""
+"""Losses: functions that return a sum over targets. The caller divides once by the targets of the whole step."""
 
 from torchrecipes.losses.causal_lm import causal_lm_loss
 from torchrecipes.losses.chunked_cross_entropy import linear_cross_entropy

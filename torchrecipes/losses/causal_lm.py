@@ -1,4 +1,4 @@
-"""The causal language model's loss: of every token the next one.
+"""Causal language modeling loss.
 
 Names carry their shape: B rows, S tokens per row, D hidden size, V vocabulary.
 """
@@ -17,28 +17,28 @@ def causal_lm_loss(
     chunk_size: int | None = None,
     return_cross_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The sum of the cross-entropies of the next tokens, while the logits of one chunk of tokens are held only.
+    """Sum of the cross-entropies of the next tokens. Logits exist for one chunk of tokens at a time.
 
-    Labels are the next tokens already: nothing is shifted here, so that the loader can look beyond a row's end and can
-    leave out what a document's end must not predict. Divide the sum by the targets of the whole optimizer step before
-    `backward`.
+    Labels are not shifted here: they are the next tokens already, so the loader can look beyond the end of a row and
+    leave out what the end of a document must not predict. Divide the sum by the targets of the whole optimizer step
+    before `backward`.
 
     Args:
-        hidden: `[B, S, D]`, what the decoder gives.
-        head: the output layer: has `weight` `[V, D]`, `bias` `[V]` or None, and, if any, `transform(hidden)`, which is
-            applied before them. An `nn.Linear` serves as it is.
-        labels: `[B, S]` int64: the token that follows each, or -100 where there is none to predict.
+        hidden: `[B, S, D]`, hidden states.
+        head: the output layer, with `weight` `[V, D]`, `bias` `[V]` or None, and optionally `transform(hidden)`, which
+            is applied first. An `nn.Linear` is one.
+        labels: `[B, S]` int64: the next token, or -100 where there is nothing to predict.
         z_loss: coefficient of `logsumexp(logits) ** 2` (see `linear_cross_entropy`); 0 is off.
         label_smoothing: share of a target that is spread over the vocabulary, as in `F.cross_entropy`; 0 is off.
         chunk_size: tokens whose logits are held at once (see `linear_cross_entropy`); None chooses.
-        return_cross_entropy: also return the plain sum of cross-entropies, at no cost: what to log as the loss.
+        return_cross_entropy: also return the plain sum of cross-entropies, at no cost, to log as the loss.
 
     Returns:
-        The loss to train on, a scalar, fp32 (fp64 for fp64 inputs); with `return_cross_entropy` a pair of it and the
-        plain one, which has no gradient and is the same number where `z_loss` and `label_smoothing` are 0.
+        The loss, a scalar, fp32 (fp64 for fp64 inputs). With `return_cross_entropy` a pair of it and the plain sum,
+        which has no gradient and equals the loss if `z_loss` and `label_smoothing` are 0.
 
     Raises:
-        ValueError: shapes, dtypes or numbers do not fit.
+        ValueError: invalid shapes, dtypes or numbers.
     """
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         shapes = f"{list(hidden.shape)} and {list(labels.shape)}"

@@ -1,15 +1,13 @@
-"""Cross-entropy of a linear layer's outputs, computed chunk by chunk so that the full logits never exist.
+"""Cross-entropy of a linear layer, computed in chunks so that the full logits never exist.
 
 Names carry their shape: N rows, C rows of one chunk, R rows of one tile, V vocabulary, D hidden size, K columns of
 one block of the vocabulary.
 
-How memory and time are kept low:
-
-1. The rows are cut into chunks. Loss and gradients of a chunk are computed together in the forward pass and its logits
-   are overwritten by their own gradient, so one buffer of `[C, V]` serves the whole call.
-2. The softmax of a chunk runs over tiles of a few rows in fp32: on a CPU they stay in the cache, and in bf16 no fp32
-   copy of a whole chunk is needed.
-3. In bf16 the weight's gradient is added up in fp32, one block of the vocabulary at a time, for the same two reasons.
+1. Rows are split into chunks. Loss and gradients of a chunk are computed together in the forward pass, and the gradient
+   overwrites the logits, so the call needs one buffer of `[C, V]`.
+2. The softmax of a chunk runs in fp32 over tiles of a few rows: on a CPU they stay in the cache, and in bf16 no fp32
+   copy of a chunk is needed.
+3. In bf16 the weight's gradient is accumulated in fp32, one block of the vocabulary at a time, for the same reasons.
 
 Computing the gradient in the forward pass is the method of Liger Kernel (Hsu et al., 2024, arXiv:2410.10989).
 """
@@ -35,40 +33,39 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     return_cross_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The sum of `cross_entropy(hidden @ weight.T + bias, labels)` over the rows that have a label.
+    """Sum of `cross_entropy(hidden @ weight.T + bias, labels)` over the rows that have a label.
 
-    Gives the number and the gradients of `F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`,
-    while holding the logits of one chunk of rows only. Nothing in it waits for the GPU.
+    Loss and gradients equal those of `F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`. Logits
+    exist for one chunk of rows at a time. Nothing waits for the GPU.
 
-    Under `torch.autocast` the matrix products are in autocast's dtype, as for `F.linear` (fp64 stays as it is). Softmax
-    and loss are in fp32 at least, and so is the sum of the weight's gradient over the chunks, even for a bf16 weight.
+    Under `torch.autocast` matrix products use autocast's dtype, as in `F.linear` (fp64 stays fp64). Softmax, loss and
+    the accumulated gradient of the weight are in fp32 at least, even for a bf16 weight.
 
     Args:
         hidden: `[N, D]` floating point. N may be 0.
         weight: `[V, D]`, dtype of `hidden` unless autocast is on.
-        labels: `[N]` int64: the target of each row, or -100 for a row that counts nothing. Another number outside
-            `[0, V)` is an IndexError or RuntimeError on a CPU; on a GPU it is a device-side assert, as for any
-            indexing kernel, because looking at the values here would make the host wait.
+        labels: `[N]` int64: the target of each row, or -100 to ignore the row. Any other number outside `[0, V)` is an
+            IndexError or RuntimeError on a CPU, and a device-side assert on a GPU, because checking the values would
+            make the host wait.
         bias: `[V]`, or None.
-        chunk_size: rows whose logits are held at once. None chooses it by the memory that they take.
-        z_loss: coefficient of `logsumexp(logits) ** 2`, added in every row that counts; it keeps logits from drifting
-            away (PaLM, Chowdhery et al., 2022, arXiv:2204.02311, section 5, takes 1e-4).
-        label_smoothing: the share of every target that is spread evenly over the vocabulary, as in
+        chunk_size: rows whose logits are held at once. None chooses it by memory.
+        z_loss: coefficient of `logsumexp(logits) ** 2`, added for every row with a target; it keeps logits from
+            drifting (PaLM, Chowdhery et al., 2022, arXiv:2204.02311, section 5, uses 1e-4).
+        label_smoothing: share of every target that is spread evenly over the vocabulary, as in
             `F.cross_entropy` (Szegedy et al., 2015, arXiv:1512.00567, section 7), in [0, 1].
-        return_cross_entropy: also return the plain cross-entropy, without `z_loss` and `label_smoothing`, at no cost:
-            the number to log, which compares with other runs and with evaluation.
+        return_cross_entropy: also return the plain cross-entropy, without `z_loss` and `label_smoothing`, at no cost.
+            Log this one: it is comparable across runs and with evaluation.
 
     Returns:
-        The loss to train on: a scalar, fp32 (fp64 for fp64 inputs). With no row to count it is 0, with gradients that
-        are 0. With `return_cross_entropy` a pair of it and the plain sum of cross-entropies, which has no gradient.
+        The loss, a scalar, fp32 (fp64 for fp64 inputs). Without any target, loss and gradients are 0. With
+        `return_cross_entropy` a pair of it and the plain sum of cross-entropies, which has no gradient.
 
-        The gradients are ready when this returns and take their memory until `backward`, which scales them in place:
-        a graph can be run backward once (`retain_graph=True` does not help, except in fp64), and there is no second
-        derivative.
+        Gradients are computed in the forward pass and kept until `backward`, which scales them in place. So `backward`
+        can run once (`retain_graph=True` does not help, except in fp64), and there is no second derivative.
 
     Raises:
-        ValueError: shapes, dtypes, `chunk_size`, `z_loss` or `label_smoothing` do not fit.
-        RuntimeError: from `backward`, when it is run a second time or with `create_graph=True`.
+        ValueError: invalid shapes, dtypes, `chunk_size`, `z_loss` or `label_smoothing`.
+        RuntimeError: raised by a second `backward`, or one with `create_graph=True`.
     """
     extra = _Extra(z_loss, label_smoothing)
     _check(hidden, weight, labels, bias, chunk_size, extra)
@@ -86,9 +83,9 @@ def linear_cross_entropy(
 def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk: logits of at most 256 MiB, in chunks of equal size.
 
-    On a CPU also at most 512 rows, or 1 MiB of logits: a larger chunk saves nothing there, because the softmax runs in
-    smaller tiles and a matrix product of so many rows is as fast as it gets, while its buffer costs page faults in
-    every call. Logits of a few characters fit the cache whole, and the fewer chunks, the less it costs to start them.
+    On a CPU also at most 512 rows, or 1 MiB of logits: a larger chunk saves nothing, because the softmax runs in
+    smaller tiles and matrix products of so many rows are at full speed, while its buffer causes page faults in every
+    call. With a small vocabulary all logits fit into the cache, and fewer chunks have less overhead.
     """
     rows = max(1, 256 * MIB // (vocab_size * dtype.itemsize))
     if kernel_device(device) == "cpu":
@@ -98,7 +95,7 @@ def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, devic
 
 
 class _Extra(NamedTuple):
-    """What is trained on beside the cross-entropy."""
+    """Terms that are added to the cross-entropy."""
 
     z_loss: float
     label_smoothing: float
@@ -114,12 +111,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        if torch.is_grad_enabled():  # that is create_graph=True: the stored gradients would pass for constants
+        if torch.is_grad_enabled():  # create_graph=True: the stored gradients would be treated as constants
             raise RuntimeError("linear_cross_entropy: there is no second derivative. Use F.cross_entropy for it.")
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy: backward ran a second time on one graph, but the first run scaled the gradients "
-                "in place and gave them away. Call linear_cross_entropy again for each backward."
+                "linear_cross_entropy: backward ran a second time on one graph, but the first one scaled the gradients "
+                "in place and released them. Call linear_cross_entropy again for each backward."
             )
         gradients = ctx.gradients
         if grad_loss.dtype == torch.float64:  # for checks such as gradcheck, which run backward many times
@@ -129,12 +126,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, needs):
-    """Loss, plain loss, and the loss' gradients for (hidden, weight, bias), None where `needs` says not asked for."""
+    """Loss, plain loss, and the gradients for (hidden, weight, bias); None where `needs` is False."""
     device = hidden.device
     (num_rows, _), vocab_size = hidden.shape, weight.shape[0]
     softmax_dtype = torch.promote_types(dtype, torch.float32)
     has_target = labels != IGNORED
-    # Ignored rows look up column 0, and what they find counts zero times. Any other label reaches the index check.
+    # Ignored rows read column 0 with weight 0. Any other label reaches the index check.
     label_N1 = torch.where(has_target, labels, 0).unsqueeze(1)
     count_N1 = has_target.unsqueeze(1).to(softmax_dtype)
 
@@ -196,9 +193,9 @@ def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, 
 
 
 def _tile_loss(logits_RV, buffer, bias_V, label_R1, count_R1, needs_gradient, grad_bias, extra):
-    """The cross-entropies `[R, 1]` of a few rows, and what `extra` adds to them, None where it is off.
+    """The cross-entropies `[R, 1]` of a few rows, and what `extra` adds to them (None if it is off).
 
-    Where `needs_gradient`, `logits_RV` is overwritten by the gradient of both together.
+    With `needs_gradient`, the gradient of their sum overwrites `logits_RV`.
     """
     x_RV = logits_RV if buffer is None else buffer[: len(logits_RV)].copy_(logits_RV)
     if bias_V is not None:
@@ -237,7 +234,7 @@ def _tile_loss(logits_RV, buffer, bias_V, label_R1, count_R1, needs_gradient, gr
 
 
 def _add_outer(sum_VD, grad_CV, hidden_CD, is_first):
-    """Adds `grad_CV.T @ hidden_CD` to `sum_VD`; the first time it overwrites, which saves clearing the memory."""
+    """Adds `grad_CV.T @ hidden_CD` to `sum_VD`; the first call overwrites it, which saves zeroing the memory."""
     if sum_VD.dtype == grad_CV.dtype:
         sum_VD.addmm_(grad_CV.t(), hidden_CD, beta=0 if is_first else 1)
         return

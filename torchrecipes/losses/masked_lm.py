@@ -1,4 +1,4 @@
-"""The masked language model's loss at the positions that the loader chose.
+"""Masked language modeling loss at the masked positions.
 
 Names carry their shape: B rows, S tokens per row, D hidden size, M masked positions, V vocabulary.
 """
@@ -18,28 +18,27 @@ def masked_lm_loss(
     masked_logits_only: bool = True,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """The sum of cross-entropies of the masked tokens (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
+    """Sum of the cross-entropies of the masked tokens (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
 
-    Logits are computed at the masked positions only, a chunk at a time: with 20% of the tokens masked, a fifth of the
+    Logits are computed at the masked positions only, one chunk at a time: with 20% of the tokens masked, a fifth of the
     work of the output layer. Divide the sum by the targets of the whole optimizer step before `backward`.
 
     Args:
-        hidden: `[B, S, D]`, what the encoder gives.
-        head: the output layer: has `weight` `[V, D]`, `bias` `[V]` or None, and `transform(rows)`, which is applied to
-            the chosen rows before them. `head(hidden)` is the same three in a row and gives logits. An `nn.Linear`
-            serves as it is.
-        masked_positions: `[M]` int64, into the `B * S` flattened tokens. Entries whose label is -100 are unused slots;
-            the others are distinct.
-        masked_labels: `[M]` int64: the token that was there, or -100 in an unused slot.
-        masked_logits_only: False computes the logits `[B * S, V]` of every token instead: the same number, at a
-            multiple of the time and memory. It is there to measure that difference.
+        hidden: `[B, S, D]`, hidden states.
+        head: the output layer, with `weight` `[V, D]`, `bias` `[V]` or None, and optionally `transform(rows)`, which is
+            applied first. `head(hidden)` returns logits. An `nn.Linear` is one.
+        masked_positions: `[M]` int64, indices into the `B * S` flattened tokens. Entries whose label is -100 are unused
+            slots; the others are distinct.
+        masked_labels: `[M]` int64: the original token, or -100 in an unused slot.
+        masked_logits_only: False computes the logits `[B * S, V]` of every token: the same loss, with a multiple of the
+            time and memory, to measure the difference.
         chunk_size: rows whose logits are held at once (see `linear_cross_entropy`); None chooses.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: invalid shapes or dtypes.
     """
     if masked_positions.shape != masked_labels.shape or masked_positions.ndim != 1:
         shapes = f"{list(masked_positions.shape)} and {list(masked_labels.shape)}"

@@ -1,4 +1,4 @@
-"""How a forward pass computes attention: chosen once, outside the blocks, and shared by all of them.
+"""Attention backends: chosen once per forward pass, outside the blocks, and shared by all of them.
 
 | kernel   | where                               | how documents are kept apart                                     |
 |----------|-------------------------------------|------------------------------------------------------------------|

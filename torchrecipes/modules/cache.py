@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a causal model has seen, kept so that a new token costs one token's work."""
+"""KV cache: keys and values of earlier tokens, so that generating a token costs one token's work."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torchrecipes.modules.attention_backend import AttentionBackend, cached_atte
 
 
 class KVCache:
-    """Room for the keys and values of every layer: `[B, max_len, K, H]` each, allocated once.
+    """Keys and values of every layer: `[B, max_len, K, H]` each, allocated once.
 
-    A token's key and value are written at its position, so prompts of different lengths share a batch: they are padded
-    on the right, what padding has written is never seen (a token sees the positions up to its own), and the tokens that
-    follow write over it. Every position up to a token's own must have been written, in this call or before.
+    A token's key and value are written at its position. Prompts of different lengths share a batch and are padded on
+    the right: entries of padding are never attended to (a token attends to the positions up to its own), and later
+    tokens overwrite them. Every position up to a token's own must have been written, in this call or before.
 
-    It is for generation: no gradient flows through it.
+    No gradient flows through it.
 
     Args:
-        num_layers: blocks.
+        num_layers: number of blocks.
         batch: B, rows.
-        max_len: positions, for prompt and continuation together.
+        max_len: positions of prompt and continuation together.
         num_kv_heads: K.
         head_dim: H.
-        dtype: of keys and values; what the blocks compute in.
-        device: where they are kept.
+        dtype: dtype of keys and values: the one that the blocks compute in.
+        device: device of the cache.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         self.max_len = max_len
-        # Zeros, since what is masked is multiplied by 0, and memory as it comes may hold a NaN.
-        # A head's slots lie side by side: the products of a step read them as they are.
+        # Zeros: masked values are multiplied by 0, and uninitialized memory may hold a NaN.
+        # The slots of a head are contiguous, so a step's products need no copy.
         shape = (batch, num_kv_heads, max_len, head_dim)
         self._memory = [
             tuple(torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
@@ -50,13 +50,13 @@ class KVCache:
         self._batch = batch
 
     def at(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[AttentionBackend, list[LayerCache]]:
-        """What one forward pass needs: the backend of its attention, and each layer's part.
+        """The attention backend of a forward pass, and each layer's part of the cache.
 
-        Nothing waits for the device: off the CPU, where reading positions costs nothing, every slot is looked at.
+        Nothing waits for the device: on a CPU attention reads the slots in use, elsewhere all of them.
 
         Args:
-            position_ids: `[B, S]` or `[1, S]`, where the pass' tokens are written, each below `max_len`.
-            dtype: of the queries.
+            position_ids: `[B, S]` or `[1, S]`, positions of the tokens of this pass, each below `max_len`.
+            dtype: dtype of the queries.
 
         Raises:
             ValueError: CPU only: a position beyond `max_len`.
@@ -77,8 +77,8 @@ class LayerCache(NamedTuple):
 
     Attributes:
         keys, values: `[B, max_len, K, H]`.
-        rows: `[B, 1]`, and `positions`: `[B, S]`: where the pass' tokens go.
-        seen: slots that attention looks at.
+        rows: `[B, 1]`, and `positions`: `[B, S]`: the slots of the tokens of this pass.
+        seen: number of slots that attention reads.
     """
 
     keys: Tensor
@@ -88,7 +88,7 @@ class LayerCache(NamedTuple):
     seen: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes `[B, S, K, H]` of new keys and values; gives those to attend to, `[B, seen, K, H]`."""
+        """Writes new keys and values `[B, S, K, H]`, and returns those to attend to, `[B, seen, K, H]`."""
         self.keys.index_put_((self.rows, self.positions), k.detach().to(self.keys.dtype))
         self.values.index_put_((self.rows, self.positions), v.detach().to(self.values.dtype))
         return self.keys[:, : self.seen].to(k.dtype), self.values[:, : self.seen].to(v.dtype)

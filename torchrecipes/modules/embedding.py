@@ -12,8 +12,8 @@ class BertEmbedding(nn.Module):
 
     Args:
         vocab_size, hidden_size, max_position_embeddings, type_vocab_size: sizes of the three tables.
-        eps: of the LayerNorm.
-        dropout_p: probability of dropping an element of the result, in training.
+        eps: epsilon of the LayerNorm.
+        dropout_p: dropout probability of the result.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Heads that turn hidden states into scores over the vocabulary."""
+"""Output layers: from hidden states to logits over the vocabulary."""
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +8,12 @@ from torchrecipes.modules.norm import LayerNorm
 
 
 class LMHead(nn.Module):
-    """Linear head over the vocabulary, with its own weight or the token embedding's.
+    """Linear output layer, with its own weight or the token embedding's.
 
-    A loss that never holds all logits takes the parts: `transform(hidden)`, `weight` and `bias`.
+    Losses that compute logits in chunks use its parts: `transform(hidden)`, `weight` and `bias`.
 
-    A tied head has no weight of its own and reads the embedding's at every use. So there is one Parameter, under one
-    name, in `state_dict()` as in the optimizer, and the tie outlives `to_empty()` and sharding, which replace it.
+    A tied head reads the embedding's weight at every use. So there is one Parameter, under one name, in `state_dict()`
+    and in the optimizer, and the tie survives `to_empty()` and sharding, which replace the Parameter.
 
     Args:
         hidden_size, vocab_size: D and V.
@@ -34,12 +34,12 @@ class LMHead(nn.Module):
         super().__init__()
         self.transform = nn.Identity() if transform is None else transform
         self.decoder = nn.Linear(hidden_size, vocab_size, bias=False) if tie_to is None else None
-        self._tied_to = (tie_to,)  # in a tuple: as an attribute it would become a submodule with a second name
+        self._tied_to = (tie_to,)  # in a tuple: an attribute would be a submodule with a second name
         self.register_parameter("bias", nn.Parameter(torch.zeros(vocab_size)) if bias else None)
 
     @property
     def weight(self) -> Tensor:
-        """`[V, D]`, the Parameter that scores come from."""
+        """`[V, D]`, the Parameter of the output layer."""
         return self._tied_to[0].weight if self.decoder is None else self.decoder.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class LMHead(nn.Module):
 
 
 class MLMTransform(nn.Module):
-    """What BERT applies before its vocabulary: dense, exact GELU, LayerNorm."""
+    """BERT's transform before the output layer: dense, exact GELU, LayerNorm."""
 
     def __init__(self, hidden_size: int, *, eps: float):
         super().__init__()

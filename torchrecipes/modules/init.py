@@ -10,15 +10,15 @@ _INTO_RESIDUAL = re.compile(r"\b(o_proj|down_proj)(\.weight)?$")
 
 
 def init_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
-    """The value that a parameter starts from, fp32 on the CPU.
+    """The initial value of a parameter, fp32 on the CPU.
 
-    Biases start at 0, other vectors (the weights of norms) at 1, and everything with two or more dimensions is normal
-    with mean 0 and deviation `std`, drawn from a generator of its own that is seeded by a hash of seed and name.
+    Biases are 0 and other vectors (weights of norms) 1. Tensors with two or more dimensions are normal with mean 0 and
+    standard deviation `std`, from a generator that is seeded with a hash of seed and name.
 
     Args:
         name: the parameter's name in its model.
         shape: the full shape, not that of one device's shard.
-        seed: of the model.
+        seed: seed of the model.
         std: standard deviation, `initializer_range` in configs.
     """
     if name.endswith("bias"):
@@ -32,15 +32,15 @@ def init_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, *, seed: int, std: float, residual_std: float | None = None) -> None:
-    """Sets every parameter of the model to its initial value, and buffers to 0; what is on the meta device stays.
+    """Sets every parameter of the model to its initial value, and buffers to 0. Meta tensors are skipped.
 
-    A parameter that `fully_shard` has split gets its own part of the same full value, without communication.
+    A shard made by `fully_shard` gets its part of the same full value, without communication.
 
     Args:
         model: changed in place.
         seed, std: see `init_tensor`.
-        residual_std: instead of `std` for projections into the residual stream (`o_proj` and `down_proj`): GPT-2's
-            `std / sqrt(2 L)` keeps what 2 L of them add up to independent of the number of layers L. None: `std`.
+        residual_std: replaces `std` for projections into the residual stream (`o_proj` and `down_proj`): with GPT-2's
+            `std / sqrt(2 L)` the sum of 2 L of them does not depend on the number of layers L. None: `std`.
     """
     for buffer in model.buffers():
         buffer.zero_()

@@ -34,11 +34,11 @@ class LayerNorm(nn.LayerNorm):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What `RMSNorm` computes.
+    """Root-mean-square normalization as a function; see `RMSNorm`.
 
     Args:
         x: `[..., D]`.
-        weight: `[D]`, or `[N, D]` for one of each row of `[..., N, D]`.
+        weight: `[D]`, or `[N, D]` with one weight per row of `[..., N, D]`.
         eps: added to the mean of squares.
     """
     if kernel_device(x.device) == "cpu" and not torch.compiler.is_compiling():
@@ -49,9 +49,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _EagerRMSNorm(torch.autograd.Function):
-    """The same with a hand-written backward: half the passes over memory of what autograd makes of it.
+    """The same with a hand-written backward: half the passes over memory that autograd needs.
 
-    A whole training step of a small encoder on the CPU is 5% faster for it; `torch.compile` does better by itself.
+    A training step of a small encoder on the CPU is 5% faster; `torch.compile` does better by itself.
     """
 
     @staticmethod

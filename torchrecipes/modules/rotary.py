@@ -16,19 +16,19 @@ ROPE_SCALING_KEYS = {
 def rope_cos_sin(
     position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: dict | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's rotation angles, once per forward for all layers.
+    """Cosine and sine of every token's rotation angles, computed once per forward for all layers.
 
-    The angles are computed from the positions in fp32 and rounded at the end: nothing is stored in the model, so
-    nothing can be rounded by `model.to(bfloat16)` or lost on the meta device, and no position is too large.
+    Angles are computed from the positions in fp32 and rounded at the end. Nothing is stored in the model, so nothing is
+    rounded by `model.to(bfloat16)` or lost on the meta device, and no position is too large.
 
     Args:
         position_ids: `[B, S]` or `[1, S]` integers.
         head_dim: H, even.
         theta: base of the wavelengths: pair i turns by `position * theta ** (-2 i / H)`.
-        dtype: of the tables; that of the queries.
-        scaling: how frequencies are lowered for documents longer than those that a model was trained on: None, or
-            `rope_type` and its keys in `ROPE_SCALING_KEYS`. `linear` divides all by `factor` (Chen et al. 2023,
-            arXiv:2306.15595); `llama3` only those of long wavelengths (Llama 3.1; `transformers`' formula).
+        dtype: dtype of the result: that of the queries.
+        scaling: lowers frequencies for documents longer than those in training: None, or `rope_type` and its keys in
+            `ROPE_SCALING_KEYS`. `linear` divides all by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` only
+            those of long wavelengths (Llama 3.1; `transformers`' formula).
 
     Returns:
         cos, sin: `[B, S, 1, H / 2]`.
@@ -42,7 +42,7 @@ def rope_cos_sin(
 
 
 def apply_rotary(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + H / 2]) of every head by the angles of `rope_cos_sin`; shape and dtype stay."""
+    """Rotates the pairs (x[i], x[i + H / 2]) of every head by the angles of `rope_cos_sin`; keeps shape and dtype."""
     a, b = x_BSNH.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 

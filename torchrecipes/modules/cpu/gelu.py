@@ -1,4 +1,4 @@
-"""GPT-2's GELU, fast on a CPU."""
+"""GELU in its tanh approximation, fast on a CPU."""
 
 import math
 
@@ -16,8 +16,8 @@ TILE = 1 << 17  # elements whose fp32 values stay in the cache
 def gelu_tanh(x: Tensor) -> Tensor:
     """`F.gelu(x, approximate="tanh")` (Hendrycks and Gimpel 2016, arXiv:1606.08415), in the dtype of x.
 
-    On a CPU it is computed as `x * sigmoid(2 z)`, the same number as `x * (1 + tanh(z)) / 2`, because the CPU's tanh
-    takes four times as long as its sigmoid; and forward computes the derivative at once, which is kept in place of x.
+    On a CPU it is computed as `x * sigmoid(2 z)`, which equals `x * (1 + tanh(z)) / 2`, because tanh takes four
+    times as long as sigmoid. The forward pass also computes the derivative and keeps it instead of x.
     """
     if kernel_device(x.device) != "cpu":
         return F.gelu(x, approximate="tanh")
@@ -41,7 +41,7 @@ class _GeluTanh(torch.autograd.Function):
 
 def _gelu(x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """GELU of x and, if asked for, its derivative, in the dtype of x."""
-    if torch.compiler.is_compiling() or x.numel() <= TILE:  # a compiler makes one loop of it by itself
+    if torch.compiler.is_compiling() or x.numel() <= TILE:  # a compiler fuses it by itself
         out, slope = _tile(x, with_slope)
         return _cast(out, x.dtype), _cast(slope, x.dtype) if with_slope else None
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

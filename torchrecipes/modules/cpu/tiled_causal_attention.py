@@ -1,4 +1,4 @@
-"""Causal attention as a few batched products, in tiles of queries: what a CPU does best."""
+"""Causal attention on a CPU: a few batched products over tiles of queries."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ TILE = 128  # queries; 64 and 256 are slower
 
 
 class CausalTiles(torch.autograd.Function):
-    """Causal softmax attention, scaled by `1 / sqrt(H)`: a tile of queries looks at the keys up to its own end.
+    """Causal softmax attention, scaled by `1 / sqrt(H)`: a tile of queries attends to the keys up to its own end.
 
-    So the half of the scores that causality hides is not computed. The weights (S / 2 per query and head) are kept for
-    the backward pass.
+    So the masked half of the scores is not computed. The weights (S / 2 per query and head) are kept for the backward
+    pass.
 
     Args of `apply`:
         q: `[B, S, N, H]`.
