@@ -169,6 +169,23 @@ def test_aliases_and_anchors_are_refused_at_their_line(tmp_path, text):
     assert [code for *_, code in problems(None, "output_dir=x", "names=[&a b, *a]")] == ["yaml_alias"]
 
 
+def test_deep_nesting_is_refused(tmp_path):
+    assert in_file(tmp_path, "output_dir: x\nnames: " + "[" * 3000 + "]" * 3000) == [
+        ("my.yaml:2", None, "invalid_yaml")
+    ]
+
+
+@pytest.mark.parametrize("first", ["[x, x, x, x]", "xxxx"])
+def test_an_interpolation_that_grows_without_bound_is_refused(tmp_path, first):
+    is_list = first.startswith("[")
+    lines = ["output_dir: ${k30}", f"k0: {first}"]
+    for n in range(1, 31):
+        both = f"${{k{n - 1}}}"
+        lines.append(f"k{n}: [{both!r}, {both!r}]" if is_list else f"k{n}: {both}{both}")
+    found = in_file(tmp_path, "\n".join(lines))
+    assert ("my.yaml:1", "output_dir", "bad_interpolation") in found
+
+
 @pytest.mark.parametrize(
     ("override", "suggestion"),
     [

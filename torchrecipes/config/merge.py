@@ -16,6 +16,7 @@ KeyPath = tuple[str | int, ...]
 PATH_KEY = "_component_"
 # Stands in the tree for a value that could not be read; it has been reported, and is not reported again.
 INVALID: Any = object()
+_MAX_EXPANSION = 100_000  # characters of all interpolated values; more is a mistake or an attack
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,20 @@ def interpolate(merged: MergedConfig, problems: Problems) -> None:
         reason = str(error).split("\n", 1)[0]
         where, hint = merged.nearest(key_path), "For a plain '${' write '\\${'"
         problems.add(where, reason, key=format_key(key_path), hint=hint, code="bad_interpolation")
+        merged.get(key_path[:-1])[key_path[-1]] = INVALID
 
     texts = {key_path: merged.get(key_path) for key_path in places}
+    sizes: dict[str, int] = {}
+    total = 0
     for key_path in list(places):
         try:
+            size = _expanded_size(merged, merged.get(key_path), sizes)
+            if total + size > _MAX_EXPANSION:
+                raise OmegaConfBaseException(f"interpolations expand to more than {_MAX_EXPANSION:,} characters")
+            total += size
             OmegaConf.create({"value": merged.get(key_path)})
         except OmegaConfBaseException as error:  # a `${` without its `}` is refused on sight
             add_error(key_path, error)
-            merged.get(key_path[:-1])[key_path[-1]] = INVALID
             places.remove(key_path)
     resolved = OmegaConf.create(merged.tree, flags={"allow_objects": True})
     for key_path in places:
@@ -152,18 +159,34 @@ def interpolate(merged: MergedConfig, problems: Problems) -> None:
             for key in key_path:
                 value = value[key]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            merged.get(key_path[:-1])[key_path[-1]] = value
         except InterpolationToMissingValueError:  # the missing key is reported itself
-            value = INVALID
+            merged.get(key_path[:-1])[key_path[-1]] = INVALID
         except OmegaConfBaseException as error:
             add_error(key_path, error)
-            value = INVALID
-        merged.get(key_path[:-1])[key_path[-1]] = value
     names = {name for text in texts.values() for name in re.findall(r"oc\.env:\s*(\w+)", text)}
     secrets = [os.environ[name] for name in names if os.environ.get(name)]
     for key_path, text in texts.items():
         value = str(merged.get(key_path))
         if "oc.env" in text or any(secret in value for secret in secrets):
             merged.interpolations[key_path] = text
+
+
+def _expanded_size(merged: MergedConfig, value: Any, sizes: dict[str, int]) -> int:
+    # An upper bound of the characters of `value` when all it refers to is written out. `sizes` has those of other keys.
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return sum(_expanded_size(merged, item, sizes) for item in items)
+    if not isinstance(value, str):
+        return 1
+    total = len(value)
+    for name in re.findall(r"[\w.]+", " ".join(re.findall(r"\$\{([^}]*)", value))):
+        if name not in sizes:
+            sizes[name] = 0  # a cycle, which OmegaConf reports
+            place = tuple(int(key) if key.isdecimal() else key for key in name.split("."))
+            sizes[name] = _expanded_size(merged, merged.get(place), sizes)
+        total += sizes[name]
+    return total
 
 
 def leaves(tree: Any, key_path: KeyPath = ()) -> list[tuple[KeyPath, Any]]:

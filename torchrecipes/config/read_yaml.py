@@ -29,6 +29,7 @@ from torchrecipes.errors import UserError
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _TAG = "tag:yaml.org,2002:"
 _ALIAS = "aliases and anchors (* and &) are not supported"
+_MAX_DEPTH = 50
 _TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "timestamp", "value", "map", "seq")}
 
 
@@ -149,12 +150,20 @@ def _read_override(
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses anchors and aliases, which can make a file of ten lines a tree that no memory holds."""
+    """Refuses anchors and aliases, which can make a file of ten lines a tree that no memory holds, and deep nesting."""
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node:
-        if getattr(self.peek_event(), "anchor", None):
-            raise yaml.composer.ComposerError(problem=_ALIAS, problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        if getattr(event, "anchor", None):
+            raise yaml.composer.ComposerError(problem=_ALIAS, problem_mark=event.start_mark)
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(problem="nested too deeply", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 @dataclass
