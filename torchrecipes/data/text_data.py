@@ -12,6 +12,7 @@ from torchrecipes.data.corpus import check_corpus_dir, prepare_corpus
 from torchrecipes.data.tokenizers import Tokenizer, load_tokenizer
 from torchrecipes.distributed.collectives import rank0_first
 from torchrecipes.errors import UserError
+from torchrecipes.model_folder import resolve_model_folder
 
 
 @dataclass
@@ -57,7 +58,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
     with rank0_first("tokenizer and corpus"):
         check_corpus_dir(corpus_dir, source, 0 if validation_source else data.validation_fraction)
         if config.tokenizer is None:
-            made = load_tokenizer(_tokenizer_folder(config.init_from), pad_vocab_to_multiple_of=1, causal=causal)
+            made = load_tokenizer(resolve_model_folder(config.init_from), pad_vocab_to_multiple_of=1, causal=causal)
         else:
             made = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer", causal=causal)
         corpora = prepare_corpus(
@@ -85,8 +86,3 @@ def _build_source(key: str, node: Component | None) -> Any:
         return build(node)
     except UserError as error:
         raise error.under(key) from None
-
-
-def _tokenizer_folder(init_from: str) -> Path:
-    """The folder of the tokenizer: `init_from`, or if that is a run, any of its checkpoints."""
-    return max(Path(init_from).glob("checkpoints/step-*"), default=Path(init_from))

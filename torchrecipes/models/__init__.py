@@ -10,12 +10,12 @@
 | hub               | loads and saves folders                                                      |
 | config_json       | reads a foreign config.json                                                  |
 | stored_tensors    | reads safetensors lazily                                                     |
-| locate            | finds the model folder of a run                                              |
 | transformers_model| `from_transformers`: any causal or masked model of `transformers`            |
 | compatibility     | checks that model, tokenizer, row length and objective fit                   |
 | param_count       | active parameters                                                            |
 """
 
+from torchrecipes.model_folder import has_hf_config, resolve_model_folder
 from torchrecipes.models.compatibility import check_causal, check_positions, check_tokenizer_compatibility
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
@@ -37,7 +37,6 @@ from torchrecipes.models.hub import (
     save_hf,
     stop_token_ids,
 )
-from torchrecipes.models.locate import has_hf_config, resolve_model_folder
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.models.transformers_model import TransformersModel, from_transformers

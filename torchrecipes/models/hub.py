@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from torchrecipes.atomic_write import write_atomically
 from torchrecipes.errors import UserError
+from torchrecipes.model_folder import resolve_model_folder
 from torchrecipes.models.config_json import config_from_dict, read_json
 from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
-from torchrecipes.models.locate import resolve_model_folder
 from torchrecipes.models.stored_tensors import StoredTensor, open_tensors
 from torchrecipes.modules.init import copy_full
 

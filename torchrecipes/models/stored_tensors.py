@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchrecipes.errors import UserError
-from torchrecipes.models.locate import INDEX, pickle_error
+from torchrecipes.model_folder import INDEX, pickle_error
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 

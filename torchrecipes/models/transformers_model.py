@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
+from torchrecipes.model_folder import resolve_model_folder
 from torchrecipes.models.config_json import read_json
 from torchrecipes.models.experts import stack_single_experts
 from torchrecipes.models.hf_adapter import HFAdapter, KeyMap
-from torchrecipes.models.locate import resolve_model_folder
 from torchrecipes.models.stored_tensors import StoredTensor
 from torchrecipes.modules import LMHead
 from torchrecipes.modules.init import copy_full
@@ -57,13 +57,16 @@ def from_transformers(
     if vocab_size is not None:
         keys["vocab_size"] = vocab_size
     architecture = (keys.get("architectures") or [""])[0]
+    config_class = CONFIG_MAPPING[model_type]
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(keys)
+        defaults = vars(config_class())
+        rows = keys.get("vocab_size", defaults.get("vocab_size"))
+        for name, token in defaults.items():
+            if name.endswith("_token_id") and isinstance(token := keys.get(name, token), int) and token >= rows:
+                keys[name] = None  # a default beyond a small vocabulary
+        config = config_class.from_dict(keys)
     except (TypeError, ValueError) as error:
         raise UserError(f"{model_type}: {error}", key="model", code="unsupported_config") from None
-    for name, token in list(vars(config).items()):
-        if name.endswith("_token_id") and isinstance(token, int) and token >= config.vocab_size:
-            setattr(config, name, None)  # a default of the class, beyond a small vocabulary
     return TransformersModel(config, _model_class(config, architecture, causal), seed=seed)
 
 

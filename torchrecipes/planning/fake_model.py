@@ -14,6 +14,7 @@ from torchrecipes.config.components import parameters, resolve
 from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.estimation import estimating
+from torchrecipes.model_folder import resolve_model_folder
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ def tokenizer_for(config: Any) -> Any:
             `unknown_vocab_size`).
     """
     if config.tokenizer is None:
-        return _load(lambda causal: load_tokenizer(config.init_from, pad_vocab_to_multiple_of=1, causal=causal))
+        return _load(
+            lambda causal: load_tokenizer(
+                resolve_model_folder(config.init_from), pad_vocab_to_multiple_of=1, causal=causal
+            )
+        )
     accepted = parameters(resolve(config.tokenizer.path))
     if "source" not in accepted:
         return _load(lambda causal: build(config.tokenizer, causal=causal))
