@@ -195,3 +195,22 @@ def test_compiled_it_gives_the_same_numbers():
 def test_what_does_not_fit_is_refused(sizes, settings, message):
     with pytest.raises(ValueError, match=message):
         MoE(*sizes, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_float64_also_with_an_uneven_load(kind, uneven):
+    moe = made(8, 2, **KINDS[kind]).double()
+    x = torch.randn(30, 16, dtype=torch.float64)
+    if uneven:  # nearly all tokens alike, so that a few experts get them
+        x = x * 1e-3 + torch.randn(16, dtype=torch.float64)
+    assert_equals_loops(moe, x, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens(kind):
+    moe = made(4, 2, **KINDS[kind])
+    out, routing = moe(torch.randn(0, 5, 16, requires_grad=True))
+    (out.sum() + routing.aux_loss + routing.z_loss).backward()
+    assert out.shape == (0, 5, 16) and not any(value.isnan().any() for value in routing)
+    assert all(not parameter.grad.any() for parameter in moe.parameters() if parameter.grad is not None)

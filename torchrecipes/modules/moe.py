@@ -1,11 +1,11 @@
-"""A mixture of experts: every token goes through the few feed-forward layers that a router chooses for it.
+"""A mixture of experts: a router sends every token through a few of many feed-forward layers.
 
-Dropless: no expert has a capacity, and no token is left out (Gale et al. 2022, arXiv:2211.15841). One sort brings the
-tokens of an expert together, and each of the two layers is one `grouped_mm` over all experts: there is no loop over
-experts here, and no wait for the device. PyTorch's own kernel for it is for bf16 on GPUs from Hopper on; elsewhere
-`grouped_mm` itself multiplies expert after expert.
+Dropless: experts have no capacity, and no token is dropped (Gale et al. 2022, arXiv:2211.15841). Tokens are sorted by
+expert, and each of the two layers is one `grouped_mm` over all experts, without a loop over experts and without waiting
+for the device. PyTorch has a kernel of it for bf16 on GPUs from Hopper on; elsewhere `grouped_mm` multiplies one expert
+after the other.
 
-Letters, beside those of the package: E experts, k of them for a token, I inside one, M = T k assignments of a token to
+Letters, besides those of the package: E experts, k of them for a token, I inside one, M = T k assignments of a token to
 an expert, sorted by expert.
 """
 
@@ -21,9 +21,9 @@ from torchrecipes.modules.feed_forward import SwiGLU
 
 SCORES = ("softmax", "sigmoid")
 ROUTERS = ("linear", "mlp")
-MLP_WIDTH = 128  # of a router that is a small network
-TILE = 1 << 17  # elements that are computed with at once on a CPU
-MOST_SLOTS = 1.6  # times the assignments: with more, what is computed for empty slots costs more than batches save
+MLP_WIDTH = 128  # hidden size of a router of kind `mlp`
+TILE = 1 << 17  # elements per elementwise operation on a CPU
+MOST_SLOTS = 1.6  # times the assignments; with more, products of empty slots cost more than batching saves
 
 
 class Routing(NamedTuple):
@@ -33,8 +33,7 @@ class Routing(NamedTuple):
         aux_loss: `[]`, see `load_balancing_loss`.
         z_loss: `[]`, see `router_z_loss`.
         tokens_per_expert: `[E]` fp32, assignments; their sum is T k.
-        entropy: `[]`, mean over the tokens of the entropy of the router's distribution, in nats; log E where it knows
-            nothing.
+        entropy: `[]`, mean over the tokens of the entropy of the router's distribution, in nats; log E if uniform.
     """
 
     aux_loss: Tensor
@@ -46,33 +45,38 @@ class Routing(NamedTuple):
 def load_balancing_loss(probability_TE: Tensor, chosen_TE: Tensor) -> Tensor:
     """`E * sum over experts of (share of the tokens) * (mean probability)`: Switch Transformer's auxiliary loss.
 
-    Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6, for k experts per token: the shares add up to k, and the loss
-    is k where the load is even. Only the probabilities have a gradient: what an expert has too much of becomes less
-    probable. It is that of the tokens given; those of other micro-batches and ranks are balanced by themselves.
+    Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6, for k experts per token: the shares sum to k, and the loss is
+    k where the load is even. Only the probabilities have a gradient: overloaded experts become less probable. It
+    balances the given tokens; each micro-batch and rank is balanced by itself.
 
     Args:
         probability_TE: the router's distribution over the experts, for every token.
         chosen_TE: 1 for the experts of a token, else 0.
     """
-    return probability_TE.shape[-1] * (chosen_TE.mean(0) * probability_TE.mean(0)).sum()
+    return probability_TE.shape[-1] * (_mean(chosen_TE) * _mean(probability_TE)).sum()
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """The mean over the tokens of `logsumexp(logits) ** 2`: logits stay small (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    return logits_TE.logsumexp(-1).square().mean()
+    """The mean over tokens of `logsumexp(logits) ** 2`, which keeps logits small (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return _mean(logits_TE.logsumexp(-1).square())
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean over the tokens, the first dimension; 0 without tokens."""
+    return x.mean(0) if len(x) else x.sum(0)
 
 
 class Router(nn.Module):
-    """Scores of every token for every expert, in fp32 whatever autocast says.
+    """Scores of every token for every expert, in fp32 even under autocast.
 
-    Parameters: `weight` `[E, D]`, or `[E, 128]` behind `proj` and SiLU. Buffer, where balance is by bias:
-    `e_score_correction_bias` `[E]`, which is added for the choice of experts only, not for their weights.
+    Parameters: `weight` `[E, D]`, or `[E, 128]` after `proj` and SiLU. Buffer, with `bias`: `e_score_correction_bias`
+    `[E]`, which is added for the choice of experts only, not for their weights.
 
     Args:
         hidden_size: D.
         num_experts: E.
-        kind: `linear` or `mlp`, a layer of 128 before it.
-        bias: whether there is one for the choice (DeepSeek-V3, arXiv:2412.19437, equation 16). It starts at 0.
+        kind: `linear`, or `mlp` for a hidden layer of 128.
+        bias: adds a bias for the choice of experts (DeepSeek-V3, arXiv:2412.19437, equation 16), which starts at 0.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, *, kind: str = "linear", bias: bool = False):
@@ -108,18 +112,20 @@ class Experts(nn.Module):
         self._dispatch_on_cpu = torch.compiler.disable(_dispatch_in_slots)
 
     def forward(self, x_TD: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
-        """The sum of the chosen experts' outputs, by their weights.
+        """The weighted sum of the chosen experts' outputs.
 
         Args:
-            x_TD: tokens.
-            expert_Tk: the experts of each, int64.
-            weight_Tk: how much each counts.
+            x_TD: hidden states of the tokens.
+            expert_Tk: the experts of each token, int64.
+            weight_Tk: their weights.
 
         Returns:
             `[T, D]` in the dtype of a linear layer's output.
         """
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        if not len(x_TD):
+            return x_TD.to(dtype) + 0 * sum(parameter.sum() for parameter in self.parameters()).to(dtype)
         with torch.autocast(device, enabled=False):
             dispatch = self._dispatch_on_cpu if kernel_device(x_TD.device) == "cpu" else _dispatch_sorted
             token_M, place_Tk, ends_E = dispatch(expert_Tk, len(self.down_proj))
@@ -135,11 +141,11 @@ class Experts(nn.Module):
 
 
 def _dispatch_sorted(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Assignments sorted by expert.
+    """Sorts assignments by expert.
 
     Returns:
-        token_M: the token of each; place_Tk: where a token's assignments are among them; ends_E int32: where each
-        expert's end.
+        token_M: the token of each; place_Tk: the indices of a token's assignments among them; ends_E int32: the end of
+        each expert's assignments.
     """
     sorted_M, order_M = expert_Tk.flatten().sort(stable=True)
     ends_E = torch.searchsorted(sorted_M, _numbers(num_experts, expert_Tk), right=True, out_int32=True)
@@ -149,14 +155,14 @@ def _dispatch_sorted(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 
 def _dispatch_in_slots(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Assignments sorted by expert, each with as many slots as the fullest has, so that products are plain batches.
+    """Sorts assignments by expert and pads every expert to as many slots as the fullest one, for batched products.
 
-    On a CPU a batched product takes half the time of one after the other. Where the load is so uneven that more is
-    computed for empty slots than that saves, the assignments stay sorted.
+    On a CPU a batched product takes half the time of one product after the other. Where the load is so uneven that
+    empty slots cost more than that saves, the assignments stay unpadded.
 
     Returns:
-        As `_dispatch_sorted`, with M slots, E times as many as the fullest expert needs, and None for the ends. Slots
-        that are empty show token 0, and no place leads there: their weight is 0.
+        As `_dispatch_sorted`, with M slots, E times as many as the fullest expert needs, and None for the ends. Empty
+        slots hold token 0, with a weight of 0.
     """
     token_M, place_Tk, ends_E = _dispatch_sorted(expert_Tk, num_experts)
     count_E = ends_E.diff(prepend=ends_E.new_zeros(1))
@@ -171,7 +177,7 @@ def _dispatch_in_slots(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Ten
 
 
 def _slots(count_E: Tensor, total: int) -> int:
-    """Slots of each expert: as many as the fullest needs. The host reads it, which costs nothing on a CPU."""
+    """Slots per expert: as many as the fullest needs. Reading it costs nothing on a CPU."""
     if is_estimating():
         return -(-total // len(count_E))
     return max(1, int(count_E.max()))
@@ -184,8 +190,8 @@ def _numbers(count: int, like: Tensor) -> Tensor:
 class _GroupedSwiGLU(torch.autograd.Function):
     """`sum over k of weight * down(silu(gate(x)) * up(x))`, each token with its own k experts.
 
-    The backward pass is written out: it needs neither the experts' outputs (the gradient of a weight is that of its
-    expert's inner activation times the activation), nor sums in an order that depends on threads.
+    The backward pass is written by hand: it needs neither the experts' outputs (the gradient of a weight is the product
+    of its expert's inner activation and the gradient of that), nor sums whose order depends on threads.
     """
 
     @staticmethod
@@ -225,9 +231,10 @@ def _inner(gate_up_M2I: Tensor, weight_M1: Tensor) -> Tensor:
 
 
 def _inner_backward(gate_up_M2I: Tensor, weight_M1: Tensor, grad_MI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same again, the gradient of `gate_up_M2I`, and that of the weights, `[M]` fp32."""
+    """The same, the gradient of `gate_up_M2I`, and the gradient of the weights, `[M]` in fp32 or wider."""
     inner_MI, grad_M2I = torch.empty_like(grad_MI), torch.empty_like(gate_up_M2I)
-    grad_weight_M = torch.empty(len(grad_MI), dtype=torch.float32, device=grad_MI.device)
+    wide = torch.promote_types(grad_MI.dtype, torch.float32)
+    grad_weight_M = torch.empty(len(grad_MI), dtype=wide, device=grad_MI.device)
     for rows in _tiles(inner_MI):
         gate, up = gate_up_M2I[rows].chunk(2, dim=-1)
         grad_gate, grad_up = grad_M2I[rows].chunk(2, dim=-1)
@@ -235,7 +242,7 @@ def _inner_backward(gate_up_M2I: Tensor, weight_M1: Tensor, grad_MI: Tensor) -> 
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
         inner = torch.mul(silu, up, out=inner_MI[rows])
-        torch.sum(grad * inner, -1, dtype=torch.float32, out=grad_weight_M[rows])
+        torch.sum(grad * inner, -1, dtype=wide, out=grad_weight_M[rows])
         inner.mul_(weight)
         grad = grad * weight
         grad_up.copy_(silu * grad) if torch.compiler.is_compiling() else torch.mul(silu, grad, out=grad_up)
@@ -247,7 +254,7 @@ def _inner_backward(gate_up_M2I: Tensor, weight_M1: Tensor, grad_MI: Tensor) -> 
 
 
 def _tiles(x: Tensor) -> list[slice]:
-    """Rows at once: on a CPU as many as stay in its cache through several operations."""
+    """Slices of rows: on a CPU as many as stay in its cache through several operations."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or is_estimating():
         return [slice(None)]
     rows = max(1, TILE // x.shape[1])
@@ -255,14 +262,20 @@ def _tiles(x: Tensor) -> list[slice]:
 
 
 def _product(a_MR: Tensor, b_ERC: Tensor, ends_E: Tensor | None) -> Tensor:
-    """Every expert's rows times its matrix: `[M, C]`."""
+    """Multiplies every expert's rows by its matrix: `[M, C]`."""
     if ends_E is None:
         return torch.bmm(a_MR.unflatten(0, (len(b_ERC), -1)), b_ERC).flatten(0, 1)
     return _grouped_mm(a_MR, b_ERC, ends_E)
 
 
 def _grouped_mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
-    """`F.grouped_mm`; compiled in fp32 as an operation of our own, since torch traces its own in bf16 only."""
+    """`F.grouped_mm`, which has no float64; compiled in fp32 as a custom operation, since torch traces bf16 only."""
+    if a.dtype == torch.float64:
+        ends = ends_E.tolist()
+        spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        if b.dim() == 3:
+            return torch.cat([a[span] @ matrix for span, matrix in zip(spans, b, strict=True)])
+        return torch.stack([a[:, span] @ b[span] for span in spans])
     if a.dtype == torch.float32 and torch.compiler.is_compiling():
         return _grouped_mm_fp32(a, b, ends_E)
     return F.grouped_mm(a, b, offs=ends_E)
@@ -280,28 +293,28 @@ def _(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _outer(a_MR: Tensor, b_MC: Tensor, ends_E: Tensor | None, num_experts: int) -> Tensor:
-    """`a.T @ b` of every expert's rows: `[E, R, C]`."""
+    """`a.T @ b` for every expert's rows: `[E, R, C]`."""
     if ends_E is None:
         return torch.bmm(a_MR.unflatten(0, (num_experts, -1)).mT, b_MC.unflatten(0, (num_experts, -1)))
     return _grouped_mm(a_MR.t(), b_MC, ends_E)
 
 
 class MoE(nn.Module):
-    """A router, its experts, and an expert for all tokens if there is one.
+    """A router, its experts, and optionally a shared expert for all tokens.
 
     Args:
         hidden_size: D, a multiple of 8.
         moe_intermediate_size: I, inside an expert, a multiple of 8.
         num_experts: E.
         num_experts_per_tok: k, experts of a token.
-        norm_topk_prob: whether the weights of a token's experts are divided by their sum.
+        norm_topk_prob: divides the weights of a token's experts by their sum.
         scoring_func: `softmax` over the experts, or `sigmoid` of each.
         router: `linear` or `mlp`.
-        router_bias: whether the choice has a bias, by which `training.experts.ExpertBalance` balances the load.
-        shared_intermediate_size: inside the expert that every token goes through; None: there is none.
+        router_bias: adds a bias to the choice, with which `torchrecipes.training.ExpertBalance` balances the load.
+        shared_intermediate_size: inside the shared expert. None: there is none.
 
     Raises:
-        ValueError: numbers that do not fit.
+        ValueError: the numbers do not suit each other.
     """
 
     def __init__(
@@ -338,7 +351,7 @@ class MoE(nn.Module):
         self.shared_expert = SwiGLU(hidden_size, shared) if shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Args: x `[..., D]`. Returns: `[..., D]`, and what the router did."""
+        """Args: x `[..., D]`. Returns: `[..., D]`, and the routing."""
         x_TD = x.reshape(-1, x.shape[-1])
         logits_TE = self.gate(x_TD)
         softmax_TE = logits_TE.softmax(-1)
@@ -356,7 +369,7 @@ class MoE(nn.Module):
         distribution_TE = softmax_TE if self.scoring_func == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
         chosen_TE = torch.zeros_like(distribution_TE).scatter_(1, expert_Tk, 1.0)
         with torch.no_grad():
-            entropy = -torch.xlogy(distribution_TE, distribution_TE).sum(-1).mean()
+            entropy = -_mean(torch.xlogy(distribution_TE, distribution_TE).sum(-1))
         routing = Routing(
             aux_loss=load_balancing_loss(distribution_TE, chosen_TE),
             z_loss=router_z_loss(logits_TE),

@@ -1,4 +1,4 @@
-"""Trading memory for time, and time for memory; and what to say when memory runs out."""
+"""Activation checkpointing, and what else the memory of a step depends on: out-of-memory hints, malloc."""
 
 import ctypes
 import functools
@@ -20,8 +20,8 @@ from torchrecipes.modules.blocks import transformer_blocks
 
 CHECKPOINT_MODES = ("none", "full", "selective")
 
-# FSDP's hooks of a module inside a block (a router) mark their work for the profiler, and there is more of it in the
-# forward pass than when it is recomputed.
+# FSDP's hooks inside a block (of a router) mark their work for the profiler, and do more of it in the forward pass than
+# in its recomputation.
 SAC_IGNORED_OPS.update(
     {
         torch.ops.profiler._record_function_enter_new.default,
@@ -31,15 +31,16 @@ SAC_IGNORED_OPS.update(
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: str = "full") -> None:
-    """Keeps less of every block for the backward pass, and computes the rest again there. Call it before `compile`.
+    """Keeps fewer activations of every block, and recomputes the others in the backward pass. Call it before `compile`.
 
-    Gradients are the same to the last bit, dropout included, and parameter names do not change.
+    Gradients are the same bit for bit, dropout included, and parameter names do not change.
 
     Args:
         model: any module; its blocks (`transformer_blocks`) are changed in place.
         mode: `full` keeps a block's input only (Chen et al. 2016, 1604.06174): a step costs about a third more time.
-            `selective` keeps, too, what matrix products and attention kernels return, and computes norms, activations
-            and other cheap operations again (Korthikanti et al. 2022, 2205.05198): most of the memory, little time.
+            `selective` also keeps the results of matrix products and attention kernels, and recomputes norms,
+            activations and other cheap operations (Korthikanti et al. 2022, 2205.05198): saves much memory, costs
+            little time.
             `none` changes nothing.
 
     Raises:
@@ -58,14 +59,14 @@ def apply_activation_checkpointing(model: nn.Module, mode: str = "full") -> None
 
 
 def _checkpointed(forward: Callable, selective: bool) -> Callable:
-    """A function, not a `partial`: torch.compile leaves out a forward that begins outside of this project."""
+    """A function, not a `partial`, since torch.compile skips a forward whose code is in torch."""
     if not selective:
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
 
     def cast_anew(*args, **kwargs):
-        # Autocast without its cache of cast weights: with it, a second forward pass has fewer operations than its
-        # recomputation, which torch refuses.
+        # Without autocast's cache of cast weights: with it, a second forward pass has fewer operations than its
+        # recomputation, which is an error.
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
@@ -75,13 +76,13 @@ def _checkpointed(forward: Callable, selective: bool) -> Callable:
 
 
 def _keep_products(_context, operation, *_args, **_kwargs) -> CheckpointPolicy:
-    """Not among them: `bmm`, the scores of attention without a kernel, which no one wants to keep."""
+    """Keeps expensive operations, but not `bmm`: the scores of attention without a kernel are large."""
     if str(operation) in _EXPENSIVE:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# By name: which of them there are depends on the version and build of torch.
+# By name, since they depend on the version and build of torch.
 _EXPENSIVE = frozenset(
     f"{name}.default"
     for name in (
@@ -101,13 +102,13 @@ _EXPENSIVE = frozenset(
 
 
 def tune_malloc() -> bool:
-    """Tells the C library to keep freed memory for the next tensor, not to give it back to the kernel (Linux, CPU).
+    """Lets the C library keep freed memory for the next tensor, instead of returning it to the kernel (Linux, CPU).
 
-    Otherwise every large tensor of every step is made of fresh pages, which the kernel has to clear: a tenth of the
-    step of a small model. The process' memory stays at its peak. Where there is no glibc nothing happens.
+    Otherwise every large tensor of every step gets new pages, which the kernel has to clear: a tenth of the step of a
+    small model. The process' memory stays at its peak. Without glibc nothing happens.
 
     Returns:
-        Whether it was done.
+        Whether it has taken effect.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
     try:
@@ -119,7 +120,7 @@ def tune_malloc() -> bool:
 
 @contextmanager
 def oom_hint(micro_batch_size: int) -> Iterator[None]:
-    """Turns the device's out-of-memory error into the setting to lower.
+    """Adds the setting to lower to the device's out-of-memory error.
 
     Raises:
         UserError: in place of `torch.OutOfMemoryError`.
@@ -127,13 +128,13 @@ def oom_hint(micro_batch_size: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        advice = (
-            f"micro_batch_size={max(1, micro_batch_size // 2)} (now {micro_batch_size}; the result of "
-            "training does not depend on it)"
-            if micro_batch_size > 1
-            else "a smaller seq_len or model"
-        )
-        first = str(error).splitlines()[0]
+        if micro_batch_size > 1:
+            remedy = f"micro_batch_size={micro_batch_size // 2} (now {micro_batch_size}; training stays the same, "
+            remedy += "except that a mixture of experts balances each micro-batch)"
+        else:
+            remedy = "a smaller seq_len or model"
         raise UserError(
-            f"out of memory: {first}\nUse {advice}, or activation_checkpointing=selective, or full."
+            f"out of memory: {str(error).splitlines()[0]}",
+            hint=f"Use {remedy}, or compute.activation_checkpointing=selective, or full.",
+            code="out_of_memory",
         ) from error
