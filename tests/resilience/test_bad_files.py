@@ -1,4 +1,4 @@
-"""Files as they come: damaged, misnamed, empty, odd. Each has one answer, and none of them is a traceback.
+"""Files as they come: corrupt, misnamed, empty, odd. Each has one answer, and none of them is a traceback.
 
 The first half writes such files itself; the second goes through the folder `bad` of the shared data, where it is there.
 """
@@ -79,11 +79,11 @@ RECORDS = {
 def test_bad_records_are_named_or_counted(tmp_path, name, content, bad, good):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    told = read(path)
-    assert isinstance(told, str)
-    for line, (number, detail) in zip(told.split("\n"), bad.items(), strict=False):
+    message = read(path)
+    assert isinstance(message, str)
+    for line, (number, detail) in zip(message.split("\n"), bad.items(), strict=False):
         assert line.startswith(f"{path}:{number}: ") and detail in line
-    assert len(told.split("\n")) == len(bad)
+    assert len(message.split("\n")) == len(bad)
     found, report = read(path, on_bad_record="skip")
     assert len(found) == report.documents == good
     assert sum(report.skipped.values()) == len(bad)
@@ -143,8 +143,8 @@ WHOLE_FILES = {
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 def test_files_that_are_something_else_are_named_for_what_they_are(tmp_path, name, content, expected, mode):
     (tmp_path / name).write_bytes(content)
-    told = read(tmp_path / name, on_bad_record=mode)
-    assert isinstance(told, str) and expected in told and str(tmp_path / name) in told
+    message = read(tmp_path / name, on_bad_record=mode)
+    assert isinstance(message, str) and expected in message and str(tmp_path / name) in message
     (tmp_path / "good.txt").write_text("good")
     beside = read(tmp_path, on_bad_record=mode)
     if mode == "stop":
@@ -173,21 +173,21 @@ def test_nothing_to_read_is_an_error(tmp_path, name, content, sample_by):
     assert error.value.code == "no_documents" and str(tmp_path / name) in str(error.value)
 
 
-def test_damaged_gzip_gives_what_came_before(tmp_path):
+def test_corrupt_gzip_gives_the_documents_before_the_damage(tmp_path):
     content = "".join(json.dumps({"text": os.urandom(20).hex()}) + "\n" for _ in range(2000))
     whole = gzip.compress(content.encode())
-    for number, damaged in enumerate([whole[:-40], whole[: len(whole) // 2], whole[:-8] + bytes(8), whole[:30]]):
+    for number, corrupt in enumerate([whole[:-40], whole[: len(whole) // 2], whole[:-8] + bytes(8), whole[:30]]):
         path = tmp_path / f"{number}.jsonl.gz"
-        path.write_bytes(damaged)
-        told = read(path)
-        assert told.startswith(f"{path}: corrupt or truncated gzip data")
+        path.write_bytes(corrupt)
+        message = read(path)
+        assert message.startswith(f"{path}: corrupt or truncated gzip data")
         source = files(str(path), on_bad_record="skip")
         found = [document.text for document in source]
         assert found == [json.loads(line)["text"] for line in content.splitlines()[: len(found)]]
         assert (len(found) > 900) == (number < 3) and source.report.skipped == {"corrupt or truncated gzip data": 1}
 
 
-def test_parquet_that_is_damaged_or_has_no_text(tmp_path):
+def test_parquet_that_is_corrupt_or_has_no_text(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -205,14 +205,14 @@ def test_parquet_that_is_damaged_or_has_no_text(tmp_path):
     assert "cut.parquet: not a Parquet file, or a corrupt one" in read(tmp_path / "cut.parquet")
     hole = files(str(tmp_path / "hole.parquet"), on_bad_record="skip")
     found = [document.text for document in hole]
-    damaged = hole.report.skipped["corrupt Parquet data"]
-    assert 0 < damaged < 6 and set(found) < set(rows) and len(found) >= 500 * (6 - damaged)
+    corrupt = hole.report.skipped["corrupt Parquet data"]
+    assert 0 < corrupt < 6 and set(found) < set(rows) and len(found) >= 500 * (6 - corrupt)
     assert found == [row for row in rows if row in set(found)] and (found[0], found[-1]) == (rows[0], rows[-1])
     assert "no column 'text': its columns are 'body', 'n'" in read(tmp_path / "other.parquet")
     assert "the column 'text' holds no strings: but int64" in read(tmp_path / "numbers.parquet")
     assert read(tmp_path / "none.parquet").startswith("no documents in ")
-    told = read(tmp_path / "values.parquet")
-    assert "values.parquet:2: the text is null" in told and "values.parquet:4: not UTF-8" in told
+    message = read(tmp_path / "values.parquet")
+    assert "values.parquet:2: the text is null" in message and "values.parquet:4: not UTF-8" in message
     found, report = read(tmp_path / "values.parquet", on_bad_record="skip")
     assert [document.text for document in found] == ["ok", "fine\n"] and sum(report.skipped.values()) == 3
 
@@ -386,18 +386,18 @@ def test_every_shared_bad_file_has_an_answer():
 def test_a_shared_bad_file_ends_in_its_answer(name, mode):
     when_stopping, when_skipping, words = ANSWERS[name]
     expected = when_stopping if mode == "stop" else when_skipping
-    told = read(SHARED / name, on_bad_record=mode)
-    if expected is None or isinstance(told, str):
-        assert isinstance(told, str) and name in told and expected in (None, ...)
+    message = read(SHARED / name, on_bad_record=mode)
+    if expected is None or isinstance(message, str):
+        assert isinstance(message, str) and name in message and expected in (None, ...)
     else:
-        found, report = told
+        found, report = message
         assert expected is ... or len(found) == expected
         for document in found:
             document.text.encode()
             assert document.text.strip() and "\r" not in document.text and not document.text.startswith("\ufeff")
-        told = str(report)
+        message = str(report)
     if expected is None or mode == "skip" or name == "mixed_dir":
-        assert all(word in told for word in words.split("|"))
+        assert all(word in message for word in words.split("|"))
 
 
 @needs_shared

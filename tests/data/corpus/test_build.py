@@ -163,19 +163,19 @@ def test_equal_texts_are_on_the_same_side_in_the_expected_share():
     assert abs(share - 0.05) < 5 * (0.05 * 0.95 / 20_000) ** 0.5
 
 
-def test_what_is_left_out_is_counted_and_told(tokenizer, tmp_path, capsys):
+def test_skipped_records_are_counted_and_printed(tokenizer, tmp_path, capsys):
     bad = [BadRecord(f"f.jsonl:{i}", "no key 'text'", "keys: body") for i in range(7)]
     items = [*topics(50), *bad, Document("\u200b", "invisible"), BadRecord("g.txt:1", "not UTF-8")]
     train, _ = prepare_corpus(tmp_path, Source(items), tokenizer, 0.1)
-    told = capsys.readouterr().out
-    assert train.summary() in told
+    message = capsys.readouterr().out
+    assert train.summary() in message
     for line in (
         "skipped 7: no key 'text'",
         "f.jsonl:0: keys: body",
         "and 2 more",
         "skipped 1: not UTF-8",
     ):
-        assert line in told
+        assert line in message
     assert "skipped 1: documents that have no tokens of their own" in train.summary()
     assert open_corpus(tmp_path / "train").summary() == train.summary()
 
@@ -221,7 +221,7 @@ class Died(BaseException):
     """What Ctrl+C or a power failure is to the code."""
 
 
-def test_interrupted_at_every_write_it_goes_on_to_the_same_files(tokenizer, tmp_path, small_batches, monkeypatch):
+def test_interrupted_at_every_write_it_continues_to_the_same_files(tokenizer, tmp_path, small_batches, monkeypatch):
     def build(folder, workers):
         prepare_corpus(folder, Source(topics(160)), tokenizer, 0.1, tokenizer_threads=workers, shard_tokens=200)
 
@@ -279,7 +279,7 @@ prepare_corpus(sys.argv[2] + "/corpus", source, tokenizer, 0.1, tokenizer_thread
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_at_random_instants_it_goes_on_to_the_same_files(tokenizer, tmp_path, number, small_batches):
+def test_killed_at_random_instants_it_continues_to_the_same_files(tokenizer, tmp_path, number, small_batches):
     tokenizer.save(tmp_path / "tokenizer")
     prepare_corpus(tmp_path / "whole", Source(topics(300)), tokenizer, 0.1, shard_tokens=300)
     draw, shards = random.Random(int(number)), []
@@ -398,7 +398,7 @@ def test_an_unfinished_corpus_of_other_settings_is_not_continued(tokenizer, tmp_
         assert error.value.code == "corrupt_corpus" and "prepare.json" in str(error.value)
 
 
-def test_no_documents_in_any_way(tokenizer, tmp_path):
+def test_no_documents(tokenizer, tmp_path):
     for items, word in (
         ([], "a list"),
         ([BadRecord("f:1", "no key 'text'")], "no key 'text'"),
@@ -473,7 +473,7 @@ def test_an_unknown_token_that_begins_documents_is_not_unknown_text(tmp_path):
     assert train.statistics.unknown == 0 and "limit_alphabet" not in train.summary()
 
 
-def test_much_unknown_text_is_told_with_the_remedy(tmp_path):
+def test_much_unknown_text_is_reported_with_the_remedy(tmp_path):
     tokenizer = train_char(Source(topics(20)), limit_alphabet=3, causal=True)
     train, _ = prepare_corpus(tmp_path / "corpus", Source(topics(20)), tokenizer, 0)
     assert "limit_alphabet" in train.summary()
@@ -494,7 +494,7 @@ def test_a_text_that_is_no_unicode_is_named(tokenizer, tmp_path):
     assert error.value.code == "bad_record" and "f.txt:7" in str(error.value)
 
 
-def test_a_full_disk_is_said_and_the_work_goes_on_later(tokenizer, tmp_path, small_batches, monkeypatch):
+def test_a_full_disk_is_reported_and_the_next_call_continues(tokenizer, tmp_path, small_batches, monkeypatch):
     source, synced, writes = Source(topics(100)), os.fsync, []
 
     def full(file):

@@ -198,7 +198,7 @@ def test_every_changed_byte_of_a_shard_is_found(tmp_path):
         lambda path: damage(path, 8, b"\xff\xff"),
     ],
 )
-def test_a_damaged_shard_is_found_when_opening(tmp_path, change):
+def test_a_corrupt_shard_is_found_when_opening(tmp_path, change):
     corpus, _ = make(tmp_path / "c", [3, 4, 5, 6], 8)
     change(corpus.shards[1].path)
     with pytest.raises(UserError) as error:
@@ -244,7 +244,7 @@ def test_a_changed_corpus_json(tmp_path, change, name):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff"])
-def test_a_corpus_json_that_is_none(tmp_path, content):
+def test_a_corpus_json_that_is_not_json(tmp_path, content):
     corpus, _ = make(tmp_path / "c", [3, 4, 5, 6], 8)
     (corpus.folder / "corpus.json").write_bytes(content)
     with pytest.raises(UserError) as error:

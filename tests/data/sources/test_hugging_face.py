@@ -66,7 +66,7 @@ def test_a_split_and_the_first_rows(folders):
         ]
 
 
-def test_long_texts_are_cut_and_bad_rows_told(tmp_path):
+def test_long_texts_are_cut_and_bad_rows_counted(tmp_path):
     library.Dataset.from_dict({"text": ["a " * 150, None, "", "b"]}).save_to_disk(tmp_path / "rows")
     source = hf_dataset(str(tmp_path / "rows"), max_document_chars=100, on_bad_record="skip")
     assert "".join(texts(source)) == "a " * 150 + "b" and len(texts(source)) == 4

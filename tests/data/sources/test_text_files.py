@@ -431,9 +431,9 @@ def test_stop_names_the_records_that_follow(here):
     with pytest.raises(UserError) as error:
         next(reader)
     assert error.value.code == "bad_record"
-    told = error.value.problem.split("\n")
-    assert len(told) == 10 and "'body'" in told[1]
-    assert [line.split(": ")[0] for line in told[:3]] == ["a.jsonl:2", "a.jsonl:7", "a.jsonl:8"]
+    message = error.value.problem.split("\n")
+    assert len(message) == 10 and "'body'" in message[1]
+    assert [line.split(": ")[0] for line in message[:3]] == ["a.jsonl:2", "a.jsonl:7", "a.jsonl:8"]
     assert "text_column" in error.value.hint and "on_bad_record=skip" in error.value.hint
 
 

@@ -75,10 +75,10 @@ def test_characters_for_an_encoder_have_its_special_tokens(source):
 def test_transformers_gives_the_same_ids(source, kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = TRAINED[kind](source, folder=tmp_path / "kept")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")
     for text in ("the cat", "", TEXT, "unseen: é 漢"):
-        assert theirs(text)["input_ids"] == tokenizer.encode(text)
-    assert theirs.eos_token == theirs.bos_token == theirs.pad_token == END
+        assert hf(text)["input_ids"] == tokenizer.encode(text)
+    assert hf.eos_token == hf.bos_token == hf.pad_token == END
     again = load_tokenizer(tmp_path / "kept", pad_vocab_to_multiple_of=1, causal=True)
     assert again.encode(TEXT) == tokenizer.encode(TEXT) and again.fingerprint == tokenizer.fingerprint
 
@@ -113,8 +113,8 @@ def test_begin_and_end_stay_two_where_they_are_two(tmp_path):
     assert tokenizer.encode("the cat") == [3, 0, 1, 4]
     assert tokenizer.encode_prompt("the cat") == [3, 0, 1] and tokenizer.encode_prompt("") == [3]
     tokenizer.save(tmp_path / "saved")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert theirs("the cat").input_ids == [3, 0, 1], "what a model goes on with does not end"
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert hf("the cat").input_ids == [3, 0, 1], "what a model goes on with does not end"
     kept = load_tokenizer(tmp_path / "saved", causal=True)
     assert kept.encode("the cat") == [3, 0, 1, 4] and kept.fingerprint == tokenizer.fingerprint
     word_tokenizer(tmp_path, ["<s>", "</s>"], bos="<s>", eos="<s>")
@@ -131,7 +131,7 @@ def test_without_an_end_the_remedy_is_named(tmp_path, source):
         assert error.value.code == "no_special_token" and '"eos_token"' in error.value.hint
 
 
-def test_a_sentencepiece_model_gets_nothing_of_bert(tmp_path, source):
+def test_a_causal_sentencepiece_model_gets_no_bert_tokens(tmp_path, source):
     spm = pytest.importorskip("sentencepiece")
     text = tmp_path / "text.txt"
     text.write_text("".join(document.text for document in source))

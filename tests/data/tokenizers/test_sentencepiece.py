@@ -104,16 +104,16 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_same_ids_as_the_sentencepiece_library(trained, kind, option):
-    _, theirs, ours = trained(kind, option)
-    ids = range(len(theirs))
-    assert [ours.backend.id_to_token(i) for i in ids] == [theirs.id_to_piece(i) for i in ids]
+    _, hf, ours = trained(kind, option)
+    ids = range(len(hf))
+    assert [ours.backend.id_to_token(i) for i in ids] == [hf.id_to_piece(i) for i in ids]
     ties = 0
     for text in samples(1500):
         text = f"a {text}" if option == "user_symbols" else text  # one at the start has a blank before it, there
-        found, expected = ours.encode(text)[1:-1], theirs.encode(text)
+        found, expected = ours.encode(text)[1:-1], hf.encode(text)
         if found != expected:  # only another segmentation of the same score, as of a row of "="
-            assert kind == "unigram" and theirs.decode(found) == theirs.decode(expected), text
-            score = [sum(theirs.get_score(i) for i in one) for one in (found, expected)]
+            assert kind == "unigram" and hf.decode(found) == hf.decode(expected), text
+            score = [sum(hf.get_score(i) for i in one) for one in (found, expected)]
             assert score[0] == pytest.approx(score[1], abs=1e-3), text
             ties += 1
     assert ties <= 15
@@ -122,33 +122,33 @@ def test_same_ids_as_the_sentencepiece_library(trained, kind, option):
 @pytest.mark.parametrize("option", ["default", "user_symbols", "byte_fallback", "control", "keep_blanks"])
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_names_of_control_pieces_in_a_document_are_text_as_there(trained, kind, option):
-    _, theirs, ours = trained(kind, option)
+    _, hf, ours = trained(kind, option)
     for name in LITERAL:
         for text in (name, f"a {name} b", f"a{name}b", f"{name}{name}"):
             found = ours.encode(text)[1:-1]
             assert not set(found) & (set(ours.special_ids) - {ours.unk_id})
             if kind == "bpe":  # Unigram's is cut behind the first character, and may have other pieces
-                assert found == theirs.encode(text)
+                assert found == hf.encode(text)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_user_symbols_are_whole_wherever_they_are(trained, kind):
-    _, theirs, ours = trained(kind, "user_symbols")
+    _, hf, ours = trained(kind, "user_symbols")
     for text in ("a<foo>b", "a <foo> b", "a @@ b@@c", "a  <foo>@@ "):
-        assert ours.encode(text)[1:-1] == theirs.encode(text)
-        assert theirs.piece_to_id("<foo>") in ours.encode(text) or "<foo>" not in text
+        assert ours.encode(text)[1:-1] == hf.encode(text)
+        assert hf.piece_to_id("<foo>") in ours.encode(text) or "<foo>" not in text
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_tokens_that_masked_language_modelling_needs(trained, kind):
-    _, theirs, plain = trained(kind, "default")
+    _, hf, plain = trained(kind, "default")
     assert (plain.cls_id, plain.sep_id, plain.bos_id, plain.eos_id) == (1, 2, 1, 2) and plain.unk_id == 0
     assert (plain.pad_id, plain.mask_id) == (900, 901)  # behind the model's own
     assert plain.unpadded_vocab_size == 902 and plain.vocab_size == 960
     assert plain.encode("x")[0] == 1 and plain.encode("x")[-1] == 2
-    _, theirs, own = trained(kind, "control")
+    _, hf, own = trained(kind, "control")
     names = [(own.cls_id, "[CLS]"), (own.sep_id, "[SEP]"), (own.mask_id, "[MASK]"), (own.pad_id, "<pad>")]
-    assert all(i == theirs.piece_to_id(name) for i, name in names)
+    assert all(i == hf.piece_to_id(name) for i, name in names)
     assert own.unpadded_vocab_size == 900
 
 
@@ -166,14 +166,12 @@ def test_a_mask_stands_for_the_word_with_its_blank(trained, kind, option):
 def test_auto_tokenizer_and_reloading(trained, kind, option, tmp_path):
     _, _, ours = trained(kind, option)
     ours.save(tmp_path)
-    theirs, again = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    hf, again = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     assert again.fingerprint == ours.fingerprint and again.special_ids == ours.special_ids
-    assert (
-        len(theirs) == ours.vocab_size and theirs.mask_token_id == ours.mask_id and theirs.cls_token_id == ours.cls_id
-    )
+    assert len(hf) == ours.vocab_size and hf.mask_token_id == ours.mask_id and hf.cls_token_id == ours.cls_id
     for text in samples(100):
         assert ours.encode(text) == again.encode(text)
-        assert theirs(text)["input_ids"] == ours.encode_prompt(text)
+        assert hf(text)["input_ids"] == ours.encode_prompt(text)
 
 
 def test_decoding_gives_the_text_back(trained):
@@ -202,15 +200,15 @@ def test_kinds_that_tokenizers_cannot_express_are_refused(options, tmp_path):
     assert error.value.code == "unsupported_sentencepiece"
 
 
-def test_damaged_files_are_refused_in_words(trained, tmp_path):
+def test_corrupt_files_are_refused(trained, tmp_path):
     content = trained("unigram", "default")[0].read_bytes()
     draw = random.Random(1)
-    damaged = [b"", b"no model", content[: len(content) // 2], content[:-1], bytes(1000)]
+    corrupt = [b"", b"no model", content[: len(content) // 2], content[:-1], bytes(1000)]
     for _ in range(30):
         position = draw.randrange(len(content))
-        damaged.append(content[:position] + draw.randbytes(20) + content[position + 20 :])
+        corrupt.append(content[:position] + draw.randbytes(20) + content[position + 20 :])
     refused = 0
-    for one in damaged:
+    for one in corrupt:
         (tmp_path / "m.model").write_bytes(one)
         try:
             load_tokenizer(tmp_path / "m.model")

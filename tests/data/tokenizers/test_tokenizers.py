@@ -147,25 +147,25 @@ def test_auto_tokenizer_reads_what_is_saved(trained, kind, family, tmp_path):
     tokenizer.save(tmp_path, model_max_length=512)
     if family:  # a checkpoint's folder names a family, whose own tokenizer class must not be taken
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 512
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(hf) == tokenizer.vocab_size and hf.model_max_length == 512
     for role in ("mask", "cls", "sep", "pad", "unk"):
-        assert getattr(theirs, f"{role}_token_id") == getattr(tokenizer, f"{role}_id")
+        assert getattr(hf, f"{role}_token_id") == getattr(tokenizer, f"{role}_id")
     for text in [*TEXTS, "the [MASK] is [MASK]ed [SEP]", *(d.text for d in topics()[:5])]:
-        found = theirs(text)
+        found = hf(text)
         assert list(found) == ["input_ids", "attention_mask"]
         assert found["input_ids"] == tokenizer.encode_prompt(text)
-        assert theirs.decode(found["input_ids"]) == tokenizer.decode(found["input_ids"])
+        assert hf.decode(found["input_ids"]) == tokenizer.decode(found["input_ids"])
     for text in TEXTS:
-        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert hf(text)["input_ids"] == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_saved_and_loaded_is_the_same(trained, kind, tmp_path):
     tokenizer = trained[kind]
     tokenizer.save(tmp_path / "a")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "a")
-    theirs.save_pretrained(tmp_path / "b")  # and written once more by transformers
+    hf = AutoTokenizer.from_pretrained(tmp_path / "a")
+    hf.save_pretrained(tmp_path / "b")  # and written once more by transformers
     for folder in ("a", "b"):
         loaded = load_tokenizer(tmp_path / folder)
         for name in ("vocab_size", "unpadded_vocab_size", "special_ids", "fingerprint", "mask_id", "pad_id", "cls_id"):
@@ -266,12 +266,12 @@ def test_roles_come_from_the_folder_and_missing_tokens_are_added_as_transformers
     config["mask_token"] = {"__type": "AddedToken", "content": "<hidden>", "lstrip": True, "special": True}
     folder = write_folder(tmp_path / "r", roberta_like(), **config)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.vocab_size == len(theirs) == 261 and tokenizer.unpadded_vocab_size == 261
+    hf = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.vocab_size == len(hf) == 261 and tokenizer.unpadded_vocab_size == 261
     for role in ("cls", "sep", "pad", "mask", "unk", "bos", "eos"):
-        assert getattr(tokenizer, f"{role}_id") == getattr(theirs, f"{role}_token_id")
+        assert getattr(tokenizer, f"{role}_id") == getattr(hf, f"{role}_token_id")
     for text in [*TEXTS, "a <hidden> b"]:
-        assert tokenizer.encode_prompt(text) == theirs(text)["input_ids"]
+        assert tokenizer.encode_prompt(text) == hf(text)["input_ids"]
 
 
 def test_special_tokens_map_is_read_and_null_is_no_token(tmp_path):
@@ -328,11 +328,11 @@ def test_vocab_txt_is_berts_tokenizer(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n", "utf-8")
     for lowercase in (True, False):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lowercase}))
-        theirs = BertTokenizer.from_pretrained(str(tmp_path), do_lower_case=lowercase)
+        hf = BertTokenizer.from_pretrained(str(tmp_path), do_lower_case=lowercase)
         for path in (tmp_path, tmp_path / "vocab.txt"):
             ours = load_tokenizer(path)
             for text in [*TEXTS, "The qur. ü 中e", "a [MASK]"]:
-                assert ours.encode_prompt(text) == theirs(text)["input_ids"]
+                assert ours.encode_prompt(text) == hf(text)["input_ids"]
             assert ours.mask_id == 4 and ours.pad_id == 0
 
 
@@ -411,14 +411,14 @@ def test_a_generator_cannot_be_read_twice():
 
 def test_a_token_added_by_transformers_keeps_its_id_after_the_padding(tmp_path):
     train_bpe(topics(), vocab_size=300, causal=True).save(tmp_path / "own")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "own")
-    theirs.add_tokens(["<ent>"])
-    theirs.add_special_tokens({"additional_special_tokens": ["<sep2>"]})
-    theirs.save_pretrained(tmp_path / "more")
+    hf = AutoTokenizer.from_pretrained(tmp_path / "own")
+    hf.add_tokens(["<ent>"])
+    hf.add_special_tokens({"additional_special_tokens": ["<sep2>"]})
+    hf.save_pretrained(tmp_path / "more")
     for multiple, size in ((1, 322), (64, 384)):
         tokenizer = load_tokenizer(tmp_path / "more", pad_vocab_to_multiple_of=multiple, causal=True)
-        assert tokenizer.backend.token_to_id("<ent>") == theirs.convert_tokens_to_ids("<ent>") == 320
-        assert tokenizer.encode_prompt("the <ent> is <sep2>") == theirs("the <ent> is <sep2>")["input_ids"]
+        assert tokenizer.backend.token_to_id("<ent>") == hf.convert_tokens_to_ids("<ent>") == 320
+        assert tokenizer.encode_prompt("the <ent> is <sep2>") == hf("the <ent> is <sep2>")["input_ids"]
         assert (tokenizer.unpadded_vocab_size, tokenizer.vocab_size) == (322, size)
         assert set(range(300, 320)) <= set(tokenizer.special_ids), "no text gives them and no mask is one of them"
         assert sorted(tokenizer.backend.get_vocab(True).values()) == list(range(size))
@@ -483,11 +483,11 @@ def test_a_chat_template_and_harmless_keys_are_kept(tmp_path):
     (folder / "chat_template.jinja").write_text("{% for x in messages %}{{ x.content }}{% endfor %}")
     tokenizer = load_tokenizer(folder)
     tokenizer.save(tmp_path / "saved")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
-    assert (theirs.padding_side, theirs.model_max_length) == ("left", 77)
-    assert "token_type_ids" in theirs("a", "b")
-    assert theirs("a b")["input_ids"] == tokenizer.encode_prompt("a b")
+    hf = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert hf.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert (hf.padding_side, hf.model_max_length) == ("left", 77)
+    assert "token_type_ids" in hf("a", "b")
+    assert hf("a b")["input_ids"] == tokenizer.encode_prompt("a b")
     kept = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert kept["note"] == 1 and not {"add_bos_token", "auto_map"} & set(kept)
     assert kept["tokenizer_class"] == "PreTrainedTokenizerFast"
