@@ -127,6 +127,8 @@ def test_seq_len_beyond_the_positions_of_a_model_or_a_folder(tmp_path):
 def test_problems_of_arguments_have_the_components_key(tmp_path):
     ((key, _),) = problems(tmp_path, "optimizer.lr=-1")
     assert key.startswith("optimizer")
+    wrong = ("guard.max_skips=0", "guard.spike_window=1")
+    assert problems(tmp_path, *wrong) == [("guard.max_skips", "out_of_range"), ("guard.spike_window", "out_of_range")]
     assert problems(tmp_path, "freeze=[no.such.*]") == [("freeze", "no_such_parameter")]
 
 

@@ -64,8 +64,9 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
         try:
             return make()
         except UserError as error:
-            is_complete = error.key and error.key.split(".")[0] in vars(config)
-            problems.append(error if is_complete else error.under(key))
+            for problem in error.problems or [error]:
+                is_complete = problem.key and problem.key.split(".")[0] in vars(config)
+                problems.append(problem if is_complete else problem.under(key))
         except Exception as error:  # of a component of the user's own
             last = traceback.extract_tb(error.__traceback__)[-1]
             # Reported already, by the check of arguments.
