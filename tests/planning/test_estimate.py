@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from torchrecipes import models, optim
+from torchrecipes import optim
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import Component, load
 from torchrecipes.config.catalog import find_recipe
@@ -217,8 +217,6 @@ def test_a_model_of_ones_own_with_tied_weights():
 
 def test_a_transformers_model():
     pytest.importorskip("transformers")
-    if not hasattr(models, "from_transformers"):
-        pytest.skip("no from_transformers")
     found = estimate(
         "model.model_type=bert", *(f"model.{name}={size}" for name, size in SIZES.items()), model="from_transformers"
     )

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from torchrecipes import models
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
 from torchrecipes.config.catalog import find_recipe
@@ -100,8 +99,6 @@ def test_a_model_of_ones_own_is_counted_or_assumed_by_its_parameters(reads_value
 
 def test_transformers_models_are_counted():
     pytest.importorskip("transformers")
-    if not hasattr(models, "from_transformers"):
-        pytest.skip("no from_transformers")
     flops, model = counted(
         "mlm_pretrain",
         "from_transformers",

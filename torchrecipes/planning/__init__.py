@@ -12,25 +12,12 @@ fake_model         models and tokenizers without data
 All of it calls the recipe's `build_model`, `build_collator` and `compute_loss`, and knows no key of any objective.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from torchrecipes.planning.auto_batch_size import auto_micro_batch_size, find_micro_batch_size
+from torchrecipes.planning.component_checks import check_components
+from torchrecipes.planning.flops import flops_per_token, peak_flops
+from torchrecipes.planning.preflight_checks import preflight
+from torchrecipes.planning.run_estimate import estimate_run
 
-if TYPE_CHECKING:
-    from torchrecipes.planning.auto_batch_size import auto_micro_batch_size, find_micro_batch_size
-    from torchrecipes.planning.component_checks import check_components
-    from torchrecipes.planning.flops import flops_per_token, peak_flops
-    from torchrecipes.planning.preflight_checks import preflight
-    from torchrecipes.planning.run_estimate import estimate_run
-
-_MODULES = {
-    "auto_micro_batch_size": "auto_batch_size",
-    "check_components": "component_checks",
-    "estimate_run": "run_estimate",
-    "find_micro_batch_size": "auto_batch_size",
-    "flops_per_token": "flops",
-    "peak_flops": "flops",
-    "preflight": "preflight_checks",
-}
 __all__ = [
     "auto_micro_batch_size",
     "check_components",
@@ -40,12 +27,3 @@ __all__ = [
     "peak_flops",
     "preflight",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # On first use: FakeTensorMode alone takes a second to import.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value

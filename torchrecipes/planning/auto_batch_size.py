@@ -14,8 +14,8 @@ from torchrecipes.data.batching.loader import rows_per_rank
 from torchrecipes.distributed.collectives import all_reduce_min, world_size
 from torchrecipes.distributed.fsdp import choose_strategy, device_memory
 from torchrecipes.errors import UserError
-from torchrecipes.planning.memory_estimate import StepEstimate
-from torchrecipes.planning.run_estimate import USABLE, rank_memory
+from torchrecipes.planning.memory_estimate import StepEstimate, rank_memory
+from torchrecipes.planning.run_estimate import USABLE
 from torchrecipes.training.run import Run
 
 
@@ -143,13 +143,12 @@ def _estimated_fit(
     except Exception as error:  # whatever a model that reads values raises
         print(f"micro_batch_size=auto: 1, as the model does not run without data ({error})", flush=True)
         return lambda _rows: False
+    processes = {"world_size": run.world_size, "local_world_size": run.local_world_size}
     memory = device_memory(run.device, run.local_world_size)
-    strategy = choose_strategy(trace.model, config.compute.strategy, memory, run.world_size, run.local_world_size)
+    strategy = choose_strategy(trace.model, config.compute.strategy, memory, **processes)
 
     def fits(rows: int) -> bool:
-        parts = rank_memory(
-            trace, config, run.device.type, run.dtype, strategy, run.world_size, run.local_world_size, rows
-        )
+        parts = rank_memory(trace, rows, strategy=strategy, **processes)
         return sum(parts.values()) - parts["weights"] - parts["process"] <= usable
 
     return fits

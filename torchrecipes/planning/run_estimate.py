@@ -20,15 +20,11 @@ from torchrecipes.errors import UserError
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.planning.fake_model import tokenizer_for
 from torchrecipes.planning.flops import DEVICES, PEAKS, flops_per_token, peak_flops
-from torchrecipes.planning.memory_estimate import StepEstimate, on_rank
+from torchrecipes.planning.memory_estimate import StepEstimate, rank_memory
 from torchrecipes.training.precision import resolve_dtype
 
 GIB = 2**30
 USABLE = 0.9  # of the free memory; the rest is for what an estimate cannot see, such as fragmentation
-PROCESS = {"cuda": GIB, "cpu": int(0.35 * GIB)}  # torch and its libraries, before the first tensor
-# On a CPU: what the C library's heap takes on top of what a step allocates and frees, as a share of it: freed pieces
-# that do not fit the next tensor. Measured with glibc 2.36, to within a fifth.
-ALLOCATOR_OVERHEAD = {"none": 0.7, "selective": 0.7, "full": 1.8}
 
 
 class Device(NamedTuple):
@@ -81,7 +77,8 @@ def estimate_run(
     strategy = choose_strategy(trace.model, config.compute.strategy, here.memory, world_size, local)
 
     rank_rows = config.global_batch_size // world_size
-    memory_of = partial(rank_memory, trace, config, here.type, dtype, strategy, world_size, local)
+    spread = {"strategy": strategy, "world_size": world_size, "local_world_size": local}
+    memory_of = partial(rank_memory, trace, **spread)
     divisors = [rows for rows in range(1, rank_rows + 1) if rank_rows % rows == 0]
     largest = last_that_fits(divisors, lambda rows: sum(memory_of(rows).values()) <= USABLE * here.memory)
     asked = config.micro_batch_size
@@ -113,52 +110,6 @@ def estimate_run(
         "kept_bytes": (config.checkpoint.keep_last + 1) * checkpoint,
         "notes": _notes(config, tokenizer.vocab_size),
     }
-
-
-def rank_memory(
-    trace: StepEstimate,
-    config: Any,
-    device_type: str,
-    dtype: torch.dtype,
-    strategy: str,
-    world_size: int,
-    local_world_size: int,
-    rows: int,
-) -> dict[str, int]:
-    """The bytes of a rank at the peak of a step, by part.
-
-    Args:
-        trace: of the config's model.
-        config: a recipe's config.
-        device_type, dtype: as the trace's.
-        strategy: how the model is spread over `world_size` processes, `local_world_size` of them on each machine.
-        rows: of a micro-batch.
-    """
-    accumulate = config.global_batch_size // world_size > rows
-    shards = {"none": 1, "ddp": 1, "fsdp": world_size, "hsdp": local_world_size}[strategy]
-    step = on_rank(
-        trace.step(rows, accumulate=accumulate),
-        device_type=device_type,
-        ranks=world_size,
-        shards=shards,
-        half=dtype == torch.bfloat16,
-        accumulate=accumulate,
-        block=trace.block,
-        blocks=trace.blocks,
-    )
-    parts = {name: getattr(step, name) for name in ("weights", "optimizer", "gradients", "activations", "loss")}
-    if step.unsharded:
-        parts["unsharded_parameters"] = step.unsharded
-    if device_type == "cpu" or dtype == torch.float32:  # no kernel takes documents: a mask separates them
-        parts["activations"] += rows * config.seq_len**2 * dtype.itemsize
-    if device_type == "cpu":
-        kept = parts["weights"] if accumulate else 0  # gradients that wait for the last micro-batch
-        freed = parts["gradients"] + parts["activations"] + parts["loss"] - kept
-        overhead = ALLOCATOR_OVERHEAD[config.compute.activation_checkpointing]
-        parts["allocator_overhead"] = int(overhead * max(0, freed))
-        if config.checkpoint.async_save:
-            parts["async_save_buffer"] = parts["weights"] + parts["optimizer"]
-    return parts | {"process": PROCESS[device_type]}
 
 
 def last_that_fits(divisors: list[int], fits: Callable[[int], bool]) -> int | None:
