@@ -106,8 +106,9 @@ def main(config: Config) -> None:
 
     # Float8, activation checkpointing, compile, sharding, initial weights: each needs the ones before it.
     model = setup_model(build_model, config, tokenizer, run)
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in config.sample_prompts]
-    check_prompts(model, prompts, config.sample_prompts, key="sample_prompts")
+    if config.sample_every:
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in config.sample_prompts]
+        check_prompts(model, prompts, config.sample_prompts, key="sample_prompts")
     optimizer = build(config.optimizer, model=model, params=[p for p in model.parameters() if p.requires_grad])
     lr_scheduler = build(config.lr_scheduler, optimizer=optimizer, max_steps=max_steps)
     ema = build(config.ema, model=model)

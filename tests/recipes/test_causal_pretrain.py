@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchrecipes.config.catalog import find_recipe
 from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_hf
+from torchrecipes.planning import check_components
 
 RECIPE = find_recipe("causal_pretrain")
 STEPS = 12
@@ -85,7 +87,8 @@ def train(animals, corpus, tmp_path):
         config.write_text(SETTINGS.replace("TEXT", str(animals)).replace("MODEL", MODELS[model]))
         recipe = load_recipe(RECIPE)
         settings = [f"output_dir={tmp_path / name}", f"data.corpus_dir={corpus}", *overrides]
-        recipe.main(load(recipe.Config, config, settings, recipe=RECIPE))
+        check = partial(check_components, recipe)
+        recipe.main(load(recipe.Config, config, settings, recipe=RECIPE, check=check))
         return tmp_path / name
 
     return run
@@ -196,7 +199,6 @@ def keys(error):
     ("settings", "key"),
     [
         (["seq_len=128"], "seq_len"),
-        (["init_from=nowhere", "tokenizer=null", "model=null"], "init_from"),
         (["sample_every=0"], "sample_every"),
         (["sample_every=3", "sample_prompts=[]"], "sample_prompts"),
         (["sample_every=3", f"sample_prompts=['','{'the cat ' * 64}']"], "sample_prompts"),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torchrecipes.config.catalog import find_recipe
 from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_hf
+from torchrecipes.planning import check_components
 
 RECIPE = find_recipe("mlm_pretrain")
 STEPS = 12
@@ -89,7 +91,8 @@ def train(text, corpus, tmp_path):
     def run(name, *overrides):
         recipe = load_recipe(RECIPE)
         settings = [f"output_dir={tmp_path / name}", f"data.corpus_dir={corpus}", *overrides]
-        recipe.main(load(recipe.Config, config, settings, recipe=RECIPE))
+        check = partial(check_components, recipe)
+        recipe.main(load(recipe.Config, config, settings, recipe=RECIPE, check=check))
         return tmp_path / name
 
     run.config = config

@@ -97,11 +97,6 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 1:
         raise UserError(f"{max_new_tokens} must be 1 or more", key="max_new_tokens", code="out_of_range")
-    if not prompts:
-        raise UserError("there is no prompt to continue", hint="Give one at least.", code="no_prompt")
-    if not isinstance(model, Transformer) or not model.causal:
-        problem = f"{type(model).__name__} cannot generate text"
-        raise UserError(problem, hint="Use a decoder of torchrecipes.models.", code="cannot_generate")
     check_prompts(model, prompts)
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -162,17 +157,20 @@ def check_prompts(
     """Checks that the model can continue every prompt.
 
     Args:
-        model: a causal one; one without a `config` is not checked.
+        model: a causal one.
         prompts: token ids of each.
         names: what a message calls each prompt. None: prompt 1, prompt 2, ...
         key: the config key or option that they are from.
 
     Raises:
         UserError: a prompt has no token, leaves no room for a new one, or has an id that the model does not have (code
-            `bad_prompt`).
+            `bad_prompt`); there is no prompt (`no_prompt`); the model has no cache (`cannot_generate`).
     """
-    if not hasattr(model, "config"):
-        return
+    if not isinstance(model, Transformer) or not model.causal:
+        problem = f"{type(model).__name__} cannot generate text"
+        raise UserError(problem, key=key, hint="Use a decoder of torchrecipes.models.", code="cannot_generate")
+    if not prompts:
+        raise UserError("there is no prompt to continue", key=key, hint="Give one at least.", code="no_prompt")
     positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
     names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     for name, prompt in zip(names, prompts, strict=True):

@@ -68,7 +68,7 @@ class Guard:
         if max_rollbacks < 0:
             problems.append(("max_rollbacks", f"{max_rollbacks} is not 0 or more"))
         if problems:
-            errors = [UserError(problem, key=f"guard.{key}", code="out_of_range") for key, problem in problems]
+            errors = [UserError(problem, key=key, code="out_of_range") for key, problem in problems]
             raise UserError("\n".join(map(str, errors)), code="out_of_range", problems=errors)
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
         self.on_spike, self.spike_zscore, self.spike_window = on_spike, spike_zscore, spike_window
