@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import ranks
-from torchrecipes.checkpoint.checkpointer import verify
+from torchrecipes.checkpoint import verify
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
 from torchrecipes.config.catalog import find_recipe
@@ -118,7 +118,7 @@ def test_losses_are_those_of_one_process(folder, alone, world_size, strategy, lo
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 1), (1, 3)])
-def test_a_checkpoint_of_some_ranks_goes_on_with_others(folder, alone, before, after):
+def test_a_checkpoint_resumes_on_another_number_of_ranks(folder, alone, before, after):
     def settings(count):
         return ["max_steps=30", "checkpoint.save_every=10"] + (["compute.strategy=fsdp"] if count > 1 else [])
 
@@ -132,17 +132,17 @@ def test_a_checkpoint_of_some_ranks_goes_on_with_others(folder, alone, before, a
     assert_same_losses(run, alone, 1e-4)
 
 
-def test_a_signal_to_all_ranks_saves_one_checkpoint_and_the_run_goes_on_to_the_last_bit(folder):
-    settings = ["compute.strategy=fsdp", "max_steps=300", "checkpoint.save_every=null", "eval_every=null"]
-    whole = folder.train("whole", *settings, world_size=2)
+def test_a_signal_saves_one_checkpoint_and_the_resumed_run_is_exact(folder):
+    settings = ["compute.strategy=fsdp", "max_steps=100", "checkpoint.save_every=null", "eval_every=null"]
+    uninterrupted = folder.train("uninterrupted", *settings, world_size=2)
     processes = ranks.start(folder.script, 2, *folder.arguments("stopped", *settings))
     for line in processes[0].stdout:
-        if line.startswith("step 20/"):
+        if line.startswith("step 5/"):
             break
-    processes[1].send_signal(signal.SIGTERM)  # the other hears of it from this one
+    processes[1].send_signal(signal.SIGTERM)  # this one passes it on
     assert [code for code, _, _ in ranks.finish(processes)] == [143, 143]
     (path,) = (folder.path / "stopped" / "checkpoints").iterdir()
     assert verify(path) == []
     stopped = folder.train("stopped", *settings, world_size=2)
-    assert logged(stopped) == logged(whole)
-    assert all(torch.equal(weights(whole, 300)[name], tensor) for name, tensor in weights(stopped, 300).items())
+    assert logged(stopped) == logged(uninterrupted)
+    assert all(torch.equal(weights(uninterrupted, 100)[name], tensor) for name, tensor in weights(stopped, 100).items())
