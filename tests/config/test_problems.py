@@ -311,10 +311,10 @@ def test_a_config_for_another_recipe_says_so(tmp_path):
 def test_a_check_after_loading_adds_to_the_same_list(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("output_dir: x\noptimizer:\n  text: 5k\nseed: 1\n")
-    several = [UserError("one", key="text"), UserError("two", key="optimizer.base")]
     errors = [
         UserError("it is odd", key="seed", code="odd"),
-        UserError("\n".join(map(str, several)), key="optimizer", problems=several),
+        UserError("one", key="optimizer.text"),
+        UserError("two", key="optimizer.base"),
     ]
     with pytest.raises(UserError) as caught:
         load(Config, path, check=lambda config: errors if config.seed == 1 else [])

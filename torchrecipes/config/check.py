@@ -185,17 +185,9 @@ def _holds(folder: Path, file: str) -> bool:
 
 def _add_all(checker: Checker, key_path: KeyPath, errors: list[UserError]) -> None:
     for error in errors:
-        if error.problem == "\n".join(map(str, error.problems)):  # a list of errors and no more
-            _add_all(checker, key_path, [_below(error.key, problem) for problem in error.problems])
-            continue
         keys = tuple(error.key.split(".")) if error.key else ()
         located = error.under(format_key(key_path)) if key_path else error
         checker.problems.add_error(checker.merged.nearest((*key_path, *keys)), located)
-
-
-def _below(key: str | None, error: UserError) -> UserError:
-    is_complete = key is None or (error.key or "").startswith(f"{key}.")
-    return error if is_complete else error.under(key)
 
 
 def _add_unknown_key(checker: Checker, key_path: KeyPath, valid: typing.Iterable[str]) -> None:
