@@ -10,6 +10,7 @@ from torchrecipes.errors import UserError
 from torchrecipes.models import (
     architecture_differences,
     check_causal,
+    check_positions,
     from_transformers,
     load_hf,
     load_hf_weights,
@@ -163,6 +164,14 @@ def test_what_cannot_be_trained_is_refused():
         with pytest.raises(UserError) as error, torch.device("meta"):
             from_transformers(**keys)
         assert error.value.code == code, keys
+
+
+def test_positions_that_begin_later_leave_fewer():
+    with torch.device("meta"):
+        model = from_transformers(model_type="roberta", **CONFIGS["roberta"])
+    check_positions(model, 62)
+    with pytest.raises(UserError):
+        check_positions(model, 63)
 
 
 def test_attention_without_masks_takes_padded_rows_only():

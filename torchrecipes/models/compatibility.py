@@ -78,7 +78,7 @@ def check_positions(model: nn.Module, seq_len: int) -> None:
         UserError: `seq_len_too_long`.
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
+    if positions is not None and seq_len > positions - getattr(model, "position_offset", 0):
         raise UserError(
             f"{seq_len} is more than the model's max_position_embeddings ({positions})",
             key="seq_len",

@@ -126,12 +126,7 @@ class DecoderAdapter(HFAdapter):
         keys = {key: value for key, value in asdict(self.config).items() if value or key not in self.optional}
         rope = keys.pop("rope_scaling", None) or {"rope_type": "default"}
         keys["rope_parameters"] = rope | {"rope_theta": keys.pop("rope_theta")}
-        names = {"architectures": [self.architecture], "model_type": self.config.model_type}
-        return (
-            names
-            | {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()}
-            | (self.written)
-        )
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in keys.items()} | self.written
 
     @cached_property
     def key_map(self) -> KeyMap:
@@ -173,11 +168,6 @@ class DecoderAdapter(HFAdapter):
         if name.startswith(("embed_tokens.", "layers.", "norm.")):
             name = f"model.{name}"
         return None if name.endswith(".rotary_emb.inv_freq") else name
-
-    def loading_hint(self, path: str) -> str:
-        """As in the base class."""
-        kind = "AutoModelForMaskedLM" if self.architecture.endswith("ForMaskedLM") else "AutoModelForCausalLM"
-        return f"load it with transformers: {kind}.from_pretrained({path!r})"
 
 
 def swiglu_key_map(path: str, hidden: int, inner: int, *, bias: bool = False) -> KeyMap:

@@ -57,7 +57,7 @@ class HFAdapter:
         return raw
 
     def write_keys(self) -> dict | None:
-        """The config.json, without token ids and dtype; None: there is none."""
+        """The config.json, without architecture, token ids and dtype; None: there is none."""
         return None
 
     # The tensors.
@@ -107,11 +107,9 @@ class HFAdapter:
         return (*shape[1:], rows) if self.transposed(name) else (rows, *shape[1:])
 
     def loading_hint(self, path: str) -> str:
-        """How to load a folder that was saved with this adapter, for people."""
-        return (
-            f"load it: model.load_state_dict(safetensors.torch.load_file({path + '/model.safetensors'!r})), with the "
-            f"model of {path + '/config.yaml'!r}"
-        )
+        """How to load a folder that was saved with this adapter, in one line for people."""
+        kind = "AutoModelForMaskedLM" if self.architecture.endswith("ForMaskedLM") else "AutoModelForCausalLM"
+        return f"load it with transformers: {kind}.from_pretrained({path!r})"
 
 
 class PlainAdapter(HFAdapter):
@@ -124,6 +122,11 @@ class PlainAdapter(HFAdapter):
     def stored_shape(self, part: tuple[str, int], shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
         """The same shape."""
         return shape
+
+    def loading_hint(self, path: str) -> str:
+        """How to load it: the architecture is in the config beside it."""
+        weights = f"safetensors.torch.load_file({path + '/model.safetensors'!r})"
+        return f"load it: model.load_state_dict({weights}), with the model of {path + '/config.yaml'!r}"
 
 
 def adapter_of(model: nn.Module) -> HFAdapter:

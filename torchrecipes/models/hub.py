@@ -57,6 +57,8 @@ def load_hf(
     """
     model = meta_model_from_hf(path, report)
     model.to_empty(device="cpu")
+    if {name for name, _ in model.named_buffers()} - model.state_dict().keys():
+        model.init_weights(seed)  # buffers that no folder has
     load_hf_weights(model, path, seed, report, require_head)
     return model
 
@@ -121,7 +123,7 @@ def load_hf_weights(
     parts = {name: adapter.parts(name) for name in targets}
     with open_tensors(folder) as files:
         stored, dropped = _expected_tensors(folder, files, adapter, parts)
-        head = [name for name in targets if adapter.is_head(name)]
+        head = [name for name in targets if adapter.is_head(name) and hasattr(model, "init_weights")]
         if any(hf_name in stored for name in head for hf_name, _ in parts[name]):
             head = []
         if head and require_head:
@@ -157,8 +159,8 @@ def load_hf_weights(
             report(f"{folder}: dropping tensors that the model does not have: {', '.join(sorted(dropped))}")
         if head:
             report(f"{folder} has no weights for the head: {', '.join(sorted(head))} are initialized with seed {seed}")
-        if head or len(list(model.buffers())) > len(set(targets) - set(dict(model.named_parameters()))):
-            model.init_weights(seed)  # also for buffers that no folder has
+        if head:
+            model.init_weights(seed)
         with torch.no_grad():
             for name, target in targets.items():
                 if name not in head:
@@ -259,7 +261,9 @@ def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
         return problems
     # The same shapes can be another network: other heads, another rope_theta.
     stored_config = read_json(folder / "config.json")
-    if adapter.config_class is not None and stored_config.get("model_type") == ours["model_type"]:
+    if stored_config.get("model_type") != adapter.config.model_type:
+        return [f"model_type is {stored_config.get('model_type')} in the checkpoint"]
+    if adapter.config_class is not None:
         config = config_from_dict(stored_config, folder / "config.json", type(adapter), print)
         stored_config, ours = vars(config), vars(adapter.config)
     return [
@@ -275,7 +279,8 @@ def hf_config(model: nn.Module, tokenizer: "Tokenizer | None" = None) -> dict | 
     keys = adapter.write_keys()
     if keys is None:
         return None
-    config = keys | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    config = {"architectures": [adapter.architecture], "model_type": adapter.config.model_type} | keys
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     # null: transformers' own defaults may be beyond this vocabulary
     ids = {kind: keys.get(f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     if tokenizer is not None:
@@ -347,7 +352,7 @@ def _from_transformers(raw: dict, folder: Path) -> nn.Module:
     if importlib.util.find_spec("transformers") is None:
         raise UserError(
             f"{folder / 'config.json'}: model_type is {raw.get('model_type')!r}; the families here are {known}",
-            hint="transformers may know it: pip install transformers",
+            hint="transformers may know it: pip install 'torchrecipes[transformers]'",
             code="unknown_model_type",
         )
     from torchrecipes.models.transformers_model import from_transformers

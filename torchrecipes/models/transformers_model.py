@@ -45,7 +45,9 @@ def from_transformers(
         from transformers import CONFIG_MAPPING
     except ImportError:
         raise UserError(
-            "from_transformers needs transformers", hint="pip install transformers", code="missing_package"
+            "from_transformers needs transformers",
+            hint="pip install 'torchrecipes[transformers]'",
+            code="missing_package",
         ) from None
     if path is not None:
         keys = read_json(resolve_model_folder(path) / "config.json") | keys
@@ -146,7 +148,7 @@ class TransformersModel(nn.Module):
             document_ids = torch.searchsorted(cu_seqlens, tokens, right=True).view_as(input_ids)
             inputs["attention_mask"] = self._mask(document_ids)
         if self._takes_positions and position_ids is not None:
-            inputs["position_ids"] = position_ids + self._position_offset
+            inputs["position_ids"] = position_ids + self.position_offset
         return self.model(**inputs).logits
 
     @torch.no_grad()
@@ -191,8 +193,8 @@ class TransformersModel(nn.Module):
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
     @cached_property
-    def _position_offset(self) -> int:
-        """RoBERTa's positions begin after the id of padding."""
+    def position_offset(self) -> int:
+        """The first position: RoBERTa's begin after the id of padding."""
         for module in self.model.modules():
             if hasattr(module, "create_position_ids_from_input_ids"):
                 return module.padding_idx + 1
@@ -259,12 +261,18 @@ class TransformersAdapter(HFAdapter):
         if model.head.bias is not None:
             self._bias = bias or f"{self._output_name}.bias"
             self.key_map["head.bias"] = [(self._bias, len(model.head.bias))]
-        self.keeps_pad_id = model._position_offset > 0
+        self.keeps_pad_id = model.position_offset > 0
         self._known = {parts[0][0] for parts in self.key_map.values()}
+
+    @property
+    def architecture(self) -> str:
+        """The class that reads the folder."""
+        return self._class.__name__
 
     def write_keys(self) -> dict:
         """The config as `save_pretrained` writes it."""
-        return json.loads(self.config.to_json_string()) | {"architectures": [self._class.__name__]}
+        keys = json.loads(self.config.to_json_string())
+        return {key: value for key, value in keys.items() if key not in ("architectures", "dtype")}
 
     def stored_shape(self, part: tuple[str, int], shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
         """The same shape."""
@@ -290,11 +298,6 @@ class TransformersAdapter(HFAdapter):
     def prepare(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Stacks experts that are stored one by one."""
         return stack_single_experts(stored)
-
-    def loading_hint(self, path: str) -> str:
-        """How to load a folder that was saved with this adapter."""
-        kind = "AutoModelForMaskedLM" if self._class.__name__ in _masked_classes() else "AutoModelForCausalLM"
-        return f"load it with transformers: {kind}.from_pretrained({path!r})"
 
 
 def _masked_classes() -> set[str]:

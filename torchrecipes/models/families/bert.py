@@ -94,8 +94,7 @@ class Adapter(HFAdapter):
 
     def write_keys(self) -> dict:
         """The config.json, without token ids and dtype."""
-        names = {"architectures": [self.architecture], "model_type": self.config.model_type}
-        return names | asdict(self.config) | {"hidden_act": "gelu", "tie_word_embeddings": True}
+        return asdict(self.config) | {"hidden_act": "gelu", "tie_word_embeddings": True}
 
     @cached_property
     def key_map(self) -> KeyMap:
@@ -138,10 +137,6 @@ class Adapter(HFAdapter):
         if name == "cls.predictions.decoder.bias":
             return "cls.predictions.bias"
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-    def loading_hint(self, path: str) -> str:
-        """How to load a folder that was saved with this adapter."""
-        return f"load it with transformers: AutoModelForMaskedLM.from_pretrained({path!r})"
 
 
 def from_config(config: BertConfig, seed: int = 0) -> Transformer:

@@ -132,8 +132,7 @@ class Adapter(HFAdapter):
         for key, usual in (("attention_bias", True), ("lm_head_bias", False)):
             if keys[key] is usual:
                 del keys[key]
-        names = {"architectures": [self.architecture], "model_type": self.config.model_type}
-        return names | keys | {"activation_function": "gelu_new"}
+        return keys | {"activation_function": "gelu_new"}
 
     @cached_property
     def key_map(self) -> KeyMap:
@@ -173,10 +172,6 @@ class Adapter(HFAdapter):
     def transposed(self, name: str) -> bool:
         """Whether the tensor is stored with its two dimensions exchanged."""
         return bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))
-
-    def loading_hint(self, path: str) -> str:
-        """How to load a folder that was saved with this adapter."""
-        return f"load it with transformers: AutoModelForCausalLM.from_pretrained({path!r})"
 
 
 def from_config(config: GPT2Config, seed: int = 0) -> Transformer:
