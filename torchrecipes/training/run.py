@@ -109,7 +109,9 @@ def start_run(config: Any) -> Run:
     torch.manual_seed(seed + rank)
     if device.type == "cpu":
         tune_malloc()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     processes = f"{world_size} processes" if world_size > 1 else "1 process"
     chosen = f" (precision: {compute.precision})" if compute.precision == "auto" else ""
     settings = ", ".join(f"{key}={value}" for key, value in config.optimizer.args.items())
