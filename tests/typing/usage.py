@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer, verify
-from torchrecipes.data import Corpus, Loader, MLMCollator, PackedDataset, Tokenizer, load_tokenizer, open_corpus
+from torchrecipes.data import Corpus, Loader, MLMCollator, PackedDataset, Tokenizer, load_tokenizer, prepare_corpus
+from torchrecipes.data.sources import files
 from torchrecipes.errors import UserError
 from torchrecipes.losses import linear_cross_entropy, masked_lm_loss
 from torchrecipes.models import load_hf, neobert, save_hf
@@ -19,7 +20,8 @@ from torchrecipes.training.guard import Guard
 
 def train(folder: Path) -> None:
     tokenizer = assert_type(load_tokenizer(folder), Tokenizer)
-    corpus = assert_type(open_corpus(folder / "train"), Corpus)
+    corpus, validation = prepare_corpus(folder, files("text.txt"), tokenizer, validation_fraction=0.1)
+    assert_type(validation, Corpus | None)
     assert tokenizer.pad_id is not None
     dataset = PackedDataset(corpus, 128, tokenizer.pad_id)
     loader = Loader(dataset, MLMCollator(tokenizer, 0.2), seed=0, global_batch_size=8, micro_batch_size=4)

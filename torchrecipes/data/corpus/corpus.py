@@ -143,7 +143,7 @@ class Corpus:
         mean = numbers.tokens / numbers.documents
         if split == "validation" and numbers.documents < FEW_DOCUMENTS:
             lines.append(
-                f"  warning: few validation documents ({numbers.documents}): the loss is noisy. Set data.validation_fraction "
+                f"  warning: few validation documents ({numbers.documents}): noisy loss. Set data.validation_fraction "
                 "higher, or give data.validation_source"
             )
         if seq_len is not None and mean < seq_len / 8:

@@ -88,10 +88,16 @@ class Source(Protocol):
         report: counts of the latest iteration; complete when that has ended.
     """
 
-    name: str
-    num_bytes: int
-    fingerprint: str
     report: ReadStats
+
+    @property
+    def name(self) -> str: ...  # noqa: D102, see above
+
+    @property
+    def num_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents; a second iteration reads them again."""

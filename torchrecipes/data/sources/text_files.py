@@ -77,12 +77,16 @@ class files:
         """Size of all files in bytes as stored."""
         return sum(file.size for file in self.found)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of the arguments that change documents and, for every file, its size and samples of its content.
 
         Folders may be moved, and files renamed as long as their order stays.
         """
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
         options = [READING, self.text_column, self.sample_by, self.columns, self.max_document_chars]
         try:
             described = [(file.format, file.gzipped, content_checksum(file.path)) for file in self.found]
