@@ -11,7 +11,8 @@ from torchrecipes.checkpoint.tensor_files import iterate_shards, save_shards
 from torchrecipes.distributed.fsdp import clip_grad_norm
 from torchrecipes.errors import UserError
 from torchrecipes.models import llama
-from torchrecipes.optim import adamw, adamw_4bit, adamw_8bit, muon
+from torchrecipes.optim import adamw, adamw_4bit, adamw_8bit, muon, weight_decay_groups
+from torchrecipes.optim.cpu_offload_adamw import OffloadedAdamW
 
 
 class Model(nn.Module):
@@ -175,7 +176,16 @@ def test_plain_values_are_never_all_in_memory(tmp_path, make):
     assert again.keys() == tensors.keys() and all(torch.equal(tensors[key], again[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("make", [adamw, adamw_8bit, muon], ids=["adamw", "8bit", "muon"])
+def offloaded(model):
+    settings = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01}
+    return OffloadedAdamW(weight_decay_groups(model, 0.01), **settings)
+
+
+def of_trainable(model):
+    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("make", [adamw, adamw_8bit, adamw_4bit, offloaded, muon, of_trainable])
 def test_frozen_parameters_have_no_state_and_are_not_changed(make):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

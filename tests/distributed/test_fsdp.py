@@ -207,7 +207,7 @@ def test_a_foreign_model_on_the_meta_device_is_refused():
 )
 def test_strategies_that_do_not_suit_the_processes_are_refused(strategy, ranks, code):
     with pytest.raises(UserError) as error:
-        choose_strategy(nn.Linear(4, 4), strategy, CPU, *ranks)
+        choose_strategy(nn.Linear(4, 4), strategy, 1 << 40, *ranks)
     assert (error.value.key, error.value.code) == ("compute.strategy", code)
 
 
@@ -221,9 +221,13 @@ def test_strategies_that_do_not_suit_the_processes_are_refused(strategy, ranks, 
         (64 * 16 - 16, (4, 1), "fsdp"),
     ],
 )
-def test_auto_shards_what_takes_more_than_a_quarter_of_a_device(monkeypatch, memory, ranks, strategy):
-    monkeypatch.setattr(fsdp.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else memory * ranks[1])
-    assert choose_strategy(nn.Linear(4, 4, bias=False), "auto", CPU, *ranks) == strategy
+def test_auto_shards_what_takes_more_than_a_quarter_of_a_device(memory, ranks, strategy):
+    assert choose_strategy(nn.Linear(4, 4, bias=False), "auto", memory, *ranks) == strategy
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(fsdp.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 100)
+    assert fsdp.device_memory(CPU, 4) == 4096 * 25
 
 
 def test_one_process_needs_none_of_it():
@@ -242,3 +246,59 @@ def test_one_process_needs_none_of_it():
     set_grad_sync(model, last=True)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     assert clip_grad_norm(model, 1.0) > 0
+
+
+FOREIGN = """
+import json, sys
+import torch
+from torch import nn
+from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize
+
+class WithLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.embed, self.out = nn.Embedding(9, 6), nn.Linear(6, 9)
+        self.embed.requires_grad_(False)
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for layer in self.model.layers:
+            hidden = hidden + layer(hidden).tanh()
+        return self.out(hidden)
+
+def plain(): return nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 9))
+
+strategy, cpu = sys.argv[1], torch.device("cpu")
+torch.distributed.init_process_group("gloo")
+rank, ids = torch.distributed.get_rank(), torch.arange(18).view(2, 9) % 9
+norms = []
+for make in (WithLayers, plain):
+    grads = []
+    for ranks in (1, 2):
+        torch.manual_seed(0)
+        model = make()
+        if ranks == 2:
+            parallelize(model, strategy, cpu, torch.float32)
+            init_on_device(model, cpu, 0)
+        mine = ids if ranks == 1 else ids[rank : rank + 1]
+        (model(mine).logsumexp(-1).sum() * ranks / 18).backward()
+        norms.append(clip_grad_norm(model, 1e9).item())
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        grads.append({n: g.full_tensor() if ranks == 2 else g for n, g in found.items()})
+    assert grads[0].keys() == grads[1].keys() and ("embed.weight" in grads[0]) is False
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name])
+print(json.dumps(norms))
+torch.distributed.barrier()
+hard_exit(0)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_models_of_any_class_are_sharded_with_frozen_parameters_too(tmp_path, strategy):
+    (tmp_path / "script.py").write_text(FOREIGN)
+    norms = json.loads(ranks.run(tmp_path / "script.py", 2, strategy)[0].splitlines()[-1])
+    assert norms[0::2] == pytest.approx(norms[1::2])
