@@ -42,7 +42,7 @@ def check_corpus_dir(folder: str | Path, source: Source | None = None, validatio
 
     Args:
         folder: as for `prepare_corpus`.
-        source: if given, it is read up to its first document for validation.
+        source: if given, it is read until there is one document for training and one for validation.
         validation_fraction: as for `prepare_corpus`.
 
     Raises:
@@ -52,7 +52,13 @@ def check_corpus_dir(folder: str | Path, source: Source | None = None, validatio
     if not (Path(folder) / "train" / CORPUS_FILE).exists():
         check_writable(folder, key="data.corpus_dir")
         if source is not None:
-            _validation_limit(source, validation_fraction)
+            hashes: set[int] = set()
+            for document in source:
+                hashes.add(_hash(_encode(document)))
+                if len(hashes) > 1 or not validation_fraction:
+                    return
+            require_documents(source, source.report)
+            raise _one_document()
 
 
 def build_corpus(
@@ -144,15 +150,19 @@ def _validation_limit(source: Source, fraction: float) -> int:
         lowest, highest = min(lowest, value), max(highest, value)
     require_documents(source, source.report)
     if lowest == highest:
-        raise UserError(
-            "the source holds one document, so none can be held out for validation",
-            key="data.validation_fraction",
-            hint="Split the text with sample_by: paragraph or line; or hold out its end with two sources, "
-            "torchrecipes.data.sources.text_span stop=0.9 and, as data.validation_source, start=0.9; or give another "
-            "data.validation_source; or train without validation: data.validation_fraction=0 eval_every=null.",
-            code="one_document",
-        )
+        raise _one_document()
     return lowest + 1
+
+
+def _one_document() -> UserError:
+    return UserError(
+        "the source holds one document, so none can be held out for validation",
+        key="data.validation_fraction",
+        hint="Split the text with sample_by: paragraph or line; or hold out its end with two sources, "
+        "torchrecipes.data.sources.text_span stop=0.9 and, as data.validation_source, start=0.9; or give another "
+        "data.validation_source; or train without validation: data.validation_fraction=0 eval_every=null.",
+        code="one_document",
+    )
 
 
 def _hash(text: bytes) -> int:
