@@ -1,4 +1,5 @@
 import gc
+import math
 import threading
 import weakref
 from pathlib import Path
@@ -174,13 +175,13 @@ seq_len=32 global_batch_size=16 max_steps=1 compute.precision=fp32 micro_batch_s
 """
 
 
-def auto(monkeypatch, free, *settings, compute_loss=MLM.compute_loss):
+def auto(monkeypatch, free, *settings, build_model=MLM.build_model, compute_loss=MLM.compute_loss):
     """The number of rows that is found with so many free bytes, and the model that was tried."""
     config = load(MLM.Config, None, [*SETTINGS.split(), *settings])
     monkeypatch.setattr(auto_batch_size, "free_memory", lambda *_: free)
     tokenizer = TokenizerStandIn(512)
-    model = MLM.build_model(config, tokenizer)
-    functions = (MLM.build_model, MLM.build_collator, compute_loss)
+    model = build_model(config, tokenizer)
+    functions = (build_model, MLM.build_collator, compute_loss)
     run = Run(Path("nowhere"), torch.device("cpu"))
     return auto_micro_batch_size(config, tokenizer, *functions, run, model), model
 
@@ -213,3 +214,20 @@ def test_a_model_that_reads_values_trains_with_one_row(monkeypatch):
         return (loss if loss.item() > 0 else -loss), logged
 
     assert auto(monkeypatch, 2**40, compute_loss=compute_loss)[0] == 1
+
+
+def test_a_trial_changes_no_buffer_and_leaves_no_recorded_logits(monkeypatch):
+    def compute_loss(model, batch, config):
+        model.count += 1
+        model.blocks[0].self_attn.max_logits += 1000
+        return MLM.compute_loss(model, batch, config)
+
+    def build_model(config, tokenizer):
+        model = MLM.build_model(config, tokenizer)
+        model.register_buffer("count", torch.zeros(()))
+        model.blocks[0].self_attn.max_logits = torch.full((2,), -math.inf)
+        return model
+
+    _, model = auto(monkeypatch, 2**40, build_model=build_model, compute_loss=compute_loss)
+    assert model.count == 0
+    assert model.blocks[0].self_attn.max_logits.max() == -math.inf

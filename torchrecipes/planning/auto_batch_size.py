@@ -1,6 +1,7 @@
 """`micro_batch_size: auto`: the most rows that fit into the device's memory, by an estimate and one trial."""
 
 import itertools
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,8 +32,8 @@ def auto_micro_batch_size(
     """`config.micro_batch_size`, or for `auto` the largest divisor of the rank's rows that fits into memory.
 
     It is estimated on tensors without data, then confirmed by one forward and backward pass of the real model, whose
-    gradients are cleared. All ranks get the same number. Random number generators are left as they were, so a run that
-    found its number equals a run that was given it, bit for bit.
+    gradients are cleared. All ranks get the same number. Random number generators and the model's buffers are left as
+    they were, so a run that found its number equals a run that was given it, bit for bit.
 
     Args:
         config: a recipe's config.
@@ -48,6 +49,15 @@ def auto_micro_batch_size(
     if config.micro_batch_size != "auto":
         return config.micro_batch_size
     collator = build_collator(config, tokenizer)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def clean_up() -> None:
+        model.zero_grad()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        for module in model.modules():
+            if getattr(module, "max_logits", None) is not None:
+                module.max_logits.fill_(-math.inf)  # those of made-up tokens must not clip the first step
 
     def try_step(rows: int) -> None:
         batch = collator.example_batch(rows, config.seq_len).to(run.device)
@@ -59,7 +69,7 @@ def auto_micro_batch_size(
         _estimated_fit(config, tokenizer, build_model, build_collator, compute_loss, run),
         rows_per_rank=rows_per_rank(config.global_batch_size, run.world_size),
         try_step=try_step,
-        clean_up=model.zero_grad,
+        clean_up=clean_up,
         agree=all_reduce_min,
     )
 
@@ -85,7 +95,7 @@ def find_micro_batch_size(
             wrong.
         rows_per_rank: a rank's rows of an optimizer step.
         try_step: takes a forward and backward pass over so many rows. All ranks call it together.
-        clean_up: clears the gradients, whether or not memory ran out: `model.zero_grad`.
+        clean_up: clears the gradients and whatever else a trial leaves, whether or not memory ran out.
         agree: number -> the smallest of all ranks' numbers (`distributed.collectives.all_reduce_min`).
 
     Raises:
