@@ -321,3 +321,19 @@ def test_a_check_after_loading_adds_to_the_same_list(tmp_path):
     assert [error.key for error in caught.value.problems] == ["optimizer.base", "optimizer.text", "seed"]
     lines = str(caught.value).split("\n")[1:]
     assert [line.rsplit("my.yaml:")[1].split(":")[0] for line in lines] == ["2", "3", "4"]
+
+
+def test_a_best_checkpoint_needs_an_evaluation():
+    @dataclass
+    class Checkpoint:
+        keep_best: str | None = "loss"
+
+    @dataclass
+    class WithCheckpoint:
+        eval_every: Steps | None = 5
+        checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    assert load(WithCheckpoint, None).checkpoint.keep_best == "loss"
+    with pytest.raises(UserError) as caught:
+        load(WithCheckpoint, None, ["eval_every=null"])
+    assert [(error.key, error.code) for error in caught.value.problems] == [("checkpoint.keep_best", "no_evaluation")]

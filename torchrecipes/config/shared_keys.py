@@ -31,6 +31,16 @@ def check_shared_keys(config: Any) -> list[UserError]:
                 code="no_validation_text",
             )
         )
+    checkpoint = getattr(config, "checkpoint", None)
+    if getattr(checkpoint, "keep_best", None) and not getattr(config, "eval_every", True):
+        problems.append(
+            UserError(
+                "nothing is evaluated, so no checkpoint is the best one: eval_every is null",
+                key="checkpoint.keep_best",
+                hint="Set eval_every, or checkpoint.keep_best=null",
+                code="no_evaluation",
+            )
+        )
     precision = str(getattr(getattr(config, "compute", None), "precision", ""))
     if precision.startswith("float8") and config.seq_len % 16:
         problems.append(
