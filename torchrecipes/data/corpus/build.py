@@ -122,12 +122,9 @@ def build_corpus(
                 _tokenize_source(validation_source, tokenizer, validation_writer, HASHES, threads)
         except KeyboardInterrupt:
             saved = sum(len(writer.shards) for writer in writers.values())
-            print(
-                f"\nInterrupted while tokenizing. {saved} complete shards are kept in {folder}; run the same command "
-                "to continue after them.",
-                file=sys.stderr,
-                flush=True,
-            )
+            kept = f"{saved} complete shards are kept in {folder}; run the same command to continue after them."
+            again = "No shard was complete yet; run the same command to start again."
+            print(f"\nInterrupted while tokenizing. {kept if saved else again}", file=sys.stderr, flush=True)
             raise
     return True
 
