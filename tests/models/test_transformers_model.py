@@ -36,7 +36,9 @@ CONFIGS = {
     "mistral": SIZES | {"num_key_value_heads": 2, "sliding_window": 5},
     "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
 }
-CAUSAL = {"gpt2", "llama", "mistral", "qwen3"}
+CONFIGS["gemma3_text"] = CONFIGS["qwen3"] | {"num_hidden_layers": 3, "sliding_window": 5}
+CONFIGS["gemma3_text"] |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+CAUSAL = {"gpt2", "llama", "mistral", "qwen3", "gemma3_text"}
 
 
 def ours(family, **changes):

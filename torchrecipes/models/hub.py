@@ -158,8 +158,10 @@ def load_hf_weights(
         if dropped:
             report(f"{folder}: dropping tensors that the model does not have: {', '.join(sorted(dropped))}")
         if head:
-            report(f"{folder} has no weights for the head: {', '.join(sorted(head))} are initialized with seed {seed}")
-        if head:
+            report(
+                f"{folder} has no weights for the head: {', '.join(sorted(head))} are initialized with seed {seed}. "
+                "Consider training them first, with the other parameters frozen (freeze)"
+            )
             model.init_weights(seed)
         with torch.no_grad():
             for name, target in targets.items():

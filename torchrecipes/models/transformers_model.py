@@ -5,8 +5,10 @@ on selected positions. Packed rows get a block-diagonal mask. Checkpoints are wh
 """
 
 import hashlib
+import importlib.util
 import inspect
 import json
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +23,7 @@ from torchrecipes.models.hf_adapter import HFAdapter, KeyMap
 from torchrecipes.models.stored_tensors import StoredTensor
 from torchrecipes.modules import LMHead
 from torchrecipes.modules.init import copy_full
+from torchrecipes.torchao_import import import_torchao
 
 _DERIVED = (".position_ids", ".token_type_ids", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -44,11 +47,11 @@ def from_transformers(
     try:
         from transformers import CONFIG_MAPPING
     except ImportError:
-        raise UserError(
-            "from_transformers needs transformers",
-            hint="pip install 'torchrecipes[transformers]'",
-            code="missing_package",
-        ) from None
+        hint = "pip install 'torchrecipes[transformers]'"
+        raise UserError("from_transformers needs transformers", hint=hint, code="missing_package") from None
+    if importlib.util.find_spec("torchao"):
+        with suppress(ModuleNotFoundError):  # transformers imports it, too, and lets it print its warnings
+            import_torchao("prototype.mx_formats")
     if path is not None:
         keys = read_json(resolve_model_folder(path) / "config.json") | keys
     model_type = keys.pop("model_type", None)
