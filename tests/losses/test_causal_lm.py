@@ -117,11 +117,7 @@ def _plain(head):
 
 def test_wrong_inputs_are_named():
     hidden, head, labels = make()
-    with pytest.raises(
-        ValueError, match=r"hidden must be \[B, S, D\] and labels \[B, S\], not \[3, 8, 6\] and \[3, 7\]"
-    ):
+    with pytest.raises(ValueError, match=r"\[3, 8, 6\].*\[3, 7\]"):
         causal_lm_loss(hidden, head, labels[:, 1:])
-    with pytest.raises(
-        ValueError, match=r"z_loss must be 0 or more, not -1; label_smoothing must be in \[0, 1\], not 2"
-    ):
+    with pytest.raises(ValueError, match=r"z_loss.*-1.*label_smoothing.*2"):
         causal_lm_loss(hidden, head, labels, z_loss=-1, label_smoothing=2)

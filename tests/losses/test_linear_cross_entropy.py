@@ -227,14 +227,14 @@ def test_second_backward_is_refused():
     hidden, weight, bias, labels = make(6)
     loss = linear_cross_entropy(hidden, weight, labels, bias)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="Call linear_cross_entropy again for each backward"):
+    with pytest.raises(RuntimeError, match="linear_cross_entropy"):
         loss.backward()
 
 
 def test_second_derivative_is_refused():
     hidden, weight, bias, labels = make(6)
     loss = linear_cross_entropy(hidden, weight, labels, bias)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match="linear_cross_entropy"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
@@ -248,9 +248,9 @@ def test_label_out_of_range_is_not_silent_on_cpu(label):
 
 def test_wrong_inputs_are_all_named():
     hidden, weight, bias, labels = make(6)
-    with pytest.raises(ValueError, match=r"\[6, 11\] and \[37, 12\]; labels must be int64 \[6\].*; bias.*; chunk_size"):
+    with pytest.raises(ValueError, match=r"\[6, 11\].*\[37, 12\].*labels.*bias.*chunk_size"):
         linear_cross_entropy(hidden[:, :11], weight, labels.int(), bias[:5], chunk_size=0)
-    with pytest.raises(ValueError, match=r"hidden is torch.bfloat16 and weight is torch.float32. Use torch"):
+    with pytest.raises(ValueError, match=r"hidden.*torch.bfloat16.*weight.*torch.float32"):
         linear_cross_entropy(hidden.bfloat16(), weight, labels)
 
 

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and a table of an optimizer's groups to read before a long run."""
+"""Parameter groups for weight decay, and a table of an optimizer's groups."""
 
 import re
 
@@ -7,22 +7,20 @@ from torch import nn
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Splits the trainable parameters of `model` into those that weight decay shrinks and those that it must not.
+    """Splits the trainable parameters of `model` into one group with weight decay and one without.
 
-    Decayed are matrices, that is parameters of two or more dimensions, unless they are embeddings, belong to a norm or
-    are biases. An embedding is what belongs to an `nn.Embedding`, `nn.EmbeddingBag` or a module whose class name says
-    Embedding, and a parameter that is itself named so (`position_embedding`). A parameter that several modules share
-    counts as embedding, norm or bias if it is one for any of them: a tied output layer is an embedding, an untied one
-    is a matrix. Parameters with `requires_grad=False` are left out.
+    Matrices, that is parameters of two or more dimensions, are decayed; embeddings, norms and biases are not. An
+    embedding is a parameter of an `nn.Embedding`, an `nn.EmbeddingBag` or a module with Embedding in its class name,
+    and one whose own name says so (`position_embedding`). A parameter that several modules share is exempt if it is for
+    any of them: a tied output layer is an embedding, an untied one is a matrix.
 
     Args:
-        model: any module, sharded or not, from this library or not.
+        model: any module, sharded or not.
         weight_decay: of the first group; that of the second is 0.
 
     Returns:
-        At most two groups for a `torch.optim` optimizer, a group without parameters being left out: each has `params`,
-        a list of (name, parameter) in the model's order, so that the optimizer keeps the names as `param_names`, and
-        `weight_decay`.
+        One or two groups for a `torch.optim` optimizer (an empty one is left out): each has `weight_decay` and
+        `params`, (name, parameter) pairs in the model's order, so that the optimizer keeps the names as `param_names`.
     """
     exempt = set()
     for module in model.modules():
@@ -37,15 +35,15 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def describe_param_groups(optimizer: torch.optim.Optimizer) -> str:
-    """The groups of `optimizer` as text: learning rate, decay and size of each, then its parameters.
+    """The groups of `optimizer` as text: learning rate, weight decay and size of each, and its parameters.
 
     Parameters whose names differ in numbers only (the layers of a model) share a line:
 
         group 1: lr 0.001, weight_decay 0.01, 36 tensors, 9,437,184 parameters
             blocks.*.attention.qkv_proj.weight   [768, 256]    6 x 196,608
 
-    The learning rate is the peak one (`initial_lr`) where a schedule has been at work. Names are there if the optimizer
-    was given named parameters.
+    The learning rate is the peak (`initial_lr`) if there is a scheduler. Names are shown if the optimizer was given
+    named parameters.
     """
     lines = []
     for number, group in enumerate(optimizer.param_groups, start=1):
