@@ -5,6 +5,7 @@ milliseconds, Python and torch take seconds.
 """
 
 import atexit
+import importlib
 import json
 import os
 import select
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 SERVER = r"""
 import array, atexit, json, os, runpy, socket, sys, traceback, warnings
@@ -177,9 +178,18 @@ def run(script: Path, world_size: int, *args: object, local_world_size: int | No
     return [out for _, out, _ in results]
 
 
-def spawn(function: Callable, *args: object, world_size: int = 2) -> None:
-    """Calls `function(rank, *args)` in a new process per rank, without a GPU."""
-    import torch.multiprocessing
+def call(function: Callable, *args: object, world_size: int = 2) -> list[Any]:
+    """What `function(*args)`, of a test module, returns on every rank; arguments and results are JSON values."""
+    outputs = run(Path(__file__), world_size, function.__module__, function.__name__, json.dumps(args))
+    return [json.loads(out.splitlines()[-1]) for out in outputs]
 
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
-        torch.multiprocessing.spawn(function, args, nprocs=world_size)
+
+if __name__ == "__main__":
+    import torch.distributed as dist
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    dist.init_process_group("gloo")
+    result = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(*json.loads(sys.argv[3]))
+    print(json.dumps(result), flush=True)
+    dist.barrier()
+    os._exit(0)  # gloo's threads sometimes abort a process whose interpreter is being torn down

@@ -1,9 +1,7 @@
-import os
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -166,8 +164,8 @@ def test_a_device_without_float8_is_refused(precision, monkeypatch):
         assert error.value.code == "no_float8" and "NVIDIA L4 has 8.9" in str(error.value)
 
 
-def two_ranks(rank, store, answers):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def two_ranks():
+    found = []
     for precision, dtype in (("float8", None), ("float8_rowwise", None), ("float8", torch.bfloat16)):
         alone, model = neobert(vocab_size=64, **SIZES), neobert(vocab_size=64, **SIZES)
         for each in (alone, model):
@@ -179,20 +177,16 @@ def two_ranks(rank, store, answers):
         fully_shard(model, mp_policy=policy, reshard_after_forward=False)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
             halves = [loss_of(alone, half) for half in TOKENS.chunk(2)]  # a rank's scales are of its own rows
-            loss = loss_of(model, TOKENS.chunk(2)[rank])
+            loss = loss_of(model, TOKENS.chunk(2)[torch.distributed.get_rank()])
         (sum(halves) / 2).backward()
         loss.backward()
         pairs = zip(model.parameters(), alone.parameters(), strict=True)
         errors = [((p.grad.full_tensor() - q.grad).norm() / q.grad.norm()).item() for p, q in pairs]
-        answers.put(max(errors))
-    dist.barrier()
-    os._exit(0)  # gloo's threads sometimes abort a process whose interpreter is being torn down
+        found.append(max(errors))
+    return found
 
 
-def test_sharded_over_two_ranks(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    ranks.spawn(two_ranks, str(tmp_path / "store"), answers)
-    errors = [answers.get() for _ in range(6)]
-    assert max(errors[:4]) < 1e-6
-    assert max(errors[4:]) < 0.2  # gathered weights are rounded to bf16 before they are to float8
+def test_sharded_over_two_ranks():
+    for *exact, rounded in ranks.call(two_ranks):
+        assert max(exact) < 1e-6
+        assert rounded < 0.2  # gathered weights are rounded to bf16 before they are to float8
