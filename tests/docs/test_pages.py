@@ -20,6 +20,9 @@ from torchrecipes.cli.main import VERBS, main
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import Component, load, to_yaml
 from torchrecipes.config.catalog import builtin_recipes, find_recipe
+from torchrecipes.data.sources import files
+from torchrecipes.data.tokenizers import train_wordpiece
+from torchrecipes.models import neobert, save_hf
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -76,6 +79,13 @@ def write_files_of_snippets(folder):
                 (folder / named[1]).write_text(code)
 
 
+def save_small_model(folder):
+    """A model folder for commands that begin with trained weights."""
+    Path("text.txt").write_text("a few words to train a tokenizer on")
+    tokenizer = train_wordpiece(files("text.txt"), vocab_size=64)
+    save_hf(neobert("tiny", vocab_size=tokenizer.vocab_size), folder, tokenizer)
+
+
 @pytest.mark.parametrize("words", list(commands()))
 def test_commands_exist_and_their_settings_are_right(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -84,6 +94,10 @@ def test_commands_exist_and_their_settings_are_right(words, tmp_path, monkeypatc
     assert verb in VERBS
     for name in [word for word in rest if word.endswith((".py", ".yaml")) and verb in ("run", "validate")]:
         main(["cp", "mlm_pretrain" if name.endswith(".py") else "neobert/small", name])
+    for folder in re.findall(r"init_from=(\S+)", " ".join(rest)):
+        save_small_model(folder)
+    if "WandB" in " ".join(rest):
+        pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
     if verb in ("ls", "cat", "cp"):
         assert main(words) == 0, capsys.readouterr().err
     elif verb in ("run", "validate"):
