@@ -8,6 +8,7 @@ from torch import nn
 
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer, KeepBest, verify
 from torchrecipes.errors import UserError
+from torchrecipes.models import load_hf_weights
 
 
 class Training:
@@ -90,12 +91,15 @@ def test_an_evaluation_without_a_checkpoint_is_not_recorded(tmp_path):
     assert training.best == 1
 
 
-def test_the_link_names_a_checkpoint_to_resume_from_in_another_folder(tmp_path):
+def test_another_run_resumes_or_starts_from_the_link(tmp_path):
     Training(tmp_path / "run").evaluate(3.0, 1.0, 5.0)
     best = tmp_path / "run" / "checkpoints" / "best"
     assert verify(best) == []
     other = Training(tmp_path / "other", resume=str(best))
     assert other.step == 2 and other.model.weight[0, 0] == 1.0
+    fresh = nn.Linear(2, 1, bias=False)
+    load_hf_weights(fresh, best)  # as init_from does
+    assert fresh.weight[0, 0] == 1.0
     with pytest.raises(UserError) as error:  # in the same folder it would mix two runs
         Training(tmp_path / "run", resume=str(best))
     assert error.value.code == "newer_checkpoints"

@@ -16,16 +16,20 @@ loggers                    `TensorBoard`, `WandB`
 
 from torchrecipes.training.activation_checkpointing import oom_hint
 from torchrecipes.training.duration import resolve_max_steps
+from torchrecipes.training.ema import EMA
 from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
 from torchrecipes.training.graceful_stop import GracefulStop
+from torchrecipes.training.guard import Guard
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
 from torchrecipes.training.run import ComputeConfig, start_run
 from torchrecipes.training.setup import setup_model
 
 __all__ = [
+    "EMA",
     "ComputeConfig",
     "ExpertBalance",
     "GracefulStop",
+    "Guard",
     "LogConfig",
     "MetricLogger",
     "oom_hint",
