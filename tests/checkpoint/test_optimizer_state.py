@@ -222,3 +222,14 @@ def test_frozen_parameters_have_no_state_and_are_not_changed(make):
     with pytest.raises(UserError) as error:
         unflatten_optimizer(tensors.items(), description, make(thawed), thawed, "here")
     assert error.value.code == "other_optimizer"
+
+
+def test_a_restored_state_is_described_by_the_same_bytes():
+    model = nn.ParameterDict({"scale": torch.ones(()), "weight": torch.ones(3)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    (model["scale"] * model["weight"]).sum().backward()
+    optimizer.step()
+    tensors, description = flatten_optimizer(optimizer, model)
+    other = torch.optim.AdamW(model.parameters())
+    unflatten_optimizer(reversed(tensors.items()), description, other, model, "there")  # files have their own order
+    assert json.dumps(flatten_optimizer(other, model)[1]) == json.dumps(description)

@@ -44,7 +44,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
         for number, group in enumerate(optimizer.param_groups)
     ]
     kind = type(optimizer).__name__
-    return tensors, {"class": kind, "groups": groups, "values": values, "scalars": scalars}
+    return tensors, {"class": kind, "groups": groups, "values": values, "scalars": sorted(scalars)}
 
 
 def check_same_optimizer(description: dict, optimizer: torch.optim.Optimizer, model: nn.Module, where: str) -> None:
