@@ -113,7 +113,6 @@ def main(config: Config) -> None:
     lr_scheduler = build(config.lr_scheduler, optimizer=optimizer, max_steps=max_steps)
     ema = build(config.ema, model=model)
     balance = ExpertBalance(model, config.router_bias_update_rate)  # a dense model has nothing to balance
-
     order = {"seed": config.seed, "shuffle": config.data.shuffle, "num_workers": config.data.num_workers}
     sizes = {"global_batch_size": config.global_batch_size, "micro_batch_size": config.micro_batch_size}
     loader = Loader(text.train, collator, **order, **sizes, **run.placement)
@@ -148,16 +147,24 @@ def main(config: Config) -> None:
         results = evaluate_causal(model, batches, tokenizer.unpadded_vocab_size, baseline, run.autocast)
         return metrics.log_eval(step, name, results)
 
+    def evaluate_all() -> None:
+        results = evaluate("validation")
+        if ema:
+            with ema.averaged():
+                results |= evaluate("validation_ema")
+        checkpointer.record_metrics(step, results)
+
     def sample() -> None:
         options = {"max_new_tokens": config.sample_tokens, "seed": step, "autocast": run.autocast}
         metrics.log_samples(step, generate_text(model, tokenizer, config.sample_prompts, **options))
 
     guard.log_fn = metrics.print
     with checkpointer, metrics, GracefulStop() as stop, oom_hint(loader.micro_batch_size):
-        if config.eval_every and step == 0:
+        last = "validation_ema" if ema else "validation"  # is missing at the start, and after an interruption
+        is_due = config.eval_every and (step % config.eval_every == 0 or step == max_steps)
+        if is_due and not metrics.is_evaluated(step, last):
             with metrics.exclude_time():
-                evaluate("validation")
-
+                evaluate_all()
         stopped = stop.agreed()
         while step < max_steps and not stopped:
             step += 1
@@ -173,7 +180,6 @@ def main(config: Config) -> None:
                 logged.append(sums)
                 balance.add(model)
             sums = sum_over_ranks(logged)
-
             grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
             lr = optimizer.param_groups[0]["lr"]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)
@@ -183,9 +189,7 @@ def main(config: Config) -> None:
             if ema:
                 ema.update()
             metrics.update(sums, num_targets, skipped)
-
-            # The order matters: log, guard, save, evaluate. Only a checked step is saved, and an evaluation that fails
-            # loses nothing.
+            # In this order: only a checked step is saved, and an evaluation that fails loses nothing.
             stopped = stop.agreed()  # the signal's number, the same on all ranks
             is_last = stopped or step == max_steps
             eval_now = config.eval_every and not stopped and (is_last or step % config.eval_every == 0)
@@ -202,11 +206,7 @@ def main(config: Config) -> None:
                 if is_last:
                     checkpointer.wait(final=True)
                 if eval_now:
-                    results = evaluate("validation")
-                    if ema:
-                        with ema.averaged():
-                            results |= evaluate("validation_ema")
-                    checkpointer.record_metrics(step, results)
+                    evaluate_all()
                 if config.sample_every and not stopped and (is_last or step % config.sample_every == 0):
                     sample()
 

@@ -142,12 +142,20 @@ def main(config: Config) -> None:
         results = evaluate_mlm(model, batches, tokenizer.unpadded_vocab_size, baseline, run.autocast)
         return metrics.log_eval(step, name, results)
 
+    def evaluate_all() -> None:
+        results = evaluate("validation")
+        if ema:
+            with ema.averaged():
+                results |= evaluate("validation_ema")
+        checkpointer.record_metrics(step, results)
+
     guard.log_fn = metrics.print
     with checkpointer, metrics, GracefulStop() as stop, oom_hint(loader.micro_batch_size):
-        if config.eval_every and step == 0:
+        last = "validation_ema" if ema else "validation"  # is missing at the start, and after an interruption
+        is_due = config.eval_every and (step % config.eval_every == 0 or step == max_steps)
+        if is_due and not metrics.is_evaluated(step, last):
             with metrics.exclude_time():
-                evaluate("validation")
-
+                evaluate_all()
         stopped = stop.agreed()
         while step < max_steps and not stopped:
             step += 1
@@ -162,7 +170,6 @@ def main(config: Config) -> None:
                 (loss * (run.world_size / num_targets)).backward()  # gradients are averaged over the processes
                 logged.append(sums)
             sums = sum_over_ranks(logged)
-
             grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
             lr = optimizer.param_groups[0]["lr"]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)
@@ -171,9 +178,7 @@ def main(config: Config) -> None:
             if ema:
                 ema.update()
             metrics.update(sums, num_targets, skipped)
-
-            # The order matters: log, guard, save, evaluate. Only a checked step is saved, and an evaluation that fails
-            # loses nothing.
+            # In this order: only a checked step is saved, and an evaluation that fails loses nothing.
             stopped = stop.agreed()  # the signal's number, the same on all ranks
             is_last = stopped or step == max_steps
             eval_now = config.eval_every and not stopped and (is_last or step % config.eval_every == 0)
@@ -190,11 +195,7 @@ def main(config: Config) -> None:
                 if is_last:
                     checkpointer.wait(final=True)
                 if eval_now:
-                    results = evaluate("validation")
-                    if ema:
-                        with ema.averaged():
-                            results |= evaluate("validation_ema")
-                    checkpointer.record_metrics(step, results)
+                    evaluate_all()
 
     if stopped and step < max_steps:
         print(f"stopped after step {step}, saved {checkpointer.saved}. Run the same command to resume.")

@@ -251,6 +251,23 @@ def test_a_finished_run_is_not_trained_again(train, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_an_evaluation_that_was_interrupted_is_made_on_resuming(train):
+    best = "checkpoint.keep_best={metric: eval/validation_ema/loss, mode: max}"
+    settings = ["eval_every=8", best, "ema._component_=torchrecipes.training.ema.EMA"]
+    folder = train("interrupted", *settings)
+    metrics, link = folder / "metrics.jsonl", folder / "checkpoints" / "best"
+    complete = metrics.read_text().splitlines()
+    assert json.loads(complete[-1])["step"] == STEPS and "eval/validation_ema/loss" in complete[-1]
+    metrics.write_text("\n".join(complete[:-2]) + "\n")
+    (folder / "checkpoints" / "best.json").unlink()
+    link.unlink()
+    train("interrupted", *settings)
+    assert metrics.read_text().splitlines() == complete
+    assert link.readlink().name == f"step-{STEPS:08d}"
+    train("interrupted", *settings)  # nothing is missing now
+    assert metrics.read_text().splitlines() == complete
+
+
 def test_evaluation_does_not_change_training(train):
     assert_same_weights(train("with", "eval_every=2", *BERT), train("without", "eval_every=null", *BERT))
 

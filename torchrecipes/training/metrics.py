@@ -79,6 +79,7 @@ class MetricLogger:
         self.peak_flops = peak_flops and peak_flops * collectives.world_size()
         self.path = Path(run.output_dir) / "metrics.jsonl"
         self._open_file(first_step)
+        self._evaluated = set(collectives.run_on_rank0_and_broadcast(lambda: _evaluations(self.path)))
         self.sums: dict[str, Tensor] = {}
         self.targets = torch.zeros((), device=run.device)
         self.first_step, self.begun = first_step, 0
@@ -200,6 +201,10 @@ class MetricLogger:
         self.print(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
         return named
 
+    def is_evaluated(self, step: int, name: str) -> bool:
+        """Whether a run before this one has logged the evaluation `name` of `step`; the same on all ranks."""
+        return (step, name) in self._evaluated
+
     def log_samples(self, step: int, samples: Sequence[Any]) -> None:
         """Shows generated text (objects with `prompt` and `text`) and appends it to `<output_dir>/samples.jsonl`."""
         if not self.is_main:
@@ -280,6 +285,12 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_atomically(path, kept)
+
+
+def _evaluations(path: Path) -> list[tuple[int, str]]:
+    """(Step, name) of the evaluations in the file."""
+    lines = map(json.loads, path.read_bytes().splitlines())
+    return sorted({(line["step"], key.split("/")[1]) for line in lines for key in line if key.startswith("eval/")})
 
 
 def _clock(seconds: float) -> str:
