@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SERVER = r"""
 import array, atexit, json, os, runpy, socket, sys, traceback, warnings
 
@@ -137,6 +139,8 @@ class Process:
 
 def start(script: Path, world_size: int, *args: object, local_world_size: int | None = None) -> list[Process]:
     """Starts `python script *args` once per rank, with the environment that torchrun would give it."""
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("needs Linux")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
