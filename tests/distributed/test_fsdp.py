@@ -230,6 +230,15 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch):
     assert fsdp.device_memory(CPU, 4) == 4096 * 25
 
 
+def test_a_parameter_without_dimensions_is_refused_by_name():
+    model = nn.ParameterDict({"scale": torch.ones(())})
+    assert choose_strategy(model, "auto", 2**40, 1, 1) == "none"
+    with pytest.raises(UserError) as error:
+        choose_strategy(model, "auto", 2**40, 2, 2)
+    assert (error.value.code, error.value.key) == ("scalar_parameter", "model")
+    assert "scale" in str(error.value)
+
+
 def test_one_process_needs_none_of_it():
     with torch.device("meta"):
         model = neobert(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)

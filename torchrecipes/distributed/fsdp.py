@@ -107,6 +107,14 @@ def choose_strategy(model: nn.Module, strategy: str, memory: int, world_size: in
         raise refused("hsdp needs several processes on every node", "Use fsdp or ddp.")
     if world_size == 1:
         return "none"
+    scalar = next((name for name, parameter in model.named_parameters() if parameter.dim() == 0), None)
+    if scalar:
+        raise UserError(
+            f"{scalar} is a parameter without dimensions, which several processes cannot share",
+            key="model",
+            hint="Give it the shape [1].",
+            code="scalar_parameter",
+        )
     if strategy != "auto":
         return strategy
     if BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()) < SHARE_FOR_DDP * memory:
