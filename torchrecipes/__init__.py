@@ -3,4 +3,4 @@
 Importing this package costs nothing: its parts are imported by name.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+import torchrecipes
 from torchrecipes.cli import main as cli
 from torchrecipes.errors import UserError
 
@@ -66,7 +67,7 @@ def test_the_overview_names_every_verb(words, capsys):
 
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == "torchrecipes 0.1.0\n"
+    assert capsys.readouterr().out == f"torchrecipes {torchrecipes.__version__}\n"
 
 
 def test_an_unknown_verb_gets_a_suggestion(capsys):

@@ -20,12 +20,15 @@ def tune_style(installed: Path, folder: Path, *words: str) -> subprocess.Complet
 def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(installed):
     (wheel,) = installed.parent.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"torchrecipes", "torchrecipes-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "torchrecipes",
+        f"torchrecipes-{torchrecipes.__version__}.dist-info",
+    }
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
     shipped = {path.relative_to(CHECKOUT / "recipes").as_posix() for path in (CHECKOUT / "recipes").rglob("*.*")}
     in_wheel = {name.removeprefix("torchrecipes/_recipes/") for name in names if "/_recipes/" in name}
     assert in_wheel == {name for name in shipped if name.endswith((".py", ".yaml"))}
-    assert "torchrecipes-0.1.0.dist-info/licenses/LICENSE" in names
+    assert f"torchrecipes-{torchrecipes.__version__}.dist-info/licenses/LICENSE" in names
 
 
 def test_ls_cat_and_cp_from_the_installed_package(installed, tmp_path):

@@ -248,5 +248,6 @@ def test_edits_of_a_recipe_are_valid(code, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_recipe.py").write_text(recipe_with("mlm_pretrain", code))
     words = ["my_recipe.py", "--config", "neobert/small", "data.source.path=texts"]
     assert main(["validate", *words]) == 0, capsys.readouterr().err
-    words += ["max_steps=10", "epochs=null", "--device", "cpu"]
-    assert main(["estimate", *words]) == 0, capsys.readouterr().err
+    if "class Net" in code:  # seconds: one of them is enough
+        words += ["max_steps=10", "epochs=null", "--device", "cpu"]
+        assert main(["estimate", *words]) == 0, capsys.readouterr().err
