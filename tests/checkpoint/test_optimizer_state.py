@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
 from torchrecipes.checkpoint.optimizer_state import flatten_optimizer, like_stored, unflatten_optimizer
 from torchrecipes.checkpoint.tensor_files import iterate_shards, save_shards
@@ -233,3 +234,10 @@ def test_a_restored_state_is_described_by_the_same_bytes():
     other = torch.optim.AdamW(model.parameters())
     unflatten_optimizer(reversed(tensors.items()), description, other, model, "there")  # files have their own order
     assert json.dumps(flatten_optimizer(other, model)[1]) == json.dumps(description)
+
+
+def test_the_step_count_of_a_parameter_with_one_element_is_not_sharded_like_it():
+    model = nn.ParameterDict({"one": torch.ones(1, device="meta")})  # in the place of a sharded parameter
+    stored = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([1]), [])
+    assert like_stored("exp_avg.one", stored, model, ["step.one"]).device.type == "meta"
+    assert like_stored("step.one", stored, model, ["step.one"]).device.type == "cpu"

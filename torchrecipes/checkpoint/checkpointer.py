@@ -360,7 +360,8 @@ class Checkpointer:
         check_same_architecture(path, self.model)
         check_same_optimizer(stored["optimizer"], self.optimizer, self.model, str(path))
         self._load_model(path)
-        tensors = iterate_shards(path / "optimizer", lambda key, meta: like_stored(key, meta, self.model))
+        scalars = stored["optimizer"]["scalars"]
+        tensors = iterate_shards(path / "optimizer", lambda key, meta: like_stored(key, meta, self.model, scalars))
         scheduled = any(isinstance(obj, LRScheduler) for obj in self.state.values())
         unflatten_optimizer(tensors, stored["optimizer"], self.optimizer, self.model, str(path), scheduled)
         self._load_state(path, stored["state"])

@@ -4,7 +4,7 @@
 name does not, so state that belongs to no parameter is refused.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -80,16 +80,17 @@ def check_same_optimizer(description: dict, optimizer: torch.optim.Optimizer, mo
         )
 
 
-def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module) -> Tensor:
+def like_stored(key: str, stored: TensorStorageMetadata, model: nn.Module, scalars: Collection[str] = ()) -> Tensor:
     """An empty tensor to read a stored one into, sharded like its parameter if it has the parameter's shape.
 
     Args:
         key: `<kind>.<parameter>`.
         stored: its shape and dtype.
         model: has the parameter.
+        scalars: keys of tensors without dimensions, which are stored with one; they are never sharded.
     """
     parameter = model.get_parameter(key.partition(".")[2])
-    if parameter.shape == stored.size:
+    if parameter.shape == stored.size and key not in scalars:
         return torch.empty_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
     return torch.empty(stored.size, dtype=stored.properties.dtype)
 
