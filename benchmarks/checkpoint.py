@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: written at once, and copied to memory and written meanwhile.
+"""Time that training pauses for a checkpoint: written synchronously, and copied to memory and written in a thread.
 
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --rounds 5 --folder /fast/disk

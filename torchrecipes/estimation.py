@@ -1,4 +1,4 @@
-"""Which device's kernels a model runs: those of its tensors, or those of the device that an estimate is for.
+"""The device whose kernels a model runs: that of its tensors, or the one that an estimate is for.
 
 An estimate runs a model on fake CPU tensors, whichever device it is for: PyTorch built without CUDA has no fake CUDA
 tensors that autograd accepts. Code that differs between devices asks `kernel_device` instead of `x.device.type`.

@@ -1,4 +1,4 @@
-"""`manifest.json`: a checkpoint's files with sizes and checksums, from which `verify` tells whether it is valid."""
+"""`manifest.json`: a checkpoint's files with sizes and checksums, which `verify` checks."""
 
 import json
 import os

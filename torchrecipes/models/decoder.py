@@ -1,4 +1,4 @@
-"""What the families with RMSNorm, RoPE and SwiGLU share: checks, blocks, and their Hugging Face layout.
+"""Shared parts of the families with RMSNorm, RoPE and SwiGLU: checks, blocks, and their Hugging Face layout.
 
 The layout is that of LLaMA in `transformers`; NeoBERT, an encoder, has it as well.
 """

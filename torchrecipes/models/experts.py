@@ -1,4 +1,4 @@
-"""What the families with mixtures of experts share: checks, and the Hugging Face layout of stacked experts."""
+"""Shared parts of the families with mixtures of experts: checks, and the Hugging Face layout of stacked experts."""
 
 import re
 from itertools import islice

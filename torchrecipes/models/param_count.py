@@ -1,4 +1,4 @@
-"""How many of a model's parameters compute for one token."""
+"""Counts the parameters of a model that compute for one token."""
 
 from torch import nn
 

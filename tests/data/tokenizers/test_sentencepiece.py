@@ -1,4 +1,4 @@
-"""SentencePiece models: the same ids as the sentencepiece library, and what masked language modelling adds."""
+"""SentencePiece models: the same ids as the sentencepiece library, and what masked language modeling adds."""
 
 import io
 import pydoc_data.topics
@@ -140,7 +140,7 @@ def test_user_symbols_are_whole_wherever_they_are(trained, kind):
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_tokens_that_masked_language_modelling_needs(trained, kind):
+def test_tokens_that_masked_language_modeling_needs(trained, kind):
     _, hf, plain = trained(kind, "default")
     assert (plain.cls_id, plain.sep_id, plain.bos_id, plain.eos_id) == (1, 2, 1, 2) and plain.unk_id == 0
     assert (plain.pad_id, plain.mask_id) == (900, 901)  # behind the model's own

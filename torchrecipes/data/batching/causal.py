@@ -1,4 +1,4 @@
-"""Causal language modelling: the label of every token is the next one.
+"""Causal language modeling: the label of every token is the next one.
 
 A document that continues in the next row has its next token there, so nothing is lost at the end of a row. What follows
 a document's last token is the end-of-sequence token, whether or not the corpus has it: documents made by a tokenizer
@@ -17,7 +17,7 @@ IGNORED = -100  # the label of a token that has nothing to predict
 
 
 class CausalLMCollator:
-    """Makes batches for causal language modelling, from rows with `lookahead=1`.
+    """Makes batches for causal language modeling, from rows with `lookahead=1`.
 
     Args:
         eos_id: what the last token of a document has to predict, unless it is that token itself.

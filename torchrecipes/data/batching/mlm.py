@@ -1,4 +1,4 @@
-"""Masked language modelling: chooses and hides the tokens to predict (Devlin et al. 2018, 1810.04805, section 3.1).
+"""Masked language modeling: chooses and hides the tokens to predict (Devlin et al. 2018, 1810.04805, section 3.1).
 
 1. Every row has a 64-bit key; everything drawn for it is a function of that key and the position, computed for the
    batch at once. There is no generator with a state.
@@ -49,7 +49,7 @@ class MLMCollator:
             )
         if tokenizer.mask_id is None:
             raise UserError(
-                "the tokenizer has no mask token, so it cannot be used for masked language modelling",
+                "the tokenizer has no mask token, so it cannot be used for masked language modeling",
                 key="tokenizer",
                 code="no_mask_token",
             )

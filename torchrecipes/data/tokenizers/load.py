@@ -22,7 +22,7 @@ def load_tokenizer(
             `vocab.txt`, or a SentencePiece `.model`; to the latter `[CLS]`, `[SEP]`, `[PAD]` and `[MASK]` are added
             where it has none (its begin- and end-of-sentence tokens are `[CLS]` and `[SEP]` where it has these).
         pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this. 1: not padded.
-        required: roles that must be filled. None: `("mask", "pad")`, which masked language modelling needs, or
+        required: roles that must be filled. None: `("mask", "pad")`, which masked language modeling needs, or
             `("eos",)` with `causal`.
         causal: for a model that predicts the next token. Whatever the tokenizer's own form of a document is, it becomes
             `eos text`, or `bos text eos` where there are both. The eos token pads where there is no padding token.

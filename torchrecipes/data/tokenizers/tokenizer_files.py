@@ -303,7 +303,7 @@ def _read_sentencepiece(path: Path, causal: bool) -> TokenizerFiles:
     if causal:
         roles = {role: special_token(names[role]) for role in ("bos", "eos", "pad", "unk") if role in names}
         return TokenizerFiles(backend, roles)
-    # What masked language modelling needs and the model lacks gets BERT's names, after the model's own ids. The mask
+    # What masked language modeling needs and the model lacks gets BERT's names, after the model's own ids. The mask
     # takes the blank before it along: "a [MASK] b" is then "a word b" with the word masked.
     roles = {role: special_token(name) for role, name in names.items()}
     for role in ("cls", "sep", "pad", "mask"):
