@@ -171,7 +171,7 @@ def main(config: Config) -> None:
                 logged.append(sums)
             sums = sum_over_ranks(logged)
             grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
-            lr = optimizer.param_groups[0]["lr"]
+            lr = lr_scheduler.get_last_lr()[0]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)
             optimizer.zero_grad()
             lr_scheduler.step()

@@ -64,7 +64,7 @@ def format_user_error(error: BaseException) -> str | None:
         detail = str(error).split("\n", 1)[0]
         what = f"Out of memory{' on the GPU' if gpu else ''}{f' ({detail})' if detail else ''}."
         return (
-            f"{what} Lower micro_batch_size first, or --batch-size where there is none (same result), "
+            f"{what} Lower micro_batch_size first, or --batch-size where there is none, "
             "then seq_len or the model's size."
         )
     return None
