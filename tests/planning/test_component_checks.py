@@ -185,3 +185,14 @@ def test_the_model_of_a_folder_is_checked(tmp_path):
     save_hf(model, tmp_path / "model")
     folder = f"init_from={tmp_path / 'model'}"
     assert ("tokenizer", "not_found") not in problems(tmp_path, folder, "seq_len=64")
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("optimizer=torch.optim.LBFGS", "optimizer"),
+        ("lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "lr_scheduler"),
+    ],
+)
+def test_what_the_loop_cannot_step_is_refused(tmp_path, setting, key):
+    assert problems(tmp_path, setting) == [(key, "step_needs_arguments")]

@@ -332,6 +332,17 @@ def test_starts_from_a_run_or_a_checkpoint(train, inside):
     assert start["eval/validation/loss"] == pytest.approx(end["eval/validation/loss"], abs=1e-5)
 
 
+def test_a_model_without_an_adapter_starts_from_its_run(train):
+    """The folder has no config.json: the padded vocabulary is that of its tokenizer."""
+    own = "model={_component_: tests.recipes.components.Plain}"
+    first = train("first", own, "tokenizer.vocab_size=300", "data.corpus_dir=null")
+    settings = train.config.read_text()
+    train.config.write_text(settings[: settings.index("tokenizer:")] + settings[settings.index("data:") :])
+    second = train("second", own, f"init_from={first}", "data.corpus_dir=null", "optimizer.lr=1e-9")
+    assert weights(second)["embedding.weight"].shape == weights(first)["embedding.weight"].shape
+    assert torch.allclose(weights(second)["embedding.weight"], weights(first)["embedding.weight"], atol=1e-4)
+
+
 def command(train, run, corpus, *overrides):
     return [
         *(sys.executable, "-m", "torchrecipes.cli.main", "run", "mlm_pretrain", "--config", str(train.config)),

@@ -9,6 +9,7 @@ from torchrecipes.cli import run
 MEANINGS = {  # of the parts of a rank's memory
     "weights": "fp32",
     "optimizer": "its state",
+    "ema": "averaged weights",
     "gradients": "at the peak, and temporary tensors of the backward pass",
     "activations": "kept for the backward pass",
     "loss": "logits of a chunk, gradients that the loss computes in the forward pass",

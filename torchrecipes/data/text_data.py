@@ -9,7 +9,8 @@ from torchrecipes.config import Component, build, component
 from torchrecipes.config.metadata import Count, Fraction, MayChange
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.corpus import check_corpus_dir, prepare_corpus
-from torchrecipes.data.tokenizers import Tokenizer, load_tokenizer
+from torchrecipes.data.tokenizers import Tokenizer
+from torchrecipes.data.tokenizers.load import load_model_tokenizer
 from torchrecipes.distributed.collectives import rank0_first
 from torchrecipes.errors import UserError
 from torchrecipes.model_folder import resolve_model_folder
@@ -58,7 +59,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
     with rank0_first("tokenizer and corpus"):
         check_corpus_dir(corpus_dir, source, 0 if validation_source else data.validation_fraction)
         if config.tokenizer is None:
-            made = load_tokenizer(resolve_model_folder(config.init_from), pad_vocab_to_multiple_of=1, causal=causal)
+            made = load_model_tokenizer(resolve_model_folder(config.init_from), causal)
         else:
             made = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer", causal=causal)
         corpora = prepare_corpus(

@@ -77,7 +77,7 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
                 problem = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
                 problems.append(UserError(problem, key=key, code="component_failed"))
 
-    model = optimizer = None
+    model = optimizer = scheduler = None
     if _is_buildable(config, "model", problems):
         key = "model" if config.model else "init_from"
         model = attempt(key, lambda: meta_model(config, _tokenizer(config), recipe.build_model))
@@ -90,10 +90,26 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
         if _is_buildable(config, "optimizer", problems):
             optimizer = attempt("optimizer", lambda: build_optimizer(config, model))
     if _is_buildable(config, "lr_scheduler", problems):
-        attempt("lr_scheduler", lambda: build_scheduler(config, _max_steps(config), optimizer))
+        scheduler = attempt("lr_scheduler", lambda: build_scheduler(config, _max_steps(config), optimizer))
+    problems += _needs_arguments("optimizer", optimizer) + _needs_arguments("lr_scheduler", scheduler)
     if _is_buildable(config, "guard", problems):
         attempt("guard", lambda: build(config.guard))
     return problems
+
+
+def _needs_arguments(key: str, built: Any) -> list[UserError]:
+    """A problem if `built.step()` needs arguments, such as a closure or a metric: a recipe's loop passes none."""
+    if built is None:
+        return []
+    empty = inspect.Parameter.empty
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    step = inspect.signature(getattr(built.step, "__wrapped__", built.step)).parameters.values()
+    needed = [p.name for p in step if p.kind in plain and p.default is empty and p.name != "self"]
+    if not needed:
+        return []
+    problem = f"{type(built).__name__}.step needs {', '.join(needed)}, which the recipe does not pass"
+    hint = "Use another one, or call its step in a copy of the recipe"
+    return [UserError(problem, key=key, hint=hint, code="step_needs_arguments")]
 
 
 def build_scheduler(config: Any, max_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchrecipes.config import build
 from torchrecipes.config.components import parameters, resolve
-from torchrecipes.data.tokenizers.load import load_tokenizer
+from torchrecipes.data.tokenizers.load import load_model_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.estimation import estimating
 from torchrecipes.model_folder import resolve_model_folder
@@ -57,11 +57,7 @@ def tokenizer_for(config: Any) -> Any:
             `unknown_vocab_size`).
     """
     if config.tokenizer is None:
-        return _load(
-            lambda causal: load_tokenizer(
-                resolve_model_folder(config.init_from), pad_vocab_to_multiple_of=1, causal=causal
-            )
-        )
+        return _load(lambda causal: load_model_tokenizer(resolve_model_folder(config.init_from), causal))
     accepted = parameters(resolve(config.tokenizer.path))
     if "source" not in accepted:
         return _load(lambda causal: build(config.tokenizer, causal=causal))

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -78,7 +77,11 @@ def estimate_run(
 
     rank_rows = config.global_batch_size // world_size
     spread = {"strategy": strategy, "world_size": world_size, "local_world_size": local}
-    memory_of = partial(rank_memory, trace, **spread)
+
+    def memory_of(rows: int) -> dict[str, int]:
+        parts = rank_memory(trace, rows=rows, **spread)
+        return parts | {"ema": parts["weights"]} if config.ema else parts
+
     divisors = [rows for rows in range(1, rank_rows + 1) if rank_rows % rows == 0]
     largest = last_that_fits(divisors, lambda rows: sum(memory_of(rows).values()) <= USABLE * here.memory)
     asked = config.micro_batch_size
@@ -88,6 +91,9 @@ def estimate_run(
     flops = flops_per_token(*objective)
     tokens, steps = config.global_batch_size * config.seq_len, _steps(config)
     checkpoint = 4 * trace.parameters + trace.saved_bytes
+    if config.ema:  # the averages, and the model folder that is exported
+        checkpoint += 4 * trace.parameters * (2 if config.ema.args.get("export", True) else 1)
+    kept = config.checkpoint.keep_last + bool(config.checkpoint.keep_best) + 1
     is_known = steps is not None and here.peak is not None
     return {
         "device": here.name,
@@ -107,7 +113,7 @@ def estimate_run(
         "mfu": mfu,
         "hours": steps * tokens * flops / (mfu * here.peak * world_size) / 3600 if is_known else None,
         "checkpoint_bytes": checkpoint,
-        "kept_bytes": (config.checkpoint.keep_last + 1) * checkpoint,
+        "kept_bytes": kept * checkpoint,
         "notes": _notes(config, tokenizer.vocab_size),
     }
 

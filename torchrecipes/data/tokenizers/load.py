@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import tokenizers
+
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, special_tokens
 from torchrecipes.data.tokenizers.tokenizer_files import ROLES, USUAL_NAMES, read_tokenizer
 from torchrecipes.data.tokenizers.train import train_bpe, train_char, train_unigram, train_wordpiece
@@ -51,3 +53,15 @@ def load_tokenizer(
         roles = {"bos": roles["eos"], "pad": roles["eos"], **roles}
     tokenizer = make_tokenizer(files.backend, roles, pad_vocab_to_multiple_of, causal)
     return replace(tokenizer, config=files.config, chat_template=files.chat_template)
+
+
+def load_model_tokenizer(folder: Path, causal: bool = False) -> Tokenizer:
+    """The tokenizer in a model's folder, with the vocabulary that the model was built for.
+
+    A `config.json` says how many rows the embedding has. Without one, the vocabulary padding in `tokenizer.json` does.
+    """
+    multiple = 1
+    if not (folder / "config.json").exists() and (folder / "tokenizer.json").exists():
+        saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        multiple = max(saved.get_vocab(with_added_tokens=True).values()) + 1
+    return load_tokenizer(folder, pad_vocab_to_multiple_of=multiple, causal=causal)
