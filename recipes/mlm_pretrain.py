@@ -121,7 +121,7 @@ def main(config: Config) -> None:
         recipe=__file__,
     )
     step = checkpointer.resume(max_steps)  # 0: from the start
-    objective = (config, tokenizer, build_model, build_collator, compute_loss)
+    objective = (config, tokenizer, build_model, build_collator, compute_loss)  # for estimates of this recipe
     if loader.micro_batch_size == "auto":  # a resumed run has the size it was started with
         loader.micro_batch_size = auto_micro_batch_size(*objective, run, model)
     metrics = MetricLogger(
@@ -134,11 +134,11 @@ def main(config: Config) -> None:
         first_step=step + 1,
     )
     baseline = text.validation and unigram_baseline(text.validation.corpus, tokenizer.special_ids, tokenizer.vocab_size)
-    eval_collator = MLMCollator(tokenizer, config.mlm_probability, mask_all=config.mask_all)
+    eval_collator = MLMCollator(tokenizer, config.mlm_probability, mask_all=config.mask_all)  # a constant rate
 
     def evaluate(name: str) -> dict[str, float]:
-        rows = (text.validation, eval_collator, loader.micro_batch_size, config.eval_sequences)
-        batches = evaluation_batches(*rows, **run.placement)
+        options = (text.validation, eval_collator, loader.micro_batch_size, config.eval_sequences)
+        batches = evaluation_batches(*options, **run.placement)
         results = evaluate_mlm(model, batches, tokenizer.unpadded_vocab_size, baseline, run.autocast)
         return metrics.log_eval(step, name, results)
 
@@ -172,7 +172,7 @@ def main(config: Config) -> None:
             sums = sum_over_ranks(logged)
             grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
             lr = lr_scheduler.get_last_lr()[0]
-            skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)
+            skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)  # optimizer.step() if finite
             optimizer.zero_grad()
             lr_scheduler.step()
             if ema:
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
             if save_now or step % config.log.log_every == 0:
                 metrics.log(step, lr=lr, grad_norm=grad_norm, **guard.metrics())
             if guard.check(step, sync=save_now, checkpoint=checkpointer.saved) == "rollback":
-                step = checkpointer.rollback()  # weights and state go back, the data goes on
+                step = checkpointer.rollback()  # restores weights and state; continues with later data
                 metrics.truncate_after(step)
                 continue
             with metrics.exclude_time():
@@ -199,7 +199,7 @@ def main(config: Config) -> None:
 
     if stopped and step < max_steps:
         print(f"stopped after step {step}, saved {checkpointer.saved}. Run the same command to resume.")
-        raise SystemExit(128 + stopped)
+        raise SystemExit(128 + stopped)  # as shells do
     print(f"finished {max_steps:,} steps: {checkpointer.saved}\n{loading_hint(model, checkpointer.saved)}")
 
 

@@ -9,7 +9,7 @@ from torchrecipes.config.catalog import find_recipe
 OBJECTIVE = re.compile(
     r"mask|mlm|causal|targets|lookahead|eos_id|unigram_baseline|router|balance|sample|prompts|generate|loss_of|z_loss|smoothing"
     r"|cross_document|packing|position|data\.next|experts|NeoBERT|neobert|gpt2|moe|decoder|labels|seed: int"
-    r"|train_bpe|wordpiece|AutoModel|texts|NonNegative|evaluate|Collator|compute_loss"
+    r"|train_bpe|wordpiece|AutoModel|texts|NonNegative|evaluate|Collator|compute_loss|eval_collator"
 )
 
 

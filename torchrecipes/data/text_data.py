@@ -7,11 +7,12 @@ from typing import Any
 
 from torchrecipes.config import Component, build, component
 from torchrecipes.config.metadata import Count, Fraction, MayChange
+from torchrecipes.data.batching.loader import rows_per_rank
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.corpus import check_corpus_dir, prepare_corpus
 from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.data.tokenizers.load import load_model_tokenizer
-from torchrecipes.distributed.collectives import rank0_first
+from torchrecipes.distributed.collectives import rank0_first, world_size
 from torchrecipes.errors import UserError
 from torchrecipes.model_folder import resolve_model_folder
 
@@ -45,13 +46,14 @@ def load_text(config: Any, *, causal: bool) -> Text:
     On several ranks the first does the work and the others wait.
 
     Args:
-        config: a recipe's, with the keys `data`, `tokenizer` (None: the one in `init_from`), `init_from`, `output_dir`
-            and `seq_len`.
+        config: a recipe's, with the keys `data`, `tokenizer` (None: the one in `init_from`), `init_from`, `output_dir`,
+            `seq_len` and `global_batch_size`.
         causal: for a model that predicts the next token: documents end in an eos token, rows show the token after them.
 
     Raises:
         UserError: the text, the tokenizer or the folder is not usable; names what and why.
     """
+    rows_per_rank(config.global_batch_size, world_size())  # refused now, not after hours of tokenizing
     data = config.data
     source = _build_source("data.source", data.source)
     validation_source = _build_source("data.validation_source", data.validation_source)

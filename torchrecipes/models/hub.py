@@ -79,7 +79,7 @@ def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = print) 
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(
-            f"{folder} has no config.json: its model has no Hugging Face layout",
+            f"{folder} has no config.json: it is not a Hugging Face folder",
             hint="Set model to what config.yaml there has, and init_from to this folder for its weights",
             code="no_config",
         )

@@ -1,4 +1,4 @@
-"""Builds the components of a config that are declared buildable, and checks that they go together.
+"""Builds model, optimizer, scheduler and guard on the meta device and validates them together.
 
 A config names any importable callable, and calling one can do anything. So a component is called here only if its
 class, or the return annotation of its function, says that it makes a model, an optimizer, a scheduler or a guard, and
@@ -40,7 +40,7 @@ FAMILIES = {
 }
 BUILDABLE = tuple(family for family, _ in FAMILIES.values())
 UNKNOWN_LENGTH = 10**9  # steps, where the corpus decides how many there are
-# What `build_model` has no business with; all other components of a config may become part of the model.
+# Keys that `build_model` does not use; all other components of a config may become part of the model.
 _NOT_IN_MODEL = (
     *("tokenizer", "data", "optimizer", "lr_scheduler", "guard", "ema"),
     *("checkpoint", "compute", "log"),
@@ -101,10 +101,8 @@ def _needs_arguments(key: str, built: Any) -> list[UserError]:
     """A problem if `built.step()` needs arguments, such as a closure or a metric: a recipe's loop passes none."""
     if built is None:
         return []
-    empty = inspect.Parameter.empty
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     step = inspect.signature(getattr(built.step, "__wrapped__", built.step)).parameters.values()
-    needed = [p.name for p in step if p.kind in plain and p.default is empty and p.name != "self"]
+    needed = [p.name for p in step if p.name in ("closure", "metrics") and p.default is inspect.Parameter.empty]
     if not needed:
         return []
     problem = f"{type(built).__name__}.step needs {', '.join(needed)}, which the recipe does not pass"

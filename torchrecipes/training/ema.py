@@ -88,7 +88,7 @@ class EMA:
         differing = sorted(state["averages"].keys() ^ self.averages.keys())
         if differing:
             raise UserError(
-                f"the averages in the checkpoint are of other parameters: {', '.join(differing[:5])}",
+                f"the averages in the checkpoint belong to other parameters: {', '.join(differing[:5])}",
                 key="ema",
                 hint="Freeze the parameters that were frozen when it was saved.",
                 code="other_model",

@@ -44,7 +44,7 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
             torch.manual_seed(config.seed)
             model = build_model(config, tokenizer)
     check_tokenizer_compatibility(model, tokenizer, config.seq_len)
-    compute = config.compute
+    compute, name = config.compute, type(model).__name__  # fully_shard changes the class
     model.train()
     convert_to_float8(model, compute.precision, device=run.device, emulate=compute.emulate_float8)
     apply_activation_checkpointing(model, compute.activation_checkpointing)
@@ -59,7 +59,7 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     frozen = f", {total - trainable:,} of them frozen" if trainable < total else ""
-    print(f"model: {type(model).__name__}, {total:,} parameters{frozen}", flush=True)
+    print(f"model: {name}, {total:,} parameters{frozen}", flush=True)
     return model
 
 
