@@ -87,9 +87,7 @@ class Ours:
         self.scheduler, self.guard, self.step = cosine(self.optimizer, max_steps=10**6), Guard(), 0
         rows = PackedDataset(corpus, self.row_len, pad_id=0, lookahead=1)
         targets = CausalLMCollator(eos_id=0, cross_document_attention=True)
-        self.loader = Loader(
-            rows, targets, seed=0, global_batch_size=self.rows, micro_batch_size=self.rows, max_steps=10**6
-        )
+        self.loader = Loader(rows, targets, seed=0, global_batch_size=self.rows, micro_batch_size=self.rows)
 
     def run(self, steps: int) -> float:
         from torchrecipes.distributed.fsdp import clip_grad_norm
@@ -98,7 +96,7 @@ class Ours:
         start = time.perf_counter()
         for _ in range(steps):
             self.step += 1
-            batches = self.loader.step(self.step)
+            batches = self.loader.next_step()
             targets = sum(batch.num_targets for batch in batches)
             loss_sum = torch.zeros(())
             for batch in batches:
@@ -111,7 +109,7 @@ class Ours:
             self.guard.step(self.optimizer, loss_sum / targets, grad_norm)
             self.scheduler.step()
             self.optimizer.zero_grad()
-            self.guard.look(self.step)
+            self.guard.check(self.step)
         return steps * self.rows * self.row_len / (time.perf_counter() - start)
 
 

@@ -55,14 +55,13 @@ def ours(corpus, tokenizer, args, workers):
         seed=0,
         global_batch_size=args.rows,
         micro_batch_size=args.rows,
-        max_steps=10**9,
         num_workers=workers,
     )
-    for step in range(1, 21):
-        loader.step(step)
+    for _ in range(20):
+        loader.next_step()
     start = time.perf_counter()
-    for step in range(21, 21 + args.batches):
-        loader.step(step)
+    for _ in range(args.batches):
+        loader.next_step()
     return time.perf_counter() - start
 
 
@@ -128,10 +127,9 @@ def main() -> None:
             seed=0,
             global_batch_size=args.rows,
             micro_batch_size=args.rows,
-            max_steps=10**9,
-            first_step=10**6,
         )
-        late.step(10**6)
+        late.seek(10**6)
+        late.next_step()
         resume = time.perf_counter() - start
 
     median = {label: statistics.median(values) for label, values in rates.items()}

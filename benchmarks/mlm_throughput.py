@@ -56,9 +56,7 @@ class Ours:
                 block.compile()
         self.optimizer = adamw(self.model, lr=1e-3)
         rows = PackedDataset(corpus, SEQ_LEN, tokenizer.pad_id)
-        self.loader = Loader(
-            rows, MLMCollator(tokenizer, 0.2), seed=0, global_batch_size=ROWS, micro_batch_size=ROWS, max_steps=10**6
-        )
+        self.loader = Loader(rows, MLMCollator(tokenizer, 0.2), seed=0, global_batch_size=ROWS, micro_batch_size=ROWS)
         self.step = 0
 
     def run(self, steps: int) -> float:
@@ -67,7 +65,7 @@ class Ours:
         start = time.perf_counter()
         for _ in range(steps):
             self.step += 1
-            for batch in self.loader.step(self.step):
+            for batch in self.loader.next_step():
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     hidden = self.model(
                         batch.input_ids,
