@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -42,6 +43,16 @@ class UserError(Exception):
         """Return the same mistake with `key` before its own: `lr` becomes `optimizer.lr`."""
         inner = f"{key}.{self.key}" if self.key else key
         return UserError(self.problem, key=inner, hint=self.hint, code=self.code, problems=self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, to send the mistake to other processes."""
+        fields = {name: getattr(self, name) for name in ("problem", "key", "hint", "code")}
+        return fields | {"problems": [problem.to_dict() for problem in self.problems]}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "UserError":
+        """Return the mistake that `to_dict` described."""
+        return cls(**fields | {"problems": [cls.from_dict(problem) for problem in fields["problems"]]})
 
 
 def format_user_error(error: BaseException) -> str | None:

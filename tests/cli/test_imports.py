@@ -63,3 +63,8 @@ def test_a_verb_imports_the_heavy_parts_only_inside():
             name.startswith(("torchrecipes.config", "torchrecipes.cli", "torchrecipes.errors")) for name in ours
         ), path
         assert not {name.split(".")[0] for name in names} & {"torch", "matplotlib", "numpy", "transformers"}, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_pickles(path):
+    assert not {name.split(".")[0] for name in imported(path)} & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}

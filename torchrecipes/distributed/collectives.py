@@ -4,8 +4,8 @@ Each also works without a process group, where this process is the only one. The
 waits for a GPU, except that `all_reduce_sum_` queues its work on the tensor's device.
 """
 
+import json
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -74,7 +74,7 @@ def run_on_rank0_and_broadcast(function: Callable[[], T], group: dist.ProcessGro
     """Rank 0 calls `function`; all ranks return its result, or raise its UserError.
 
     Args:
-        function: returns a picklable value.
+        function: returns numbers, strings, lists and dicts of these.
         group: a gloo group of all ranks; None: the default group.
     """
     if world_size() == 1:
@@ -84,10 +84,10 @@ def run_on_rank0_and_broadcast(function: Callable[[], T], group: dist.ProcessGro
         try:
             answer = [function(), None]
         except UserError as error:
-            answer = [None, error]
+            answer = [None, error.to_dict()]
     dist.broadcast_object_list(answer, src=0, group=group, device=torch.device("cpu"))
     if answer[1] is not None:
-        raise answer[1]
+        raise UserError.from_dict(answer[1])
     return answer[0]
 
 
@@ -107,19 +107,21 @@ def rank0_first(name: str) -> Iterator[None]:
     store, key = dist.distributed_c10d._get_default_store(), f"torchrecipes/{name}"
     if rank() > 0:
         store.wait([key], CORPUS_TIMEOUT)
-        error = pickle.loads(store.get(key))
-        if error is not None:
-            raise error
+        failure = json.loads(store.get(key))
+        if failure and "bug" in failure:
+            raise dist.DistNetworkError(f"rank 0 has ended: {failure['bug']}")
+        if failure:
+            raise UserError.from_dict(failure)
         yield
         return
     try:
         yield
     except BaseException as error:
         # A bug reaches the others as a lost peer, so that the launcher shows rank 0's own traceback.
-        seen = error if isinstance(error, UserError) else dist.DistNetworkError(f"rank 0 has ended: {error}")
-        store.set(key, pickle.dumps(seen))
+        failure = error.to_dict() if isinstance(error, UserError) else {"bug": str(error)}
+        store.set(key, json.dumps(failure))
         raise
-    store.set(key, pickle.dumps(None))
+    store.set(key, json.dumps(None))
 
 
 def dist_env() -> tuple[int, int, int, int]:
