@@ -1,6 +1,8 @@
 """Checkpoints that survive a power cut.
 
 checkpointer      `Checkpointer`: saves and restores the checkpoints of a run
+write             a checkpoint's files, and the name by which it becomes visible
+restore           model, optimizer, state and random generators from a checkpoint
 find              which checkpoint a run resumes from
 best              the best checkpoint by a metric
 manifest          the files of a checkpoint with sizes and checksums
@@ -9,7 +11,7 @@ state             nested state as JSON and tensors
 optimizer_state   an optimizer's state by parameter names
 quantized_state   8- and 4-bit optimizer state as plain tensors
 random_state      random generators of all ranks
-resume            checks that a checkpoint can be resumed
+resume            checks that a checkpoint can be resumed, and reports a changed recipe
 """
 
 from torchrecipes.checkpoint.best import KeepBest

@@ -9,44 +9,35 @@
    the model's tensors whole, so that any number of ranks, or `transformers`, can read them.
 """
 
-import difflib
 import errno
 import json
 import os
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from torchrecipes.checkpoint.best import KeepBest, best_checkpoint, link_best, mark_if_best
 from torchrecipes.checkpoint.find import find_checkpoint, list_checkpoints, step_of
-from torchrecipes.checkpoint.manifest import HIDDEN, flush, fsync, verify, write_manifest
-from torchrecipes.checkpoint.optimizer_state import (
-    check_same_optimizer,
-    flatten_optimizer,
-    like_stored,
-    unflatten_optimizer,
-)
-from torchrecipes.checkpoint.random_state import random_state, restore_random_state
-from torchrecipes.checkpoint.resume import check_same_architecture
-from torchrecipes.checkpoint.state import flatten_state, unflatten_state
-from torchrecipes.checkpoint.tensor_files import HostCopies, iterate_shards, load_shards, save_shards, unsharded_files
+from torchrecipes.checkpoint.manifest import HIDDEN, verify
+from torchrecipes.checkpoint.optimizer_state import flatten_optimizer
+from torchrecipes.checkpoint.random_state import random_state
+from torchrecipes.checkpoint.restore import restore_checkpoint
+from torchrecipes.checkpoint.resume import report_recipe_changes
+from torchrecipes.checkpoint.state import flatten_state
+from torchrecipes.checkpoint.tensor_files import HostCopies, unsharded_files
+from torchrecipes.checkpoint.write import Save, disk_errors, write_checkpoint
 from torchrecipes.config.metadata import MayChange, Steps
 from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
-from torchrecipes.models.hub import stored_tensors, write_hf_config, write_tensors
-from torchrecipes.modules.init import copy_full
+from torchrecipes.models.hub import write_hf_config
 
 __all__ = ["CheckpointConfig", "Checkpointer"]
 # One process without a process group is intended.
@@ -195,7 +186,7 @@ class Checkpointer:
                 torch.cuda.current_stream().synchronize()
         contents = {name: text.encode() for name, text in texts.items()}
         contents |= {folder + name: content for folder in models for name, content in self._companions.items()}
-        job = _Save(step, target, hidden, needed, contents, rng, files, sharded)
+        job = Save(step, target, hidden, needed, contents, rng, files, sharded)
         self.saved = target
         if self.options.async_save:
             # A daemon: a process that ends in an error must not wait for a peer that is gone.
@@ -247,7 +238,7 @@ class Checkpointer:
         if path.parent == self.folder or path.parent == self.folder.resolve():
             path = self.folder / path.name
             self._ours.add(path)
-        self._report_recipe_changes(path)
+        report_recipe_changes(path, self.recipe_source)
         step = self._restore(path, max_steps)
         self.saved = path
         return step
@@ -300,7 +291,7 @@ class Checkpointer:
             return
 
         def mark() -> None:
-            with _disk_errors(self.folder, 0):
+            with disk_errors(self.folder, 0):
                 if mark_if_best(target, keep, metrics[keep.metric]):
                     print(f"best checkpoint: {target.name}, {keep.metric} {metrics[keep.metric]:.4g}", flush=True)
                 link_best(self.folder)
@@ -315,77 +306,9 @@ class Checkpointer:
         self._corrupt |= set(skipped)
         return path and str(path)
 
-    def _report_recipe_changes(self, path: Path) -> None:
-        stored = path / "recipe.py"
-        if not self.recipe_source or not stored.exists():
-            return
-        before, now = stored.read_text(encoding="utf-8").splitlines(), self.recipe_source.splitlines()
-        changes = list(difflib.unified_diff(before, now, n=0))[2:]  # without the two file names
-        added, removed = (sum(line.startswith(sign) for line in changes) for sign in "+-")
-        if changes:
-            print(
-                f"the recipe has changed since {path}: {added} lines added, {removed} removed "
-                f"(saved version: {stored})",
-                flush=True,
-            )
-
     def _restore(self, path: Path, max_steps: int | None = None) -> int:
-        stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        step = stored["step"]
-        if max_steps is not None and step > max_steps:
-            raise UserError(
-                f"{path} is of step {step:,}, and the run ends at step {max_steps:,}",
-                key="max_steps",
-                hint=f"Train for more steps, or take its weights alone: output_dir=OTHER init_from={path}",
-                code="beyond_last_step",
-            )
-        fingerprint = getattr(self.tokenizer, "fingerprint", None)
-        if stored["tokenizer"] != fingerprint:
-            raise UserError(
-                f"{path} was trained with another tokenizer (fingerprint {stored['tokenizer']}, current {fingerprint})",
-                key="tokenizer",
-                hint=f"Use the tokenizer in the checkpoint: tokenizer._component_=torchrecipes.data.tokenizers."
-                f"load_tokenizer tokenizer.path={path}",
-                code="other_tokenizer",
-            )
-        if stored["state"].keys() != self.state.keys():
-            raise UserError(
-                f"{path} has the state of {', '.join(stored['state']) or 'nothing'}, this run that of "
-                f"{', '.join(self.state) or 'nothing'}",
-                key="checkpoint.resume",
-                hint="Resume with the recipe and settings that saved it, or train its weights from step 1: "
-                f"init_from={path} output_dir=OTHER.",
-                code="other_state",
-            )
-        check_same_architecture(path, self.model)
-        check_same_optimizer(stored["optimizer"], self.optimizer, self.model, str(path))
-        self._load_model(path)
-        scalars = stored["optimizer"]["scalars"]
-        tensors = iterate_shards(path / "optimizer", lambda key, meta: like_stored(key, meta, self.model, scalars))
-        scheduled = any(isinstance(obj, LRScheduler) for obj in self.state.values())
-        unflatten_optimizer(tensors, stored["optimizer"], self.optimizer, self.model, str(path), scheduled)
-        self._load_state(path, stored["state"])
-        restore_random_state(stored["random"], load_file(path / "rng.safetensors"), step)
-        return step
-
-    def _load_model(self, path: Path) -> None:
-        parameters = self.model.state_dict()
-        with torch.no_grad():
-            for name, tensor in stored_tensors(self.model, path):
-                copy_full(parameters[name], tensor)
-
-    def _load_state(self, path: Path, stored: dict) -> None:
-        _, current = self._flat_state()
-
-        def like(key: str, meta: Any) -> Tensor:
-            now = current.get(key)
-            if now is not None and now.shape == meta.size:
-                return torch.empty_like(now, dtype=meta.properties.dtype, requires_grad=False)
-            return torch.empty(meta.size, dtype=meta.properties.dtype)
-
-        values = unflatten_state(stored, load_shards(path / "state", like))
-        for name, obj in self.state.items():
-            obj.load_state_dict(values[name])
+        parts = {"model": self.model, "optimizer": self.optimizer, "tokenizer": self.tokenizer, "state": self.state}
+        return restore_checkpoint(path, **parts, max_steps=max_steps)
 
     def _flat_state(self) -> tuple[dict, dict[str, Tensor]]:
         return flatten_state({name: obj.state_dict() for name, obj in self.state.items()})
@@ -398,7 +321,7 @@ class Checkpointer:
 
     def _begin(self, target: Path, hidden: Path, needed: int) -> bool:
         """Prepares a save on rank 0. Returns whether the checkpoint is there already."""
-        with _disk_errors(self.folder, needed):
+        with disk_errors(self.folder, needed):
             if target.exists() and self._is_saved(target):
                 return True
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -417,61 +340,18 @@ class Checkpointer:
                 raise
         return False
 
-    def _write(self, job: "_Save") -> None:
-        """Writes a save's files with all ranks, then lets rank 0 make it visible; a failure is kept for `wait`."""
+    def _write(self, job: Save) -> None:
+        """Writes a checkpoint, here or in the thread; a failure is kept for `wait`."""
         try:
-            reports = collectives.all_gather_object(self._write_mine(job), self._group)
-            problems = [problem for problem, _ in reports if problem]
-            files = {name: entry for _, entries in reports for name, entry in entries.items()}
-            collectives.run_on_rank0_and_broadcast(lambda: self._publish(job, problems, files), self._group)
+            write_checkpoint(job, self._group)
+            collectives.run_on_rank0_and_broadcast(lambda: self._record(job), self._group)
         except BaseException as error:
             self._error = error
 
-    def _write_mine(self, job: "_Save") -> tuple[str, dict[str, dict]]:
-        """Writes this rank's files: (what went wrong or "", the files' entries for the manifest)."""
-        problem, names, entries = "", [], {}
-        try:
-            with _disk_errors(self.folder, job.needed):
-                for name, tensors in job.files.items():
-                    (job.hidden / name).parent.mkdir(parents=True, exist_ok=True)
-                    write_tensors(tensors, job.hidden / name)
-                    names.append(name)
-                if collectives.rank() == 0:
-                    write_tensors(job.rng, job.hidden / "rng.safetensors")
-                    for name, content in job.contents.items():
-                        (job.hidden / name).parent.mkdir(parents=True, exist_ok=True)
-                        (job.hidden / name).write_bytes(content)
-        except UserError as error:
-            problem = str(error)
-        try:
-            # All ranks have to take part, also one that has failed already.
-            with _disk_errors(self.folder, job.needed):
-                for part, tensors in job.sharded.items():
-                    names += save_shards(tensors, job.hidden / part, self._group)
-                entries = flush(job.hidden, names)
-        except UserError as error:
-            problem = problem or str(error)
-        return problem, entries
-
-    def _publish(self, job: "_Save", problems: list[str], files: dict[str, dict]) -> None:
-        try:
-            if problems:
-                raise UserError(problems[0], code="cannot_save")
-            with _disk_errors(self.folder, job.needed):
-                found = [file for file in job.hidden.rglob("*") if file.is_file()]
-                rest = {str(file.relative_to(job.hidden)) for file in found} - files.keys()  # config, tokenizer, ...
-                write_manifest(job.hidden, job.step, files | flush(job.hidden, rest))
-                if job.target.exists():
-                    os.rename(job.target, self.folder / f"{HIDDEN}corrupt-{job.target.name}")
-                os.rename(job.hidden, job.target)
-                fsync(self.folder)
-                fsync(self.folder.parent)  # which `checkpoints` itself may be new in
-        except BaseException:
-            shutil.rmtree(job.hidden, ignore_errors=True)
-            raise
+    def _record(self, job: Save) -> None:
         self._ours.add(job.target)
         self._corrupt.discard(job.target)
-        with _disk_errors(self.folder, job.needed):
+        with disk_errors(self.folder, job.needed):
             self._prune(job.step)
 
     def _is_saved(self, target: Path) -> bool:
@@ -507,41 +387,3 @@ class Checkpointer:
         """Removes what a dead save or prune left. Only saving does it: a reader would hit a run's save."""
         for path in self.folder.glob(f"{HIDDEN}*"):
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
-
-
-@dataclass(frozen=True)
-class _Save:
-    """What is to be written; nothing in it changes while training continues.
-
-    Attributes:
-        contents: of files that rank 0 writes.
-        files: model file -> the tensors that this rank writes into it.
-        sharded: `optimizer` and `state` -> tensors as they are sharded.
-    """
-
-    step: int
-    target: Path
-    hidden: Path
-    needed: int
-    contents: dict[str, bytes]
-    rng: dict[str, Tensor]
-    files: dict[str, dict[str, Tensor]]
-    sharded: dict[str, dict[str, Tensor]]
-
-
-@contextmanager
-def _disk_errors(folder: Path, needed: int) -> Iterator[None]:
-    """Turns a disk's errors into a UserError; safetensors raises its own class for them."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(there).free
-        raise UserError(
-            f"cannot save in {folder}: {reason}; a checkpoint takes about {needed / 2**20:,.0f} MiB, and "
-            f"{free / 2**20:,.0f} MiB are free",
-            hint="Make room there, or make it writable, and run the same command to resume from the newest checkpoint; "
-            "older ones are untouched.",
-            code="cannot_save",
-        ) from error

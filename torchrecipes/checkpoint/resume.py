@@ -1,5 +1,6 @@
 """Checks that a checkpoint can be resumed: the same settings, the same network."""
 
+import difflib
 from pathlib import Path
 
 import yaml
@@ -53,3 +54,23 @@ def check_same_settings(config_file: Path, config_yaml: str, schema: type) -> No
         f"init_from={folder}. To continue it: give the saved values. To discard it: delete {folder}.",
         code="other_settings",
     )
+
+
+def report_recipe_changes(path: Path, source: str) -> None:
+    """Prints by how many lines a recipe differs from the one that saved a checkpoint.
+
+    Args:
+        path: the checkpoint's folder.
+        source: the recipe's text now; "" if there is none to compare.
+    """
+    stored = path / "recipe.py"
+    if not source or not stored.exists():
+        return
+    before, now = stored.read_text(encoding="utf-8").splitlines(), source.splitlines()
+    changes = list(difflib.unified_diff(before, now, n=0))[2:]  # without the two file names
+    added, removed = (sum(line.startswith(sign) for line in changes) for sign in "+-")
+    if changes:
+        print(
+            f"the recipe has changed since {path}: {added} lines added, {removed} removed (saved version: {stored})",
+            flush=True,
+        )
