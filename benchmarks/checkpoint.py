@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --rounds 5 --folder /fast/disk
 
-A NeoBERT of 110 million parameters with AdamW's state, 1.3 GB in all. Every round saves once in each way, with one more
+A NeoBERT of 110 million parameters with AdamW's state, 1.3 GB in total. Every round saves once in each way, with one more
 optimizer step between; the figures are medians. The folder should be on the disk that runs are kept on.
 """
 

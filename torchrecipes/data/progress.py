@@ -16,7 +16,7 @@ class Progress:
 
     Args:
         what: what is being done, the first words of every line.
-        total_bytes: bytes of text in all, where known.
+        total_bytes: total bytes of text, where known.
     """
 
     def __init__(self, what: str, total_bytes: int | None = None):

@@ -166,7 +166,7 @@ def init_on_device(model: nn.Module, device: torch.device, seed: int) -> None:
 
 
 def set_grad_sync(model: nn.Module, last: bool) -> None:
-    """Tells FSDP whether the next backward pass is the step's last: gradients are reduced in that one only."""
+    """Sets whether the next backward pass is the step's last; FSDP reduces gradients in that one only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 

@@ -104,7 +104,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
 
 def _copy_to_host(p: Tensor, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
-    """Copies a parameter and its gradient to (pinned) CPU memory; the event tells when they can be read."""
+    """Copies a parameter and its gradient to (pinned) CPU memory; the event fires when they can be read."""
     with torch.cuda.stream(stream):
         weight, gradient = (to_local(x).to("cpu", non_blocking=True, copy=True) for x in (p, p.grad))
     return weight, gradient, stream.record_event() if stream is not None else None
