@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --rounds 5 --folder /fast/disk
 
-A NeoBERT of 110 million parameters with AdamW's state, 1.3 GB in total. Every round saves once in each way, with one more
-optimizer step between; the figures are medians. The folder should be on the disk that runs are kept on.
+A NeoBERT of 110 million parameters with AdamW's state, 1.3 GB in total. Every round saves once in each way, with one
+more optimizer step between; the figures are medians. The folder should be on the disk that runs are kept on.
 """
 
 import argparse

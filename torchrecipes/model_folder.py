@@ -1,11 +1,10 @@
 """Finds the model folder that a path stands for: the folder itself, or the newest valid checkpoint of a run."""
 
-import json
-import os
-from collections.abc import Callable, Sequence
+import sys
 from pathlib import Path
 
 from torchrecipes.errors import UserError
+from torchrecipes.manifest import verify
 
 INDEX = "model.safetensors.index.json"  # names the files where there are several
 
@@ -15,13 +14,14 @@ def has_hf_config(path: str | Path) -> bool:
     return (resolve_model_folder(path) / "config.json").is_file()
 
 
-def resolve_model_folder(path: str | Path, verify: Callable[[Path], Sequence[str]] | None = None) -> Path:
+def resolve_model_folder(path: str | Path, warn: bool = False) -> Path:
     """The folder that holds the model's files.
+
+    Of a run it is the newest checkpoint whose files have the sizes in its manifest; loading compares checksums.
 
     Args:
         path: a Hugging Face folder, a checkpoint, or a run's folder.
-        verify: returns the problems of a checkpoint of a run; see `torchrecipes.checkpoint.manifest.verify`. None:
-            checks that every file in the manifest exists with its size.
+        warn: print which checkpoints of a run are skipped, on stderr.
 
     Raises:
         UserError: `not_found` if there is no such folder, `no_model` if it holds no model, `corrupt_checkpoint` if none
@@ -35,8 +35,11 @@ def resolve_model_folder(path: str | Path, verify: Callable[[Path], Sequence[str
         return folder
     checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda found: (len(found.name), found.name))
     for checkpoint in reversed(checkpoints):
-        if not (verify or _missing_files)(checkpoint):
+        problems = verify(checkpoint, checksums=False)
+        if not problems:
             return checkpoint
+        if warn:
+            print(f"skipping corrupt checkpoint {checkpoint}: {'; '.join(problems)}", file=sys.stderr)
     if checkpoints:
         raise UserError(f"every checkpoint in {folder / 'checkpoints'} is corrupt", code="corrupt_checkpoint")
     pickles = sorted(file.name for file in folder.glob("*.bin"))
@@ -54,11 +57,3 @@ def pickle_error(folder: Path, name: str) -> UserError:
         "from_pretrained(folder).save_pretrained(folder)",
         code="pickle",
     )
-
-
-def _missing_files(checkpoint: Path) -> list[str]:
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_bytes())["files"]
-        return [name for name, entry in files.items() if os.path.getsize(checkpoint / name) != entry["size"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [str(error)]

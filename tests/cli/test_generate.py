@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torchrecipes.checkpoint.manifest import flush, write_manifest
 from torchrecipes.cli.main import main
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_bpe, train_char, train_wordpiece
+from torchrecipes.manifest import flush, write_manifest
 from torchrecipes.models import gpt2, llama, neobert, save_hf
 
 TEXT = "the quick brown fox jumps over the lazy dog. Änderungen, 水 and 火! "

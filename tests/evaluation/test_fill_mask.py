@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from torchrecipes.checkpoint.manifest import flush, write_manifest
 from torchrecipes.cli.main import main
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.mask_filling import fill_mask
+from torchrecipes.manifest import flush, write_manifest
 from torchrecipes.models import neobert, save_hf
 
 

@@ -12,6 +12,7 @@ from tests import ranks
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import load_tokenizer, train_wordpiece
 from torchrecipes.errors import UserError
+from torchrecipes.manifest import flush, write_manifest
 from torchrecipes.models import (
     architecture_differences,
     bert,
@@ -136,9 +137,18 @@ def make_run(folder, model, steps):
     for step in steps:
         checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         save_hf(model, checkpoint)
-        sizes = {file.name: {"size": file.stat().st_size} for file in checkpoint.iterdir()}
-        (checkpoint / "manifest.json").write_text(json.dumps({"files": sizes}))
+        write_manifest(checkpoint, step, flush(checkpoint, [file.name for file in checkpoint.iterdir()]))
     return checkpoint
+
+
+def test_a_flipped_bit_is_found_before_the_weights_are_used(tmp_path):
+    weights = make_run(tmp_path, llama(**SIZES), (5,)) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_hf(tmp_path)
+    assert error.value.code == "corrupt_checkpoint" and "model.safetensors" in str(error.value)
 
 
 def test_the_folder_of_a_run_stands_for_its_newest_valid_checkpoint(tmp_path):
@@ -151,11 +161,10 @@ def test_the_folder_of_a_run_stands_for_its_newest_valid_checkpoint(tmp_path):
     weights = tmp_path / "checkpoints" / "step-99999999" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert resolve_model_folder(tmp_path).name == "step-00000010"
-    assert resolve_model_folder(tmp_path, verify=lambda path: ["bad"] * (path.name != "step-00000005")).name == (
-        "step-00000005"
-    )
+    for checkpoint in (tmp_path / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink(missing_ok=True)
     with pytest.raises(UserError) as error:
-        resolve_model_folder(tmp_path, verify=lambda path: ["bad"])
+        resolve_model_folder(tmp_path)
     assert error.value.code == "corrupt_checkpoint"
     (tmp_path / "empty").mkdir()
     for folder, code in ((tmp_path / "empty", "no_model"), (tmp_path / "none", "not_found")):

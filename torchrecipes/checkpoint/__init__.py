@@ -5,7 +5,6 @@ write             a checkpoint's files, and the name by which it becomes visible
 restore           model, optimizer, state and random generators from a checkpoint
 find              which checkpoint a run resumes from
 best              the best checkpoint by a metric
-manifest          the files of a checkpoint with sizes and checksums
 tensor_files      tensors as safetensors files, sharded or not
 state             nested state as JSON and tensors
 optimizer_state   an optimizer's state by parameter names
@@ -17,6 +16,6 @@ resume            checks that a checkpoint can be resumed, and reports a changed
 from torchrecipes.checkpoint.best import KeepBest
 from torchrecipes.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from torchrecipes.checkpoint.find import find_checkpoint
-from torchrecipes.checkpoint.manifest import verify
+from torchrecipes.manifest import verify
 
 __all__ = ["CheckpointConfig", "Checkpointer", "KeepBest", "find_checkpoint", "verify"]

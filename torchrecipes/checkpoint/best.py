@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from torchrecipes.atomic_write import write_atomically
-from torchrecipes.checkpoint.manifest import HIDDEN, read_digest, verify
+from torchrecipes.manifest import HIDDEN, read_digest, verify
 
 
 @dataclass

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from torchrecipes.checkpoint.best import KeepBest, best_checkpoint, link_best, mark_if_best
 from torchrecipes.checkpoint.find import find_checkpoint, list_checkpoints, step_of
-from torchrecipes.checkpoint.manifest import HIDDEN, verify
 from torchrecipes.checkpoint.optimizer_state import flatten_optimizer
 from torchrecipes.checkpoint.random_state import random_state
 from torchrecipes.checkpoint.restore import restore_checkpoint
@@ -37,6 +36,7 @@ from torchrecipes.checkpoint.write import Save, disk_errors, write_checkpoint
 from torchrecipes.config.metadata import MayChange, Steps
 from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
+from torchrecipes.manifest import HIDDEN, verify
 from torchrecipes.models.hub import write_hf_config
 
 __all__ = ["CheckpointConfig", "Checkpointer"]

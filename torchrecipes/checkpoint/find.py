@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from torchrecipes.checkpoint.manifest import verify
 from torchrecipes.errors import UserError
+from torchrecipes.manifest import verify
 
 
 def find_checkpoint(output_dir: str | Path, resume: str = "auto") -> tuple[Path | None, dict[Path, list[str]]]:

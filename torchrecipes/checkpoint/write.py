@@ -11,10 +11,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from torchrecipes.checkpoint.manifest import HIDDEN, flush, fsync, write_manifest
 from torchrecipes.checkpoint.tensor_files import save_shards
 from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
+from torchrecipes.manifest import HIDDEN, flush, fsync, write_manifest
 from torchrecipes.models.hub import write_tensors
 
 

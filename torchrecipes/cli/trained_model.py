@@ -36,16 +36,9 @@ def newest_valid_checkpoint(folder: str) -> Path:
     Raises:
         UserError: no model is there; see `resolve_model_folder`.
     """
-    from torchrecipes.checkpoint.manifest import verify
     from torchrecipes.models import resolve_model_folder
 
-    def problems(checkpoint: Path) -> list[str]:
-        found = verify(checkpoint, checksums=False)
-        if found:
-            print(f"skipping corrupt checkpoint {checkpoint}: {'; '.join(found)}", file=sys.stderr)
-        return found
-
-    return resolve_model_folder(folder, problems)
+    return resolve_model_folder(folder, warn=True)
 
 
 def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Callable[[], AbstractContextManager]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchrecipes.atomic_write import write_atomically
 from torchrecipes.errors import UserError
+from torchrecipes.manifest import verify
 from torchrecipes.model_folder import resolve_model_folder
 from torchrecipes.models.config_json import config_from_dict, read_json
 from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
@@ -116,9 +117,13 @@ def load_hf_weights(
 
     Raises:
         UserError: `weights_mismatch`, listing as `problems` each tensor that is missing, unexpected, of another shape
-            or quantized; `no_head`; or as `open_tensors`.
+            or quantized; `no_head`; `corrupt_checkpoint`; or as `open_tensors`.
     """
     folder, adapter = resolve_model_folder(path), adapter_of(model)
+    if (folder / "manifest.json").exists() and (corrupt := verify(folder)):
+        raise UserError(
+            f"{folder} is corrupt: {'; '.join(corrupt)}", hint="Give another checkpoint", code="corrupt_checkpoint"
+        )
     targets = model.state_dict()
     parts = {name: adapter.parts(name) for name in targets}
     with open_tensors(folder) as files:
