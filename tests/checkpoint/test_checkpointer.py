@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import lr_scheduler
 
-from torchrecipes.checkpoint import CheckpointConfig, Checkpointer, manifest, verify
+from torchrecipes import manifest
+from torchrecipes.checkpoint import CheckpointConfig, Checkpointer, verify
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.errors import UserError
