@@ -4,6 +4,7 @@ A model with an `hf_adapter` is stored in the Hugging Face layout, any other und
 `transformers` is not needed, except for models that `from_transformers` made.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -64,14 +65,18 @@ def load_hf(
     return model
 
 
-def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = print) -> nn.Module:
+# A run builds its model several times: for the check of its config, for training, and for estimates.
+_print_once = functools.cache(print)
+
+
+def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = _print_once) -> nn.Module:
     """The model that a folder's `config.json` describes, on the meta device.
 
     A `model_type` that no family here has is built by `from_transformers`, where `transformers` is installed.
 
     Args:
         path: a Hugging Face folder, a checkpoint, or a run's folder (its newest valid checkpoint).
-        report: called with each line about a key that is skipped.
+        report: called with each line about a key that is skipped. The default prints each line once per process.
 
     Raises:
         UserError: `no_config` without a config.json; `unsupported_config`, `unknown_model_type`, `not_json`.

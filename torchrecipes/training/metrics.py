@@ -149,7 +149,7 @@ class MetricLogger:
         self._begin_interval(step)
 
     def log(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
-        """Logs the steps since the last call, of which there is one: sums become means over their targets.
+        """Logs the steps since the last call: losses and other sums become means over their targets.
 
         Args:
             step: the last step done.
