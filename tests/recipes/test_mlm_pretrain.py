@@ -332,6 +332,26 @@ def test_starts_from_a_run_or_a_checkpoint(train, inside):
     assert start["eval/validation/loss"] == pytest.approx(end["eval/validation/loss"], abs=1e-5)
 
 
+def test_a_resumed_run_does_not_read_the_weights_that_it_started_from(train, tmp_path):
+    first = train("first")
+    settings = train.config.read_text()
+    kept = settings[: settings.index("tokenizer:")] + settings[settings.index("data:") : settings.index("model:")]
+    train.config.write_text(kept + settings[settings.index("seq_len:") :])
+    start = f"init_from={first}/checkpoints/step-{STEPS:08d}"
+    (tmp_path / "second" / "checkpoints" / "step-notes").mkdir(parents=True)  # is no checkpoint
+    second = train("second", start)
+    (tmp_path / "second" / "checkpoints" / "step-notes").rmdir()
+    resumed = stop_at(second, 8, tmp_path / "resumed")
+    assert losses(second)[1] < losses(first)[1] - 0.3  # it did start from them
+    model = first / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    train("resumed", start)
+    assert_same_weights(second, resumed)
+    with pytest.raises(UserError) as error:
+        train("third", start)
+    assert error.value.code == "corrupt_checkpoint"
+
+
 def test_a_model_without_an_adapter_starts_from_its_run(train):
     """The folder has no config.json: the padded vocabulary is that of its tokenizer."""
     own = "model={_component_: tests.recipes.components.Plain}"

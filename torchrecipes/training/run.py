@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from torchrecipes.atomic_write import write_atomically
+from torchrecipes.checkpoint.find import list_checkpoints
 from torchrecipes.checkpoint.resume import check_same_settings
 from torchrecipes.config import MayChange, to_yaml
 from torchrecipes.distributed import collectives
@@ -45,6 +46,7 @@ class Run:
         dtype: of the forward and backward pass, bf16 or fp32.
         rank, world_size: this process among all.
         local_world_size: processes on this machine.
+        resumes: a checkpoint is there to be restored, so initial weights need not be read.
         lock: keeps other processes from training into the folder as long as this object lives.
     """
 
@@ -54,6 +56,7 @@ class Run:
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    resumes: bool = False
     lock: object = None
 
     @property
@@ -102,7 +105,7 @@ def start_run(config: Any) -> Run:
 
     folder = Path(config.output_dir)
     locks: list = []
-    collectives.run_on_rank0_and_broadcast(lambda: _prepare(folder, config, locks))
+    resumes = collectives.run_on_rank0_and_broadcast(lambda: _prepare(folder, config, locks))
 
     random.seed(seed + rank)
     numpy.random.seed((seed + rank) % 2**32)
@@ -117,7 +120,7 @@ def start_run(config: Any) -> Run:
     settings = ", ".join(f"{key}={value}" for key, value in config.optimizer.args.items())
     print(f"{folder}: {processes}, {name}, {str(dtype).removeprefix('torch.')}{chosen}", flush=True)
     print(f"optimizer: {config.optimizer.path} ({settings})", flush=True)
-    return Run(folder, device, dtype, rank, world_size, local_world_size, locks)
+    return Run(folder, device, dtype, rank, world_size, local_world_size, resumes, locks)
 
 
 def _destroy_process_group() -> None:
@@ -140,12 +143,13 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _prepare(folder: Path, config: Any, locks: list) -> None:
+def _prepare(folder: Path, config: Any, locks: list) -> bool:
+    """Locks the folder and writes the config into it. Returns whether there is a checkpoint to resume from."""
     config_file, config_yaml, resume = folder / "config.yaml", to_yaml(config), config.checkpoint.resume
     try:
         folder.mkdir(parents=True, exist_ok=True)
         locks += lock_folder(folder)
-        has_checkpoints = any((folder / "checkpoints").glob("step-*"))
+        has_checkpoints = bool(list_checkpoints(folder / "checkpoints"))
         if resume not in ("auto", "never"):
             _check_is_checkpoint(Path(resume))
         if has_checkpoints and resume == "never":
@@ -165,6 +169,7 @@ def _prepare(folder: Path, config: Any, locks: list) -> None:
             hint="Give another output_dir=...",
             code="not_writable",
         ) from error
+    return has_checkpoints or resume not in ("auto", "never")
 
 
 def _check_is_checkpoint(path: Path) -> None:

@@ -54,7 +54,7 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
     freeze(model, config.freeze)
     parallelize(model, compute.strategy, run.device, run.dtype)
     init_on_device(model, run.device, config.seed)
-    if config.init_from:
+    if config.init_from and not run.resumes:
         load_hf_weights(model, config.init_from, config.seed)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
