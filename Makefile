@@ -6,10 +6,11 @@ RUN := runs/quickstart
 # Where torch alone comes from, if not from pip's own index: https://download.pytorch.org/whl/cpu has builds without CUDA.
 TORCH_INDEX_URL ?=
 
-.PHONY: help install quickstart test lint docs clean
+.PHONY: help install quickstart test test-gpu lint docs clean
 help:
 	@echo "make quickstart   train a small NeoBERT on this machine (about 5 minutes on 2 cores)"
-	@echo "make test         run the whole test suite"
+	@echo "make test         run the whole test suite, on a machine with a GPU its tests, too"
+	@echo "make test-gpu     run the tests that need a GPU"
 	@echo "make lint         ruff, the import rules and the types of the public interface"
 	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove .venv, site/ and the quickstart's run"
@@ -32,9 +33,14 @@ quickstart: install
 		"Raises an [MASK] if the file does not exist." "Return a list of the [MASK] in the dictionary."
 	$(BIN)/tune-style plot $(RUN) -o $(RUN)/loss.png
 
-# One process per core, each with one thread: more threads than cores make torch slower, not faster.
+# One process per core, each with one thread: more threads than cores make torch slower, not faster. None sees a GPU.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) test-gpu; fi
+
+# In one process, which has the GPU's memory for itself.
+test-gpu: install
+	$(BIN)/python -m pytest -q -m gpu tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,3 +1,6 @@
+"""GPUs are hidden from the tests, which run alike on any machine; `pytest -m gpu` runs those that are about a GPU."""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +8,19 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch; processes that tests start inherit it
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and pytest -m gpu")
 
 
 @pytest.fixture(autouse=True)

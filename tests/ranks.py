@@ -75,7 +75,7 @@ def _server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SERVER, str(theirs.fileno())]
     process = subprocess.Popen(
         command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -157,7 +157,6 @@ def start(script: Path, world_size: int, *args: object, local_world_size: int | 
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",  # one GPU cannot serve several ranks
             },
         )
         for rank in range(world_size)

@@ -109,7 +109,7 @@ def test_commands_exist_and_their_settings_are_right(words, tmp_path, monkeypatc
 
 
 def test_targets_of_make_exist():
-    targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
     for page, line in command_lines():
         if line.startswith("make "):
             assert line.split()[1] in targets, f"{page.name}: {line}"

@@ -267,7 +267,7 @@ def test_varlen_gets_heads_of_a_size_that_it_takes(monkeypatch, head_dim):
     torch.testing.assert_close(attention(q, k, v, backend=backend), attention(q, k, v, cu_seqlens=bounds))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("causal", "window"), MASKING)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("kv_heads", [HEADS, 1])

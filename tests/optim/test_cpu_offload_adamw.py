@@ -87,7 +87,7 @@ def test_without_a_gpu_the_message_says_what_to_use():
     assert error.value.code == "not_on_cuda"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_the_averages_are_on_the_cpu_and_stay_there():
     net, expected = model().cuda(), model()
     optimizer = adamw_cpu_offload(net, **SETTINGS)

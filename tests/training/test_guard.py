@@ -450,7 +450,7 @@ def test_ranks_with_sharded_weights_skip_together():
     assert ranks.call(sharded_skip) == [True, True]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_nothing_waits_for_the_gpu_but_the_look_of_the_step_before():
     model = network().cuda()
     optimizer, guard = OPTIMIZERS["adamw_fused"](model.parameters()), make()
