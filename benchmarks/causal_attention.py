@@ -30,7 +30,7 @@ def plans(rows: int, length: int, dtype: torch.dtype) -> dict[str, AttentionBack
     """The three ways of the same attention."""
     mask = torch.full((1, 1, length, length), float("-inf"), dtype=dtype).triu_(1)
     return {
-        "tiled": choose_attention_backend(None, (rows, length), causal=True, device=torch.device("cpu"), dtype=dtype),
+        "tiled": choose_attention_backend((rows, length), causal=True, device=torch.device("cpu"), dtype=dtype),
         "sdpa": AttentionBackend("sdpa", causal=True),
         "math": AttentionBackend("math", mask=mask),
     }

@@ -101,7 +101,7 @@ class Ours:
             loss_sum = torch.zeros(())
             for batch in batches:
                 with self.autocast():
-                    hidden = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+                    hidden = self.model(batch.input_ids, **batch.documents)
                     loss, plain = causal_lm_loss(hidden, self.model.head, batch.labels, return_cross_entropy=True)
                 (loss / targets).backward()
                 loss_sum += plain

@@ -67,12 +67,7 @@ class Ours:
             self.step += 1
             for batch in self.loader.next_step():
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    hidden = self.model(
-                        batch.input_ids,
-                        position_ids=batch.position_ids,
-                        cu_seqlens=batch.cu_seqlens,
-                        max_seqlen=batch.max_seqlen,
-                    )
+                    hidden = self.model(batch.input_ids, **batch.documents)
                     loss = masked_lm_loss(hidden, self.model.head, batch.masked_positions, batch.masked_labels)
                 (loss / batch.num_targets).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -91,7 +91,7 @@ def build_collator(config: Config, tokenizer: Tokenizer) -> CausalLMCollator:
 
 def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over the batch's targets, and other sums to log beside it."""
-    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    hidden = model(batch.input_ids, **batch.documents)
     options = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing, "return_cross_entropy": True}
     loss, cross_entropy = causal_lm_loss(hidden, model.head, batch.labels, **options)
     return loss + router_loss(model), {"loss": cross_entropy}

@@ -88,7 +88,7 @@ def build_collator(config: Config, tokenizer: Tokenizer) -> MLMCollator:
 
 def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over the batch's targets, and other sums to log beside it."""
-    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    hidden = model(batch.input_ids, **batch.documents)
     positions, labels = batch.masked_positions, batch.masked_labels
     loss = masked_lm_loss(hidden, model.head, positions, labels, masked_logits_only=config.masked_logits_only)
     return loss, {"loss": loss.detach()}

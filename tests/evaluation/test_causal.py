@@ -27,7 +27,7 @@ class Model(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=generator)
 
-    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen):
+    def forward(self, input_ids, position_ids, document_ids, cu_seqlens, max_seqlen):
         hidden = self.embedding(input_ids) + position_ids.unsqueeze(-1) / max_seqlen
         return hidden * 2 if self.training else hidden
 
@@ -40,6 +40,7 @@ def batches(count=4, seed=0):
         yield Batch(
             input_ids=torch.randint(0, REAL, (2, 12), generator=generator),
             position_ids=torch.arange(12).expand(2, 12),
+            document_ids=None,
             cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32),
             max_seqlen=12,
             num_targets=int((labels >= 0).sum()),
@@ -62,7 +63,7 @@ def test_scores_equal_a_loop_over_targets_in_float64():
     model.eval()
     loss, right, unigram_loss, count = 0.0, 0, 0.0, 0
     for batch in batches():
-        logits = model.head(model(batch.input_ids, batch.position_ids, batch.cu_seqlens, 12)).double().flatten(0, 1)
+        logits = model.head(model(batch.input_ids, **batch.documents)).double().flatten(0, 1)
         for row, label in zip(logits, batch.labels.flatten().tolist(), strict=True):
             if label >= 0:
                 loss -= row.log_softmax(-1)[label].item()

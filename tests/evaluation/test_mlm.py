@@ -31,7 +31,8 @@ def batches(seed=0):
         yield Batch(
             input_ids=torch.randint(0, REAL, (2, 12), generator=generator),
             position_ids=torch.arange(12).expand(2, 12),
-            cu_seqlens=torch.tensor([0, 12, 24, 24], dtype=torch.int32),
+            document_ids=None,
+            cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32),
             max_seqlen=12,
             num_targets=used,
             masked_positions=positions,
@@ -113,7 +114,7 @@ def test_a_linear_layer_is_a_head():
             super().__init__()
             self.embedding, self.head = torch.nn.Embedding(VOCAB, 8), torch.nn.Linear(8, VOCAB)
 
-        def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen):
+        def forward(self, input_ids, position_ids, document_ids, cu_seqlens, max_seqlen):
             return self.embedding(input_ids)
 
     baseline = UnigramBaseline(torch.full((VOCAB,), 1 / VOCAB).log(), most_frequent=7)

@@ -29,7 +29,7 @@ class Counting(nn.Module):
             self.head.decoder.weight.fill_(-0.1)
             self.head.decoder.weight[0] = 0
 
-    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen):
+    def forward(self, input_ids, position_ids, document_ids, cu_seqlens, max_seqlen):
         self.seen.append(input_ids.shape)
         assert max_seqlen <= input_ids.shape[1]
         if cu_seqlens is not None:
@@ -37,6 +37,7 @@ class Counting(nn.Module):
             assert ends[0] == 0 and ends[-1] == input_ids.numel() and all(a < b for a, b in pairwise(ends))
             restarts = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])
             assert torch.equal(position_ids.flatten(), restarts) and max(restarts) < max_seqlen
+            assert ((position_ids == 0).cumsum(1) - 1 == document_ids).all()
         self.packed.append(cu_seqlens is not None)
         return (position_ids + 1.0)[:, :, None]
 

@@ -89,10 +89,10 @@ def test_every_kernel_and_layout_is_the_loop_over_documents(monkeypatch, kernel,
         monkeypatch.setattr("torchrecipes.modules.attention_backend.TILED_LONGEST_ROW", 0)
     rows, row_len, longest = 2, 400, 40
     tensors = inputs(rows, row_len, torch.float32, kv_heads)
-    bounds = packing(rows, row_len, longest, seed=len(layout), padding=30)
+    bounds = packing(rows, row_len, longest if layout == "regrouped" else row_len, seed=len(layout), padding=30)
     backend = choose_attention_backend(
-        None if layout == "dense" else bounds,
         (rows, row_len),
+        cu_seqlens=None if layout == "dense" else bounds,
         max_seqlen=longest if layout == "regrouped" else None,
         causal=causal,
         window=window,
@@ -119,8 +119,8 @@ def test_bf16_on_the_cpu_is_close(longest, causal, window):
     bounds = packing(2, 400, 40, seed=1)
     arguments = {"cu_seqlens": bounds, "max_seqlen": longest, "causal": causal, "window": window}
     backend = choose_attention_backend(
-        bounds,
         (2, 400),
+        cu_seqlens=bounds,
         max_seqlen=longest,
         causal=causal,
         window=window,
@@ -135,10 +135,10 @@ def test_bf16_on_the_cpu_is_close(longest, causal, window):
 def test_long_rows_leave_scores_to_sdpa():
     for row_len, kernel, causal in ((1024, "math", False), (1025, "sdpa", False), (2048, "tiled", True)):
         backend = choose_attention_backend(
-            None, (1, row_len), causal=causal, device=torch.device("cpu"), dtype=torch.bfloat16
+            (1, row_len), causal=causal, device=torch.device("cpu"), dtype=torch.bfloat16
         )
         assert backend.name == kernel
-    backend = choose_attention_backend(None, (1, 2049), causal=True, device=torch.device("cpu"), dtype=torch.bfloat16)
+    backend = choose_attention_backend((1, 2049), causal=True, device=torch.device("cpu"), dtype=torch.bfloat16)
     assert (backend.name, backend.causal, backend.mask) == ("sdpa", True, None)
 
 
@@ -182,7 +182,7 @@ def test_regrouping_keeps_shapes_few():
     for seed in range(20):
         bounds = packing(4, 1024, 64, seed=seed)
         backend = choose_attention_backend(
-            bounds, (4, 1024), max_seqlen=64, device=torch.device("cpu"), dtype=torch.float32
+            (4, 1024), cu_seqlens=bounds, max_seqlen=64, device=torch.device("cpu"), dtype=torch.float32
         )
         shapes.add(tuple(backend.gather.shape))
     assert len(shapes) <= 2
@@ -215,7 +215,7 @@ def test_boundaries_that_do_not_describe_the_rows_are_refused(bounds, max_seqlen
 
 def test_a_plan_and_its_arguments_are_not_mixed():
     q, k, v = inputs(1, 4, torch.float32)
-    backend = choose_attention_backend(None, (1, 4), device=q.device, dtype=q.dtype)
+    backend = choose_attention_backend((1, 4), device=q.device, dtype=q.dtype)
     with pytest.raises(ValueError, match="backend"):
         attention(q, k, v, causal=True, backend=backend)
     with pytest.raises(ValueError, match="window"):
@@ -227,7 +227,7 @@ def test_self_attention_is_its_three_projections():
     layer = SelfAttention(32, 4, num_kv_heads=2, bias=True)
     x = torch.randn(2, 10, 32)
     rotary = rope_cos_sin(torch.arange(10)[None], 8, 100.0, torch.float32)
-    backend = choose_attention_backend(None, (2, 10), device=x.device, dtype=x.dtype)
+    backend = choose_attention_backend((2, 10), device=x.device, dtype=x.dtype)
     weights = layer.qkv_proj.weight.split([32, 16, 16])
     biases = layer.qkv_proj.bias.split([32, 16, 16])
     q, k, v = ((x @ w.T + b).view(2, 10, -1, 8) for w, b in zip(weights, biases, strict=True))
@@ -295,7 +295,7 @@ def test_queries_and_keys_are_normalized_before_the_rotation(qk_norm):
         torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, 10, 32, dtype=torch.float64)
     rotary = rope_cos_sin(torch.arange(10)[None], 8, 100.0, torch.float64)
-    backend = choose_attention_backend(None, (2, 10), device=x.device, dtype=x.dtype)
+    backend = choose_attention_backend((2, 10), device=x.device, dtype=x.dtype)
     q, k, v = layer.qkv_proj(x).split([32, 16, 16], dim=-1)
     normed = []
     for y, norm in ((q, layer.q_norm), (k, layer.k_norm)):

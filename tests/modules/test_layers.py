@@ -143,7 +143,7 @@ def test_blocks_add_and_normalize_in_their_order():
     torch.manual_seed(0)
     pre, post = blocks()
     x = torch.randn(1, 4, 16)
-    backend = choose_attention_backend(None, (1, 4), device=x.device, dtype=x.dtype)
+    backend = choose_attention_backend((1, 4), device=x.device, dtype=x.dtype)
     y = x + pre.self_attn(pre.input_layernorm(x), None, backend)
     torch.testing.assert_close(pre(x, None, backend), y + pre.mlp(pre.post_attention_layernorm(y)))
     y = post.attention_norm(x + post.self_attn(x, None, backend))
@@ -154,7 +154,7 @@ def test_post_norm_block_drops_in_training_only():
     torch.manual_seed(0)
     _, post = blocks(dropout_p=0.5)
     x = torch.randn(1, 4, 16)
-    backend = choose_attention_backend(None, (1, 4), device=x.device, dtype=x.dtype)
+    backend = choose_attention_backend((1, 4), device=x.device, dtype=x.dtype)
     assert not torch.equal(post(x, None, backend), post(x, None, backend))
     post.eval()
     assert torch.equal(post(x, None, backend), post(x, None, backend))
@@ -170,7 +170,7 @@ def test_blocks_compile_without_graph_breaks(packed, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         dtype = compute_dtype(x)
         assert dtype == (torch.bfloat16 if autocast else torch.float32)
-        backend = choose_attention_backend(bounds, (2, 8), device=x.device, dtype=dtype)
+        backend = choose_attention_backend((2, 8), cu_seqlens=bounds, device=x.device, dtype=dtype)
         rotary = rope_cos_sin(torch.arange(8)[None], 8, 100.0, dtype)
         for block in blocks():
             expected = block(x, rotary, backend)

@@ -46,7 +46,7 @@ def test_the_largest_score_that_is_seen(monkeypatch, few_at_a_time, causal, wind
     q, k = tensors(3, 50)
     cu_seqlens = PACKED if packed else None
     backend = choose_attention_backend(
-        cu_seqlens, (3, 50), causal=causal, window=window, dropout_p=dropout_p, device=CPU, dtype=q.dtype
+        (3, 50), cu_seqlens=cu_seqlens, causal=causal, window=window, dropout_p=dropout_p, device=CPU, dtype=q.dtype
     )
     expected = reference(q, k, cu_seqlens, causal, window)
     torch.testing.assert_close(max_logits(q, k, backend).double(), expected, rtol=1e-5, atol=1e-5)
@@ -70,26 +70,28 @@ def test_the_plan_of_a_gpu(monkeypatch, causal, window, max_seqlen, cu_seqlens):
 
 def test_rows_longer_than_a_tile_and_regrouped_documents():
     q, k = tensors(1, 300)
-    backend = choose_attention_backend(None, (1, 300), causal=True, device=CPU, dtype=q.dtype)
+    backend = choose_attention_backend((1, 300), causal=True, device=CPU, dtype=q.dtype)
     assert backend.name == "tiled" and backend.mask.shape[-1] < 300
     torch.testing.assert_close(max_logits(q, k, backend).double(), reference(q, k), rtol=1e-5, atol=1e-5)
     q, k = tensors(1, 512)
     cu_seqlens = torch.arange(0, 513, 32)
-    backend = choose_attention_backend(cu_seqlens, (1, 512), max_seqlen=32, causal=True, device=CPU, dtype=q.dtype)
+    backend = choose_attention_backend(
+        (1, 512), cu_seqlens=cu_seqlens, max_seqlen=32, causal=True, device=CPU, dtype=q.dtype
+    )
     assert backend.gather is not None
     torch.testing.assert_close(max_logits(q, k, backend).double(), reference(q, k, cu_seqlens), rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_to_the_precision_of_its_products():
     q, k = tensors(2, 40, dtype=torch.bfloat16)
-    backend = choose_attention_backend(None, (2, 40), causal=True, device=CPU, dtype=q.dtype)
+    backend = choose_attention_backend((2, 40), causal=True, device=CPU, dtype=q.dtype)
     found = max_logits(q, k, backend)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), reference(q, k), rtol=2**-7, atol=0)
 
 
 def test_records_the_maximum_of_calls_and_ignores_what_is_not_finite():
-    backend = choose_attention_backend(None, (2, 20), causal=True, device=CPU, dtype=torch.float32)
+    backend = choose_attention_backend((2, 20), causal=True, device=CPU, dtype=torch.float32)
     largest = torch.full((4,), float("-inf"))
     expected = torch.full((4,), float("-inf"), dtype=torch.float64)
     for scale in (1.0, 3.0, 0.5):

@@ -224,7 +224,7 @@ def test_any_attention_of_this_library():
     layer = SelfAttention(16, 4, num_kv_heads=2)
     optimizer = muon(layer, **STILL, qk_clip_tau=1e-3)
     x = torch.randn(2, 10, 16)
-    plan = choose_attention_backend(None, (2, 10), device=x.device, dtype=x.dtype)
+    plan = choose_attention_backend((2, 10), device=x.device, dtype=x.dtype)
     layer(x, None, plan).sum().backward()
     before = layer.max_logits
     optimizer.step()

@@ -5,7 +5,7 @@ from torchrecipes.modules import choose_attention_backend
 
 
 def seen(**arguments):
-    backend = choose_attention_backend(None, (1, 20), device=torch.device("cpu"), dtype=torch.float32, **arguments)
+    backend = choose_attention_backend((1, 20), device=torch.device("cpu"), dtype=torch.float32, **arguments)
     return backend.mask[0, 0] == 0
 
 

@@ -48,5 +48,5 @@ class Plain(nn.Module):
         self.embedding = nn.Embedding(vocab_size, 16)
         self.head = nn.Linear(16, vocab_size)
 
-    def forward(self, input_ids, position_ids=None, cu_seqlens=None, max_seqlen=None):
+    def forward(self, input_ids, position_ids=None, document_ids=None, cu_seqlens=None, max_seqlen=None):
         return self.embedding(input_ids)

@@ -104,7 +104,7 @@ EDITS = {
                 "        model = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)",
                 "        model = Mine(tokenizer.vocab_size)",
             ),
-            ("    hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)\n", ""),
+            ("    hidden = model(batch.input_ids, **batch.documents)\n", ""),
             (
                 "    loss = masked_lm_loss(hidden, model.head, positions, labels, "
                 "masked_logits_only=config.masked_logits_only)\n",

@@ -42,7 +42,7 @@ def train(folder: Path) -> None:
     while step < 100:
         step += 1
         for batch in loader.next_step():
-            hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            hidden = model(batch.input_ids, **batch.documents)
             assert batch.masked_positions is not None and batch.masked_labels is not None
             loss = masked_lm_loss(hidden, model.head, batch.masked_positions, batch.masked_labels)
             assert_type(loss, Tensor).backward()

@@ -46,7 +46,7 @@ def evaluate_causal(
         for batch in batches:
             labels = batch.labels.flatten()
             with autocast():
-                hidden = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen).flatten(0, 1)
+                hidden = model(batch.input_ids, **batch.documents).flatten(0, 1)
                 chunk_size = default_chunk_size(len(hidden), len(log_probability), torch.float32, device)
                 for row, label in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
                     logits = model.head(row)

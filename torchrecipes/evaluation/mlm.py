@@ -78,12 +78,7 @@ def evaluate_mlm(
     with evaluation_mode(model):
         for batch in batches:
             with autocast():
-                hidden = model(
-                    batch.input_ids,
-                    position_ids=batch.position_ids,
-                    cu_seqlens=batch.cu_seqlens,
-                    max_seqlen=batch.max_seqlen,
-                )
+                hidden = model(batch.input_ids, **batch.documents)
                 rows = hidden.flatten(0, 1).index_select(0, batch.masked_positions)
                 for row, label in zip(rows.split(CHUNK_SIZE), batch.masked_labels.split(CHUNK_SIZE), strict=True):
                     row = transform(row)

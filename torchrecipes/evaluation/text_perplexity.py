@@ -18,9 +18,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchrecipes.data.batching.batch import dense_fields, document_fields
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.losses import linear_cross_entropy
@@ -247,24 +249,21 @@ def _batch(
     """The model's inputs, `[B, longest row]`, and the scored flat positions with their labels."""
     width = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    position_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full((len(rows), width), -1)
     longest = max(len(ids) - 1 for row in rows for ids, _ in row)
-    ends = [0]
+    boundaries = []
     for number, row in enumerate(rows):
         start = 0
         for ids, scored_from in row:
             stop = start + len(ids) - 1
             tokens = torch.tensor(ids)
             input_ids[number, start:stop] = tokens[:-1]
-            position_ids[number, start:stop] = torch.arange(stop - start)
+            boundaries.append(number * width + start)
             labels[number, start + scored_from - 1 : stop] = tokens[scored_from:]
-            ends.append(number * width + stop)
             start = stop
         while start < width:  # padding is more documents, none longer than the others
             stop = min(start + longest, width)
-            position_ids[number, start:stop] = torch.arange(stop - start)
-            ends.append(number * width + stop)
+            boundaries.append(number * width + start)
             start = stop
     highest = max(int(input_ids.max()), int(labels.max()))
     if highest >= vocab_size:  # on a GPU it would end the process
@@ -273,13 +272,11 @@ def _batch(
             hint="Use the model's own tokenizer.",
             code="id_out_of_range",
         )
+    shape = (len(rows), width)
     # A row of one window needs no boundaries: padding follows, to which no earlier token attends.
     alone = all(len(row) == 1 for row in rows)
-    inputs = {
-        "input_ids": input_ids.to(device),
-        "position_ids": position_ids.to(device),
-        "cu_seqlens": None if alone else torch.tensor(ends, dtype=torch.int32).to(device),
-        "max_seqlen": width if alone else longest,
-    }
+    documents = dense_fields(shape) if alone else document_fields(np.array(boundaries), shape)
+    inputs = {"input_ids": input_ids, **documents}
+    inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     scored = (labels.flatten() >= 0).nonzero().squeeze(1)
     return inputs, scored.to(device), labels.flatten()[scored].to(device)

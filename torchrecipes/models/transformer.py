@@ -95,6 +95,7 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
@@ -106,11 +107,11 @@ class Transformer(nn.Module):
             input_ids: `[B, S]` integers.
             position_ids: `[B, S]` or `[1, S]`, each token's position in its document; below `max_position_embeddings`
                 where positions are learned. None: 0 to S - 1 in every row.
-            cu_seqlens: `[documents + 1]`, document boundaries over the B * S flattened tokens; see
-                `choose_attention_backend`. None: every row is one document.
+            document_ids, cu_seqlens: the documents of the rows, see `choose_attention_backend`; one of the two is
+                enough. None: every row is one document.
             max_seqlen: upper bound on a document's length. None: S.
             cache: decoders only: keys and values of earlier tokens, to which these are added at `position_ids`. Every
-                row is one document then, without `cu_seqlens`.
+                row is one document then, without `document_ids` and `cu_seqlens`.
             token_type_ids: `[B, S]`, BERT only. None: type 0 everywhere.
 
         Returns:
@@ -123,8 +124,9 @@ class Transformer(nn.Module):
         if cache is None:
             caches = [None] * len(self.blocks)
             backend = choose_attention_backend(
-                cu_seqlens,
                 tuple(input_ids.shape),
+                document_ids=document_ids,
+                cu_seqlens=cu_seqlens,
                 max_seqlen=max_seqlen,
                 causal=self.causal,
                 dropout_p=self.attention_dropout if self.training else 0.0,

@@ -22,6 +22,7 @@ from torchrecipes.models.experts import stack_single_experts
 from torchrecipes.models.hf_adapter import HFAdapter, KeyMap
 from torchrecipes.models.stored_tensors import StoredTensor
 from torchrecipes.modules import LMHead
+from torchrecipes.modules.attention_backend import document_ids_from
 from torchrecipes.modules.init import copy_full
 from torchrecipes.torchao_import import import_torchao
 
@@ -127,6 +128,7 @@ class TransformersModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,  # noqa: ARG002, masks do not need it
     ) -> Tensor:
@@ -135,6 +137,7 @@ class TransformersModel(nn.Module):
         Args:
             input_ids: `[B, S]` integers.
             position_ids: `[B, S]` or `[1, S]`, each token's position in its document. None: 0 to S - 1 in every row.
+            document_ids: `[B, S]`, the number of each token's document in its row. None: as `cu_seqlens` says.
             cu_seqlens: `[documents + 1]`, document boundaries over the B * S flattened tokens. None: every row is one
                 document.
             max_seqlen: not used.
@@ -146,9 +149,9 @@ class TransformersModel(nn.Module):
             UserError: `no_packing`: several documents in a row, which the model cannot separate.
         """
         inputs = {"input_ids": input_ids}
-        if cu_seqlens is not None:
-            tokens = torch.arange(input_ids.numel(), device=input_ids.device, dtype=cu_seqlens.dtype)
-            document_ids = torch.searchsorted(cu_seqlens, tokens, right=True).view_as(input_ids)
+        if document_ids is None and cu_seqlens is not None:
+            document_ids = document_ids_from(cu_seqlens, tuple(input_ids.shape))
+        if document_ids is not None:
             inputs["attention_mask"] = self._mask(document_ids)
         if self._takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids + self.position_offset

@@ -1,12 +1,18 @@
 """Attention backends: chosen once per forward pass, outside the blocks, and shared by all of them.
 
-| kernel   | where                               | how documents are kept apart                                     |
-|----------|-------------------------------------|------------------------------------------------------------------|
-| `varlen` | CUDA, bf16 and fp16, no dropout     | `cu_seqlens` goes to the flash kernel                            |
-| `math`   | CPU, bf16 and fp16, rows up to 1024 | a mask over rows, or over rows regrouped from short documents    |
-|          | tokens; CPU with dropout            |                                                                  |
-| `tiled`  | CPU, causal rows up to 2048 tokens  | the same                                                         |
-| `sdpa`   | otherwise                           | the same; dense rows need no mask                                |
+| backend  | where                                                | how documents are kept apart                   |
+|----------|------------------------------------------------------|------------------------------------------------|
+| `flex`   | CUDA, bf16 and fp16: rows of documents, windows      | a block mask (block_mask.py), compiled kernel  |
+| `varlen` | the same, where FlashAttention-4 is active           | `cu_seqlens`                                   |
+| `sdpa`   | CUDA, rows that are one document: cuDNN, else flash  | nothing to keep apart                          |
+|          | CUDA, fp32 or dropout; CPU, otherwise                | a mask over rows, or (CPU) over regrouped rows |
+| `math`   | CPU, bf16 and fp16, rows up to 1024 tokens; dropout  | the same                                       |
+| `tiled`  | CPU, causal rows up to 2048 tokens                   | the same                                       |
+
+The choice on CUDA is from an H100, 2026-11-28, torch 2.11: 12 heads of 64, 32 rows of 1,024 tokens, forward plus
+backward in ms. Documents of 4 to 40 tokens: flex 0.82, varlen 2.24; of about 400 tokens: flex 1.21, varlen 1.29; rows
+of one document: cuDNN 1.00, varlen 1.57, flash 1.61. Other lengths, causal rows and FlashAttention-4 have not been
+measured: `benchmarks/gpu.py` measures them all.
 
 `math` is scores, softmax and values as three batched products. In bf16 they take a third of the time of the CPU's flash
 kernel at rows of 64 to 512 tokens and two thirds at 1024 (measured without AMX), for `S / (20 H)` times the memory of a
@@ -19,20 +25,23 @@ takes 0.35 to 0.9 of the time in bf16 at rows of 256 to 1024 tokens and 0.8 to 1
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchrecipes.estimation import is_estimating, kernel_device
+from torchrecipes.modules.block_mask import document_block_mask
+from torchrecipes.modules.cpu.regroup import document_lengths, regroup
 from torchrecipes.modules.cpu.tiled_causal_attention import TILE
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # The longest rows for which holding all scores is worth their memory.
 MATH_LONGEST_ROW = 1024
 TILED_LONGEST_ROW = 2048
-# Copying a token into a regrouped row and back costs about as much as attending to this many more tokens (CPU).
-REGROUP_COST_IN_KEYS = 64
 
 
 class AttentionBackend(NamedTuple):
@@ -41,7 +50,7 @@ class AttentionBackend(NamedTuple):
     A tuple of tensors and constants, so that `torch.compile`, activation checkpointing and FSDP carry it along.
 
     Attributes:
-        kernel: `varlen`, `sdpa`, `math` or `tiled`.
+        name: `flex`, `varlen`, `sdpa`, `math` or `tiled`.
         causal: `sdpa` applies causality itself (dense rows); with a mask it is part of the mask.
         dropout_p: probability of dropping an attention weight.
         mask: what is added to the scores, 0 or -inf, in the dtype of q: `[B or 1, 1, S, S]`, or `[R, 1, L, L]` when
@@ -49,6 +58,7 @@ class AttentionBackend(NamedTuple):
             the `[1, 1, TILE, TILE]` of it that lies on the diagonal.
         gather: `[R, L]` int64, the token in each slot of the regrouped rows (token 0 in an empty slot), or None.
         scatter: `[B, S]` int64, the slot of each token, or None.
+        block_mask: for `flex`.
         cu_seqlens: `[documents + 1]` int32, for `varlen`.
         max_seqlen: upper bound on a document's length, for `varlen`.
         window_size: tokens seen to the (left, right), -1 without bound, for `varlen`.
@@ -60,15 +70,17 @@ class AttentionBackend(NamedTuple):
     mask: Tensor | None = None
     gather: Tensor | None = None
     scatter: Tensor | None = None
+    block_mask: BlockMask | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
     window_size: tuple[int, int] = (-1, -1)
 
 
 def choose_attention_backend(
-    cu_seqlens: Tensor | None,
     shape: tuple[int, int],
     *,
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     causal: bool = False,
     window: int | None = None,
@@ -79,14 +91,15 @@ def choose_attention_backend(
     """Chooses the kernel and builds what it needs (mask, indices), once for all layers of a forward pass.
 
     On CUDA nothing waits for the device. On the CPU, where reading lengths costs nothing, the boundaries are checked,
-    and short documents in long rows are regrouped into rows of `max_seqlen` where that costs less. The choice follows
-    from shapes and `max_seqlen`, not from the lengths of one batch, so a compiled model sees few different shapes.
+    and short documents in long rows are regrouped into shorter rows where that costs less.
 
     Args:
-        cu_seqlens: `[documents + 1]` int32 or int64, on `device`: 0, then the end of every document in the B * S
-            flattened tokens. Repeated entries are empty documents. The end of every row must be among them (a
-            document never crosses into the next row). None: every row is one document.
         shape: (B, S).
+        document_ids: `[B, S]` integers on `device`: the number of each token's document, which never falls along a row.
+        cu_seqlens: `[documents + 1]` int32 or int64 on `device`: 0, then the end of every document in the B * S
+            flattened tokens. Repeated entries are empty documents. The end of every row must be among them (a document
+            never crosses into the next row). `document_ids` and `cu_seqlens` say the same, and one of them is enough;
+            neither: every row is one document.
         max_seqlen: upper bound on the length of a document, padding included, in tokens. None: S.
         causal: a token sees no later token.
         window: a token sees no token further away than this. None: no bound.
@@ -100,39 +113,97 @@ def choose_attention_backend(
     if window is not None and window < 0:
         raise ValueError(f"window must be 0 or more, not {window}")
     if is_estimating() and kernel_device(device) == "cuda":
-        # What flash attention keeps: queries, keys, values and outputs, never the scores.
+        # What these kernels keep: queries, keys, values and outputs, never the scores.
         return AttentionBackend("sdpa", causal=causal)
+    if cu_seqlens is not None and len(cu_seqlens) == rows + 1 and device.type != "cpu":
+        document_ids = cu_seqlens = None  # as many documents as rows
     half = dtype in (torch.bfloat16, torch.float16)
-    packed_or_window = cu_seqlens is not None or window is not None
-    if device.type == "cuda" and half and packed_or_window and not dropout_p and _has_flash(device):
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(0, rows * row_len + 1, row_len, dtype=torch.int32, device=device)
-        left = -1 if window is None else window
-        return AttentionBackend(
-            "varlen",
-            cu_seqlens=cu_seqlens.to(torch.int32),
-            max_seqlen=max_seqlen or row_len,
-            window_size=(left, 0 if causal else left),
-        )
+    packed = document_ids is not None or cu_seqlens is not None
+    if device.type == "cuda" and half and (packed or window is not None) and not dropout_p and _has_flash(device):
+        if _flash_4_is_active() and (cu_seqlens is not None or not packed):
+            return varlen_backend(shape, cu_seqlens, max_seqlen, causal=causal, window=window, device=device)
+        return flex_backend(shape, document_ids, cu_seqlens, causal=causal, window=window, device=device)
+    if device.type != "cpu":
+        return masked_backend(shape, document_ids, cu_seqlens, causal, window, dropout_p, device, dtype)
 
     segments = gather = scatter = None
-    if cu_seqlens is not None and device.type == "cpu":
-        lengths = _checked_lengths(cu_seqlens, rows, row_len, max_seqlen)
-        segments, gather, scatter = _regroup(lengths, rows, row_len, max_seqlen or row_len)
-        row_len = segments.shape[1]
-    elif cu_seqlens is not None:
-        positions = torch.arange(rows * row_len, device=device, dtype=cu_seqlens.dtype)
-        segments = torch.searchsorted(cu_seqlens, positions, right=True).view(rows, row_len)
-    if causal and device.type == "cpu" and not dropout_p and row_len <= TILED_LONGEST_ROW:
+    if packed:
+        if cu_seqlens is None:
+            cu_seqlens = _boundaries(document_ids)
+        lengths = document_lengths(cu_seqlens, rows, row_len, max_seqlen)
+        if len(lengths) > rows:  # else every row is one document
+            segments, gather, scatter = regroup(lengths, rows, row_len)
+            row_len = segments.shape[1]
+    if causal and not dropout_p and row_len <= TILED_LONGEST_ROW:
         dense = segments is None and window is None
         mask = _mask(segments, min(row_len, TILE) if dense else row_len, True, window, device, dtype)
         return AttentionBackend("tiled", mask=mask, gather=gather, scatter=scatter)
-    use_math = device.type == "cpu" and (dropout_p > 0 or (half and row_len <= MATH_LONGEST_ROW))
-    kernel = "math" if use_math else "sdpa"
+    use_math = dropout_p > 0 or (half and row_len <= MATH_LONGEST_ROW)
+    name = "math" if use_math else "sdpa"
     if segments is None and window is None and not (causal and use_math):
-        return AttentionBackend(kernel, causal=causal, dropout_p=dropout_p)
+        return AttentionBackend(name, causal=causal, dropout_p=dropout_p)
     mask = _mask(segments, row_len, causal, window, device, dtype)
-    return AttentionBackend(kernel, dropout_p=dropout_p, mask=mask, gather=gather, scatter=scatter)
+    return AttentionBackend(name, dropout_p=dropout_p, mask=mask, gather=gather, scatter=scatter)
+
+
+def flex_backend(
+    shape: tuple[int, int],
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    device: torch.device,
+) -> AttentionBackend:
+    """`flex_attention` over blocks of tokens, whatever `choose_attention_backend` would choose; its arguments."""
+    if document_ids is None and cu_seqlens is not None:
+        document_ids = document_ids_from(cu_seqlens, shape)
+    mask = document_block_mask(document_ids, shape[1], causal=causal, window=window, device=device)
+    return AttentionBackend("flex", block_mask=mask)
+
+
+def varlen_backend(
+    shape: tuple[int, int],
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    device: torch.device,
+) -> AttentionBackend:
+    """`varlen_attn`, whatever `choose_attention_backend` would choose; its arguments.
+
+    An empty document costs the kernel as much as a tile of another one: `cu_seqlens` should have none.
+    """
+    rows, row_len = shape
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, rows * row_len + 1, row_len, dtype=torch.int32, device=device)
+    left = -1 if window is None else window
+    return AttentionBackend(
+        "varlen",
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        max_seqlen=max_seqlen or row_len,
+        window_size=(left, 0 if causal else left),
+    )
+
+
+def masked_backend(
+    shape: tuple[int, int],
+    document_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    dropout_p: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> AttentionBackend:
+    """`scaled_dot_product_attention`, with a mask where rows are not dense; `choose_attention_backend`'s arguments."""
+    if document_ids is None and cu_seqlens is not None:
+        document_ids = document_ids_from(cu_seqlens, shape)
+    if document_ids is None and window is None:
+        return AttentionBackend("sdpa", causal=causal, dropout_p=dropout_p)
+    mask = _mask(document_ids, shape[1], causal, window, device, dtype)
+    return AttentionBackend("sdpa", dropout_p=dropout_p, mask=mask)
 
 
 def cached_attention_backend(position_ids: Tensor, num_keys: int, dtype: torch.dtype) -> AttentionBackend:
@@ -149,63 +220,45 @@ def cached_attention_backend(position_ids: Tensor, num_keys: int, dtype: torch.d
     return AttentionBackend("sdpa" if position_ids.shape[1] > 1 else "math", mask=mask)
 
 
+def document_ids_from(cu_seqlens: Tensor, shape: tuple[int, int]) -> Tensor:
+    """`[B, S]`, the number of each token's document in the batch, from boundaries over the flattened tokens."""
+    positions = torch.arange(shape[0] * shape[1], device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, positions, right=True, out_int32=True).view(shape)
+
+
+def activate_flash_attention_4(device: torch.device) -> bool:
+    """Lets FlashAttention-4 replace PyTorch's flash kernels in this process, if it is installed and the GPU has it.
+
+    Install it with `pip install 'torchrecipes[flash]'`; it needs a Hopper or Blackwell GPU.
+
+    Returns:
+        Whether it is active now.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return False
+    try:
+        if find_spec("flash_attn.cute") is None:
+            return False
+    except ModuleNotFoundError:  # no flash_attn at all
+        return False
+    torch.nn.attention.activate_flash_attention_impl("FA4")
+    return True
+
+
+def _flash_4_is_active() -> bool:
+    return torch.nn.attention.current_flash_attention_impl() == "FA4"
+
+
 def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _checked_lengths(cu_seqlens: Tensor, rows: int, row_len: int, max_seqlen: int | None) -> np.ndarray:
-    """Document lengths in order, without empty documents."""
-    bounds = cu_seqlens.numpy()
-    lengths = np.diff(bounds)
-    if bounds[0] != 0 or bounds[-1] != rows * row_len or (lengths < 0).any():
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {rows} x {row_len}; it goes from {bounds[0]} to "
-            f"{bounds[-1]}" + (" and falls in between" if (lengths < 0).any() else "")
-        )
-    crossed = np.setdiff1d(np.arange(row_len, rows * row_len, row_len), bounds)
-    if crossed.size:
-        raise ValueError(f"cu_seqlens has a document that crosses the end of row {crossed[0] // row_len - 1}")
-    if max_seqlen is not None and lengths.max() > max_seqlen:
-        raise ValueError(f"cu_seqlens has a document of {lengths.max()} tokens; max_seqlen is {max_seqlen}")
-    return lengths[lengths > 0]
-
-
-def _regroup(lengths: np.ndarray, rows: int, row_len: int, longest: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Document number of every slot, in rows as they are or in shorter rows where those cost less.
-
-    Documents go in order into rows of L tokens, a new row whenever the next one does not fit. Two neighbouring rows
-    hold more than L tokens, so there are at most 2 T / L + 1 of them.
-
-    Returns:
-        segments `[rows, length]` int64 (-1 in an empty slot), gather and scatter as in `AttentionBackend` (None: rows
-        as they are).
-    """
-    tokens = rows * row_len
-    group_len = min(row_len, -(-longest // 64) * 64)
-    document_of_token = np.repeat(np.arange(len(lengths)), lengths)
-    step = max(1, tokens // (4 * group_len))  # rows come in steps of a quarter of the least number: few shapes
-    if group_len + REGROUP_COST_IN_KEYS >= row_len / 2:
-        return torch.from_numpy(document_of_token.reshape(rows, row_len)), None, None
-
-    first_slot = np.empty(len(lengths), dtype=np.int64)
-    group, used = 0, 0
-    for document, length in enumerate(lengths.tolist()):
-        if used + length > group_len:
-            group, used = group + 1, 0
-        first_slot[document] = group * group_len + used
-        used += length
-    groups = -(-(group + 1) // step) * step
-    document_start = np.cumsum(lengths) - lengths
-    slot_of_token = np.arange(tokens) + np.repeat(first_slot - document_start, lengths)
-    segments = np.full(groups * group_len, -1)
-    segments[slot_of_token] = document_of_token
-    gather = np.zeros(groups * group_len, dtype=np.int64)
-    gather[slot_of_token] = np.arange(tokens)
-    return (
-        torch.from_numpy(segments.reshape(groups, group_len)),
-        torch.from_numpy(gather.reshape(groups, group_len)),
-        torch.from_numpy(slot_of_token.reshape(rows, row_len)),
-    )
+def _boundaries(document_ids: Tensor) -> Tensor:
+    """`cu_seqlens` of document numbers; waits for the device."""
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids.diff(dim=1) != 0
+    found = starts.flatten().nonzero().squeeze(1)
+    return torch.cat((found, found.new_tensor([document_ids.numel()])))
 
 
 def _mask(

@@ -17,7 +17,8 @@ def max_logits(q: Tensor, k: Tensor, backend: AttentionBackend) -> Tensor:
     Args:
         q: `[B, S, N, H]`, rotated, as `attention` takes it.
         k: `[B, S, K, H]`.
-        backend: from `choose_attention_backend`; documents, causality and window apply as in `attention`.
+        backend: from `choose_attention_backend`, any but `flex`; documents, causality and window apply as in
+            `attention`.
 
     Returns:
         `[N]` fp32, without gradient, with the precision of a product in q's dtype; -inf for a head whose scores are not
@@ -41,6 +42,20 @@ def record_max_logits(largest: Tensor, q: Tensor, k: Tensor, backend: AttentionB
     if backend.cu_seqlens is not None:  # no key of the same document is further away
         left, right = (min(reach if reach >= 0 else backend.max_seqlen, backend.max_seqlen) for reach in (left, right))
     _record(largest, q.detach(), k.detach(), backend.mask, backend.gather, backend.cu_seqlens, left, right)
+
+
+def raise_max_logits(largest: Tensor, max_scores_BNS: Tensor) -> None:
+    """Raises `largest`, `[N]` fp32, in place to the largest of each head's scores, which `flex_attention` returns."""
+    _raise(largest, max_scores_BNS.detach())
+
+
+@torch.library.custom_op("torchrecipes::raise_max_logits", mutates_args=("largest",))
+def _raise(largest: Tensor, max_scores_BNS: Tensor) -> None:
+    found = max_scores_BNS.amax(dim=(0, 2))
+    largest.copy_(torch.where(found.isfinite(), torch.maximum(largest, found), largest))
+
+
+_raise.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("torchrecipes::record_max_logits", mutates_args=("largest",))

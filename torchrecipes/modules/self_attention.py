@@ -1,8 +1,8 @@
 """Attention over packed or dense rows, and the layer made of it.
 
-Rows keep the shape `[B, S]`; documents inside them are described by `cu_seqlens`, the document boundaries over the
-`B * S` flattened tokens. A token attends to the tokens of its own document only, so it always sees at least itself.
-There is no padding mask: padding is one more document at the end of a row.
+Rows keep the shape `[B, S]`; documents inside them are described by `document_ids`, or by `cu_seqlens`, the document
+boundaries over the `B * S` flattened tokens. A token attends to the tokens of its own document only, so it always sees
+at least itself. There is no padding mask: padding is one more document at the end of a row.
 
 `window=w` lets a token see the `w` tokens before it and, unless causal, the `w` tokens after it, besides itself:
 `|i - j| <= w`. That is the convention of flash attention and of ModernBERT's `sliding_window` in `transformers`; the
@@ -11,16 +11,32 @@ causal decoders there (Mistral and its kin) count the token itself, so their `sl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.torch_version import TorchVersion
 
+from torchrecipes.estimation import kernel_device
 from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import LayerCache
 from torchrecipes.modules.cpu.tiled_causal_attention import CausalTiles
-from torchrecipes.modules.max_logits import record_max_logits
+from torchrecipes.modules.max_logits import raise_max_logits, record_max_logits
 from torchrecipes.modules.norm import RMSNorm, rms_norm
 from torchrecipes.modules.rotary import apply_rotary
+
+# The kernels of `scaled_dot_product_attention` on CUDA, the fastest first; each takes what the ones before it refuse.
+ON_CUDA = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_VARLEN_ASKS_FOR_GQA = TorchVersion(torch.__version__) >= "2.12"  # before, it took fewer key heads unasked
 
 
 def attention(
@@ -28,21 +44,24 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    document_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     causal: bool = False,
     window: int | None = None,
     dropout_p: float = 0.0,
     backend: AttentionBackend | None = None,
+    max_logits: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention, scaled by `1 / sqrt(H)`, of every token to the tokens of its own document.
 
     Args:
         q: `[B, S, N, H]`, any strides whose last is 1.
         k, v: `[B, S, K, H]`, of q's dtype; K divides N, and head n of q uses head `n // (N // K)`.
-        cu_seqlens: `[documents + 1]`, see `choose_attention_backend`. None: every row is one document.
+        document_ids, cu_seqlens: see `choose_attention_backend`. None: every row is one document.
         max_seqlen, causal, window, dropout_p: see `choose_attention_backend`.
-        backend: what `choose_attention_backend` made from the five arguments above, which are then not given again.
+        backend: what `choose_attention_backend` made from the six arguments above, which are then not given again.
+        max_logits: `[N]` fp32, raised in place to each head's largest scaled score (`record_max_logits`), or None.
 
     Returns:
         `[B, S, N, H]` of q's dtype.
@@ -51,10 +70,12 @@ def attention(
         ValueError: a backend and what it was made from are both given, or `choose_attention_backend` refuses the
             arguments.
     """
+    packed = document_ids is not None or cu_seqlens is not None
     if backend is None:
         backend = choose_attention_backend(
-            cu_seqlens,
             (q.shape[0], q.shape[1]),
+            document_ids=document_ids,
+            cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             causal=causal,
             window=window,
@@ -62,12 +83,13 @@ def attention(
             device=q.device,
             dtype=q.dtype,
         )
-    elif cu_seqlens is not None or max_seqlen is not None or causal or window is not None or dropout_p:
+    elif packed or max_seqlen is not None or causal or window is not None or dropout_p:
         raise ValueError("give attention() a backend, or the arguments that a backend is made from, not both")
 
-    if k.shape[2] != q.shape[2] and backend.name in ("sdpa", "varlen"):
-        # Not left to the kernels: only some take fewer key heads, and the others would be chosen silently.
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    if backend.name == "flex":
+        return _flex(q, k, v, backend, max_logits)
+    if max_logits is not None:
+        record_max_logits(max_logits, q, k, backend)
     if backend.name == "varlen":
         return _varlen(q, k, v, backend)
     if backend.gather is None:
@@ -82,10 +104,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
         return CausalTiles.apply(q, k, v, backend.mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if backend.name == "sdpa":
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=backend.mask, dropout_p=backend.dropout_p, is_causal=backend.causal
-        )
-        return out.transpose(1, 2)
+        return _sdpa(q, k, v, backend).transpose(1, 2)
     # The query heads of a key head are more rows of one product.
     by_key_head = (q.shape[0], k.shape[1], -1, q.shape[3])
     scores = torch.matmul((q * q.shape[-1] ** -0.5).reshape(by_key_head), k.transpose(-1, -2))
@@ -98,6 +117,40 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
     return torch.matmul(weights_BNSS.view(scores.shape), v).view(q.shape).transpose(1, 2)
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
+    options = {"attn_mask": backend.mask, "dropout_p": backend.dropout_p, "is_causal": backend.causal}
+    if k.shape[1] != q.shape[1]:
+        if kernel_device(q.device) == "cuda" and backend.mask is None:
+            options["enable_gqa"] = True
+        else:  # kernels that take a mask take no fewer key heads, and a slower one would be chosen silently
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    with sdpa_kernel(ON_CUDA, set_priority=True) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend, max_logits: Tensor | None) -> Tensor:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # imports dynamo, 1.5 s of CPU
+
+    head_dim = q.shape[-1]
+    tensors = [x.transpose(1, 2) for x in (q, k, v)]
+    if head_dim < 16:  # the kernel takes no smaller ones; zeros change no product
+        tensors = [F.pad(x, (0, 16 - head_dim)) for x in tensors]
+    options = {"block_mask": backend.block_mask, "scale": head_dim**-0.5, "enable_gqa": k.shape[2] != q.shape[2]}
+    # Uncompiled it would hold all scores. A compiled block has it compiled already.
+    kernel = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled(flex_attention)
+    if max_logits is None:
+        out_BNSH = kernel(*tensors, **options)
+    else:
+        out_BNSH, found = kernel(*tensors, **options, return_aux=AuxRequest(max_scores=True))
+        raise_max_logits(max_logits, found.max_scores)
+    return out_BNSH.transpose(1, 2)[..., :head_dim]
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # imports dynamo, 1.5 s of CPU
 
@@ -106,8 +159,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tenso
     if head_dim % 8:  # the kernel takes multiples of 8; zeros change no product
         tensors = [F.pad(x, (0, -head_dim % 8)) for x in tensors]
     bounds, longest = backend.cu_seqlens, backend.max_seqlen
-    window = {"window_size": backend.window_size}
-    out_TNH = varlen_attn(*tensors, bounds, bounds, longest, longest, scale=head_dim**-0.5, **window)
+    options = {"scale": head_dim**-0.5, "window_size": backend.window_size}
+    if _VARLEN_ASKS_FOR_GQA and k.shape[2] != q.shape[2]:
+        options["enable_gqa"] = True
+    out_TNH = varlen_attn(*tensors, bounds, bounds, longest, longest, **options)
     return out_TNH[..., :head_dim].view(q.shape)
 
 
@@ -195,9 +250,8 @@ class SelfAttention(nn.Module):
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
         if cache is not None:
             k, v = cache.update(k, v)
-        if self.max_logits is not None and self.training:
-            record_max_logits(self.max_logits, q, k, backend)
-        return self.o_proj(attention(q, k, v, backend=backend).flatten(2))
+        max_logits = self.max_logits if self.training else None
+        return self.o_proj(attention(q, k, v, backend=backend, max_logits=max_logits).flatten(2))
 
     def _normalized(self, qk: Tensor) -> Tensor:
         """Queries and keys, `[B, S, N + K, H]`, each with its norm."""

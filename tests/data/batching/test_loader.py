@@ -7,13 +7,12 @@ import torch
 from torchrecipes.data.batching.loader import Loader, evaluation_batches
 from torchrecipes.data.batching.mlm import MLMCollator
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
-from torchrecipes.data.batching.shuffle import fold_in
 from torchrecipes.data.corpus.corpus import prepare_corpus
 from torchrecipes.data.sources.text_files import files
 from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.errors import UserError
 
-TENSORS = ("input_ids", "position_ids", "cu_seqlens", "masked_positions", "masked_labels")
+TENSORS = ("input_ids", "position_ids", "document_ids", "cu_seqlens", "masked_positions", "masked_labels")
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +90,19 @@ def _unmasked(row):
     return torch.where(labels >= 0, labels, ids), positions, labels
 
 
-def test_shapes_never_change_and_boundaries_are_right(parts):
+def test_only_the_number_of_documents_changes_and_boundaries_are_right(parts):
     shapes = set()
     steps = loader(parts)
     for _ in range(1, 61):
         (batch,) = steps.next_step()
-        shapes.add(tuple(tuple(getattr(batch, name).shape) for name in TENSORS))
+        shapes.add(tuple(tuple(getattr(batch, name).shape) for name in TENSORS if name != "cu_seqlens"))
         bounds = batch.cu_seqlens.long()
-        assert bounds[0] == 0 and bounds[-1] == 8 * 32 and (bounds.diff() >= 0).all()
+        assert bounds[0] == 0 and bounds[-1] == 8 * 32 and (bounds.diff() > 0).all()
         assert set(range(0, 257, 32)) <= set(bounds.tolist())
         expected = torch.cat([torch.arange(n) for n in bounds.diff()])
         assert torch.equal(batch.position_ids.flatten(), expected)
+        assert batch.document_ids.dtype == torch.int32
+        assert torch.equal(batch.document_ids, ((batch.position_ids == 0).cumsum(1) - 1).int())
         assert batch.max_seqlen == 32 and batch.cu_seqlens.dtype == torch.int32
         assert batch.num_targets == (batch.masked_labels >= 0).sum() > 0
     assert len(shapes) == 1
@@ -140,14 +141,6 @@ def test_evaluation_takes_every_row_once_with_the_same_masks(parts, limit):
     ]
     as_set = lambda rows: sorted(tuple(row.flatten().tolist()) for row in rows if (row[2] >= 0).any())  # noqa: E731
     assert as_set(shared) == as_set(step_rows(batches))
-
-
-def test_too_many_documents_for_the_batch_are_refused(parts):
-    corpus, tokenizer, collator = parts
-    rows = PackedDataset(corpus, 32, tokenizer.pad_id)
-    rows.max_segments = 1
-    with pytest.raises(ValueError, match="documents in a batch that is made for"):
-        collator.batch(rows, np.arange(8), fold_in(np.arange(8)))
 
 
 @pytest.mark.parametrize(

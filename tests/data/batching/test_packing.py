@@ -76,15 +76,6 @@ def test_rows_are_the_same_alone_and_in_any_company(made, kind, row_len):
 
 
 @pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
-def test_no_row_has_more_segments_than_promised_and_one_has_nearly_as_many(made, kind):
-    corpus, tokenizer, _ = made
-    for row_len in ROW_LENGTHS:
-        rows = kind(corpus, row_len, tokenizer.pad_id)
-        most = max(len(rows.rows(np.array([i])).boundaries) for i in range(rows.num_rows))
-        assert rows.max_segments - 1 <= most <= rows.max_segments
-
-
-@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
 def test_row_minus_one_is_padding(made, kind):
     corpus, tokenizer, _ = made
     rows = kind(corpus, 16, tokenizer.pad_id)

@@ -65,14 +65,6 @@ def test_spans_are_the_documents(corpus):
     assert [len(one) for one in corpus.spans(np.array([], np.int64))] == [0, 0]
 
 
-@pytest.mark.parametrize("row_len", [1, 2, 5, 16, 64, 1000, 10**6])
-def test_max_documents_in_a_row(corpus, row_len):
-    corpus, documents = corpus
-    owner = np.repeat(np.arange(len(documents)), [len(one) for one in documents])
-    most = max(len(set(owner[i : i + row_len])) for i in range(0, len(owner), row_len))
-    assert corpus.max_documents_in(row_len) == most
-
-
 def test_numbers(corpus):
     corpus, documents = corpus
     lengths = [len(one) for one in documents]
@@ -90,8 +82,6 @@ def test_positions_outside_are_bugs(corpus):
     for document in (-1, corpus.num_documents):
         with pytest.raises(ValueError, match="numbered from 0"):
             corpus.spans(np.array([document]))
-    with pytest.raises(ValueError, match="row_len is 0"):
-        corpus.max_documents_in(0)
 
 
 def test_arrays_cannot_be_written_to(corpus):

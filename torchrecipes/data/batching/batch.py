@@ -14,10 +14,10 @@ class Batch:
     Attributes:
         input_ids: `[B, S]` int64.
         position_ids: `[B, S]` int64; starts at 0 with every document.
-        cu_seqlens: `[N + 1]` int32, the boundaries of the documents over the B * S flattened tokens: 0, then the end
-            of each; filled up by repeating the last, so that N is the same in every batch of a run. None: every row
-            is one document.
-        max_seqlen: no document is longer; the same in every batch of a run.
+        document_ids: `[B, S]` int32: the number of the document in its row, from 0. None: every row is one document.
+        cu_seqlens: `[N + 1]` int32, the boundaries of the N documents over the B * S flattened tokens: 0, then the end
+            of each. N differs from batch to batch. None: every row is one document.
+        max_seqlen: the length of the longest document, rounded up to a multiple of 128, at most S.
         num_targets: tokens to predict. The loss of an optimizer step is the sum over its micro-batches and ranks,
             divided by the sum of these.
         masked_positions: masked LM: `[M]` int64 into the flattened tokens; 0 in unused slots. M never changes.
@@ -27,12 +27,19 @@ class Batch:
 
     input_ids: Tensor
     position_ids: Tensor
+    document_ids: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int
     num_targets: int
     masked_positions: Tensor | None = None
     masked_labels: Tensor | None = None
     labels: Tensor | None = None
+
+    @property
+    def documents(self) -> dict[str, Tensor | int | None]:
+        """What a model needs to know of the documents, as keyword arguments of its `forward`."""
+        names = ("position_ids", "document_ids", "cu_seqlens", "max_seqlen")
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; a copy from pinned memory does not wait for it."""
@@ -47,23 +54,28 @@ class Batch:
         return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-def document_fields(boundaries: np.ndarray, shape: tuple[int, int], max_segments: int) -> dict[str, Tensor | int]:
-    """Returns the fields of a `Batch` that describe its documents: `position_ids`, `cu_seqlens` and `max_seqlen`.
+def document_fields(boundaries: np.ndarray, shape: tuple[int, int]) -> dict[str, Tensor | int]:
+    """Returns the fields of a `Batch` that describe its documents: those of `Batch.documents`.
 
     Args:
-        boundaries: int64, sorted: the flat positions at which documents start, 0 the first.
+        boundaries: int64, sorted and distinct: the flat positions at which documents start, 0 the first and the start
+            of every row among them.
         shape: (B, S).
-        max_segments: no row has more documents.
     """
-    size, capacity = shape[0] * shape[1], shape[0] * max_segments + 1
-    if len(boundaries) >= capacity:
-        raise ValueError(f"{len(boundaries)} documents in a batch that is made for {capacity - 1}")
-    cu_seqlens = np.full(capacity, size, dtype=np.int32)
-    cu_seqlens[: len(boundaries)] = boundaries
+    size = shape[0] * shape[1]
     lengths = np.diff(boundaries, append=size)
     position_ids = (np.arange(size) - np.repeat(boundaries, lengths)).reshape(shape)
+    document_ids = np.repeat(np.arange(len(boundaries), dtype=np.int32), lengths).reshape(shape)
     return {
         "position_ids": torch.from_numpy(position_ids),
-        "cu_seqlens": torch.from_numpy(cu_seqlens),
-        "max_seqlen": shape[1],
+        "document_ids": torch.from_numpy(document_ids - document_ids[:, :1]),
+        "cu_seqlens": torch.from_numpy(np.append(boundaries, size).astype(np.int32)),
+        # Few values, because kernels are compiled for it; the length of the batch itself would be one more each time.
+        "max_seqlen": min(shape[1], -(-int(lengths.max()) // 128) * 128),
     }
+
+
+def dense_fields(shape: tuple[int, int]) -> dict[str, Tensor | int | None]:
+    """Returns the same fields for rows that are one document each."""
+    position_ids = torch.arange(shape[1]).expand(shape)
+    return {"position_ids": position_ids, "document_ids": None, "cu_seqlens": None, "max_seqlen": shape[1]}

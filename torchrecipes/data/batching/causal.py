@@ -2,14 +2,14 @@
 
 A document that continues in the next row has its next token there, so nothing is lost at the end of a row. What follows
 a document's last token is the end-of-sequence token, whether or not the corpus has it: documents made by a tokenizer
-with
-one special token are stored as `<|endoftext|> text`, which is at once where they begin and what the one before ends in.
+with one special token are stored as `<|endoftext|> text`, which is at once where they begin and what the one before
+ends in.
 """
 
 import numpy as np
 import torch
 
-from torchrecipes.data.batching.batch import Batch, document_fields
+from torchrecipes.data.batching.batch import Batch, dense_fields, document_fields
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.errors import UserError
 
@@ -67,12 +67,11 @@ class CausalLMCollator:
         labels[is_padding[:, :-1]] = IGNORED
 
         if self.cross_document_attention:
-            position_ids = torch.arange(dataset.seq_len).expand(tokens.shape)
-            documents = {"position_ids": position_ids, "cu_seqlens": None, "max_seqlen": dataset.seq_len}
+            documents = dense_fields(tokens.shape)
         else:
             row, column = np.divmod(block.boundaries, dataset.seq_len + 1)
             boundaries = (row * dataset.seq_len + column)[column < dataset.seq_len]
-            documents = document_fields(boundaries, tokens.shape, dataset.max_segments)
+            documents = document_fields(boundaries, tokens.shape)
         return Batch(
             input_ids=torch.from_numpy(tokens.copy()),
             labels=torch.from_numpy(labels),
@@ -85,9 +84,7 @@ class CausalLMCollator:
         tokens = torch.zeros(num_rows, seq_len, dtype=torch.int64)
         return Batch(
             input_ids=tokens,
-            position_ids=torch.arange(seq_len).expand(num_rows, seq_len),
-            cu_seqlens=None,
-            max_seqlen=seq_len,
             num_targets=num_rows * seq_len,
             labels=tokens.clone(),
+            **dense_fields((num_rows, seq_len)),
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from torchrecipes.data.batching.batch import Batch, document_fields
+from torchrecipes.data.batching.batch import Batch, dense_fields, document_fields
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.batching.shuffle import fold_in
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ class MLMCollator:
             step: the optimizer step, for a probability that depends on it.
         """
         block = dataset.rows(numbers)
-        documents = document_fields(block.boundaries, block.tokens.shape, dataset.max_segments)
+        documents = document_fields(block.boundaries, block.tokens.shape)
         positions, labels, num_targets = self(block.tokens, row_keys, step)
         return Batch(
             input_ids=torch.from_numpy(block.tokens),
@@ -102,12 +102,10 @@ class MLMCollator:
         positions, labels, num_targets = self(tokens, fold_in(np.arange(num_rows)), step)
         return Batch(
             input_ids=torch.from_numpy(tokens),
-            position_ids=torch.arange(seq_len).expand(num_rows, seq_len),
-            cu_seqlens=None,
-            max_seqlen=seq_len,
             num_targets=num_targets,
             masked_positions=torch.from_numpy(positions),
             masked_labels=torch.from_numpy(labels),
+            **dense_fields(tokens.shape),
         )
 
     def __call__(self, tokens: np.ndarray, row_keys: np.ndarray, step: int = 1) -> tuple[np.ndarray, np.ndarray, int]:

@@ -38,14 +38,12 @@ class PackedDataset:
 
     Attributes:
         num_rows: rows in the corpus.
-        max_segments: no row has more documents, padding counted as one.
         tokens_per_row: mean number of tokens that are not padding.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
         self.num_rows = -(-corpus.num_tokens // seq_len)
-        self.max_segments = corpus.max_documents_in(seq_len) + 1
         self.tokens_per_row = corpus.num_tokens / self.num_rows
         self._open()
 
@@ -114,7 +112,6 @@ class PaddedDataset:
 
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
-        self.max_segments = 2
         self._open()
         self.num_rows = corpus.num_documents if self._last_row is None else int(self._last_row[-1])
         self.tokens_per_row = corpus.num_tokens / self.num_rows

@@ -88,26 +88,6 @@ class Corpus:
             stops[chosen] = shard.document_offsets[local + 1] + shard.token_offset
         return starts, stops
 
-    def max_documents_in(self, row_len: int) -> int:
-        """The largest number of documents that touch one row, where row i is the positions `[i, i + 1) * row_len`."""
-        if row_len < 1:
-            raise ValueError(f"row_len is {row_len}, not positive")
-        most = inside = 0
-        row = -1  # the last row seen: it may continue in the next shard
-        for shard in self.shards:
-            for begin in range(0, len(shard.document_offsets) - 1, 1 << 22):
-                starts = shard.document_offsets[begin : min(begin + (1 << 22), len(shard.document_offsets) - 1)]
-                rows, within = np.divmod(starts + shard.token_offset, row_len)
-                # A row is touched by the document at its first position, and by all that start after that.
-                rows, counts = np.unique(rows[within > 0], return_counts=True)
-                if not rows.size:
-                    continue
-                if rows[0] == row:
-                    counts[0] += inside
-                row, inside = int(rows[-1]), int(counts[-1])
-                most = max(most, int(counts.max()))
-        return most + 1
-
     def verify(self) -> None:
         """Reads all shards and compares checksums.
 
