@@ -1,4 +1,4 @@
-"""Every pair of strategy, activation checkpointing, compile, precision and family has the gradients of plain fp32."""
+"""Every pair of strategy, checkpointing, compile, number formats and family has the gradients of plain fp32."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from torchrecipes.models import bert, gpt2, llama, moe, neobert, qwen3_moe
 from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.training import router_loss
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
-from torchrecipes.training.precision import autocast
+from torchrecipes.training.precision import autocast, set_residual_dtype
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,11 +42,12 @@ def gradients(model, dtype, ranks, rank):
 
 dist.init_process_group("gloo")
 errors = []
-for strategy, mode, compiled, precision, family in json.loads(sys.argv[1]):
+for strategy, mode, compiled, (precision, residual), family in json.loads(sys.argv[1]):
     dtype = getattr(torch, precision)
     torch.compiler.reset()
     with torch.device("meta"):
         model = FAMILIES[family]().train()
+    set_residual_dtype(model, residual, dtype)
     apply_activation_checkpointing(model, mode)
     if compiled:
         for block in transformer_blocks(model):
@@ -70,7 +71,7 @@ CHOICES = (
     ("none", "ddp", "fsdp"),
     ("none", "full", "selective"),
     (False, True),
-    ("float32", "bfloat16"),
+    (("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "bf16")),
     ("neobert", "bert", "gpt2", "llama", "qwen3_moe", "moe"),
 )
 
@@ -93,4 +94,4 @@ def test_gradients_of_every_pair_of_choices(tmp_path, family):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     out = ranks.run(tmp_path / "script.py", 2, json.dumps(cases))[0]
     for case, error in zip(cases, json.loads(out.splitlines()[-1]), strict=True):
-        assert error < (1e-4 if case[3] == "float32" else 0.03), case
+        assert error < (1e-4 if case[3][0] == "float32" else 0.03), case

@@ -31,6 +31,7 @@ class Transformer(nn.Module):
         router_loss: what to add to the sum of the tokens' losses for the routers' sake, from the last forward pass:
             `(router_aux_loss_coef * aux + router_z_loss_coef * z) * tokens`, means over the MoE layers. 0.0 for a
             dense model.
+        residual_dtype: of the residual stream under autocast; None: see `to_residual_dtype`.
 
     Args:
         config: the family's, with `vocab_size`, `hidden_size`, `num_hidden_layers` and `initializer_range`.
@@ -83,6 +84,7 @@ class Transformer(nn.Module):
             transform=head_transform,
         )
         self.routing, self.router_loss = None, 0.0
+        self.residual_dtype: torch.dtype | None = None
         self.init_weights(seed)
 
     def init_weights(self, seed: int) -> None:
@@ -159,7 +161,8 @@ class Transformer(nn.Module):
         hidden_BSD = self.embedding(input_ids)
         if self.position_embedding is not None:
             hidden_BSD = hidden_BSD + self.position_embedding(position_ids)
-        return F.dropout(to_residual_dtype(hidden_BSD), self.embedding_dropout, self.training)
+        hidden_BSD = to_residual_dtype(hidden_BSD, self.residual_dtype)
+        return F.dropout(hidden_BSD, self.embedding_dropout, self.training)
 
     def _collect(self, routings: list, tokens: int) -> None:
         routing = type(routings[0])(*(torch.stack(values) for values in zip(*routings, strict=True)))

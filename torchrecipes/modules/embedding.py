@@ -1,5 +1,6 @@
 """Embedding layers beyond `nn.Embedding`."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +10,9 @@ from torchrecipes.modules.transformer import to_residual_dtype
 
 class BertEmbedding(nn.Module):
     """Token, learned position and token type embeddings, summed and normalized (Devlin et al. 2018, arXiv:1810.04805).
+
+    Attributes:
+        residual_dtype: of the result under autocast; see `to_residual_dtype`.
 
     Args:
         vocab_size, hidden_size, max_position_embeddings, type_vocab_size: sizes of the three tables.
@@ -32,6 +36,7 @@ class BertEmbedding(nn.Module):
         self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size)
         self.norm = LayerNorm(hidden_size, eps=eps)
         self.dropout_p = dropout_p
+        self.residual_dtype: torch.dtype | None = None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Args: input_ids `[B, S]`; position_ids `[B, S]` or `[1, S]`; token_type_ids `[B, S]`, None: type 0."""
@@ -40,4 +45,4 @@ class BertEmbedding(nn.Module):
         else:
             types = self.token_type_embeddings(token_type_ids)
         hidden_BSD = self.word_embeddings(input_ids) + types + self.position_embeddings(position_ids)
-        return F.dropout(self.norm(to_residual_dtype(hidden_BSD)), self.dropout_p, self.training)
+        return F.dropout(self.norm(to_residual_dtype(hidden_BSD, self.residual_dtype)), self.dropout_p, self.training)

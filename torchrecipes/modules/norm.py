@@ -25,12 +25,20 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` that takes fp32 with weights in bf16, as `fully_shard` gathers them."""
+    """`nn.LayerNorm`, computed in fp32 or wider, in the dtype of x whatever the dtype of the weights.
+
+    `nn.LayerNorm` itself refuses fp32 with weights in bf16, as `fully_shard` gathers them, and returns fp32 under
+    autocast on CUDA.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x `[..., D]`."""
+        shape, eager = self.normalized_shape, not torch.compiler.is_compiling()
+        if eager and kernel_device(x.device) == "cuda":  # one kernel, which takes one dtype
+            with torch.autocast(x.device.type, enabled=False):
+                return F.layer_norm(x, shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        return F.layer_norm(x, shape, self.weight.to(dtype), self.bias.to(dtype), self.eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,8 +49,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: `[D]`, or `[N, D]` with one weight per row of `[..., N, D]`.
         eps: added to the mean of squares.
     """
-    if kernel_device(x.device) == "cpu" and not torch.compiler.is_compiling():
-        return _EagerRMSNorm.apply(x, weight, eps)
+    if not torch.compiler.is_compiling():
+        if x.device.type == "cpu":  # an estimate for CUDA, too: it keeps what the kernel below keeps
+            return _EagerRMSNorm.apply(x, weight, eps)
+        with torch.autocast(x.device.type, enabled=False):  # which would return fp32
+            weight = weight.to(x.dtype)  # or torch takes six kernels instead of one
+            if weight.dim() == 1:
+                return F.rms_norm(x, weight.shape, weight, eps)
+            return F.rms_norm(x, weight.shape[-1:], eps=eps) * weight
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * weight).to(x.dtype)

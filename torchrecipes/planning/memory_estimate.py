@@ -25,7 +25,7 @@ from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.optim.cpu_offload_adamw import OffloadedAdamW
 from torchrecipes.planning.fake_model import fake_tensors, give_storage, meta_model
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
-from torchrecipes.training.precision import autocast
+from torchrecipes.training.precision import autocast, set_residual_dtype
 from torchrecipes.training.setup import freeze
 
 GIB = 2**30
@@ -91,6 +91,7 @@ class StepEstimate:
         self.config, self.device_type, self.dtype = config, device_type, dtype
         self._collator, self._compute_loss = build_collator(config, tokenizer), compute_loss
         self.model = meta_model(config, tokenizer, build_model)
+        set_residual_dtype(self.model, config.compute.residual, dtype)
         freeze(self.model, config.freeze)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         blocks = transformer_blocks(self.model)

@@ -4,6 +4,7 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.optim.newton_schulz import fast_dtype
@@ -40,6 +41,54 @@ def resolve_dtype(precision: str, device: torch.device, emulate_float8: bool = F
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """`torch.autocast` for bf16; for fp32 the same context, switched off."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def set_residual_dtype(model: nn.Module, residual: str, dtype: torch.dtype) -> None:
+    """Sets the dtype of the model's residual stream: of every module with an attribute `residual_dtype`.
+
+    Args:
+        model: changed in place.
+        residual: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on a CPU. Where `dtype` is fp32, so is the stream.
+        dtype: of the forward and backward pass.
+
+    Raises:
+        UserError: `bf16` with a `dtype` of fp32 (code `residual_needs_bf16`), or a choice for a model without such a
+            module (code `no_residual_dtype`).
+    """
+    dtypes = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+    modules = [module for module in model.modules() if hasattr(module, "residual_dtype")]
+    if residual == "bf16" and dtype == torch.float32:
+        raise UserError(
+            "a residual stream in bf16 needs a forward pass in bf16, and this one is in fp32",
+            key="compute.residual",
+            hint="Use compute.residual=auto, or compute.precision=bf16.",
+            code="residual_needs_bf16",
+        )
+    if residual != "auto" and not modules:
+        raise UserError(
+            f"{type(model).__name__} has no attribute residual_dtype that sets the dtype of its residual stream",
+            key="compute.residual",
+            hint="Use auto, or give the model the attribute and read it in its forward pass.",
+            code="no_residual_dtype",
+        )
+    for module in modules:
+        module.residual_dtype = dtypes[residual]
+
+
+def set_float32_matmul_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Lets a GPU multiply fp32 matrices in TF32, several times as fast, where the forward pass is in fp32.
+
+    In a bf16 run what is left in fp32, such as a mixture's routers, is there to be exact and stays so.
+
+    Args:
+        precision: `high` rounds the factors to TF32, 10 bits after the point; `highest` does not. As in
+            `torch.set_float32_matmul_precision`, which also changes CPUs.
+        device: where the model runs.
+        dtype: of the forward and backward pass.
+    """
+    if device.type == "cuda":
+        # Not `fp32_precision`: with it set, torch 2.11 to 2.13 raise an error where a library reads `allow_tf32`.
+        torch.backends.cuda.matmul.allow_tf32 = precision == "high" and dtype == torch.float32
 
 
 def set_deterministic() -> None:

@@ -21,7 +21,12 @@ from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
 from torchrecipes.file_lock import lock_folder
 from torchrecipes.training.activation_checkpointing import tune_malloc
-from torchrecipes.training.precision import autocast, resolve_dtype, set_deterministic
+from torchrecipes.training.precision import (
+    autocast,
+    resolve_dtype,
+    set_deterministic,
+    set_float32_matmul_precision,
+)
 
 
 @dataclass
@@ -29,6 +34,8 @@ class ComputeConfig:
     """The config group `compute`: number formats, compilation, and how the model is spread over processes."""
 
     precision: Literal["auto", "bf16", "fp32", "float8", "float8_rowwise"] = "auto"  # of matrix products
+    residual: Literal["auto", "bf16", "fp32"] = "auto"  # of the residual stream; auto: bf16 on GPUs
+    float32_matmul_precision: Literal["high", "highest"] = "high"  # of fp32 runs on a GPU: high is TF32
     emulate_float8: bool = False  # on a device without float8: slow, for tests
     deterministic: bool = False  # a GPU's numbers repeat to the last bit, slower; a CPU's do anyway
     compile: bool = False  # torch.compile of each block: about a minute at start-up
@@ -96,6 +103,7 @@ def start_run(config: Any) -> Run:
     if compute.deterministic:
         set_deterministic()
     dtype = resolve_dtype(compute.precision, device, compute.emulate_float8)
+    set_float32_matmul_precision(compute.float32_matmul_precision, device, dtype)
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)

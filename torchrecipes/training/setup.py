@@ -15,6 +15,7 @@ from torchrecipes.models import check_tokenizer_compatibility, load_hf_weights
 from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.training.float8 import convert_to_float8
+from torchrecipes.training.precision import set_residual_dtype
 from torchrecipes.training.run import Run
 
 
@@ -46,6 +47,7 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
     check_tokenizer_compatibility(model, tokenizer, config.seq_len)
     compute, name = config.compute, type(model).__name__  # fully_shard changes the class
     model.train()
+    set_residual_dtype(model, compute.residual, run.dtype)
     convert_to_float8(model, compute.precision, device=run.device, emulate=compute.emulate_float8)
     apply_activation_checkpointing(model, compute.activation_checkpointing)
     if compute.compile:
