@@ -60,8 +60,8 @@ def test_packed_is_one_by_one(family, row_len):
     )
 
     # One row of 768 whose documents are at most 256 long is regrouped.
-    rows = (input_ids.view(-1, row_len), position_ids.view(-1, row_len), bounds, ROW_LEN)
-    hidden = model(*rows).flatten(0, 1)
+    rows = {"position_ids": position_ids.view(-1, row_len), "cu_seqlens": bounds, "max_seqlen": ROW_LEN}
+    hidden = model(input_ids.view(-1, row_len), **rows).flatten(0, 1)
     for (start, end), document in zip(spans, alone, strict=True):
         assert (hidden[start:end] - document).abs().max() <= 1e-5
     end = spans[-1][1]
@@ -74,10 +74,11 @@ def test_packed_is_one_by_one(family, row_len):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_stays_close(family):
     model, _ = model_of(family)
-    rows = packed()[:3]
-    expected = model(*rows)
+    input_ids, position_ids, bounds, _ = packed()
+    rows = {"input_ids": input_ids, "position_ids": position_ids, "cu_seqlens": bounds}
+    expected = model(**rows)
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(*rows)
+        hidden = model(**rows)
         assert model.head(hidden).dtype == torch.bfloat16
     assert (hidden - expected).abs().mean() < 0.01 * expected.abs().mean()
 
@@ -86,13 +87,14 @@ def test_autocast_stays_close(family):
 def test_compiled_blocks_see_one_graph(family):
     torch.compiler.reset()
     model, _ = model_of(family)
-    rows = packed()[:3]
-    expected = model(*rows)
+    input_ids, position_ids, bounds, _ = packed()
+    rows = {"input_ids": input_ids, "position_ids": position_ids, "cu_seqlens": bounds}
+    expected = model(**rows)
     for block in model.blocks:
         block.compile(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        torch.testing.assert_close(model(*rows), expected, atol=1e-5, rtol=0)
-        model(rows[0], rows[1], torch.arange(0, 3 * ROW_LEN + 1, 64, dtype=torch.int32))
+        torch.testing.assert_close(model(**rows), expected, atol=1e-5, rtol=0)
+        model(**rows | {"cu_seqlens": torch.arange(0, 3 * ROW_LEN + 1, 128, dtype=torch.int32)})
 
 
 def cache_of(model, max_len):

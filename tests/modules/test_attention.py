@@ -12,6 +12,7 @@ from torchrecipes.modules import (
     choose_attention_backend,
     rope_cos_sin,
 )
+from torchrecipes.modules.attention_backend import flex_backend, masked_backend, varlen_backend
 
 HEADS, HEAD_DIM = 4, 16
 
@@ -285,6 +286,24 @@ def test_cuda_is_the_loop_over_documents(dtype, kv_heads, layout, causal, window
     found = results(on_cuda, tensors)
     expected = results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors)
     assert_close(found, expected, 3e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("causal", "window"), MASKING)
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+@pytest.mark.parametrize("kernel", ["flex", "varlen", "sdpa"])
+def test_every_kernel_on_cuda_is_the_loop_over_documents(kernel, kv_heads, causal, window):
+    tensors, cuda = inputs(2, 400, torch.bfloat16, kv_heads), torch.device("cuda")
+    bounds = packing(2, 400, 200, seed=4, padding=30).unique()
+    options = {"causal": causal, "window": window, "device": cuda}
+    if kernel == "flex":
+        backend = flex_backend((2, 400), cu_seqlens=bounds.to(cuda), **options)
+    elif kernel == "varlen":
+        backend = varlen_backend((2, 400), bounds.to(cuda), 256, **options)
+    else:
+        backend = masked_backend((2, 400), None, bounds.to(cuda), dropout_p=0.0, dtype=torch.bfloat16, **options)
+    found = results(lambda q, k, v: attention(q.cuda(), k.cuda(), v.cuda(), backend=backend).cpu(), tensors)
+    assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, causal, window), tensors), 3e-2)
 
 
 @pytest.mark.parametrize("qk_norm", ["head", "all"])
