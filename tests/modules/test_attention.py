@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,6 +267,24 @@ def test_varlen_gets_heads_of_a_size_that_it_takes(monkeypatch, head_dim):
     bounds = packing(2, 100, 40, seed=0)
     backend = AttentionBackend("varlen", cu_seqlens=bounds, max_seqlen=40, window_size=(-1, -1))
     torch.testing.assert_close(attention(q, k, v, backend=backend), attention(q, k, v, cu_seqlens=bounds))
+
+
+def test_cuda_chooses_by_documents_dtype_and_installed_kernels(monkeypatch):
+    """The choice itself, on the meta device: it needs no GPU, and reads no tensor."""
+    monkeypatch.setattr("torchrecipes.modules.attention_backend._has_flash", lambda _: True)
+    packed = torch.arange(0, 801, 100, dtype=torch.int32, device="meta")
+    cuda = SimpleNamespace(type="cuda")
+
+    def chosen(cu_seqlens=None, dtype=torch.bfloat16, **options):
+        for name in ("flex_backend", "varlen_backend", "masked_backend"):
+            monkeypatch.setattr(f"torchrecipes.modules.attention_backend.{name}", lambda *_, name=name, **__: name)
+        return choose_attention_backend((2, 400), cu_seqlens=cu_seqlens, device=cuda, dtype=dtype, **options)
+
+    assert chosen(packed) == chosen(packed, causal=True) == chosen(window=8) == "flex_backend"
+    assert chosen(packed[:3]) == chosen() == "masked_backend"  # rows that are one document: no mask
+    assert chosen(packed, dropout_p=0.1) == chosen(packed, torch.float32) == "masked_backend"
+    monkeypatch.setattr("torch.nn.attention.current_flash_attention_impl", lambda: "FA4")
+    assert chosen(packed) == chosen(window=8) == "varlen_backend"
 
 
 @pytest.mark.gpu

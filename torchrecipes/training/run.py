@@ -20,6 +20,7 @@ from torchrecipes.config import MayChange, to_yaml
 from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
 from torchrecipes.file_lock import lock_folder
+from torchrecipes.modules.attention_backend import activate_flash_attention_4
 from torchrecipes.training.activation_checkpointing import tune_malloc
 from torchrecipes.training.precision import (
     autocast,
@@ -104,6 +105,7 @@ def start_run(config: Any) -> Run:
         set_deterministic()
     dtype = resolve_dtype(compute.precision, device, compute.emulate_float8)
     set_float32_matmul_precision(compute.float32_matmul_precision, device, dtype)
+    flash_4 = ", FlashAttention-4" if activate_flash_attention_4(device) else ""
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
@@ -126,7 +128,7 @@ def start_run(config: Any) -> Run:
     processes = f"{world_size} processes" if world_size > 1 else "1 process"
     chosen = f" (precision: {compute.precision})" if compute.precision == "auto" else ""
     settings = ", ".join(f"{key}={value}" for key, value in config.optimizer.args.items())
-    print(f"{folder}: {processes}, {name}, {str(dtype).removeprefix('torch.')}{chosen}", flush=True)
+    print(f"{folder}: {processes}, {name}{flash_4}, {str(dtype).removeprefix('torch.')}{chosen}", flush=True)
     print(f"optimizer: {config.optimizer.path} ({settings})", flush=True)
     return Run(folder, device, dtype, rank, world_size, local_world_size, resumes, locks)
 
