@@ -1,11 +1,10 @@
 """Pretrain a text encoder by masked language modelling: NeoBERT or BERT, on your own text or on Python's documentation.
 
-    tune-style run mlm_pretrain --config neobert/quickstart
+    tune-style run mlm_pretrain --config neobert/quickstart  # five minutes on two CPU cores
     tune-style run mlm_pretrain --config neobert/small data.source.path='my/*.jsonl'
     tune-style run --nproc-per-node 8 mlm_pretrain --config neobert/100m data.source.path='my/*.jsonl'
 
-The quickstart config takes about 4 minutes on 2 CPU cores. Every checkpoint is a Hugging Face model folder that
-`AutoModelForMaskedLM.from_pretrained` loads. Run the same command to resume, bit for bit.
+Every checkpoint is a folder for `AutoModelForMaskedLM.from_pretrained`. Run the same command to resume, bit for bit.
 """
 
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sy
 from torchrecipes.evaluation import evaluate_mlm, unigram_baseline
 from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models import check_causal, loading_hint, meta_model_from_hf
-from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops
+from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
 from torchrecipes.training import ComputeConfig, GracefulStop, LogConfig, MetricLogger
-from torchrecipes.training import oom_hint, resolve_max_steps, setup_model, start_run, sum_over_ranks
+from torchrecipes.training import oom_hint, setup_model, start_run, sum_over_ranks
 
 
 @dataclass
@@ -54,9 +53,10 @@ class Config:
     seq_len: Tokens = 256  # tokens per row
     global_batch_size: Rows = 16  # rows per optimizer step in the whole run
     micro_batch_size: MayChange[Rows | Literal["auto"]] = 16  # rows per forward pass of a process, at most
-    max_steps: Steps | None = None  # optimizer steps; set one of these three
+    max_steps: Steps | None = None  # optimizer steps; set one of these four
     total_tokens: Tokens | None = None  # tokens to train on, as in 10B
     epochs: Positive | None = None  # passes over the text
+    max_minutes: Positive | None = None  # of training: the first steps are timed, and max_steps follows
 
     optimizer: Component = component("torchrecipes.optim.adamw", injected=("model", "params"), lr=1e-3)
     lr_scheduler: Component = component("torchrecipes.optim.cosine", injected=("optimizer", "max_steps"))
@@ -99,7 +99,8 @@ def main(config: Config) -> None:
     guard = build(config.guard)
     text = load_text(config, causal=False)
     tokenizer, collator = text.tokenizer, build_collator(config, text.tokenizer)
-    max_steps = resolve_max_steps(config, text.train)
+    objective = (config, tokenizer, build_model, build_collator, compute_loss)  # to time and estimate this recipe
+    max_steps = resolve_max_steps(*objective, run, text)
 
     # Float8, activation checkpointing, compile, sharding, initial weights: each needs the ones before it.
     model = setup_model(build_model, config, tokenizer, run)
@@ -121,7 +122,6 @@ def main(config: Config) -> None:
         recipe=__file__,
     )
     step = checkpointer.resume(max_steps)  # 0: from the start
-    objective = (config, tokenizer, build_model, build_collator, compute_loss)  # for estimates of this recipe
     if loader.micro_batch_size == "auto":  # a resumed run has the size it was started with
         loader.micro_batch_size = auto_micro_batch_size(*objective, run, model)
     metrics = MetricLogger(

@@ -57,7 +57,14 @@ def test_epochs_depend_on_a_corpus(capsys):
     words = ("--device", "h200", "max_steps=null", "epochs=2")
     assert "time" not in first_words(run(capsys, *words))
     found = json.loads(run(capsys, *words, "--json"))
+    assert (found["steps"], found["hours"], len(found["notes"])) == (None, None, 1)
+
+
+def test_the_steps_of_a_run_in_minutes_are_unknown(capsys):
+    found = json.loads(run(capsys, "--device", "cpu", "max_steps=null", "max_minutes=5", "--json"))
     assert (found["steps"], found["hours"]) == (None, None)
+    (note,) = found["notes"]
+    assert "5 minutes" in note
 
 
 @pytest.mark.parametrize("name", ["gpt2/char_tiny", "qwen3/char_tiny"])

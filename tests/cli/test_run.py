@@ -1,11 +1,13 @@
 """`run` and `validate` on small recipes of the test's own."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from torchrecipes.cli.main import main
+from torchrecipes.cli.openmp import SPIN_COUNT
 from torchrecipes.cli.run import load_recipe
 
 RECIPE = '''
@@ -76,6 +78,20 @@ def test_a_recipe_file_runs_from_any_folder_with_the_components_in_it(tmp_path, 
 def test_without_a_config_file_the_defaults_and_the_overrides_are_used():
     assert main(["run", str(recipe()), "output_dir=out"]) == 0
     assert Path("out/out.txt").read_text().startswith("10 ")
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch, given, count):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # restores it
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["run", str(recipe()), "output_dir=out"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
 def test_a_shipped_recipe_and_a_shipped_config_are_found_by_name(tmp_path, monkeypatch):

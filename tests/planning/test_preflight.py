@@ -44,15 +44,39 @@ def duration_config(**more):
 def test_more_than_four_epochs_give_a_warning(num_rows, warned):
     rows = SimpleNamespace(num_rows=num_rows, tokens_per_row=5.0)
     for budget in ({"max_steps": 10}, {"total_tokens": 200}):  # 10 steps of 4 rows of 5 tokens that are no padding
-        check, steps = module._duration(duration_config(**budget), rows)
+        check, steps = module._duration(duration_config(**budget), rows, 1.0)
         assert (check.status, steps) == ("passed", 10) and f" {40 / num_rows:.2f} times" in check.reason
         assert ("Warning" in check.reason) == warned
+
+
+def test_minutes_are_planned_by_the_steps_of_the_dry_run():
+    rows = SimpleNamespace(num_rows=100, tokens_per_row=5.0)
+    more = {"checkpoint": CheckpointConfig(resume="never"), "output_dir": "x", "eval_every": None}
+    check, steps = module._duration(duration_config(max_minutes=1, **more), rows, 0.1)
+    assert check.status == "passed" and 500 < steps < 600 and "about" in check.reason
+
+
+def test_the_dry_run_has_no_minutes_beside_its_steps(tmp_path, monkeypatch):
+    class Tried(Exception):
+        """Ends the preflight."""
+
+    def steps(dry_run):
+        raise Tried(*dry_run.command, *dry_run._settings("auto"))
+
+    monkeypatch.setattr(module.DryRun, "steps", steps)
+    keys = {"output_dir": tmp_path, "checkpoint": CheckpointConfig(), "max_minutes": 4}
+    keys |= {"log": SimpleNamespace(loggers=[]), "data": SimpleNamespace(corpus_dir=None)}
+    with pytest.raises(Tried) as tried:
+        list(module.preflight(None, SimpleNamespace(**keys), ["run", "max_minutes=4"]))
+    given = dict(word.split("=", 1) for word in tried.value.args if "=" in word)
+    budgets = ("max_steps", "total_tokens", "epochs", "max_minutes")
+    assert [name for name in budgets if given[name] != "null"] == ["max_steps"]
 
 
 def test_a_scheduler_that_does_not_fit_the_duration_fails():
     schedule = Component("torchrecipes.optim.cosine", {"warmup_steps": 20})
     rows = SimpleNamespace(num_rows=100, tokens_per_row=5.0)
-    check, steps = module._duration(duration_config(max_steps=10, lr_scheduler=schedule), rows)
+    check, steps = module._duration(duration_config(max_steps=10, lr_scheduler=schedule), rows, 1.0)
     assert (check.status, steps) == ("failed", None) and "warmup_steps" in check.reason
 
 

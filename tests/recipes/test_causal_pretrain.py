@@ -17,7 +17,7 @@ from torchrecipes.config.catalog import find_recipe
 from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_hf
-from torchrecipes.planning import check_components
+from torchrecipes.planning import check_components, duration
 
 RECIPE = find_recipe("causal_pretrain")
 STEPS = 12
@@ -111,6 +111,17 @@ def assert_same_weights(run, other, step=STEPS):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_timing_the_first_steps_changes_no_number(train, monkeypatch):
+    monkeypatch.setattr(duration, "TIMED", 0.05)
+    timed = train("timed", "max_steps=null", "max_minutes=0.002", "model.embd_pdrop=0.1")
+    (state,) = [json.loads(file.read_text()) for file in timed.glob("checkpoints/*/state.json")][-1:]
+    steps = state["max_steps"]
+    assert steps == max(losses(timed))
+    given = train("given", f"max_steps={steps}", "model.embd_pdrop=0.1")
+    assert losses(given) == losses(timed)
+    assert_same_weights(timed, given, steps)
 
 
 @pytest.mark.parametrize("model", MODELS)

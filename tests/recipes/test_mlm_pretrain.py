@@ -20,7 +20,7 @@ from torchrecipes.config.catalog import find_recipe
 from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_hf
-from torchrecipes.planning import check_components
+from torchrecipes.planning import check_components, duration
 
 RECIPE = find_recipe("mlm_pretrain")
 STEPS = 12
@@ -316,6 +316,22 @@ def test_runs_with(train, overrides):
     run = train("run", *overrides)
     assert all(line["loss"] < 8 for line in lines(run) if "loss" in line)
     assert list((run / "checkpoints").glob("step-*"))
+
+
+def test_a_run_in_minutes_equals_one_of_the_steps_that_they_have_room_for(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(duration, "seconds_per_step", lambda *_: 1.0)
+    minutes = ["max_steps=null", f"max_minutes={STEPS / 60 / duration.FOR_STEPS + 0.001}"]
+    given, timed = train("given"), train("timed", *minutes)
+    assert_same_weights(timed, given)
+    name = f"checkpoints/step-{STEPS:08d}/state.json"
+    assert (timed / name).read_text() == (given / name).read_text()
+    stopped = stop_at(timed, 4, tmp_path / "stopped")
+    monkeypatch.setattr(duration, "seconds_per_step", lambda *_: 2.0)  # resumed on a slower machine
+    train("stopped", *minutes)
+    assert_same_weights(stopped, given)
+    with pytest.raises(UserError) as error:
+        train("stopped", "max_steps=null", "max_minutes=1")
+    assert error.value.code == "other_settings"
 
 
 @pytest.mark.parametrize("inside", ["", f"/checkpoints/step-{STEPS:08d}"])

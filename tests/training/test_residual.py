@@ -94,7 +94,7 @@ def test_autocast_of_a_gpu_keeps_the_dtype_of_the_stream(norm, dtype):
                 if x is not None:
                     module._parameters[name] = torch.empty(x.shape, device="cuda")
         x = torch.empty(2, 8, 16, dtype=dtype, device="cuda")
-        backend = choose_attention_backend(None, (2, 8), device=x.device, dtype=torch.bfloat16)
+        backend = choose_attention_backend((2, 8), device=x.device, dtype=torch.bfloat16)
         assert block(x, None, backend).dtype == dtype
 
 
@@ -102,7 +102,7 @@ def test_experts_and_router_take_a_stream_in_bf16():
     parts = {"self_attn": SelfAttention(16, 2), "attention_norm": RMSNorm(16), "mlp_norm": RMSNorm(16)}
     block = MoEBlock(mlp=MoE(16, 16, 4, 2, shared_intermediate_size=16), **parts)
     x = torch.randn(1, 8, 16, dtype=torch.bfloat16)
-    backend = choose_attention_backend(None, (1, 8), device=CPU, dtype=torch.bfloat16)
+    backend = choose_attention_backend((1, 8), device=CPU, dtype=torch.bfloat16)
     with autocast(CPU, torch.bfloat16):
         out, routing = block(x, None, backend)
         logits = block.mlp.gate(x[0])

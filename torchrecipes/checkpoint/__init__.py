@@ -15,7 +15,7 @@ resume            checks that a checkpoint can be resumed, and reports a changed
 
 from torchrecipes.checkpoint.best import KeepBest
 from torchrecipes.checkpoint.checkpointer import CheckpointConfig, Checkpointer
-from torchrecipes.checkpoint.find import find_checkpoint
+from torchrecipes.checkpoint.find import find_checkpoint, stored_length
 from torchrecipes.manifest import verify
 
-__all__ = ["CheckpointConfig", "Checkpointer", "KeepBest", "find_checkpoint", "verify"]
+__all__ = ["CheckpointConfig", "Checkpointer", "KeepBest", "find_checkpoint", "stored_length", "verify"]

@@ -105,6 +105,7 @@ class Checkpointer:
         self.config_yaml = config_yaml
         self.recipe_source = Path(recipe).read_text(encoding="utf-8") if recipe else ""
         self.saved: Path | None = None
+        self._max_steps: int | None = None  # as `resume` was given it
         self._saved_before: Path | None = None  # what `saved` was before the save that is being written
         self._ours: set[Path] = set()  # saved by this object, or resumed from
         self._corrupt: set[Path] = set()  # skipped by it
@@ -170,6 +171,7 @@ class Checkpointer:
             return target
         ranks, rng = random_state()
         stored = {"step": step, "state": state, "optimizer": optimizer_state, "random": ranks}
+        stored["max_steps"] = self._max_steps
         stored["tokenizer"] = getattr(self.tokenizer, "fingerprint", None)
         texts = {"config.yaml": self.config_yaml, "recipe.py": self.recipe_source, "state.json": json.dumps(stored)}
         files: dict[str, dict[str, Tensor]] = {}
@@ -222,7 +224,7 @@ class Checkpointer:
         `auto`: the newest valid one of this run; `never`: none; else the path of a checkpoint, of any run.
 
         Args:
-            max_steps: the last step of this run, for a check.
+            max_steps: the last step of this run, for a check, and stored in its checkpoints.
 
         Returns:
             Its step; 0: there is nothing to resume.
@@ -231,6 +233,7 @@ class Checkpointer:
             UserError: the path is not a valid checkpoint; all checkpoints are corrupt (code `corrupt_checkpoint`); it
                 is of another model, optimizer, tokenizer or data; or of a step after the last (`beyond_last_step`).
         """
+        self._max_steps = max_steps
         found = collectives.run_on_rank0_and_broadcast(self._find)
         if found is None:
             return 0

@@ -1,6 +1,7 @@
 """Finds the checkpoint that a run resumes from."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from torchrecipes.errors import UserError
@@ -41,6 +42,28 @@ def find_checkpoint(output_dir: str | Path, resume: str = "auto") -> tuple[Path 
             code="corrupt_checkpoint",
         )
     return None, skipped
+
+
+def stored_length(output_dir: str | Path, resume: str = "auto") -> tuple[int | None, int]:
+    """The length that a resumed run has been given: (its `max_steps`, 0), as its newest checkpoint has it.
+
+    (None, 0) if there is no checkpoint; (None, s) if `resume` is the checkpoint of another run's step s.
+
+    Args:
+        output_dir: the run's folder.
+        resume: as for `find_checkpoint`.
+
+    Raises:
+        UserError: as `find_checkpoint`, for another run's checkpoint.
+    """
+    folder = Path(output_dir) / "checkpoints"
+    if resume not in ("auto", "never") and Path(resume).resolve().parent != folder.resolve():
+        path, _ = find_checkpoint(output_dir, resume)
+        return None, json.loads((path / "state.json").read_bytes())["step"]
+    for path in reversed(list_checkpoints(folder)):
+        with suppress(OSError, ValueError):  # corrupt: reported when the run resumes
+            return json.loads((path / "state.json").read_bytes())["max_steps"], 0
+    return None, 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -73,7 +73,7 @@ def table(estimate: dict[str, Any]) -> str:
     lines += [f"  {'fits':<{width}} {fits:>14}  {'largest micro_batch_size that fits' if largest else REMEDIES}"]
     work = f"of {estimate['tokens_per_step']:,} tokens, {estimate['flops_per_token'] / 1e9:,.3g} GFLOP per token"
     if estimate["steps"] is None:
-        lines += ["", f"{'steps':<14} {'unknown':>14}  {work}: epochs of a text that is not prepared yet"]
+        lines += ["", f"{'steps':<14} {'unknown':>14}  {work}"]
     else:
         lines += ["", f"{'steps':<14} {estimate['steps']:>14,}  {work}"]
     if estimate["hours"] is not None:

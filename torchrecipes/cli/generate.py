@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from torchrecipes.cli.trained_model import add_model_arguments, load_causal, wait_without_spinning
+from torchrecipes.cli.openmp import wait_without_spinning
+from torchrecipes.cli.trained_model import add_model_arguments, load_causal
 from torchrecipes.errors import UserError
 
 LINE = "-" * 40

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
-from torchrecipes.cli.trained_model import add_model_arguments, load_causal, wait_without_spinning
+from torchrecipes.cli.openmp import wait_without_spinning
+from torchrecipes.cli.trained_model import add_model_arguments, load_causal
 from torchrecipes.errors import UserError
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from torchrecipes.cli import launch_flags
+from torchrecipes.cli.openmp import spin_briefly
 from torchrecipes.config.catalog import find_recipe, recipes_folder
 from torchrecipes.errors import UserError
 
@@ -40,6 +41,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the recipe, in this process or in as many as the flags say."""
+    spin_briefly()
     if launch_flags.asked_for(args):
         _launch(args)
     else:

@@ -1,7 +1,6 @@
 """Finds and loads a trained model for `generate`, `perplexity` and `fill-mask`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,15 +18,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: bf16 on a GPU, else fp32"
     )
-
-
-def wait_without_spinning() -> None:
-    """Make OpenMP threads sleep while they wait for each other. Call it before torch is imported.
-
-    A token of a small model takes a thousand short operations, and threads spin between them: on two cores that two
-    other processes used as well, that was 8 tokens per second instead of 330.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def newest_valid_checkpoint(folder: str) -> Path:

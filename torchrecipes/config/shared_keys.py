@@ -8,13 +8,13 @@ from torchrecipes.errors import UserError
 def check_shared_keys(config: Any) -> list[UserError]:
     """Return the problems that only two keys together show; a rule applies where a config has its keys."""
     problems = []
-    names = ("max_steps", "total_tokens", "epochs")
-    if all(hasattr(config, name) for name in names):
+    names = [name for name in ("max_steps", "total_tokens", "epochs", "max_minutes") if hasattr(config, name)]
+    if len(names) >= 3:
         given = [name for name in names if getattr(config, name) is not None]
         if len(given) != 1:
             problems.append(
                 UserError(
-                    f"{' and '.join(given)} are set" if given else "none of max_steps, total_tokens, epochs is set",
+                    f"{' and '.join(given)} are set" if given else f"none of {', '.join(names)} is set",
                     key=given[-1] if given else "max_steps",
                     hint="Set exactly one, the others to null, as in max_steps=1000 epochs=null",
                     code="run_length",

@@ -24,8 +24,8 @@ from torchrecipes.errors import UserError, format_user_error
 from torchrecipes.file_lock import lock_folder
 from torchrecipes.planning.component_checks import build_scheduler
 from torchrecipes.planning.dry_run import STEPS, DryRun, size
+from torchrecipes.planning.duration import planned_steps
 from torchrecipes.planning.run_estimate import estimate_run
-from torchrecipes.training.duration import resolve_max_steps
 
 GIB = 2**30
 MANY_EPOCHS = 4  # repeating text more often than this helps little (Muennighoff et al. 2023, 2305.16264)
@@ -81,6 +81,8 @@ def preflight(
         yield _logger(number, logger)
     with _own_folder(output_dir) as folder:
         corpus_dir = Path(config.data.corpus_dir or output_dir / "corpus")
+        if hasattr(config, "max_minutes"):
+            command = [*command, "max_minutes=null"]
         dry_run = DryRun(command, folder / "run", corpus_dir)
         if resumed:
             past = json.loads((resumed / "state.json").read_text(encoding="utf-8"))["step"]
@@ -119,7 +121,7 @@ def _try(config: Any, dry_run: DryRun, estimate: dict[str, Any], report: Callabl
     dataset = (PackedDataset if config.data.packing else PaddedDataset)(train, config.seq_len, pad_id=0)
     yield Check("data", "passed", f"{train.num_documents:,} documents, {train.num_tokens:,} tokens")
     yield _validation(config, dry_run.corpus_dir / "validation")
-    duration, steps = _duration(config, dataset)
+    duration, steps = _duration(config, dataset, _seconds(_typical(lines)))
     yield duration
     if steps:
         yield _time(steps - dry_run.past, _typical(lines))
@@ -307,16 +309,16 @@ def _validation(config: Any, folder: Path) -> Check:
     return Check("validation", "passed", f"{dataset.num_rows:,} rows, {corpus.num_tokens:,} tokens")
 
 
-def _duration(config: Any, dataset: PackedDataset | PaddedDataset) -> tuple[Check, int | None]:
+def _duration(config: Any, dataset: PackedDataset | PaddedDataset, seconds: float) -> tuple[Check, int | None]:
     """How often each row is seen, and the run's steps. Builds the scheduler for them, which the dry run replaces."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            steps = resolve_max_steps(config, dataset)
+        steps = planned_steps(config, dataset, None, lambda: seconds)
         build_scheduler(config, steps)
     except UserError as error:
         return Check("duration", "failed", str(error)), None
     epochs = steps * config.global_batch_size / dataset.num_rows
-    found = f"{steps:,} steps see the {dataset.num_rows:,} rows of the corpus {epochs:,.2f} times"
+    timed = "by the dry run's steps, about " if getattr(config, "max_minutes", None) else ""  # the run times its own
+    found = f"{timed}{steps:,} steps see the {dataset.num_rows:,} rows of the corpus {epochs:,.2f} times"
     if epochs > MANY_EPOCHS:
         found += f". Warning: more than {MANY_EPOCHS} times helps little; use more text or fewer steps"
     return Check("duration", "passed", found), steps

@@ -57,7 +57,7 @@ def estimate_run(
     Returns:
         JSON values: `parameters` (by part), `memory` (bytes of a rank at the peak of a step, by part, and `total`),
         `micro_batch_size`, `max_micro_batch_size` (None: not one row fits), `flops_per_token`,
-        `tokens_per_step`, `steps` (None: it depends on a corpus that does not exist yet), `hours` (None: steps or the
+        `tokens_per_step`, `steps` (None: unknown before the run, and a note says why), `hours` (None: steps or the
         device's peak are unknown), `checkpoint_bytes`, `kept_bytes`, `notes` (sentences: what was assumed), and what
         it was estimated for.
 
@@ -114,7 +114,7 @@ def estimate_run(
         "hours": steps * tokens * flops / (mfu * here.peak * world_size) / 3600 if is_known else None,
         "checkpoint_bytes": checkpoint,
         "kept_bytes": kept * checkpoint,
-        "notes": _notes(config, tokenizer.vocab_size),
+        "notes": _notes(config, tokenizer.vocab_size, steps),
     }
 
 
@@ -178,20 +178,23 @@ def _dtype(precision: str, device_type: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16  # float8 keeps activations in bf16
 
 
-def _notes(config: Any, vocab_size: int) -> list[str]:
-    if config.tokenizer is None:
-        return []
-    accepted = parameters(resolve(config.tokenizer.path))
-    if "source" not in accepted or "vocab_size" in accepted:
-        return []
-    return [
-        f"counted with {vocab_size:,} ids, the most that tokenizer.limit_alphabet allows; a text of fewer "
-        "characters has fewer"
-    ]
+def _notes(config: Any, vocab_size: int, steps: int | None) -> list[str]:
+    notes = []
+    if steps is None and config.epochs is not None:
+        notes.append("steps: epochs of a text that is not prepared yet")
+    elif steps is None:
+        notes.append(f"steps: as many as {config.max_minutes:g} minutes have room for, timed when the run begins")
+    accepted = parameters(resolve(config.tokenizer.path)) if config.tokenizer else {}
+    if "source" in accepted and "vocab_size" not in accepted:
+        notes.append(
+            f"counted with {vocab_size:,} ids, the most that tokenizer.limit_alphabet allows; a text of fewer "
+            "characters has fewer"
+        )
+    return notes
 
 
 def _steps(config: Any) -> int | None:
-    """Optimizer steps; None: epochs of a corpus that does not exist yet."""
+    """Optimizer steps; None: minutes, or epochs of a corpus that does not exist yet."""
     folder = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus") / "train"
     num_rows, tokens_per_row = None, config.seq_len  # full rows, where nothing better is known
     if (folder / "corpus.json").exists():
@@ -202,4 +205,6 @@ def _steps(config: Any) -> int | None:
         return config.max_steps
     if config.total_tokens is not None:
         return math.ceil(config.total_tokens / (config.global_batch_size * tokens_per_row))
-    return math.ceil(config.epochs * num_rows / config.global_batch_size) if num_rows else None
+    if config.epochs is None or num_rows is None:
+        return None
+    return math.ceil(config.epochs * num_rows / config.global_batch_size)

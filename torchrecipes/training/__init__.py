@@ -8,14 +8,12 @@ activation_checkpointing   less memory for more time; the hint when memory runs 
 expert_load_balancing      the load of a mixture's experts
 ema                        `EMA`: averaged weights
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
-duration                   steps from a budget in steps, tokens or epochs
 graceful_stop              Ctrl+C and SIGTERM end a run after its step
 metrics                    `MetricLogger`: metrics.jsonl, the terminal, loggers; the config group `log`
 loggers                    `TensorBoard`, `WandB`
 """
 
 from torchrecipes.training.activation_checkpointing import oom_hint
-from torchrecipes.training.duration import resolve_max_steps
 from torchrecipes.training.ema import EMA
 from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
 from torchrecipes.training.graceful_stop import GracefulStop
@@ -33,7 +31,6 @@ __all__ = [
     "LogConfig",
     "MetricLogger",
     "oom_hint",
-    "resolve_max_steps",
     "router_loss",
     "setup_model",
     "start_run",
