@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import statistics
 import time
@@ -81,6 +82,9 @@ def run(bench: Bench) -> None:
 
 def run_float8(bench: Bench) -> None:
     """Compiled, in bf16 and with float8 products."""
+    if importlib.util.find_spec("torchao") is None:
+        bench.note("torchao is not installed: float8 was not measured")
+        return
     emulated = ("compute.emulate_float8=true",) if bench.device.type != "cuda" else ()
     for model in MODELS[1:2] if bench.tiny else (MODELS[1], MODELS[2], MODELS[0]):
         for precision in ("float8", "float8_rowwise"):
