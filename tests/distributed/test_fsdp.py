@@ -1,6 +1,7 @@
 """Collectives, and models sharded over ranks."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ CPU = torch.device("cpu")
 
 SCRIPT = """
 import json, sys
+from functools import partial
 import torch
 import torch.distributed as dist
 from torch.profiler import profile
@@ -27,15 +29,16 @@ from torchrecipes.distributed import collectives
 from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize, set_grad_sync
 from torchrecipes.training.run import Run
 
-what, folder, strategy, kind = sys.argv[1:5]
+what, folder, strategy, kind, choice = sys.argv[1:6]
 torch.distributed.init_process_group("gloo")
 run = Run(folder, torch.device("cpu"), rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
 
 def model_of(kind):
     with torch.device("meta"):
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 30}
-        model = {"neobert": neobert, "bert": bert}[kind](vocab_size=50, **sizes)
-    parallelize(model, strategy, run.device, torch.float32)
+        makers = {"neobert": neobert, "bert": bert, "untied": partial(neobert, tie_word_embeddings=False)}
+        model = makers[kind](vocab_size=50, **sizes)
+    parallelize(model, strategy, run.device, torch.float32, choice)
     init_on_device(model, run.device, 3)
     return model
 
@@ -59,15 +62,22 @@ if what == "gradients":
     print(json.dumps(clip_grad_norm(model, 1.0).item()))
 elif what == "reductions":
     model = model_of(kind)
-    counts = []
+    told = []
     for micro_batches in (1, 3):
+        sharded, copies = [], []
         with profile() as profiler:
             for number in range(micro_batches):
                 backward(model, number, last=number == micro_batches - 1)
-        events = [event for event in profiler.key_averages() if "reduce" in event.key and "c10d" in event.key]
-        counts.append(sum(event.count for event in events))
+                sharded.append(all(hasattr(p, "device_mesh") and p.grad is not None for p in model.parameters()))
+                copies.append(any(not hasattr(p, "device_mesh") for p in model.parameters()))
+        events = profiler.key_averages()
+        counts = [sum(event.count for event in events if event.key.startswith(f"c10d::{kind}"))
+                  for kind in ("_reduce_scatter", "allreduce")]
+        prefetched = any(event.key == "FSDP::forward_prefetch for head" for event in events)
+        told.append({"reduce_scatter": counts[0], "all_reduce": counts[1], "sharded": sharded, "copies": copies,
+                     "prefetched": prefetched})
         model.zero_grad()
-    print(json.dumps(counts))
+    print(json.dumps(told))
 elif what == "bf16":
     seen = {}
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -129,7 +139,8 @@ def script(tmp_path):
 def gradients_alone(kind):
     """Those of one process in float64, by plain autograd."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 30}
-    model = {"neobert": neobert, "bert": bert}[kind](vocab_size=50, **sizes, seed=3).double()
+    makers = {"neobert": neobert, "bert": bert, "untied": partial(neobert, tie_word_embeddings=False)}
+    model = makers[kind](vocab_size=50, **sizes, seed=3).double()
     for row in range(4):
         ids = (torch.arange(24).view(2, 12) + 7 * row) % 50
         rows = model(ids).flatten(0, 1)[[1, 5, 14]]
@@ -138,12 +149,16 @@ def gradients_alone(kind):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("strategy", "kind"), [("fsdp", "neobert"), ("ddp", "bert")])
-def test_gradients_are_those_of_one_process_the_heads_among_them(tmp_path, script, strategy, kind):
+@pytest.mark.parametrize(
+    ("strategy", "kind", "choice"),
+    [("fsdp", "untied", "auto"), ("fsdp", "neobert", "last_micro_batch"), ("ddp", "bert", "auto")],
+)
+def test_gradients_are_those_of_one_process_the_heads_among_them(tmp_path, script, strategy, kind, choice):
     """The head is used outside of forward; sizes are not divided by the ranks; two micro-batches each."""
     from safetensors.torch import load_file
 
-    norms = [float(out.splitlines()[-1]) for out in ranks.run(script, 2, "gradients", tmp_path, strategy, kind)[:1]]
+    outputs = ranks.run(script, 2, "gradients", tmp_path, strategy, kind, choice)
+    norms = [float(out.splitlines()[-1]) for out in outputs[:1]]
     expected = gradients_alone(kind)
     found = load_file(tmp_path / "gradients.safetensors")
     assert found.keys() == expected.keys()
@@ -153,15 +168,35 @@ def test_gradients_are_those_of_one_process_the_heads_among_them(tmp_path, scrip
     assert norms == pytest.approx([whole], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
-def test_gradients_are_reduced_once_however_many_micro_batches_there_are(tmp_path, script, strategy):
-    one, three = json.loads(ranks.run(script, 2, "reductions", tmp_path, strategy, "neobert")[0].splitlines()[-1])
-    assert one == three > 0
+@pytest.mark.parametrize(
+    ("strategy", "kind", "choice", "every"),
+    [
+        ("fsdp", "untied", "auto", True),
+        ("fsdp", "neobert", "last_micro_batch", False),
+        ("hsdp", "neobert", "auto", True),
+        ("hsdp", "untied", "last_micro_batch", False),
+        ("ddp", "neobert", "auto", False),
+    ],
+)
+def test_shards_reduce_in_every_micro_batch_and_replicas_in_the_last(tmp_path, script, strategy, kind, choice, every):
+    processes = {"local_world_size": 2} if strategy == "hsdp" else {}
+    outputs = ranks.run(
+        script, 4 if strategy == "hsdp" else 2, "reductions", tmp_path, strategy, kind, choice, **processes
+    )
+    one, three = json.loads(outputs[0].splitlines()[-1])
+    units = 3 + (kind == "untied")  # two blocks and the root; a head
+    assert one["prefetched"] == three["prefetched"] == (kind == "untied")
+    scatters, all_reduces = (0 if strategy == "ddp" else units), (0 if strategy == "fsdp" else units)
+    assert (one["reduce_scatter"], one["all_reduce"]) == (scatters, all_reduces)
+    assert (three["reduce_scatter"], three["all_reduce"]) == (scatters * (3 if every else 1), all_reduces)
+    # Replicas add up elsewhere until the last micro-batch.
+    assert three["sharded"] == [every and strategy == "fsdp"] * 2 + [True]
+    assert three["copies"] == [strategy == "ddp"] * 2 + [False]  # of weights, in bf16 where blocks compute in it
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_what_blocks_add_to_is_in_fp32_as_on_one_process(tmp_path, script, strategy):
-    seen = json.loads(ranks.run(script, 2, "bf16", tmp_path, strategy, "none")[0].splitlines()[-1])
+    seen = json.loads(ranks.run(script, 2, "bf16", tmp_path, strategy, "none", "auto")[0].splitlines()[-1])
     assert len(seen) == 4
     for name, (dtype, difference) in seen.items():
         assert dtype == "torch.float32", name
@@ -169,7 +204,7 @@ def test_what_blocks_add_to_is_in_fp32_as_on_one_process(tmp_path, script, strat
 
 
 def test_ranks_hear_of_each_others_numbers_and_of_the_firsts_mistakes(tmp_path, script):
-    results = ranks.finish(ranks.start(script, 2, "talk", tmp_path, "none", "none"))
+    results = ranks.finish(ranks.start(script, 2, "talk", tmp_path, "none", "none", "auto"))
     first, second = (json.loads(err.splitlines()[-1]) for _, _, err in results)
     assert first[:5] == second[:5] == [3, 1, 0, [0, 10], [2.0, 1.0]]
     assert first[5] == second[5] == ["0"]  # rank 0 was there first

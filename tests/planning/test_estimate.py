@@ -248,6 +248,16 @@ def test_fully_sharded_state_is_split_over_all_ranks_and_hybrid_within_a_machine
     assert in_fp32["unsharded_parameters"] == in_fp32["weights"]
 
 
+def test_gradients_wait_for_the_last_micro_batch_in_whole_or_sharded():
+    shared = ("compute.strategy=fsdp", "global_batch_size=64", "micro_batch_size=1")
+    waiting, sharded = (
+        estimate(*shared, f"compute.reduce_gradients={choice}", world_size=4)["memory"]
+        for choice in ("last_micro_batch", "auto")
+    )
+    assert waiting["gradients"] - sharded["gradients"] == pytest.approx(3 * waiting["weights"])
+    assert waiting["total"] > sharded["total"]
+
+
 def test_checkpointing_keeps_the_inputs_of_blocks():
     kept = {
         mode: estimate("compute.precision=fp32", f"compute.activation_checkpointing={mode}")["memory"]

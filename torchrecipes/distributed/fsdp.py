@@ -9,6 +9,9 @@
 
 Parameters keep their names and the model its class, so a loop reads the same with any of them. `ddp` is `fully_shard`
 over a mesh whose shard dimension has size 1, so there is one kind of gradient, norm and checkpoint.
+
+Where a step has several micro-batches, gradients of shards are reduced either after each, so that they stay sharded, or
+after the last only: less communication, but until then every rank holds fp32 gradients of the whole model.
 """
 
 import os
@@ -16,26 +19,34 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from torchrecipes.distributed.collectives import dist_env
 from torchrecipes.errors import UserError
-from torchrecipes.modules import Router
+from torchrecipes.modules import LMHead, Router
 from torchrecipes.modules.blocks import transformer_blocks
 
 STRATEGIES = ("auto", "none", "ddp", "fsdp", "hsdp")
+REDUCE_GRADIENTS = ("auto", "every_micro_batch", "last_micro_batch")
 BYTES_PER_PARAMETER = 16  # weight, gradient and two averages of AdamW in fp32
 SHARE_FOR_DDP = 0.25  # of the device; with more, too little is left for activations, and `auto` shards
 
 
-def parallelize(model: nn.Module, strategy: str, device: torch.device, dtype: torch.dtype) -> str:
+def parallelize(
+    model: nn.Module, strategy: str, device: torch.device, dtype: torch.dtype, reduce_gradients: str = "auto"
+) -> str:
     """Shards or replicates the model over the run's processes, in place. Call it after activation checkpointing and
     `compile`.
 
-    Every block (`transformer_blocks`) is a unit of its own. Embedding, last norm and head belong to the root, which
-    stays unsharded between forward and backward, so that a loss may use the head outside of `forward`.
+    Every block (`transformer_blocks`) is a unit of its own, and so is a head that is not tied to the embedding, as in
+    torchtitan's `apply_fsdp`. All else belongs to the root. Head and root stay unsharded between forward and backward,
+    so that a loss may use the head outside of `forward`.
+
+    A block's weights are gathered while the block before computes, the head's while the last block does, and a block's
+    gradients are reduced during the backward pass of the one before. The root's gather is waited for at the start of
+    a forward pass, and the reduction of root and head at the end of a backward pass.
 
     Args:
         model: any module, on the meta device or with the same weights on every rank.
@@ -43,6 +54,7 @@ def parallelize(model: nn.Module, strategy: str, device: torch.device, dtype: to
             gradients and AdamW's state take less than a quarter of a device, else `fsdp`, or `hsdp` on several nodes.
         device: this process' device.
         dtype: what blocks compute in. Weights stay in fp32, and gradients are reduced in fp32.
+        reduce_gradients: see `reduces_every_micro_batch`; `set_grad_sync` follows it.
 
     Returns:
         The strategy that was applied.
@@ -78,8 +90,21 @@ def parallelize(model: nn.Module, strategy: str, device: torch.device, dtype: to
     # The CPU's backward pass of an embedding adds up tokens in the weight's dtype: in bf16 the sum of a frequent
     # token's gradients stops growing. Autocast still computes the head's products in bf16.
     root_policy = in_fp32 if device.type == "cpu" else policy
+    if reshard:
+        _shard_head(model, mesh, root_policy)
     fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
+    model._reduces_every_micro_batch = reduces_every_micro_batch(strategy, reduce_gradients)
+    model._replicates_weights = strategy == "ddp"
     return strategy
+
+
+def _shard_head(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    head, blocks = getattr(model, "head", None), transformer_blocks(model)
+    if not isinstance(head, LMHead) or head.decoder is None or blocks[-1] is model:
+        return
+    fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    blocks[-1].set_modules_to_forward_prefetch([head])
+    model.register_forward_hook(lambda *_: head.unshard())  # waits for it, on the device
 
 
 def choose_strategy(model: nn.Module, strategy: str, memory: int, world_size: int, local_world_size: int) -> str:
@@ -120,6 +145,23 @@ def choose_strategy(model: nn.Module, strategy: str, memory: int, world_size: in
     if BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()) < SHARE_FOR_DDP * memory:
         return "ddp"
     return "hsdp" if nodes > 1 and local_world_size > 1 else "fsdp"
+
+
+def reduces_every_micro_batch(strategy: str, choice: str) -> bool:
+    """Whether shards' gradients are reduced after each micro-batch of a step, instead of after its last.
+
+    Args:
+        strategy: as `parallelize` returns it.
+        choice: `every_micro_batch`, `last_micro_batch`, or `auto`: every where weights are sharded, so that gradients
+            are, too. Replicas (`ddp`, `hsdp`) add up their gradients after the last one with any choice.
+
+    Raises:
+        UserError: the choice is none of these.
+    """
+    if choice not in REDUCE_GRADIENTS:
+        problem = f"{choice!r} is not one of {', '.join(REDUCE_GRADIENTS)}"
+        raise UserError(problem, key="compute.reduce_gradients", code="unknown_name")
+    return choice == "every_micro_batch" or (choice == "auto" and strategy in ("fsdp", "hsdp"))
 
 
 def device_memory(device: torch.device, local_world_size: int) -> int:
@@ -166,9 +208,20 @@ def init_on_device(model: nn.Module, device: torch.device, seed: int) -> None:
 
 
 def set_grad_sync(model: nn.Module, last: bool) -> None:
-    """Sets whether the next backward pass is the step's last; FSDP reduces gradients in that one only."""
+    """Prepares a model of `parallelize` for the forward and backward pass of a micro-batch.
+
+    Gradients are reduced as `reduces_every_micro_batch` says. Replicas keep the copies of weights that they compute
+    with from one micro-batch to the next.
+
+    Args:
+        model: any; without shards nothing happens.
+        last: whether the micro-batch is the last one before the optimizer's step.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or model._reduces_every_micro_batch)
+        model.set_requires_all_reduce(last)
+        if model._replicates_weights:
+            model.set_reshard_after_backward(last)
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:

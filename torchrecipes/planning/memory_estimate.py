@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from torchrecipes.config import build
+from torchrecipes.distributed.fsdp import reduces_every_micro_batch
 from torchrecipes.errors import UserError
 from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.optim.cpu_offload_adamw import OffloadedAdamW
@@ -189,7 +190,8 @@ def rank_memory(
         strategy: how the model is spread over `world_size` processes, `local_world_size` of them on each machine.
     """
     config, on_cpu, half = trace.config, trace.device_type == "cpu", trace.dtype == torch.bfloat16
-    accumulate = config.global_batch_size // world_size > rows  # gradients of the whole model wait for the last one
+    accumulate = config.global_batch_size // world_size > rows
+    waits = accumulate and not reduces_every_micro_batch(strategy, config.compute.reduce_gradients)
     parts = asdict(trace.step(rows, accumulate=accumulate))
     shards = {"none": 1, "ddp": 1, "fsdp": world_size, "hsdp": local_world_size}[strategy]
     root = parts["weights"] - trace.blocks  # embedding, last norm and head: on a CPU they are unsharded in fp32
@@ -201,7 +203,11 @@ def rank_memory(
         parts["optimizer"] //= shards
         if half:  # autocast makes no copies: unsharded blocks are in bf16 already
             parts["activations"] = max(0, parts["activations"] - trace.blocks // 2)
-        if not accumulate:
+        if accumulate and not waits:  # the passes' temporary tensors are not sharded, gradients are
+            whole = parts["weights"] * shards
+            parts["gradients"] = max(0, parts["gradients"] - whole) + parts["weights"]
+            unsharded *= 2
+        elif not accumulate:
             parts["gradients"] //= shards
             unsharded *= 2
     elif world_size > 1:  # in bf16 autocast's copies stand for those that `fully_shard` computes with
@@ -211,7 +217,7 @@ def rank_memory(
     if on_cpu or not half:  # no kernel takes documents: a mask separates them
         parts["activations"] += rows * config.seq_len**2 * trace.dtype.itemsize
     if on_cpu:
-        kept = parts["weights"] if accumulate else 0  # gradients that wait for the last micro-batch
+        kept = parts["weights"] if accumulate else 0  # gradients of the micro-batches before
         freed = parts["gradients"] + parts["activations"] + parts["loss"] - kept
         overhead = ALLOCATOR_OVERHEAD[config.compute.activation_checkpointing]
         parts["allocator_overhead"] = int(overhead * max(0, freed))

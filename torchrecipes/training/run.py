@@ -42,6 +42,9 @@ class ComputeConfig:
     compile: bool = False  # torch.compile of each block: about a minute at start-up
     activation_checkpointing: MayChange[Literal["none", "selective", "full"]] = "none"  # less memory, more time
     strategy: MayChange[Literal["auto", "none", "ddp", "fsdp", "hsdp"]] = "auto"  # how processes share the model
+    reduce_gradients: MayChange[  # between shards; every: gradients stay sharded; auto: every with fsdp and hsdp
+        Literal["auto", "every_micro_batch", "last_micro_batch"]
+    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
         for block in transformer_blocks(model):
             block.compile()
     freeze(model, config.freeze)
-    parallelize(model, compute.strategy, run.device, run.dtype)
+    parallelize(model, compute.strategy, run.device, run.dtype, compute.reduce_gradients)
     init_on_device(model, run.device, config.seed)
     if config.init_from and not run.resumes:
         load_hf_weights(model, config.init_from, config.seed)
