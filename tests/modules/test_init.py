@@ -76,3 +76,10 @@ def test_a_sharded_model_starts_from_the_same_values(tmp_path):
     assert set(state) == set(dict(whole.named_parameters()))
     for name, parameter in whole.named_parameters():
         assert torch.equal(state[name], parameter)
+
+
+def test_values_do_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        shapes = {"weight": (2, 2), "norm.weight": (2,), "norm.bias": (2,)}
+        values = [init_tensor(name, shape, seed=0, std=1.0) for name, shape in shapes.items()]
+    assert [value.device.type for value in values] == ["cpu"] * 3

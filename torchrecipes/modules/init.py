@@ -22,12 +22,12 @@ def init_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> 
         std: standard deviation, `initializer_range` in configs.
     """
     if name.endswith("bias"):
-        return torch.zeros(shape)
+        return torch.zeros(shape, device="cpu")  # whatever the default device is
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.ones(shape, device="cpu")
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()
