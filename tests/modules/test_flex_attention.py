@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.attention.flex_attention import create_block_mask
 
 from torchrecipes.data.batching.batch import document_fields
@@ -12,6 +15,7 @@ from torchrecipes.models import neobert, qwen3
 from torchrecipes.modules import SelfAttention, attention
 from torchrecipes.modules.attention_backend import flex_backend, masked_backend
 from torchrecipes.modules.block_mask import document_block_mask
+from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
 CPU = torch.device("cpu")
 
@@ -106,6 +110,30 @@ def test_a_compiled_model_is_not_compiled_again_for_other_documents(monkeypatch,
     # The CPU has rows as they are, regrouped ones, and those of one document, each with its own shapes.
     assert compilations.frame_count == 1 if kernels == "cuda" else compilations.frame_count <= 5
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("gradients_on_the_cpu")
+def test_selective_checkpointing_keeps_what_the_kernel_computed(monkeypatch):
+    def as_on_cuda(shape, *, document_ids, device, **_):
+        return flex_backend(shape, document_ids, device=device)
+
+    monkeypatch.setattr("torchrecipes.models.transformer.choose_attention_backend", as_on_cuda)
+    net = neobert(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    apply_activation_checkpointing(net, "selective")
+    graphs = []
+
+    def record(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+    torch._dynamo.reset()
+    net.blocks[0].compile(backend=backend)
+    net(torch.randint(0, 50, (1, 128)), document_ids=documents(1, 128, 30, 0)["document_ids"]).sum().backward()
+    torch._dynamo.reset()
+    forward, backward = graphs
+    assert "flex_attention" in forward
+    assert "flex_attention_backward" in backward and "flex_attention" not in backward
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from torchrecipes.modules import (
     compute_dtype,
     rope_cos_sin,
 )
+from torchrecipes.modules.rotary import _rotary_without_cat
 
 
 def both_rms_norms(monkeypatch, norm, x, grad):
@@ -55,7 +56,8 @@ def test_rms_norm_keeps_the_dtype_and_computes_in_fp32(monkeypatch, dtype, weigh
     torch.testing.assert_close(eager[0], F.rms_norm(x.float(), (64,), norm.weight.float(), 1e-5).to(dtype))
 
 
-def test_rotary_turns_pairs_as_complex_numbers():
+@pytest.mark.parametrize("rotate", [apply_rotary, _rotary_without_cat])
+def test_rotary_turns_pairs_as_complex_numbers(rotate):
     torch.manual_seed(0)
     position = torch.tensor([[0, 1, 2, 0, 1, 70_000]])
     x = torch.randn(1, 6, 3, 8)
@@ -65,7 +67,7 @@ def test_rotary_turns_pairs_as_complex_numbers():
     turn = torch.polar(torch.ones(1, dtype=torch.float64), position[..., None, None] * frequency)
     turned = torch.complex(x[..., :4].double(), x[..., 4:].double()) * turn
     expected = torch.cat((turned.real, turned.imag), -1)
-    found = apply_rotary(x, cos, sin)
+    found = rotate(x, cos, sin)
     torch.testing.assert_close(found[:, :5], expected[:, :5].float())
     # fp32 angles: 70,000 radians are known to about 0.004.
     torch.testing.assert_close(found[:, 5], expected[:, 5].float(), atol=2e-2, rtol=0)

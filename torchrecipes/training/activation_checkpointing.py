@@ -82,8 +82,8 @@ def _keep_products(_context, operation, *_args, **_kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# By name, since they depend on the version and build of torch.
-_EXPENSIVE = frozenset(
+# By name, since they depend on the version and build of torch. `flex_attention` has no overloads.
+_EXPENSIVE = frozenset({"flex_attention"}) | frozenset(
     f"{name}.default"
     for name in (
         "aten.mm",
