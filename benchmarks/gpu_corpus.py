@@ -31,7 +31,9 @@ def row_boundaries(kind: str, rows: int, row_len: int, seed: int = 0) -> np.ndar
     return np.unique(starts)
 
 
-def write_corpus(folder: Path, tokenizer: TokenizerStandIn, tokens: int, *, causal: bool, seed: int = 0) -> Corpus:
+def write_corpus(
+    folder: Path, tokenizer: TokenizerStandIn, kind: str, tokens: int, *, causal: bool, seed: int = 0
+) -> Corpus:
     """Writes a corpus unless it is there, and opens it.
 
     Frequencies fall as in text (Zipf's law), and half of the tokens follow from the one before, so that there is
@@ -40,6 +42,7 @@ def write_corpus(folder: Path, tokenizer: TokenizerStandIn, tokens: int, *, caus
     Args:
         folder: made if missing.
         tokenizer: its ids are used; 0 to 4 are special.
+        kind: of `LENGTHS`.
         tokens: about how many.
         causal: documents are `eos text`, else `cls text sep`.
         seed: chooses tokens and lengths.
@@ -47,7 +50,7 @@ def write_corpus(folder: Path, tokenizer: TokenizerStandIn, tokens: int, *, caus
     if (folder / CORPUS_FILE).exists():
         return open_corpus(folder)
     rng = np.random.default_rng(seed)
-    lengths = document_lengths("web", tokens, seed)
+    lengths = document_lengths(kind, tokens, seed)
     size, ordinary = int(lengths.sum()), tokenizer.vocab_size - 5
     drawn = (ordinary ** rng.random(size)).astype(np.int64) - 1  # log-uniform: the frequency of rank r is 1 / r
     follower = rng.permutation(ordinary)

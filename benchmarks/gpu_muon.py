@@ -24,11 +24,12 @@ def run(bench: Bench) -> None:
 
 
 def _compare(bench: Bench, keys: dict[str, int]) -> None:
-    with bench.device:
+    with torch.device("meta"):
         model = llama(**keys, num_attention_heads=keys["hidden_size"] // 64, tie_word_embeddings=True)
-    model.to(bench.device)
+    model.to_empty(device=bench.device)
     count = sum(p.numel() for p in model.parameters())
     for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
         parameter.grad = torch.randn_like(parameter) * 1e-2
     peak = peak_flops(bench.device, torch.bfloat16)
     rest_ms = None if peak is None else 1e3 * 6 * count * TOKENS / (MFU * peak)

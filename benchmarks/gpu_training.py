@@ -121,7 +121,8 @@ def make_data(bench: Bench, model: Model, options: tuple[str, ...], rows: int) -
     config = load(recipe.Config, model.config, overrides)
     tokenizer, causal = TokenizerStandIn(vocab_size), model.recipe == "causal_pretrain"
     folder = bench.folder / f"corpus-{vocab_size}-{causal}"
-    corpus = write_corpus(folder, tokenizer, 20_000 if bench.tiny else CORPUS_TOKENS, causal=causal)
+    documents = ("lines", 20_000) if bench.tiny else ("web", CORPUS_TOKENS)
+    corpus = write_corpus(folder, tokenizer, *documents, causal=causal)
     dataset = PackedDataset(corpus, seq_len, tokenizer.pad_id, lookahead=int(causal))
     sizes = {"global_batch_size": MICRO_BATCHES * rows, "micro_batch_size": rows}
     loader = Loader(dataset, recipe.build_collator(config, tokenizer), seed=0, **sizes, device=bench.device)
