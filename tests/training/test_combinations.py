@@ -15,10 +15,10 @@ from torchrecipes.distributed.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.losses import causal_lm_loss
 from torchrecipes.models import bert, gpt2, llama, moe, neobert, qwen3_moe
-from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.training import router_loss
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.training.precision import autocast, set_residual_dtype
+from torchrecipes.training.setup import compile_model
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -50,8 +50,7 @@ for strategy, mode, compiled, (precision, residual), family in json.loads(sys.ar
     set_residual_dtype(model, residual, dtype)
     apply_activation_checkpointing(model, mode)
     if compiled:
-        for block in transformer_blocks(model):
-            block.compile(backend="aot_eager")
+        compile_model(model, torch.device("cuda"), backend="aot_eager")  # the embedding, too
     if strategy != "none":
         parallelize(model, strategy, CPU, dtype)
     init_on_device(model, CPU, 1)

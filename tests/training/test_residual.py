@@ -1,5 +1,7 @@
 """The dtype of the residual stream, from the config key to every tensor that blocks pass on."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from torchrecipes.modules import (
     SwiGLU,
     choose_attention_backend,
 )
-from torchrecipes.modules.norm import LayerNorm
+from torchrecipes.modules.norm import LayerNorm, rms_norm
 from torchrecipes.training.precision import autocast, set_float32_matmul_precision, set_residual_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -150,3 +152,41 @@ def test_tf32_is_for_fp32_runs_on_a_gpu(precision, device, dtype, tf32):
     assert torch.backends.cuda.matmul.allow_tf32 == tf32
     assert torch.backends.mkldnn.matmul.fp32_precision == of_cpu
     assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_on_a_gpu_have_the_gradients_of_float64(dtype, compiled):
+    torch.manual_seed(0)
+    for norm, shape in ((RMSNorm(64), ()), (LayerNorm(64), ()), (HeadNorm(4, 64), (4,))):
+        x = torch.randn(100, *shape, 64).to(dtype)
+        grad = torch.randn_like(x)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter, mean=1.0, std=0.1)
+            parameter.data = parameter.data.bfloat16().float()
+        expected = results(copy.deepcopy(norm).double(), x.double(), grad.double())
+        norm.cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            found = results(torch.compile(norm) if compiled else norm, x.cuda(), grad.cuda())
+        assert found[0].dtype == found[1].dtype == dtype
+        rtol = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.cpu().double(), b, rtol=rtol, atol=rtol * b.abs().max().item())
+
+
+class HeadNorm(nn.Module):
+    """`rms_norm` with a weight for every head."""
+
+    def __init__(self, heads, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, size))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, 1e-5)
+
+
+def results(norm, x, grad):
+    x.requires_grad_()
+    y = norm(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *norm.parameters()), grad)]

@@ -93,6 +93,14 @@ class Transformer(nn.Module):
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers) if self.causal else None
         init_weights(self, seed=seed, std=std, residual_std=residual_std)
 
+    def compile_ends(self, *, embedding: bool, backend: str = "inductor") -> None:
+        """Compiles what is before and after the blocks: embedding (or not), final norm, transform of the head."""
+        if embedding:
+            self._embed = torch.compile(self._embed, backend=backend)
+        for module in (self.norm, self.head.transform):
+            # Not `module.compile()`: all modules compiled so share one limit of recompilations.
+            module.forward = torch.compile(module.forward, backend=backend)
+
     def forward(
         self,
         input_ids: Tensor,

@@ -90,6 +90,7 @@ _EXPENSIVE = frozenset({"flex_attention"}) | frozenset(
         "aten.addmm",
         "aten._scaled_mm",
         "aten._grouped_mm",
+        "aten.rsqrt",  # a number per row, with which inductor needs one pass for the backward of a norm instead of two
         "torchrecipes.grouped_mm_fp32",
         "aten._scaled_dot_product_flash_attention",
         "aten._scaled_dot_product_flash_attention_for_cpu",

@@ -39,7 +39,7 @@ class ComputeConfig:
     float32_matmul_precision: Literal["high", "highest"] = "high"  # of fp32 runs on a GPU: high is TF32
     emulate_float8: bool = False  # on a device without float8: slow, for tests
     deterministic: bool = False  # a GPU's numbers repeat to the last bit, slower; a CPU's do anyway
-    compile: bool = False  # torch.compile of each block: about a minute at start-up
+    compile: bool = False  # torch.compile: about a minute at start-up
     activation_checkpointing: MayChange[Literal["none", "selective", "full"]] = "none"  # less memory, more time
     strategy: MayChange[Literal["auto", "none", "ddp", "fsdp", "hsdp"]] = "auto"  # how processes share the model
     reduce_gradients: MayChange[  # between shards; every: gradients stay sharded; auto: every with fsdp and hsdp

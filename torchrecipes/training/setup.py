@@ -11,7 +11,7 @@ from torch import nn
 from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.errors import UserError
-from torchrecipes.models import check_tokenizer_compatibility, load_hf_weights
+from torchrecipes.models import Transformer, check_tokenizer_compatibility, load_hf_weights
 from torchrecipes.modules.blocks import transformer_blocks
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.training.float8 import convert_to_float8
@@ -51,8 +51,7 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
     convert_to_float8(model, compute.precision, device=run.device, emulate=compute.emulate_float8)
     apply_activation_checkpointing(model, compute.activation_checkpointing)
     if compute.compile:
-        for block in transformer_blocks(model):
-            block.compile()
+        compile_model(model, run.device)
     freeze(model, config.freeze)
     parallelize(model, compute.strategy, run.device, run.dtype, compute.reduce_gradients)
     init_on_device(model, run.device, config.seed)
@@ -63,6 +62,22 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
     frozen = f", {total - trainable:,} of them frozen" if trainable < total else ""
     print(f"model: {name}, {total:,} parameters{frozen}", flush=True)
     return model
+
+
+def compile_model(model: nn.Module, device: torch.device, backend: str = "inductor") -> None:
+    """Compiles the model's blocks, one after the other, and what a `Transformer` has before and after them.
+
+    Args:
+        model: changed in place, after activation checkpointing and before sharding.
+        device: where the model will run. On a CPU the embedding is not compiled: its backward pass would add up
+            tokens in the order in which threads finish.
+        backend: of `torch.compile`.
+    """
+    for block in transformer_blocks(model):
+        block.compile(backend=backend)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.compile_ends(embedding=device.type == "cuda", backend=backend)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
