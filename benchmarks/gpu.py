@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"ceilings": 0.02, "loss": 0.05, "attention": 0.26, "train": 0.38, "peers": 0.16, "float8": 0.08, "muon": 0.05}
+SHARES = {"ceilings": 0.02, "loss": 0.05, "attention": 0.24, "train": 0.4, "peers": 0.14, "float8": 0.1, "muon": 0.05}
 WORKER = "TORCHRECIPES_BENCHMARK_WORKER"
 
 

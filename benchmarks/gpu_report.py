@@ -84,7 +84,7 @@ def _loss(rows: list[Row], _all: list[Row]) -> list[str]:
             found.append((row["case"], row["variant"], row["ms"], ratios[0], row["extra_gib"], ratios[1]))
         else:
             errors = [row[key] for key in ("loss_error", "hidden_gradient_error", "weight_gradient_error")]
-            mark = " **wrong**" if max(errors) > WRONG else ""
+            mark = "" if all(error < WRONG for error in errors) else " **wrong**"
             text = f"relative errors {', '.join(f'{error:.1e}' for error in errors)}{mark}"
             found.append((row["case"], f"{row['variant']}: {text}", *[None] * 4))
     header = ["rows x width x vocabulary", "", "ms", "to full logits", "GiB beside gradients", "to full logits"]
@@ -94,19 +94,31 @@ def _loss(rows: list[Row], _all: list[Row]) -> list[str]:
 def _attention(rows: list[Row], _all: list[Row]) -> list[str]:
     """A row per case, a column per backend: ms of forward / backward; the library's choice is bold."""
     backends = list(dict.fromkeys(row["backend"] for row in rows))
-    cases: dict[tuple, dict[str, str]] = {}
+    cases: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         key = (row["row_len"], row["heads"], "causal" if row["causal"] else "both", row["documents"])
-        if row.get("forward_ms") is None:
-            text = "failed"
-        else:
-            backward = row["backward_ms"]
-            text = f"{row['forward_ms']:.2f}" + ("" if backward is None else f" / {backward:.2f}")
-        if row.get("error_to_float64") is not None and row["error_to_float64"] > WRONG:
-            text += f" wrong ({row['error_to_float64']:.1g})"
-        cases.setdefault(key, {})[row["backend"]] = f"**{text}**" if row["chosen"] else text
-    found = [(*key, *(values.get(name) for name in backends)) for key, values in cases.items()]
-    return _table(["tokens per row", "heads", "sees", "documents", *backends], found)
+        cases.setdefault(key, {})[row["backend"]] = row
+    found = [(*key, *(_times(by_name.get(name)) for name in backends)) for key, by_name in cases.items()]
+    lines = _table(["tokens per row", "heads", "sees", "documents", *backends], found)
+    for key, by_name in cases.items():
+        totals = {name: row["forward_ms"] + row["backward_ms"] for name, row in by_name.items() if row["backward_ms"]}
+        chosen = next((name for name in totals if by_name[name]["chosen"]), None)
+        best = min(totals, key=totals.get, default=None)
+        if chosen and totals[chosen] > 1.03 * totals[best]:
+            case = ", ".join(map(str, key))
+            lines += ["", f"{case}: {best} takes {totals[best] / totals[chosen]:.2f} of the time of {chosen}"]
+    return lines
+
+
+def _times(row: Row | None) -> str | None:
+    if row is None:
+        return None
+    if row["forward_ms"] is None:
+        return "failed"
+    text = f"{row['forward_ms']:.2f}" + (f" / {row['backward_ms']:.2f}" if row["backward_ms"] else "")
+    if not row["error_to_float64"] < WRONG:
+        text += f" wrong ({row['error_to_float64']:.1g})"
+    return f"**{text}**" if row["chosen"] else text
 
 
 def _training(rows: list[Row], _all: list[Row]) -> list[str]:

@@ -179,6 +179,34 @@ def test_documents_are_as_long_as_those_of_web_text_and_end_with_their_row():
     assert set(range(0, 512, 64)) < set(starts.tolist()) and (starts < 512).all()
 
 
+def test_the_report_names_a_faster_backend_and_marks_wrong_results():
+    from gpu_report import report
+
+    case = {
+        "part": "attention",
+        "case": "x",
+        "row_len": 1024,
+        "heads": "12/12 x 64",
+        "causal": False,
+        "documents": "web",
+    }
+    speeds = {"flex": (0.5, 1.0, 0.003), "varlen": (0.3, 0.9, float("nan")), "sdpa efficient": (None, None, None)}
+    rows = [
+        {
+            **case,
+            "backend": name,
+            "chosen": name == "flex",
+            "forward_ms": a,
+            "backward_ms": b,
+            "error_to_float64": error,
+        }
+        for name, (a, b, error) in speeds.items()
+    ]
+    text = report(content(rows=rows))
+    assert "| **0.50 / 1.00** | 0.30 / 0.90 wrong (nan) | failed |" in text
+    assert "varlen takes 0.80 of the time of flex" in text
+
+
 def test_a_row_that_lacks_figures_costs_its_table_only():
     from gpu_report import report
 
