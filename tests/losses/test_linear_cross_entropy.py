@@ -286,11 +286,18 @@ def test_no_tensor_is_larger_than_a_chunk_and_nothing_synchronises(chunk_size, a
     assert not [name for name in watch.names if any(word in name for word in SYNCHRONISING)]
 
 
-def test_default_chunk_holds_at_most_256_mib_in_equal_chunks():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert default_chunk_size(8192, 131_072, torch.bfloat16, cuda) == 1024
-    assert default_chunk_size(8192, 131_072, torch.float32, cuda) == 512
-    assert default_chunk_size(1025, 131_072, torch.bfloat16, cuda) == 513
+def test_default_chunk_on_cuda_is_a_multiple_of_128_rows_and_at_most_512_mib():
+    cuda = torch.device("cuda")
+    assert default_chunk_size(16_384, 50_304, torch.bfloat16, cuda) == 4096
+    assert default_chunk_size(8192, 131_072, torch.bfloat16, cuda) == 2048
+    assert default_chunk_size(8192, 131_072, torch.float32, cuda) == 1024
+    assert default_chunk_size(2049, 131_072, torch.bfloat16, cuda) == 1152  # two of about equal size
+    assert default_chunk_size(5, 1 << 30, torch.bfloat16, cuda) == 128
+    assert default_chunk_size(0, 50_304, torch.bfloat16, cuda) == 128
+
+
+def test_default_chunk_on_a_cpu_fits_the_cache_in_equal_chunks():
+    cpu = torch.device("cpu")
     assert default_chunk_size(832, 16_384, torch.bfloat16, cpu) == 416
     assert default_chunk_size(832, 1 << 30, torch.float64, cpu) == 1
     assert default_chunk_size(0, 16_384, torch.bfloat16, cpu) == 1

@@ -28,7 +28,7 @@ def masked_lm_loss(
         head: the output layer, with `weight` `[V, D]`, `bias` `[V]` or None, and optionally `transform(rows)`, which is
             applied first. `head(hidden)` returns logits. An `nn.Linear` is one.
         masked_positions: `[M]` int64, indices into the `B * S` flattened tokens. Entries whose label is -100 are unused
-            slots; the others are distinct.
+            slots and may point anywhere; the others are distinct. On a GPU the backward pass is fastest if all are.
         masked_labels: `[M]` int64: the original token, or -100 in an unused slot.
         masked_logits_only: False computes the logits `[B * S, V]` of every token: the same loss, with a multiple of the
             time and memory, to measure the difference.
@@ -54,7 +54,7 @@ def masked_lm_loss(
 
 
 def _full_logits_loss(tokens, head, masked_positions, masked_labels):
-    # Unused slots share position 0 with a token that may be masked: the larger label wins, and -100 never does.
+    # An unused slot may point at a token that another slot masks: the larger label wins, and -100 never does.
     labels = torch.full((len(tokens),), IGNORED, dtype=torch.int64, device=tokens.device)
     labels.scatter_reduce_(0, masked_positions, masked_labels, "amax")
     logits = head(tokens)

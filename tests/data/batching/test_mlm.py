@@ -26,8 +26,10 @@ def apply(masking, tokens, seed=0):
     positions, labels, num_targets = masking(inputs, fold_in(seed, np.arange(len(tokens))))
     used = labels >= 0
     assert used.sum() == num_targets
-    assert (positions[~used] == 0).all() and (labels[~used] == -100).all()
-    assert len(np.unique(positions[used])) == num_targets
+    assert (labels[~used] == -100).all()
+    assert len(np.unique(positions)) == len(positions)
+    slots = len(positions) // len(tokens)
+    assert np.array_equal(positions // tokens.shape[1], np.repeat(np.arange(len(tokens)), slots))  # of the row's own
     is_target = np.zeros(tokens.size, dtype=bool)
     is_target[positions[used]] = True
     assert np.array_equal(labels[used], tokens.reshape(-1)[positions[used]])

@@ -20,7 +20,7 @@ class Batch:
         max_seqlen: the length of the longest document, rounded up to a multiple of 128, at most S.
         num_targets: tokens to predict. The loss of an optimizer step is the sum over its micro-batches and ranks,
             divided by the sum of these.
-        masked_positions: masked LM: `[M]` int64 into the flattened tokens; 0 in unused slots. M never changes.
+        masked_positions: masked LM: `[M]` int64 into the flattened tokens, all different. M never changes.
         masked_labels: masked LM: `[M]` int64, the token that was there; -100 in unused slots.
         labels: causal LM: `[B, S]` int64, the token that comes next; -100 where there is none to predict.
     """

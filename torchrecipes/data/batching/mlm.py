@@ -6,7 +6,8 @@
    or down at random so that its mean is exactly p * n, and at least 1: every row with an ordinary token has a target.
 3. Of the k, 80 % become `[MASK]`, 10 % a random ordinary token and 10 % stay, rounded in the same way. So the fractions
    over a corpus are exact: (1 - p) unchanged, 0.8 p, 0.1 p, 0.1 p.
-4. The slots of a batch are fixed: ceil(p * S) in every row.
+4. The slots of a batch are fixed: ceil(p * S) in every row. An unused one points at a token that is no target, another
+   for every slot: adding up the gradients of one token from many slots would make the threads of a GPU wait.
 5. p may be a function of the optimizer step. The loader evaluates it where it makes the batch, in a worker too.
 """
 
@@ -140,7 +141,6 @@ class MLMCollator:
 
         rank = np.arange(slots)
         used = rank < chosen[:, None]
-        position[~used] = 0
         flat = tokens.reshape(-1)
         label = np.where(used, flat[position], IGNORED)
         if self.mask_all:
