@@ -15,6 +15,7 @@ from torchrecipes.models import neobert, qwen3
 from torchrecipes.modules import SelfAttention, attention
 from torchrecipes.modules.attention_backend import flex_backend, masked_backend
 from torchrecipes.modules.block_mask import document_block_mask
+from torchrecipes.modules.self_attention import _compiled
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
 CPU = torch.device("cpu")
@@ -110,6 +111,16 @@ def test_a_compiled_model_is_not_compiled_again_for_other_documents(monkeypatch,
     # The CPU has rows as they are, regrouped ones, and those of one document, each with its own shapes.
     assert compilations.frame_count == 1 if kernels == "cuda" else compilations.frame_count <= 5
     torch._dynamo.reset()
+
+
+def test_outside_of_compiled_blocks_the_kernel_stays_compiled_whatever_the_number_of_masks(monkeypatch):
+    compilations, compile_function = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_function(function, backend=compilations))
+    function = _compiled.__wrapped__(lambda x, mask: x + len(mask))
+    for kind in range(12):
+        function(torch.ones(2), "x" * kind)
+    torch._dynamo.reset()
+    assert compilations.frame_count == 12
 
 
 @pytest.mark.usefixtures("gradients_on_the_cpu")

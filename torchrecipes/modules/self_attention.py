@@ -148,7 +148,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend, max_logits
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function)
+    compiled = torch.compile(function)
+
+    def call(*args, **kwargs):
+        # Masks, windows, shapes and gradient modes of a process: after 8 of them dynamo would run it uncompiled.
+        with torch._dynamo.config.patch(recompile_limit=128):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
