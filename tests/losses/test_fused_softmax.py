@@ -23,7 +23,7 @@ def compiled_with(monkeypatch):
 
     def use(backend, **options):
         kernel = torch.compile(fused_softmax._softmax, fullgraph=True, dynamic=False, backend=backend, **options)
-        monkeypatch.setattr(fused_softmax, "_compiled", kernel)
+        monkeypatch.setattr(fused_softmax, "_kernel", lambda *_: kernel)
 
     torch._dynamo.reset()
     monkeypatch.setattr(fused_softmax, "_failure", None)
@@ -129,7 +129,7 @@ def test_rows_of_logits_are_aligned(compiled_with, monkeypatch):
         return fused_softmax._softmax(logits, bias, at_label, label, count, *settings)
 
     compiled_with("eager")
-    monkeypatch.setattr(fused_softmax, "_compiled", kernel)
+    monkeypatch.setattr(fused_softmax, "_kernel", lambda *_: kernel)
     check(*make(vocab_size=37, dtype=torch.float64), chunk_size=128)
     assert strides == {(40, 1)}
 
@@ -190,9 +190,23 @@ def test_an_estimate_makes_the_logits_of_a_chunk_and_counts_three_products():
         assert live.peak - before == pytest.approx(expected, rel=0.1)
 
 
+def test_many_sizes_do_not_reach_the_limit_of_recompilations(compiled_with, monkeypatch):
+    kernel = fused_softmax._kernel
+    compiled_with("eager")
+    monkeypatch.setattr(fused_softmax, "_kernel", kernel)
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **kw: real_compile(f, backend="eager", **kw))
+    kernel.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._dynamo.config, "recompile_limit", 2)
+        for vocab_size in range(30, 36):
+            check(*make(vocab_size=vocab_size, dtype=torch.float64))
+    assert kernel.cache_info().currsize == 6
+    kernel.cache_clear()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("vocab_size", [1000, 30_011])
+@pytest.mark.parametrize("vocab_size,bias", [(1000, True), (30_011, False)])
 @pytest.mark.parametrize("z_loss,label_smoothing", EXTRAS)
 def test_on_a_gpu(z_loss, label_smoothing, vocab_size, bias):
     inputs = make(1000, vocab_size, bias=bias, device="cuda", dtype=torch.float64)

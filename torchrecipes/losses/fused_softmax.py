@@ -6,6 +6,10 @@ logits; the second time the row is in the cache. Nothing of the size of the logi
 Names carry their shape: C rows of one chunk, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -52,8 +56,10 @@ def loss_and_gradient(
         at_label_C1 = at_label_C1 + bias_V[label_C1]
     for tensor in (logits_CV, at_label_C1, label_C1, count_C1):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one kernel for any number of rows
+    settings = (needs_gradient, z_loss, label_smoothing)
+    kernel = _kernel(logits_CV.shape[1], logits_CV.dtype, bias_V is None, *settings)
     try:
-        return _compiled(logits_CV, bias_V, at_label_C1, label_C1, count_C1, needs_gradient, z_loss, label_smoothing)
+        return kernel(logits_CV, bias_V, at_label_C1, label_C1, count_C1, *settings)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         _failure = f"torch.compile failed ({' '.join(str(error).split()[:40])})"
         raise Unavailable(_failure) from error
@@ -89,8 +95,16 @@ def _softmax(logits_CV, bias_V, at_label_C1, label_C1, count_C1, needs_gradient,
     return plain_C1, extra_C1
 
 
-# Splitting the reduction of few, long rows would need a second kernel.
-_compiled = torch.compile(_softmax, fullgraph=True, dynamic=False, options={"split_reductions": False})
+@cache
+def _kernel(*_: object) -> Callable:
+    """A compiled copy of `_softmax` for each combination of what it is specialized for.
+
+    With one function for all of them, a process that sees many would reach the limit of recompilations, which is one
+    per code object.
+    """
+    copy = FunctionType(_softmax.__code__.replace(), globals(), _softmax.__name__)
+    # Splitting the reduction of few, long rows would need a second kernel.
+    return torch.compile(copy, fullgraph=True, dynamic=False, options={"split_reductions": False})
 
 
 @torch.compiler.disable(reason="linear_cross_entropy compiles its own kernel")
