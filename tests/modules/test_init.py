@@ -1,9 +1,12 @@
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchrecipes.modules import SwiGLU, init_tensor, init_weights
+from torchrecipes.modules import SwiGLU, init, init_tensor, init_weights
+from torchrecipes.modules.init import BLOCK
 
 
 class Two(nn.Module):
@@ -33,6 +36,34 @@ def test_kinds_of_parameters():
     assert abs(value.std().item() - 0.02) < 1e-4
 
 
+class CountDrawn(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.normal_.default:
+            self.elements += args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(1000, 300), (7, 60, 50), (3, BLOCK + 5), (40, 3)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_the_parts_of_all_ranks_are_the_whole_and_each_draws_about_its_own(shape, ranks):
+    whole = init_tensor("weight", shape, seed=4, std=0.1)
+    size = -(-shape[0] // ranks)
+    parts = []
+    for rank in range(ranks):
+        rows = min(rank * size, shape[0]), min((rank + 1) * size, shape[0])
+        with CountDrawn() as drawn:
+            parts.append(init_tensor("weight", shape, seed=4, std=0.1, rows=rows))
+        assert drawn.elements <= parts[-1].numel() + 2 * BLOCK
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_blocks_differ():
+    value = init_tensor("weight", (4, BLOCK), seed=0, std=1.0)
+    assert torch.corrcoef(value).fill_diagonal_(0).abs().max() < 6 * BLOCK**-0.5
+
+
 def test_projections_into_the_residual_stream_have_a_deviation_of_their_own():
     model = Two()
     model.experts = nn.Module()
@@ -57,18 +88,22 @@ def _sharded(rank, store, results):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    init.BLOCK = 200
     with torch.device("meta"):
         model = Two()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     model.to_empty(device="cpu")
-    init_weights(model, seed=5, std=0.02)
+    with CountDrawn() as drawn:
+        init_weights(model, seed=5, std=0.02)
+    assert drawn.elements < 0.7 * sum(parameter.numel() for parameter in model.parameters())
     state = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
     if rank == 0:
         torch.save(state, results)
     dist.destroy_process_group()
 
 
-def test_a_sharded_model_starts_from_the_same_values(tmp_path):
+def test_a_sharded_model_starts_from_the_same_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(init, "BLOCK", 200)
     mp.start_processes(_sharded, (tmp_path / "store", tmp_path / "results"), nprocs=2, start_method="spawn")
     whole = Two()
     init_weights(whole, seed=5, std=0.02)
