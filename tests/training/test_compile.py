@@ -1,11 +1,14 @@
 """`compute.compile`: what is compiled, and how often."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from torchrecipes.models import bert, gpt2, neobert
+from torchrecipes.modules.moe import Router
 from torchrecipes.training.setup import compile_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -54,3 +57,18 @@ def test_any_module_is_compiled():
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
+
+
+def test_what_is_in_fp32_under_autocast_has_a_backward_pass_in_fp32():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    plain = Router(32, 8)
+    model = copy.deepcopy(plain)
+    compile_model(model, torch.device("cpu"), backend="aot_eager")
+    gradients = []
+    for router in (plain, model):
+        x = torch.ones(16, 32).cumsum(0).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = router(x)
+        gradients.append(torch.autograd.grad(logits.softmax(-1).square().sum(), (x, router.weight)))
+    torch.testing.assert_close(*gradients)

@@ -73,6 +73,10 @@ def compile_model(model: nn.Module, device: torch.device, backend: str = "induct
             tokens in the order in which threads finish.
         backend: of `torch.compile`.
     """
+    import torch._functorch.config  # a part of dynamo, which only compiled models need
+
+    # As without compile, where the backward pass runs outside of autocast: a router's gradient stays in fp32.
+    torch._functorch.config.backward_pass_autocast = "off"
     for block in transformer_blocks(model):
         block.compile(backend=backend)
     for module in model.modules():
