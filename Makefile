@@ -8,7 +8,7 @@ TORCH_INDEX_URL ?=
 
 .PHONY: help install quickstart test test-gpu lint docs clean
 help:
-	@echo "make quickstart   train a small NeoBERT on this machine (about 5 minutes on 2 cores)"
+	@echo "make quickstart   train a small NeoBERT on this machine (5 minutes on 2 cores)"
 	@echo "make test         run the whole test suite, on a machine with a GPU its tests, too"
 	@echo "make test-gpu     run the tests that need a GPU"
 	@echo "make lint         ruff, the import rules and the types of the public interface"
@@ -29,8 +29,8 @@ install: .venv/.installed
 
 quickstart: install
 	$(BIN)/tune-style run mlm_pretrain --config neobert/quickstart output_dir=$(RUN)
-	$(BIN)/tune-style fill-mask $(RUN) "The [MASK] of a function is the value that it returns." \
-		"Raises an [MASK] if the file does not exist." "Return a list of the [MASK] in the dictionary."
+	$(BIN)/tune-style fill-mask $(RUN) "Raises an [MASK] if the file does not exist." \
+		"Return [MASK] if the object is a directory, False otherwise." "If the argument is not given, it [MASK] to None."
 	$(BIN)/tune-style plot $(RUN) -o $(RUN)/loss.png
 
 # One process per core, each with one thread: more threads than cores make torch slower, not faster. None sees a GPU.

@@ -1,6 +1,6 @@
 """Training speed beside one busy process, for several waiting policies of OpenMP's threads, in turns.
 
-    python benchmarks/busy_neighbour.py default GOMP_SPINCOUNT=3000 OMP_WAIT_POLICY=passive
+    python benchmarks/busy_neighbour.py default GOMP_SPINCOUNT=10000 OMP_WAIT_POLICY=passive
 
 Each setting (comma-separated variables) trains a 6 x 256 encoder in a process of its own, as OpenMP reads them when it
 is loaded. The processes take turns, alone and beside a Python loop that keeps one core busy.
@@ -68,7 +68,7 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings = ["default", "GOMP_SPINCOUNT=3000", "OMP_WAIT_POLICY=passive"]
+    settings = ["default", "GOMP_SPINCOUNT=10000", "OMP_WAIT_POLICY=passive"]
     parser.add_argument(
         "settings", nargs="*", default=settings, metavar="SETTING", help="default, or VARIABLE=VALUE,..."
     )

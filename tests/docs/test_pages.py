@@ -194,13 +194,11 @@ def test_pages_mention_only_keys_that_exist(page):
 def test_the_quickstart_is_described_as_it_is():
     config = load(load_recipe(find_recipe("mlm_pretrain")).Config, "neobert/quickstart")
     page = read(DOCS / "quickstart.md")
-    kept = range(config.checkpoint.save_every, config.max_steps + 1, config.checkpoint.save_every)[
-        -config.checkpoint.keep_last :
-    ]
-    described = [f"{config.tokenizer.args['vocab_size']:,} entries", f"{config.max_steps} steps"]
-    described += [f"every {config.eval_every} steps", f"and {config.model.args['hidden_size']} dimensions"]
-    described += [f"step-{step:08d}/" for step in kept]
-    assert config.model.args["num_hidden_layers"] == 6 and "NeoBERT of six layers" in page
+    model = config.model.args
+    described = [f"{config.tokenizer.args['vocab_size']:,} entries", f"`max_minutes: {config.max_minutes:g}`"]
+    described += [f"every {config.eval_every} steps", f"every {config.checkpoint.save_every} steps"]
+    described += [f"and {model['hidden_size']} dimensions"]
+    assert model["num_hidden_layers"] == 4 and "NeoBERT of four layers" in page
     assert [text for text in described if text not in page] == []
 
 

@@ -6,7 +6,7 @@ of one thread, the others spin meanwhile. It reads the environment when it is lo
 
 import os
 
-SPIN_COUNT = "3000"  # checks before a thread sleeps; measured with benchmarks/busy_neighbour.py
+SPIN_COUNT = "10000"  # checks before a thread sleeps; measured with benchmarks/busy_neighbour.py
 
 
 def spin_briefly() -> None:
