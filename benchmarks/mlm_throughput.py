@@ -1,6 +1,8 @@
 """Tokens per second of masked-LM pretraining: this library's loop and `transformers.Trainer`, in turns, in one process.
 
     python benchmarks/mlm_throughput.py --rounds 3 --json mlm_throughput.json
+    ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+        python benchmarks/mlm_throughput.py --precision fp32    # as on a processor without AVX-512
 
 Both train the same NeoBERT-style encoder (`EuroBertForMaskedLM` there) on the same random tokens: 16 rows of 256, a
 vocabulary of 16,384, 20 % masked, AdamW, gradient clipping. Needs the extra `dev` and `accelerate`.
@@ -57,7 +59,7 @@ class Ours:
         self.optimizer = adamw(self.model, lr=1e-3)
         rows = PackedDataset(corpus, SEQ_LEN, tokenizer.pad_id)
         self.loader = Loader(rows, MLMCollator(tokenizer, 0.2), seed=0, global_batch_size=ROWS, micro_batch_size=ROWS)
-        self.step = 0
+        self.bf16, self.step = args.precision == "bf16", 0
 
     def run(self, steps: int) -> float:
         from torchrecipes.losses import masked_lm_loss
@@ -66,7 +68,7 @@ class Ours:
         for _ in range(steps):
             self.step += 1
             for batch in self.loader.next_step():
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
                     hidden = self.model(batch.input_ids, **batch.documents)
                     loss = masked_lm_loss(hidden, self.model.head, batch.masked_positions, batch.masked_labels)
                 (loss / batch.num_targets).backward()
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=688)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of both")
     parser.add_argument("--fp32-peer", action="store_true", help="measure the peer in fp32 too")
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args()
@@ -146,10 +149,11 @@ def main() -> None:
         folder = Path(name)
         tokenizer, texts = make_text()
         (folder / "text.txt").write_text("\n".join(texts))
+        peer = f"Trainer {args.precision}"
         runners = {
             "ours": Ours(tokenizer, folder, args, compiled=False),
             "ours, compiled": Ours(tokenizer, folder, args, compiled=True),
-            "Trainer bf16": Peer(tokenizer, texts, folder, args, bf16=True),
+            peer: Peer(tokenizer, texts, folder, args, bf16=args.precision == "bf16"),
         }
         if args.fp32_peer:
             runners["Trainer fp32"] = Peer(tokenizer, texts, folder, args, bf16=False)
@@ -162,8 +166,8 @@ def main() -> None:
 
     median = {label: statistics.median(values) for label, values in rates.items()}
     for label, value in median.items():
-        ratio = value / median["Trainer bf16"]
-        print(f"{label:16s} {value:10,.0f} tokens/s   {ratio:5.2f} x Trainer bf16   {[round(v) for v in rates[label]]}")
+        ratio = value / median[peer]
+        print(f"{label:16s} {value:10,.0f} tokens/s   {ratio:5.2f} x {peer}   {[round(v) for v in rates[label]]}")
     if args.json:
         figures = {"torch": torch.__version__, "cores": os.cpu_count(), "median": median, "rounds": rates}
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")

@@ -229,7 +229,7 @@ def document_ids_from(cu_seqlens: Tensor, shape: tuple[int, int]) -> Tensor:
 def activate_flash_attention_4(device: torch.device) -> bool:
     """Lets FlashAttention-4 replace PyTorch's flash kernels in this process, if it is installed and the GPU has it.
 
-    Install it with `pip install 'torchrecipes[flash]'`; it needs a Hopper or Blackwell GPU.
+    Install it with `pip install 'flash-attn-4>=4.0.0b30'`; it needs a Hopper or Blackwell GPU.
 
     Returns:
         Whether it is active now.
