@@ -3,7 +3,9 @@ import json
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from tests import ranks
 from torchrecipes.errors import UserError
@@ -202,6 +204,32 @@ def test_compiled_blocks_have_two_graphs(monkeypatch):
     assert len(graphs) == 2
     for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_compiled_checkpointing_does_not_scan_again_in_the_backward_pass(mode):
+    scans = {"forward": 0, "backward": 0}
+
+    def counting(kind):
+        def compiler(graph, _inputs):
+            targets = [f"{node.target} {node.args[:1]}" for node in graph.graph.nodes]
+            scans[kind] += sum("record_max_logits" in target for target in targets)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    torch.compiler.reset()
+    net = model(layers=2)
+    apply_activation_checkpointing(net, mode)
+    backend = aot_autograd(
+        fw_compiler=counting("forward"),
+        bw_compiler=counting("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    for block in net.blocks:
+        block.compile(backend=backend)
+    step(net, muon(net, **STILL, qk_clip_tau=TAU))
+    assert scans["forward"] > 0 and scans["backward"] == 0
 
 
 def test_a_norm_of_queries_and_keys_is_refused():

@@ -38,6 +38,8 @@ def adamw_8bit(
     On a GPU the step is compiled, once for each shape of parameter. On a CPU it is not, and takes about 0.1 s per
     million parameters: enough to try it out.
 
+    torchao's step takes no `found_inf`, so `Guard.step` waits for the device to know whether to skip it.
+
     Args:
         model, lr, betas, eps, weight_decay: see `adamw`.
         block_size: values that share a scale, even; a smaller block is more exact.

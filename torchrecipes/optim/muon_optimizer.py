@@ -13,7 +13,7 @@ matrices one at a time, and under `fully_shard` every rank repeats the work for 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -247,18 +247,22 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(weights, kept)
         dtype = DTYPES[group["ns_dtype"]] or fast_dtype(weights[0].device)
 
-        def read(piece: MatrixShard) -> Tensor:
-            average = piece.of(buffers[piece.number])
-            return piece.of(gradients[piece.number]).lerp(average, momentum) if group["nesterov"] else average
+        def read(pieces: list[MatrixShard]) -> Sequence[Tensor]:
+            averages = [piece.of(buffers[piece.number]) for piece in pieces]
+            if not group["nesterov"]:
+                return averages
+            return torch._foreach_lerp([piece.of(gradients[piece.number]) for piece in pieces], averages, momentum)
 
         def compute(stack: Tensor) -> Tensor:
             found = orthogonalize(stack, group["ns_steps"], group["ns_coefficients"], dtype)
             return found if share is None else found.mul_(share)
 
         for matrices in self._layouts[key]:
-            for piece, found in matrices.map(read, compute, dtype):
-                factor = _factor(group["scale"], piece.rows, piece.columns)
-                piece.of(weights[piece.number]).add_(found, alpha=-rate * factor)
+            for pieces, found in matrices.map(read, compute, dtype):
+                if pieces:  # of one shape
+                    factor = _factor(group["scale"], pieces[0].rows, pieces[0].columns)
+                    rows = [piece.of(weights[piece.number]) for piece in pieces]
+                    torch._foreach_add_(rows, found, alpha=-rate * factor)
 
 
 def _factor(scale: str, rows: int, columns: int) -> float:

@@ -72,7 +72,8 @@ def _iterate(x: Tensor, polynomials: list[tuple[float, float, float]], coefficie
     x = x / (norm * _SAFETY + 1e-7 if coefficients == "polar_express" else norm.clamp(min=1e-7))
     tall = x.shape[1] > x.shape[2]
     for a, b, c in polynomials:
-        # The smaller one of X X^T and X^T X.
+        # The smaller one of X X^T and X^T X. It and its square are symmetric, but to compute half of each would save no
+        # more than 0.25 % of a step of 524,288 tokens (10 of 34 ms for 700 million parameters at 600 TFLOP/s).
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
