@@ -17,6 +17,7 @@ from torchrecipes.torchao_import import import_torchao
 RECIPES = {"float8": "tensorwise", "float8_rowwise": "rowwise"}  # names of torchao's Float8LinearRecipeName
 CAPABILITY = {"float8": (8, 9), "float8_rowwise": (9, 0)}  # compute capability of the first GPUs that have it
 MULTIPLE = 16  # the hardware's matrix products need multiples of it
+MEASURED = "torchao on an H100: 0.80 times bf16's speed for 1024 x 2048 x 1024, 1.39 times for 4096 x 8192 x 16384"
 _HEADS = {"head", "lm_head"}  # of a model without repeated blocks, which is converted as a whole
 
 
@@ -87,8 +88,8 @@ def convert_to_float8(model: nn.Module, precision: str, *, device: torch.device,
     converted = sum(isinstance(module, kind) for module in part.modules())
     if not converted:
         raise UserError(
-            "no linear layer of the model's blocks is large enough to be faster in float8, or their sizes are no "
-            f"multiples of {MULTIPLE}",
+            "no linear layer of the model's blocks is large enough to be faster in float8 than in bf16, or their sizes "
+            f"are no multiples of {MULTIPLE} ({MEASURED})",
             key="compute.precision",
             hint="Use bf16, or a larger model.",
             code="nothing_to_convert",
