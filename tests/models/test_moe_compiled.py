@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.models.test_moe_families import FREE, SIZES
 from torchrecipes.models import moe, qwen3_moe
-from torchrecipes.modules import moe as experts
+from torchrecipes.modules import moe as moe_module
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
 # Compiled blocks.
@@ -15,12 +15,11 @@ from torchrecipes.training.activation_checkpointing import apply_activation_chec
 @pytest.mark.parametrize("builder", [qwen3_moe, moe])
 @pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_compiled_blocks_are_one_graph(builder, mode, bf16):
-    """On a CPU tokens come to their experts in a way that is no graph; this is the one that is taken elsewhere."""
+def test_compiled_blocks_are_one_graph(builder, mode, bf16, monkeypatch):
+    """With the kernels for a GPU: on a CPU, tokens come to their experts in a way that is no graph."""
+    monkeypatch.setattr(moe_module, "kernel_device", lambda device: "cuda")
     torch.compiler.reset()
     model = builder(**(FREE if builder is moe else SIZES))
-    for block in model.blocks:
-        block.mlp.experts._dispatch_on_cpu = experts._dispatch_sorted
 
     def gradients(ids):
         model.zero_grad()

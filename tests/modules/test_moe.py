@@ -6,8 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrecipes.modules import MoE
+from torchrecipes.modules import moe as moe_module
+from torchrecipes.modules.expert_dispatch import dispatch
+from torchrecipes.modules.grouped_swiglu import swiglu_backward
 from torchrecipes.modules.moe import load_balancing_loss, router_z_loss
 
 KINDS = {
@@ -68,16 +72,26 @@ def assert_equals_loops(moe, x, tolerance=2e-5):
         assert (parameter.grad - theirs).abs().max() < tolerance, name
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def kernels(request, monkeypatch):
+    """Whose kernels to use, on tensors of the CPU."""
+    monkeypatch.setattr(moe_module, "kernel_device", lambda device: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_experts", "num_chosen"), [(4, 2), (4, 1), (4, 4), (16, 2)])
+@pytest.mark.usefixtures("kernels")
 def test_output_and_gradients_are_those_of_a_loop(kind, num_experts, num_chosen):
     assert_equals_loops(made(num_experts, num_chosen, **KINDS[kind]), torch.randn(2, 5, 16))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_one_token_and_experts_without_any():
     assert_equals_loops(made(8), torch.randn(1, 16))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_all_tokens_to_one_expert():
     moe = made(num_chosen=1)
     with torch.no_grad():
@@ -159,6 +173,7 @@ def test_the_router_is_in_fp32_under_autocast():
     assert routing.z_loss.item() == pytest.approx(exact.z_loss.item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_bf16_is_as_close_as_its_rounding():
     moe, x = made(num_experts=8), torch.randn(100, 16)
     expected = by_loops(moe, x.double(), {name: p.detach().double() for name, p in moe.named_parameters()})
@@ -199,6 +214,7 @@ def test_what_does_not_fit_is_refused(sizes, settings, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.usefixtures("kernels")
 def test_float64_also_with_an_uneven_load(kind, uneven):
     moe = made(8, 2, **KINDS[kind]).double()
     x = torch.randn(30, 16, dtype=torch.float64)
@@ -208,9 +224,64 @@ def test_float64_also_with_an_uneven_load(kind, uneven):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("kernels")
 def test_no_tokens(kind):
     moe = made(4, 2, **KINDS[kind])
     out, routing = moe(torch.randn(0, 5, 16, requires_grad=True))
     (out.sum() + routing.aux_loss + routing.z_loss).backward()
     assert out.shape == (0, 5, 16) and not any(value.isnan().any() for value in routing)
     assert all(not parameter.grad.any() for parameter in moe.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "k"), [(1, 4, 2), (64, 8, 2), (200, 3, 1), (517, 64, 8)])
+def test_dispatch_is_a_stable_sort(tokens, num_experts, k):
+    torch.manual_seed(0)
+    scores = torch.randn(tokens, num_experts) + 2 * torch.randn(num_experts)  # some experts get few tokens, or none
+    expert_Tk = scores.topk(k).indices
+    token_M, place_Tk, ends_E = dispatch(expert_Tk, num_experts)
+    order_M = expert_Tk.flatten().argsort(stable=True)
+    assert torch.equal(token_M, (order_M // k).int())
+    assert torch.equal(order_M[place_Tk.flatten()], torch.arange(tokens * k))
+    assert torch.equal(ends_E, expert_Tk.flatten().bincount(minlength=num_experts).cumsum(0).int())
+    assert ends_E.is_contiguous(), "the kernel of grouped_mm takes it for contiguous"
+
+
+def test_the_largest_are_those_of_topk(monkeypatch):
+    monkeypatch.setattr(moe_module, "kernel_device", lambda device: "cuda")
+    scores = torch.randn(50, 12)
+    for k in (1, 3, 8, 12):
+        assert torch.equal(moe_module._largest(scores, k), scores.topk(k).indices)
+    assert torch.equal(moe_module._largest(torch.full((2, 4), torch.nan), 3), torch.arange(3).expand(2, 3))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert torch.Tag.data_dependent_output not in function.tags, function
+        assert function is not torch.ops.aten.nonzero.default, function
+        if function is torch.ops.aten.index.Tensor:
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "a mask as an index"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_a_gpu(monkeypatch, kind):
+    monkeypatch.setattr(moe_module, "kernel_device", lambda device: "cuda")
+    moe = made(**KINDS[kind])
+    with NoWaiting():
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(1).item()
+        out, routing = moe(torch.randn(2, 5, 16))
+        (out.sum() + routing.aux_loss + routing.z_loss).backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("size", [24, 1024, 1544])
+def test_the_triton_kernel_of_swiglu(dtype, tolerance, size):
+    torch.manual_seed(0)
+    inputs = torch.randn(70, 2 * size), torch.rand(70), torch.randn(70, size)
+    found = swiglu_backward(*(x.to("cuda", dtype) for x in inputs))
+    for ours, expected in zip(found, swiglu_backward(*(x.to(dtype).double() for x in inputs)), strict=True):
+        assert ours.dtype == dtype and (ours.cpu() - expected).norm() / expected.norm() < tolerance
