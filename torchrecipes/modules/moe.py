@@ -68,8 +68,9 @@ def _mean(x: Tensor) -> Tensor:
 class Router(nn.Module):
     """Scores of every token for every expert, in fp32 even under autocast.
 
-    On a GPU that is TF32 where `torch.set_float32_matmul_precision("high")` is set. Compiled, the gradients of its
-    products are in autocast's dtype, since torch compiles the backward pass under the autocast of the forward pass.
+    On a GPU that is TF32 where `torch.set_float32_matmul_precision("high")` is set. A block that is compiled under
+    autocast needs `torch._functorch.config.backward_pass_autocast = "off"` (recipes set it), or the gradients of these
+    products are in autocast's dtype.
 
     Parameters: `weight` `[E, D]`, or `[E, 128]` after `proj` and SiLU. Buffer, with `bias`: `e_score_correction_bias`
     `[E]`, which is added for the choice of experts only, not for their weights.
