@@ -215,6 +215,20 @@ def test_boundaries_that_do_not_describe_the_rows_are_refused(bounds, max_seqlen
         attention(q, k, v, cu_seqlens=torch.tensor(bounds), max_seqlen=max_seqlen)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([[0, 0, 1], [0, 1, 1]], r"\[2, 3\].*\[2, 4\]"),
+        ([0, 0, 1, 1, 0, 0, 0, 1], r"\[8\].*\[2, 4\]"),
+        ([[0, 0, 1, 1], [0, 1, 0, 1]], "document_ids"),
+    ],
+)
+def test_document_numbers_that_do_not_describe_the_rows_are_refused(numbers, message):
+    q, k, v = inputs(2, 4, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, document_ids=torch.tensor(numbers, dtype=torch.int32))
+
+
 def test_a_plan_and_its_arguments_are_not_mixed():
     q, k, v = inputs(1, 4, torch.float32)
     backend = choose_attention_backend((1, 4), device=q.device, dtype=q.dtype)

@@ -526,6 +526,7 @@ def keys(error):
         (["compute.precision=float8", "compute.emulate_float8=true", "seq_len=40"], "seq_len"),
         (["seq_len=128"], "seq_len"),
         (["max_steps=null"], "max_steps"),
+        (["max_steps=null", "max_minutes=.inf"], "max_minutes"),
         (["micro_batch_size=0", "log.log_every=-1"], "log.log_every"),
         (["max_grad_norm=-1", "checkpoint.keep_last=0"], "max_grad_norm"),
         (["max_grad_norm=-1", "checkpoint.keep_last=0"], "checkpoint.keep_last"),

@@ -1,12 +1,14 @@
 """The dtype of the residual stream, from the config key to every tensor that blocks pass on."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from torchrecipes.config.shared_keys import check_shared_keys
 from torchrecipes.errors import UserError
 from torchrecipes.estimation import estimating
 from torchrecipes.models import bert, gpt2, llama, moe, neobert, qwen3_moe
@@ -22,6 +24,7 @@ from torchrecipes.modules import (
     choose_attention_backend,
 )
 from torchrecipes.modules.norm import LayerNorm, rms_norm
+from torchrecipes.training import ComputeConfig
 from torchrecipes.training.precision import autocast, set_float32_matmul_precision, set_residual_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -190,3 +193,8 @@ def results(norm, x, grad):
     x.requires_grad_()
     y = norm(x)
     return [y.detach(), *torch.autograd.grad(y, (x, *norm.parameters()), grad)]
+
+
+def test_validate_refuses_a_bf16_stream_in_an_fp32_run():
+    (problem,) = check_shared_keys(SimpleNamespace(compute=ComputeConfig(precision="fp32", residual="bf16")))
+    assert (problem.key, problem.code) == ("compute.residual", "residual_needs_bf16")

@@ -8,6 +8,7 @@ resumed, and by the config schema page:
     label_smoothing: Annotated[float, Range(0, 1, closed_above=False)] = 0.0
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -31,6 +32,7 @@ class Range:
     def __str__(self) -> str:
         low = "" if self.low is None else f"{'at least' if self.closed_below else 'above'} {self.low:g}"
         high = "" if self.high is None else f"{'at most' if self.closed_above else 'below'} {self.high:g}"
+        high = "finite" if high == "below inf" else high
         return " and ".join(part for part in (low, high) if part)
 
 
@@ -56,5 +58,5 @@ Rows = Annotated[int, Range(1), Unit("rows")]
 Tokens = Annotated[int, Range(1), Unit("tokens")]
 Count = Annotated[int, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-Positive = Annotated[float, Range(0, closed_below=False)]
+Positive = Annotated[float, Range(0, math.inf, closed_below=False, closed_above=False)]
 NonNegative = Annotated[float, Range(0)]

@@ -43,6 +43,15 @@ def check_shared_keys(config: Any) -> list[UserError]:
         )
     compute = getattr(config, "compute", None)
     precision = str(getattr(compute, "precision", ""))
+    if precision == "fp32" and getattr(compute, "residual", None) == "bf16":
+        problems.append(
+            UserError(
+                "a residual stream in bf16 needs a forward pass in bf16, and compute.precision is fp32",
+                key="compute.residual",
+                hint="Set compute.residual=auto, or compute.precision=bf16",
+                code="residual_needs_bf16",
+            )
+        )
     if precision.startswith("float8") and not compute.compile and not compute.emulate_float8:
         # By arithmetic, for 16,384 tokens and a layer of 4,096 x 4,096 on an H100: eager casts move 33 bytes per value
         # of input, weight and gradient, 5 GB or 1.9 ms; products that are twice as fast save 1.1 ms.

@@ -107,11 +107,14 @@ def choose_attention_backend(
         device, dtype: of the queries that the backend is for.
 
     Raises:
-        ValueError: CPU only: boundaries that do not describe the rows. Any device: a window below 0.
+        ValueError: CPU only: boundaries or numbers that do not describe the rows. Any device: a window below 0,
+            `document_ids` of another shape.
     """
     rows, row_len = shape
     if window is not None and window < 0:
         raise ValueError(f"window must be 0 or more, not {window}")
+    if document_ids is not None and tuple(document_ids.shape) != tuple(shape):
+        raise ValueError(f"document_ids has shape {list(document_ids.shape)}; rows of tokens have {list(shape)}")
     if is_estimating() and kernel_device(device) == "cuda":
         # What these kernels keep: queries, keys, values and outputs, never the scores.
         return AttentionBackend("sdpa", causal=causal)
@@ -254,9 +257,12 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def _boundaries(document_ids: Tensor) -> Tensor:
-    """`cu_seqlens` of document numbers; waits for the device."""
+    """`cu_seqlens` of document numbers that do not fall along a row; waits for the device."""
     starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids.diff(dim=1) != 0
+    change = document_ids.diff(dim=1)
+    if (change < 0).any():
+        raise ValueError("document_ids must not fall along a row")
+    starts[:, 1:] = change != 0
     found = starts.flatten().nonzero().squeeze(1)
     return torch.cat((found, found.new_tensor([document_ids.numel()])))
 
