@@ -97,6 +97,35 @@ def test_compiled_blocks_see_one_graph(family):
         model(**rows | {"cu_seqlens": torch.arange(0, 3 * ROW_LEN + 1, 128, dtype=torch.int32)})
 
 
+@pytest.mark.parametrize("family", ["neobert", "gpt2"])
+def test_compiled_blocks_see_few_shapes_of_regrouped_documents(family):
+    torch.compiler.reset()
+    rows, row_len = 2, 1024
+    model = FAMILIES[family](
+        vocab_size=67, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=row_len
+    )
+    input_ids = torch.arange(rows * row_len).view(rows, row_len) % 67
+
+    def step(longest):
+        lengths = [longest] * (row_len // longest)
+        lengths = ([n for n in [*lengths, row_len - sum(lengths)] if n]) * rows
+        batch = {
+            "position_ids": torch.cat([torch.arange(n) for n in lengths]).view(rows, row_len),
+            "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        }
+        hidden = model(input_ids, **batch)
+        return gradients(model, hidden.square().sum())
+
+    longest = [50, 64, 100, 250, 600, 190, 33, 120, 300]
+    expected = [step(n) for n in longest]
+    model.blocks[0].compile(fullgraph=True, backend="aot_eager")
+    for i, n in enumerate(longest):
+        # The first five: rows of 64, another number of them, rows of 128 and of 256, rows as they are.
+        with torch._dynamo.config.patch(error_on_recompile=i >= 5):
+            for name, gradient in step(n).items():
+                torch.testing.assert_close(gradient, expected[i][name], atol=1e-5, rtol=1e-4)
+
+
 def cache_of(model, max_len):
     attention = model.blocks[0].self_attn
     return KVCache(len(model.blocks), 3, max_len, attention.num_kv_heads, attention.head_dim)

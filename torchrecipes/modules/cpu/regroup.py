@@ -32,9 +32,9 @@ def document_lengths(cu_seqlens: Tensor, rows: int, row_len: int, max_seqlen: in
 def regroup(lengths: np.ndarray, rows: int, row_len: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Document number of every slot, in rows as they are or in shorter rows where those cost less.
 
-    Documents go in order into rows of L tokens, the length of the longest, rounded up to a multiple of 64; a new row
-    whenever the next one does not fit. Two neighbouring rows hold more than L tokens, so there are at most
-    `2 * tokens / L + 1` of them.
+    Documents go in order into rows of L tokens; a new row whenever the next one does not fit. Two neighbouring rows
+    hold more than L tokens, so there are at most `2 * tokens / L + 1` of them. L is the smallest of 64, 128, 256, ...
+    that the longest document fits into: few lengths, since `torch.compile` compiles every one.
 
     Args:
         lengths: of the documents, as `document_lengths` returns them.
@@ -45,7 +45,7 @@ def regroup(lengths: np.ndarray, rows: int, row_len: int) -> tuple[Tensor, Tenso
         are).
     """
     tokens = rows * row_len
-    group_len = min(row_len, -(-int(lengths.max()) // 64) * 64)
+    group_len = 64 << ((int(lengths.max()) - 1) // 64).bit_length()
     document_of_token = np.repeat(np.arange(len(lengths)), lengths)
     if group_len + COST_IN_KEYS >= row_len / 2:
         return torch.from_numpy(document_of_token.reshape(rows, row_len)), None, None
