@@ -39,7 +39,7 @@ class CausalTiles(torch.autograd.Function):
                 by_head[..., start:].add_(mask[..., :rows, :rows])
             else:
                 by_head.add_(mask[..., start:end, :end])
-            weights = scores.softmax(-1)
+            weights = torch.softmax(scores, -1, out=scores)
             kept.append(weights)
             out[:, start:end] = torch.bmm(weights, v[:, :end]).view(batch, heads, rows, size).transpose(1, 2)
         ctx.save_for_backward(q, k, v, *kept)
@@ -57,8 +57,8 @@ class CausalTiles(torch.autograd.Function):
         for (start, end), weights in reversed(list(zip(_tiles(length), kept, strict=True))):
             rows = end - start
             grad_rows = grad[:, :, start:end].reshape(-1, groups * rows, size)
-            grad_weights = torch.bmm(grad_rows, v[:, :end].transpose(1, 2))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = torch.bmm(grad_rows, v[:, :end].transpose(1, 2))  # of the weights; softmax's in place
+            torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, weights.dtype, grad_input=grad_scores)
             q_rows = q[:, :, start:end].reshape(-1, groups * rows, size)
             tile_k = torch.bmm(grad_scores.transpose(1, 2), q_rows)
             tile_v = torch.bmm(weights.transpose(1, 2), grad_rows)
