@@ -124,6 +124,11 @@ def test_seq_len_beyond_the_positions_of_a_model_or_a_folder(tmp_path):
     assert problems(tmp_path, model, "seq_len=65") == [("seq_len", "seq_len_too_long")]
 
 
+def test_a_residual_dtype_that_a_model_does_not_read(tmp_path):
+    settings = [f"model._component_={HERE}.declared_model", "compute.residual=fp32"]
+    assert ("compute.residual", "no_residual_dtype") in problems(tmp_path, *settings)
+
+
 def test_problems_of_arguments_have_the_components_key(tmp_path):
     ((key, _),) = problems(tmp_path, "optimizer.lr=-1")
     assert key.startswith("optimizer")

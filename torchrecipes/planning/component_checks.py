@@ -28,6 +28,7 @@ from torchrecipes.modules import MoE
 from torchrecipes.planning.fake_model import TokenizerStandIn, meta_model, tokenizer_for
 from torchrecipes.planning.memory_estimate import build_optimizer
 from torchrecipes.training.guard import Guard
+from torchrecipes.training.precision import set_residual_dtype
 from torchrecipes.training.setup import freeze
 
 # The components that are built: key, the class that they have to declare, and the code of the error if they do not.
@@ -84,6 +85,8 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
     if model is not None:
         attempt("freeze", lambda: freeze(model, config.freeze))
         attempt("seq_len", lambda: check_positions(model, config.seq_len))
+        # In bf16: check_shared_keys compares it with the precision.
+        attempt("compute", lambda: set_residual_dtype(model, config.compute.residual, torch.bfloat16))
         if not config.data.packing and any(isinstance(module, MoE) for module in model.modules()):
             problem = "false pads rows, and the routers of experts would learn from padding"
             problems.append(UserError(problem, key="data.packing", hint="Set it to true", code="padded_experts"))
