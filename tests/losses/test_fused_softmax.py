@@ -197,8 +197,7 @@ def test_many_sizes_do_not_reach_the_limit_of_recompilations(compiled_with, monk
     real_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, options, **kw: real_compile(f, backend="eager", **kw))
     kernel.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    with torch._dynamo.config.patch(recompile_limit=2):
         for vocab_size in range(30, 36):
             check(*make(vocab_size=vocab_size, dtype=torch.float64))
     assert kernel.cache_info().currsize == 6

@@ -97,7 +97,7 @@ def test_packed_is_one_by_one(family):
     lengths = [5, 1, 18, 24]  # two rows of 24
     bounds = torch.tensor([0, *itertools.accumulate(lengths), 48], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths]).view(2, 24)
-    packed = model(ids(), positions, bounds, 24).flatten(0, 1)
+    packed = model(ids(), positions, cu_seqlens=bounds).flatten(0, 1)
     for start, end in itertools.pairwise(bounds.tolist()[:-1]):
         alone = model(ids().view(1, -1)[:, start:end])[0]
         assert (packed[start:end] - alone).abs().max() <= 1e-5
@@ -180,8 +180,8 @@ def test_attention_without_masks_takes_padded_rows_only():
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     model = from_transformers(model_type="mamba", **sizes).eval()
     bounds = torch.tensor([0, 10, 24, 48], dtype=torch.int32)
-    padded = model(ids(), None, bounds, 24)
+    padded = model(ids(), cu_seqlens=bounds)
     assert (padded[0, :10] - model(ids()[:1, :10])[0]).abs().max() <= 1e-5
     with pytest.raises(UserError) as error:
-        model(ids(), None, torch.tensor([0, 5, 10, 24, 48], dtype=torch.int32), 24)
+        model(ids(), cu_seqlens=torch.tensor([0, 5, 10, 24, 48], dtype=torch.int32))
     assert (error.value.code, error.value.key) == ("no_packing", "data.packing")
