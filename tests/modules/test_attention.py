@@ -1,9 +1,11 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from torchrecipes.data.batching.batch import document_fields
 from torchrecipes.modules import (
     AttentionBackend,
     KVCache,
@@ -16,6 +18,7 @@ from torchrecipes.modules import (
 from torchrecipes.modules.attention_backend import flex_backend, masked_backend, varlen_backend
 
 HEADS, HEAD_DIM = 4, 16
+CPU = torch.device("cpu")
 
 
 def packing(rows, row_len, longest, *, seed, padding=0):
@@ -177,6 +180,14 @@ def test_a_document_never_changes_another(longest, dtype):
     assert not torch.equal(before[start:end], after[start:end])
     assert torch.equal(before[:start], after[:start])
     assert torch.equal(before[end:], after[end:])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_short_documents_of_a_batch_are_regrouped_on_a_cpu(causal):
+    fields = document_fields(np.arange(0, 2 * 1024, 64), (2, 1024))
+    documents = {name: fields[name] for name in ("document_ids", "cu_seqlens", "max_seqlen")}
+    backend = choose_attention_backend((2, 1024), **documents, causal=causal, device=CPU, dtype=torch.float32)
+    assert backend.gather.shape == (32, 64)
 
 
 def test_regrouping_keeps_shapes_few():
