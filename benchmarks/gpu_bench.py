@@ -20,7 +20,7 @@ class Bench:
 
     A row is a dict of JSON values with `part` and `case`; that of a case that failed has `error`. The file is written
     again after every row, so that a process that is killed leaves what it has measured, and one that is started with
-    such a file goes on with the next case.
+    such a file continues with the next case.
 
     Attributes:
         device, tiny: where, and whether shapes are small enough for a CPU.
@@ -99,7 +99,7 @@ class Bench:
         write_json(self.path, self.content)
 
     def _check_device(self) -> None:
-        """After an illegal access every call fails: the process ends, and the next one goes on."""
+        """After an illegal access every call fails: the process ends, and the next one continues."""
         if self.device.type != "cuda":
             return
         try:

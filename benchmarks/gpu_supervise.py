@@ -14,7 +14,7 @@ def supervise(path: Path, command: list[str], environment: dict[str, str], secon
     """Runs a process that measures, and again after it died or hung, without the case in which it did.
 
     Args:
-        path: of the JSON file, which the process goes on with if it is there.
+        path: of the JSON file, which the process extends if it is there.
         command, environment: of the process.
         seconds_per_case: a case that takes longer is given up.
 

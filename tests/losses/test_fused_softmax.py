@@ -1,4 +1,4 @@
-"""CUDA's path of `linear_cross_entropy`: on CPU tensors in all but one product, and on a GPU where there is one."""
+"""CUDA's path of `linear_cross_entropy`: on CPU tensors except for one product, and on a GPU where there is one."""
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ from torchrecipes.models import neobert, qwen3
 from torchrecipes.modules import SelfAttention, attention
 from torchrecipes.modules.attention_backend import flex_backend, masked_backend
 from torchrecipes.modules.block_mask import document_block_mask
+from torchrecipes.modules.max_logits import max_logits
 from torchrecipes.modules.self_attention import _compiled
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
@@ -79,6 +80,12 @@ def test_outputs_and_gradients_equal_a_masked_softmax(causal, window, kv_heads, 
     torch.testing.assert_close(found, expected)
     for a, b in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (found, expected)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_scan_that_would_not_see_the_block_mask_is_refused():
+    q = torch.randn(1, 128, 2, 16)
+    with pytest.raises(ValueError, match="max_logits"):
+        max_logits(q, q, flex_backend((1, 128), documents(1, 128, 10, seed=0)["document_ids"], device=CPU))
 
 
 def test_boundaries_and_document_numbers_say_the_same():

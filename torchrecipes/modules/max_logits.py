@@ -23,7 +23,12 @@ def max_logits(q: Tensor, k: Tensor, backend: AttentionBackend) -> Tensor:
     Returns:
         `[N]` fp32, without gradient, with the precision of a product in q's dtype; -inf for a head whose scores are not
         finite.
+
+    Raises:
+        ValueError: a `flex` backend, whose mask is not known here.
     """
+    if backend.name == "flex":
+        raise ValueError("a flex backend reports its largest scores itself: attention(..., max_logits=)")
     found = torch.full((q.shape[2],), float("-inf"), device=q.device)
     record_max_logits(found, q, k, backend)
     return found
