@@ -1,5 +1,6 @@
 """From a corpus to batches: rows, their order, targets, micro-batches.
 
+rows      `Rows`: what a loader reads
 packing   `PackedDataset`, `PaddedDataset`: rows of equal length from documents
 shuffle   the order of the rows as arithmetic: a permutation without a list
 mlm       `MLMCollator`: masked tokens
@@ -13,6 +14,7 @@ from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mlm import MLMCollator
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.rows import RowBlock, Rows
 
 __all__ = [
     "Batch",
@@ -21,6 +23,8 @@ __all__ = [
     "MLMCollator",
     "PackedDataset",
     "PaddedDataset",
+    "RowBlock",
+    "Rows",
     "evaluation_batches",
     "rows_per_rank",
 ]

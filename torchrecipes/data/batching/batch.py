@@ -23,6 +23,8 @@ class Batch:
         masked_positions: masked LM: `[M]` int64 into the flattened tokens, all different. M never changes.
         masked_labels: masked LM: `[M]` int64, the token that was there; -100 in unused slots.
         labels: causal LM: `[B, S]` int64, the token that comes next; -100 where there is none to predict.
+        source_ids: mixtures: `[B]` int64, the place of each row's source in `source_names`.
+        source_names: mixtures: the sources.
     """
 
     input_ids: Tensor
@@ -34,6 +36,8 @@ class Batch:
     masked_positions: Tensor | None = None
     masked_labels: Tensor | None = None
     labels: Tensor | None = None
+    source_ids: Tensor | None = None
+    source_names: tuple[str, ...] = ()
 
     @property
     def documents(self) -> dict[str, Tensor | int | None]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torchrecipes.data.batching.batch import Batch, dense_fields, document_fields
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.rows import Rows, source_fields
 from torchrecipes.errors import UserError
 
 IGNORED = -100  # the label of a token that has nothing to predict
@@ -38,9 +38,7 @@ class CausalLMCollator:
             )
         self.eos_id, self.cross_document_attention = eos_id, cross_document_attention
 
-    def batch(
-        self, dataset: PackedDataset | PaddedDataset, numbers: np.ndarray, _row_keys: np.ndarray, _step: int = 1
-    ) -> Batch:
+    def batch(self, dataset: Rows, numbers: np.ndarray, _row_keys: np.ndarray, _step: int = 1) -> Batch:
         """Reads rows with their next tokens. Nothing is drawn, so row keys and step are not used.
 
         Args:
@@ -77,6 +75,7 @@ class CausalLMCollator:
             labels=torch.from_numpy(labels),
             num_targets=int((labels != IGNORED).sum()),
             **documents,
+            **source_fields(dataset, block),
         )
 
     def example_batch(self, num_rows: int, seq_len: int) -> Batch:

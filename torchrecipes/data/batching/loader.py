@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.mlm import MLMCollator
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
-from torchrecipes.data.batching.shuffle import fold_in, permute, row_indices
+from torchrecipes.data.batching.rows import Rows, number_in_source
+from torchrecipes.data.batching.shuffle import fold_in, permute
 from torchrecipes.errors import UserError
 
 EVALUATION = 2**32  # takes the place of a seed in what evaluation draws
@@ -38,7 +38,7 @@ class Loader:
     `for batch in loader` yields the same micro-batches one by one.
 
     Args:
-        dataset: `PackedDataset` or `PaddedDataset`.
+        dataset: `PackedDataset`, `PaddedDataset`, or other `Rows`.
         collator: makes batches of rows: `MLMCollator`, `CausalLMCollator`, or anything with their `batch`.
         seed: chooses order and masks.
         global_batch_size: rows of an optimizer step, over all ranks and micro-batches.
@@ -60,7 +60,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: PackedDataset | PaddedDataset,
+        dataset: Rows,
         collator: MLMCollator | CausalLMCollator,
         *,
         seed: int,
@@ -112,12 +112,12 @@ class Loader:
         self.rows_consumed = (step - 1) * self._data.global_batch_size if rows_consumed is None else rows_consumed
         self._batches = None
 
-    def state_dict(self) -> dict[str, int | bool | str]:
+    def state_dict(self) -> dict[str, int | float | bool | str]:
         """The position, and what it means: the corpus, the order and the batch size."""
         position = {"step": self.step, "rows_consumed": self.rows_consumed, "micro_batch_size": self.micro_batch_size}
         return position | self._data.identity()
 
-    def load_state_dict(self, state: dict[str, int | bool | str]) -> None:
+    def load_state_dict(self, state: dict[str, int | float | bool | str]) -> None:
         """Continues where `state_dict` was taken.
 
         Rows that this loader has consumed beyond that (before a rollback) are not seen again.
@@ -185,7 +185,7 @@ def largest_micro_batch(rows_per_rank: int, at_most: int) -> int:
 
 
 def evaluation_batches(
-    dataset: PackedDataset | PaddedDataset,
+    dataset: Rows,
     collator: MLMCollator | CausalLMCollator,
     rows_per_batch: int,
     limit: int | None = None,
@@ -207,13 +207,14 @@ def evaluation_batches(
         device: where batches go.
     """
     key = fold_in(EVALUATION, xxhash.xxh3_64_intdigest(name.encode()) >> 1)
-    numbers = np.arange(dataset.num_rows if limit is None else min(limit, dataset.num_rows))
-    if len(numbers) < dataset.num_rows:
-        numbers = permute(numbers, dataset.num_rows, key)
+    positions = np.arange(dataset.num_rows if limit is None else min(limit, dataset.num_rows))
+    if len(positions) < dataset.num_rows:
+        positions = permute(positions, dataset.num_rows, key)
+    numbers, _ = dataset.locate(positions, seed=0, shuffle=False)
     numbers = np.pad(numbers, (0, -len(numbers) % (world_size * rows_per_batch)), constant_values=-1)
     for start in range(rank * rows_per_batch, len(numbers), world_size * rows_per_batch):
         chosen = numbers[start : start + rows_per_batch]
-        batch = collator.batch(dataset, chosen, fold_in(key, chosen))
+        batch = collator.batch(dataset, chosen, fold_in(key, number_in_source(chosen)))
         yield batch if device is None else batch.to(device)
 
 
@@ -221,14 +222,7 @@ class _Steps(Dataset):
     """steps[step, position]: the micro-batches of `step`, whose rows begin at `position`."""
 
     def __init__(self, dataset, collator, seed, shuffle, global_batch_size, first_row, num_rows):
-        if dataset.corpus.num_tokens < dataset.seq_len:
-            raise UserError(
-                f"{dataset.corpus.folder}: {dataset.corpus.num_tokens} tokens do not fill one row of "
-                f"seq_len={dataset.seq_len}",
-                key="seq_len",
-                hint="Give more text, or lower seq_len.",
-                code="too_little_text",
-            )
+        dataset.check_trainable()
         self.dataset, self.collator, self.seed, self.shuffle = dataset, collator, seed, shuffle
         self.global_batch_size, self.first_row, self.num_rows = global_batch_size, first_row, num_rows
         self.micro_batch_size: int | Literal["auto"] = "auto"
@@ -236,15 +230,10 @@ class _Steps(Dataset):
         self.steps_per_block = max(1, 4096 // num_rows)
         self.block, self.numbers, self.keys = range(0), None, None
 
-    def identity(self) -> dict[str, int | bool | str]:
+    def identity(self) -> dict[str, int | float | bool | str]:
         """What the order of the rows depends on."""
-        return {
-            "corpus": self.dataset.corpus.fingerprint,
-            "rows": f"{type(self.dataset).__name__}, {self.dataset.num_rows} of {self.dataset.seq_len} tokens",
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "global_batch_size": self.global_batch_size,
-        }
+        order = {"seed": self.seed, "shuffle": self.shuffle, "global_batch_size": self.global_batch_size}
+        return self.dataset.identity() | order
 
     def __getitem__(self, at: tuple[int, int]) -> list[Batch]:
         step, position = at
@@ -253,8 +242,8 @@ class _Steps(Dataset):
                 position, position + self.steps_per_block * self.global_batch_size, self.global_batch_size
             )
             positions = np.array(self.block)[:, None] + self.first_row + np.arange(self.num_rows)
-            self.numbers, epochs = row_indices(positions, self.dataset.num_rows, self.seed, self.shuffle)
-            self.keys = fold_in(self.seed, epochs, self.numbers)
+            self.numbers, epochs = self.dataset.locate(positions, self.seed, self.shuffle)
+            self.keys = fold_in(self.seed, epochs, number_in_source(self.numbers))
         numbers, keys = self.numbers[self.block.index(position)], self.keys[self.block.index(position)]
         size = self.micro_batch_size
         return [

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from torchrecipes.data.batching.batch import Batch, dense_fields, document_fields
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.rows import Rows, source_fields
 from torchrecipes.data.batching.shuffle import fold_in
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
@@ -70,9 +70,7 @@ class MLMCollator:
         """Places for targets in every row of `seq_len` tokens."""
         return math.ceil(self.probability(step) * seq_len)
 
-    def batch(
-        self, dataset: PackedDataset | PaddedDataset, numbers: np.ndarray, row_keys: np.ndarray, step: int = 1
-    ) -> Batch:
+    def batch(self, dataset: Rows, numbers: np.ndarray, row_keys: np.ndarray, step: int = 1) -> Batch:
         """Reads rows and hides their targets.
 
         Args:
@@ -90,6 +88,7 @@ class MLMCollator:
             masked_positions=torch.from_numpy(positions),
             masked_labels=torch.from_numpy(labels),
             **documents,
+            **source_fields(dataset, block),
         )
 
     def example_batch(self, num_rows: int, seq_len: int) -> Batch:

@@ -1,30 +1,15 @@
 """Rows of equal length from a corpus of documents, packed or one document each.
 
-Both datasets return any rows by their numbers, and where documents begin. Nothing is truncated: a document that is
-longer than what is left of its row continues in another row, as a document of its own.
+The datasets are `Rows` (rows.py). Nothing is truncated: a document that is longer than what is left of its row
+continues in another row, as a document of its own.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
+from torchrecipes.data.batching.rows import RowBlock
+from torchrecipes.data.batching.shuffle import row_indices
 from torchrecipes.data.corpus.corpus import Corpus
-
-
-@dataclass(frozen=True)
-class RowBlock:
-    """B rows of S tokens, or of S + lookahead.
-
-    Attributes:
-        tokens: `[B, S]` int64.
-        boundaries: int64, sorted: the flat positions in `[0, B * S)` at which a document (or padding) starts; the
-            start of every row is among them.
-        lengths: `[B]` int64: tokens of a row before its padding.
-    """
-
-    tokens: np.ndarray
-    boundaries: np.ndarray
-    lengths: np.ndarray
+from torchrecipes.errors import UserError
 
 
 class PackedDataset:
@@ -39,7 +24,10 @@ class PackedDataset:
     Attributes:
         num_rows: rows in the corpus.
         tokens_per_row: mean number of tokens that are not padding.
+        source_names: (), one source.
     """
+
+    source_names = ()
 
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
@@ -62,6 +50,18 @@ class PackedDataset:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
+
+    def identity(self) -> dict[str, int | float | bool | str]:
+        """What the rows and their order depend on."""
+        return _identity(self)
+
+    def check_trainable(self) -> None:
+        """Raises UserError (code `too_little_text`) where the text does not fill one row."""
+        _check_fills_a_row(self)
+
+    def locate(self, positions: np.ndarray, seed: int, shuffle: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and epochs of the rows at positions counted from a run's start (see `Rows`)."""
+        return row_indices(positions, self.num_rows, seed, shuffle)
 
     def rows(self, numbers: np.ndarray) -> RowBlock:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
@@ -110,6 +110,8 @@ class PaddedDataset:
     Arguments and attributes are those of `PackedDataset`.
     """
 
+    source_names = ()
+
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
         self._open()
@@ -128,6 +130,18 @@ class PaddedDataset:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
+
+    def identity(self) -> dict[str, int | float | bool | str]:
+        """What the rows and their order depend on."""
+        return _identity(self)
+
+    def check_trainable(self) -> None:
+        """Raises UserError (code `too_little_text`) where the text does not fill one row."""
+        _check_fills_a_row(self)
+
+    def locate(self, positions: np.ndarray, seed: int, shuffle: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and epochs of the rows at positions counted from a run's start (see `Rows`)."""
+        return row_indices(positions, self.num_rows, seed, shuffle)
 
     def rows(self, numbers: np.ndarray) -> RowBlock:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
@@ -150,6 +164,21 @@ class PaddedDataset:
 
     def __str__(self) -> str:
         return _describe(self)
+
+
+def _identity(rows: PackedDataset | PaddedDataset) -> dict[str, int | float | bool | str]:
+    kind = f"{type(rows).__name__}, {rows.num_rows} of {rows.seq_len} tokens"
+    return {"corpus": rows.corpus.fingerprint, "rows": kind}
+
+
+def _check_fills_a_row(rows: PackedDataset | PaddedDataset) -> None:
+    if rows.corpus.num_tokens < rows.seq_len:
+        raise UserError(
+            f"{rows.corpus.folder}: {rows.corpus.num_tokens} tokens do not fill one row of seq_len={rows.seq_len}",
+            key="seq_len",
+            hint="Give more text, or lower seq_len.",
+            code="too_little_text",
+        )
 
 
 def _describe(rows: PackedDataset | PaddedDataset) -> str:
