@@ -10,7 +10,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 import torchrecipes
-from torchrecipes.cli.main import VERBS
+from torchrecipes.cli.main import all_verbs
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config.catalog import builtin_recipes
 from torchrecipes.config.components import parameters
@@ -108,7 +108,7 @@ def _argument(parameter: inspect.Parameter) -> str:
 def cli_page() -> str:
     """The help text of every verb of `tune-style`."""
     sections = ["# Command line\n"]
-    for verb, (module, _) in VERBS.items():
+    for verb, (module, _) in all_verbs().items():
         parser = argparse.ArgumentParser(prog=f"tune-style {verb}", formatter_class=_Help)
         importlib.import_module(module).add_arguments(parser)
         sections.append(f"## {verb}\n\n```text\n{parser.format_help().rstrip()}\n```\n")

@@ -17,7 +17,11 @@ def python(*words: str, **settings) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, **settings)
 
 
-@pytest.mark.parametrize("words", [["ls"], ["--help"], ["run", "--help"], ["cat", "mlm_pretrain"], ["--version"], []])
+LIGHT = [["ls"], ["--help"], ["run", "--help"], ["cat", "mlm_pretrain"], ["--version"], [], ["data"]]
+LIGHT += [[*verb.split(), "--help"] for verb in cli.all_verbs() if verb not in cli.VERBS]
+
+
+@pytest.mark.parametrize("words", LIGHT)
 def test_what_needs_no_torch_does_not_import_it(words):
     program = (
         "import sys\n"
@@ -47,10 +51,10 @@ def test_importing_the_package_costs_nothing():
     assert python("-c", program).stdout.split() == ["torchrecipes"]
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", cli.all_verbs())
 def test_every_verb_explains_itself_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([verb, "--help"])
+        cli.main([*verb.split(), "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"usage: tune-style {verb}" in out
@@ -63,6 +67,19 @@ def test_the_overview_names_every_verb(words, capsys):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert all(f"  {verb} " in out for verb in cli.VERBS)
+    assert all(f"  {group} VERB " in out for group in cli.GROUPS)
+
+
+@pytest.mark.parametrize("group", cli.GROUPS)
+def test_a_group_lists_its_verbs_and_suggests_one_for_a_typo(group, capsys):
+    verbs = cli.GROUPS[group][1]
+    for words in ([group], [group, "--help"], [group, "-h"], [group, "help"]):
+        assert cli.main(words) == 0
+        out = capsys.readouterr().out
+        assert f"usage: tune-style {group} VERB" in out and all(f"  {verb} " in out for verb in verbs)
+    name = next(iter(verbs))
+    assert cli.main([group, name[1:]]) == 2
+    assert f"'{name}'" in capsys.readouterr().err
 
 
 def test_version(capsys):
@@ -74,6 +91,8 @@ def test_an_unknown_verb_gets_a_suggestion(capsys):
     assert cli.main(["rnu", "x"]) == 2
     err = capsys.readouterr().err
     assert "'rnu'" in err and "'run'" in err and err.count("\n") == 1
+    assert cli.main(["verify"]) == 2
+    assert "'data verify'" in capsys.readouterr().err
 
 
 @pytest.fixture

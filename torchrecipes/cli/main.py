@@ -1,6 +1,6 @@
 """`tune-style`: imports the module of one verb, runs it, and prints a user's mistake as one message.
 
-A verb is a module with two functions, and a row in `VERBS`:
+A verb is a module with two functions, and a row in `VERBS`, or in `GROUPS` (`tune-style data stats`):
 
     add_arguments(parser)   declares its arguments; `parser.epilog` holds an example
     main(args)              does the work; imports torch inside, if it needs it
@@ -14,7 +14,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torchrecipes import __version__
 from torchrecipes.errors import format_user_error
@@ -34,6 +34,22 @@ VERBS = {
     "plot": ("torchrecipes.cli.plot", "plot the loss of one or more runs"),
 }
 
+# A group's summary, and its verbs.
+GROUPS = {
+    "data": (
+        "prepare, check and measure text",
+        {
+            "verify": ("torchrecipes.cli.data_verify", "check every byte of a corpus against its checksums"),
+        },
+    ),
+}
+
+
+def all_verbs() -> dict[str, tuple[str, str]]:
+    """Return every verb, those of groups as `data stats`, with its module and its summary."""
+    grouped = {f"{group} {verb}": row for group, (_, verbs) in GROUPS.items() for verb, row in verbs.items()}
+    return VERBS | grouped
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code; a bug raises its exception."""
@@ -52,12 +68,19 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"torchrecipes {__version__}")
         return 0
     verb, *rest = words
-    if verb not in VERBS:
-        from torchrecipes.config.suggest import did_you_mean
-
-        print(f"tune-style has no command '{verb}'. {did_you_mean(verb, VERBS, 'The commands are')}", file=sys.stderr)
-        return 2
-    module_name, summary = VERBS[verb]
+    if verb in GROUPS:
+        _, verbs = GROUPS[verb]
+        if not rest or rest[0] in ("-h", "--help", "help"):
+            print(_group_overview(verb))
+            return 0
+        group, (name, *rest) = verb, rest
+        if name not in verbs:
+            return _no_command(f"tune-style {group}", name, verbs)
+        verb, (module_name, summary) = f"{group} {name}", verbs[name]
+    elif verb in VERBS:
+        module_name, summary = VERBS[verb]
+    else:
+        return _no_command("tune-style", verb, [*all_verbs(), *GROUPS])
     module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(
         prog=f"tune-style {verb}",
@@ -94,6 +117,13 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def _no_command(command: str, verb: str, verbs: Iterable[str]) -> int:
+    from torchrecipes.config.suggest import did_you_mean
+
+    print(f"{command} has no command '{verb}'. {did_you_mean(verb, verbs, 'The commands are')}", file=sys.stderr)
+    return 2
+
+
 def _is_one_of_many() -> bool:
     # A rank of our own launcher or torchrun, which read its error from a file, or of srun and the like.
     ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
@@ -112,15 +142,31 @@ def _stdout_is_closed() -> bool:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:<10}  {summary}" for verb, (_, summary) in VERBS.items())
+    groups = {f"{group} VERB": ("", f"{summary}: {', '.join(verbs)}") for group, (summary, verbs) in GROUPS.items()}
     return f"""usage: tune-style COMMAND ...
 
-{verbs}
+{_table(VERBS | groups)}
 
 For the options of a command: tune-style COMMAND --help. To begin:
 
   tune-style ls
   tune-style run mlm_pretrain --config neobert/quickstart output_dir=runs/first"""
+
+
+def _group_overview(group: str) -> str:
+    summary, verbs = GROUPS[group]
+    return f"""usage: tune-style {group} VERB ...
+
+{summary[0].upper()}{summary[1:]}.
+
+{_table(verbs)}
+
+For the options of a verb: tune-style {group} VERB --help."""
+
+
+def _table(verbs: dict[str, tuple[str, str]]) -> str:
+    width = max(map(len, verbs), default=0)
+    return "\n".join(f"  {verb:<{width}}  {summary}" for verb, (_, summary) in verbs.items())
 
 
 def _as_process() -> None:
