@@ -179,3 +179,26 @@ def test_a_file_system_without_links_has_the_record(tmp_path, monkeypatch):
     training = Training(tmp_path).evaluate(1.0, 2.0)
     assert training.best is None and training.kept == [1, 2]
     assert json.loads((training.checkpointer.folder / "best.json").read_text())["checkpoint"] == "step-00000001"
+
+
+def test_a_checkpoint_beyond_a_limit_is_not_the_best(tmp_path):
+    keep = KeepBest("eval/domain/loss", at_most={"eval/general/change_percent": 3.0})
+    training = Training(tmp_path)
+
+    def evaluate(step, domain, change):
+        training.checkpointer.save(step)
+        training.checkpointer.record_metrics(step, {"eval/domain/loss": domain, "eval/general/change_percent": change})
+
+    training.checkpointer.options.keep_best = keep
+    evaluate(1, 2.0, 3.1)
+    assert training.checkpointer.best is None
+    evaluate(2, 3.0, 3.0)
+    evaluate(3, 1.0, math.nan)
+    evaluate(4, 2.5, -1.0)
+    assert training.checkpointer.best.name == "step-00000004" and training.best == 4
+    keep.at_most["eval/general/change_percent"] = 5.0  # another rule begins anew
+    evaluate(5, 2.7, 4.0)
+    assert training.best == 5 and training.kept == [4, 5]
+    with pytest.raises(UserError) as error:
+        training.checkpointer.record_metrics(5, {"eval/domain/loss": 1.0})
+    assert (error.value.code, error.value.key) == ("unknown_metric", "checkpoint.keep_best.at_most")

@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ class KeepBest:
 
     metric: str  # as in metrics.jsonl: eval/validation/loss
     mode: Literal["min", "max"] = "min"
+    at_most: dict[str, float] = field(default_factory=dict)  # limits: with another metric above its own, it is not best
 
 
 def best_checkpoint(folder: Path) -> dict | None:
@@ -27,7 +29,7 @@ def best_checkpoint(folder: Path) -> dict | None:
         folder: `<output_dir>/checkpoints`.
 
     Returns:
-        `checkpoint` (a name), `metric`, `mode`, `value`; or None.
+        `checkpoint` (a name), `metric`, `mode`, `at_most`, `value`; or None.
     """
     try:
         best = json.loads((folder / "best.json").read_bytes())
@@ -36,17 +38,25 @@ def best_checkpoint(folder: Path) -> dict | None:
         return None
 
 
-def mark_if_best(target: Path, keep: KeepBest, value: float) -> bool:
-    """Makes `target` the best checkpoint of its folder if it is valid and its value better than the best one's."""
-    best = best_checkpoint(target.parent)
-    if best and (best["metric"], best["mode"]) == (keep.metric, keep.mode):
+def mark_if_best(target: Path, keep: KeepBest, metrics: Mapping[str, float]) -> bool:
+    """Makes `target` the best checkpoint of its folder if it is valid, within the limits, and better than the best one.
+
+    Args:
+        target: the checkpoint's folder.
+        keep: which one is best.
+        metrics: of `target`, among them those that `keep` names.
+    """
+    best, value = best_checkpoint(target.parent), metrics[keep.metric]
+    rule = {"metric": keep.metric, "mode": keep.mode, "at_most": keep.at_most}
+    if best and {"at_most": {}, **best} == {**best, **rule}:
         better = value < best["value"] if keep.mode == "min" else value > best["value"]
     else:
         better = not math.isnan(value)
-    if not better or verify(target, checksums=False):
+    if not better or not all(metrics[name] <= limit for name, limit in keep.at_most.items()):
         return False
-    entry = {"checkpoint": target.name, "metric": keep.metric, "mode": keep.mode, "value": value}
-    entry["manifest"] = read_digest(target)
+    if verify(target, checksums=False):
+        return False
+    entry = {"checkpoint": target.name, **rule, "value": value, "manifest": read_digest(target)}
     write_atomically(target.parent / "best.json", [json.dumps(entry).encode() + b"\n"])
     link_best(target.parent)
     return True

@@ -50,7 +50,7 @@ class CheckpointConfig:
 
     save_every: MayChange[Steps | None] = 500  # steps; the last step is always saved
     keep_last: MayChange[Steps] = 3  # newest checkpoints that stay
-    keep_best: MayChange[KeepBest | None] = None  # metric and mode: the best one stays too, as checkpoints/best
+    keep_best: MayChange[KeepBest | None] = None  # metric, mode, limits: the best one stays too, as checkpoints/best
     async_save: MayChange[bool] = True  # training continues while a copy in the CPU's memory is written
     on_save_error: MayChange[Literal["stop", "continue"]] = "stop"  # when a disk is full
     resume: MayChange[str] = "auto"  # auto | never | path of a checkpoint
@@ -277,17 +277,19 @@ class Checkpointer:
             metrics: what the evaluation gave, named as in metrics.jsonl.
 
         Raises:
-            UserError: the metric is not among them (code `unknown_metric`); or as `save`.
+            UserError: a metric that `keep_best` names is not among them (code `unknown_metric`); or as `save`.
         """
         keep = self.options.keep_best
         if keep is None:
             return
-        if keep.metric not in metrics:
-            raise UserError(
-                f"{keep.metric} is not a metric of this run: {', '.join(metrics)}",
-                key="checkpoint.keep_best.metric",
-                code="unknown_metric",
-            )
+        keys = {keep.metric: "metric"} | dict.fromkeys(keep.at_most, "at_most")
+        for name, key in keys.items():
+            if name not in metrics:
+                raise UserError(
+                    f"{name} is not a metric of this run: {', '.join(metrics)}",
+                    key=f"checkpoint.keep_best.{key}",
+                    code="unknown_metric",
+                )
         self.wait()
         target = self.folder / f"step-{step:08d}"
         if self.saved != target:
@@ -295,7 +297,7 @@ class Checkpointer:
 
         def mark() -> None:
             with disk_errors(self.folder, 0):
-                if mark_if_best(target, keep, metrics[keep.metric]):
+                if mark_if_best(target, keep, metrics):
                     print(f"best checkpoint: {target.name}, {keep.metric} {metrics[keep.metric]:.4g}", flush=True)
                 link_best(self.folder)
 
@@ -303,6 +305,12 @@ class Checkpointer:
             collectives.run_on_rank0_and_broadcast(mark)
         except UserError as error:
             self._failed(error)
+
+    @property
+    def best(self) -> Path | None:
+        """The best checkpoint by `keep_best`, by what is on the disk; None: there is none."""
+        best = best_checkpoint(self.folder)
+        return best and self.folder / best["checkpoint"]
 
     def _find(self) -> str | None:
         path, skipped = find_checkpoint(self.folder.parent, self.options.resume)

@@ -7,6 +7,7 @@ float8                     8-bit matrix products through torchao
 activation_checkpointing   less memory for more time; the hint when memory runs out
 expert_load_balancing      the load of a mixture's experts
 ema                        `EMA`: averaged weights
+forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
 graceful_stop              Ctrl+C and SIGTERM end a run after its step
 metrics                    `MetricLogger`: metrics.jsonl, the terminal, loggers; the config group `log`
@@ -16,6 +17,7 @@ loggers                    `TensorBoard`, `WandB`
 from torchrecipes.training.activation_checkpointing import oom_hint
 from torchrecipes.training.ema import EMA
 from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
+from torchrecipes.training.forgetting import ForgettingConfig, ForgettingController, stored_baseline
 from torchrecipes.training.graceful_stop import GracefulStop
 from torchrecipes.training.guard import Guard
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
@@ -26,6 +28,8 @@ __all__ = [
     "EMA",
     "ComputeConfig",
     "ExpertBalance",
+    "ForgettingConfig",
+    "ForgettingController",
     "GracefulStop",
     "Guard",
     "LogConfig",
@@ -34,5 +38,6 @@ __all__ = [
     "router_loss",
     "setup_model",
     "start_run",
+    "stored_baseline",
     "sum_over_ranks",
 ]
