@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer
 from torchrecipes.config import MISSING, Component, Fraction, MayChange, NonNegative, Positive, Rows, Steps, Tokens
 from torchrecipes.config import build, component, parse, to_yaml
-from torchrecipes.data import Batch, CausalLMCollator, Loader, TextData, Tokenizer, evaluation_batches, load_text
+from torchrecipes.data import Batch, CausalLMCollator, Loader, TextData, Tokenizer, load_text
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import check_prompts, evaluate_causal, generate_text, unigram_baseline
 from torchrecipes.losses import causal_lm_loss
@@ -139,19 +139,19 @@ def main(config: Config) -> None:
         peak_flops=peak_flops(run.device, run.dtype),
         first_step=step + 1,
     )
-    baseline = text.validation and unigram_baseline(text.validation.corpus, (), tokenizer.vocab_size)
+    baselines = {k: unigram_baseline(rows.corpus, (), tokenizer.vocab_size) for k, rows in text.eval_sets.items()}
 
-    def evaluate(name: str) -> dict[str, float]:
-        options = (text.validation, collator, loader.micro_batch_size, config.eval_sequences)
-        batches = evaluation_batches(*options, **run.placement)
-        results = evaluate_causal(model, batches, tokenizer.unpadded_vocab_size, baseline, run.autocast)
-        return metrics.log_eval(step, name, results)
+    def evaluate(suffix: str = "") -> dict[str, float]:
+        sets = text.eval_batches(collator, loader.micro_batch_size, config.eval_sequences, **run.placement)
+        options = {"unpadded_vocab_size": tokenizer.unpadded_vocab_size, "autocast": run.autocast}
+        results = {name: evaluate_causal(model, sets[name], baseline=baselines[name], **options) for name in sets}
+        return metrics.log_eval(step, results, suffix)
 
     def evaluate_all() -> None:
-        results = evaluate("validation")
+        results = evaluate()
         if ema:
             with ema.averaged():
-                results |= evaluate("validation_ema")
+                results |= evaluate("_ema")
         checkpointer.record_metrics(step, results)
 
     def sample() -> None:
@@ -160,9 +160,9 @@ def main(config: Config) -> None:
 
     guard.log_fn = metrics.print
     with checkpointer, metrics, GracefulStop() as stop, oom_hint(loader.micro_batch_size):
-        last = "validation_ema" if ema else "validation"  # is missing at the start, and after an interruption
+        suffix = "_ema" if ema else ""  # evaluated last: missing at the start, and after an interruption
         is_due = config.eval_every and (step % config.eval_every == 0 or step == max_steps)
-        if is_due and not metrics.is_evaluated(step, last):
+        if is_due and not metrics.is_evaluated(step, suffix):
             with metrics.exclude_time():
                 evaluate_all()
         stopped = stop.agreed()

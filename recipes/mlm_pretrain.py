@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer
 from torchrecipes.config import MISSING, Component, Fraction, MayChange, Positive, Rows, Steps, Tokens
 from torchrecipes.config import build, component, parse, to_yaml
-from torchrecipes.data import Batch, Loader, MLMCollator, TextData, Tokenizer, evaluation_batches, load_text
+from torchrecipes.data import Batch, Loader, MLMCollator, TextData, Tokenizer, load_text
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import evaluate_mlm, unigram_baseline
 from torchrecipes.losses import masked_lm_loss
@@ -133,27 +133,28 @@ def main(config: Config) -> None:
         peak_flops=peak_flops(run.device, run.dtype),
         first_step=step + 1,
     )
-    baseline = text.validation and unigram_baseline(text.validation.corpus, tokenizer.special_ids, tokenizer.vocab_size)
+    tokens = (tokenizer.special_ids, tokenizer.vocab_size)
+    baselines = {name: unigram_baseline(rows.corpus, *tokens) for name, rows in text.eval_sets.items()}
     eval_collator = MLMCollator(tokenizer, config.mlm_probability, mask_all=config.mask_all)  # a constant rate
 
-    def evaluate(name: str) -> dict[str, float]:
-        options = (text.validation, eval_collator, loader.micro_batch_size, config.eval_sequences)
-        batches = evaluation_batches(*options, **run.placement)
-        results = evaluate_mlm(model, batches, tokenizer.unpadded_vocab_size, baseline, run.autocast)
-        return metrics.log_eval(step, name, results)
+    def evaluate(suffix: str = "") -> dict[str, float]:
+        sets = text.eval_batches(eval_collator, loader.micro_batch_size, config.eval_sequences, **run.placement)
+        options = {"unpadded_vocab_size": tokenizer.unpadded_vocab_size, "autocast": run.autocast}
+        results = {name: evaluate_mlm(model, sets[name], baseline=baselines[name], **options) for name in sets}
+        return metrics.log_eval(step, results, suffix)
 
     def evaluate_all() -> None:
-        results = evaluate("validation")
+        results = evaluate()
         if ema:
             with ema.averaged():
-                results |= evaluate("validation_ema")
+                results |= evaluate("_ema")
         checkpointer.record_metrics(step, results)
 
     guard.log_fn = metrics.print
     with checkpointer, metrics, GracefulStop() as stop, oom_hint(loader.micro_batch_size):
-        last = "validation_ema" if ema else "validation"  # is missing at the start, and after an interruption
+        suffix = "_ema" if ema else ""  # evaluated last: missing at the start, and after an interruption
         is_due = config.eval_every and (step % config.eval_every == 0 or step == max_steps)
-        if is_due and not metrics.is_evaluated(step, last):
+        if is_due and not metrics.is_evaluated(step, suffix):
             with metrics.exclude_time():
                 evaluate_all()
         stopped = stop.agreed()

@@ -50,7 +50,11 @@ def key_nodes(node: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, bool]]:
     for child in node.value if isinstance(node, yaml.CollectionNode) else ():
         if isinstance(node, yaml.MappingNode):
             yield child[0], isinstance(child[1], yaml.ScalarNode)
-            yield from key_nodes(child[1])
+            if child[0].value in ("eval_sets", "sources"):  # their keys are names of the user's own
+                for _, value in child[1].value:
+                    yield from key_nodes(value)
+            else:
+                yield from key_nodes(child[1])
         else:
             yield from key_nodes(child)
 

@@ -123,7 +123,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     with make(tmp_path) as metrics:
         for step in range(1, 7):
             log(metrics, step)
-            assert metrics.log_eval(step, "validation", {"loss": 1.0}) == {"eval/validation/loss": 1.0}
+            assert metrics.log_eval(step, {"validation": {"loss": 1.0}}) == {"eval/validation/loss": 1.0}
             metrics.log_samples(step, [types.SimpleNamespace(prompt="a", text=" b")])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": null}\n[]\n{"step": 7, "lo')  # a crash
@@ -167,7 +167,7 @@ def test_a_long_step_shows_its_progress(tmp_path, clock, capsys):
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     with make(tmp_path) as metrics:
         log(metrics, 1, loss=2.5, targets=2, grad_norm=0.5)
-        metrics.log_eval(1, "validation", {"loss": 2.0, "accuracy": 0.25})
+        metrics.log_eval(1, {"validation": {"loss": 2.0, "accuracy": 0.25}})
     out = capsys.readouterr().out
     assert "step 1/10: loss 2.500, lr 1.0e-03, grad_norm 0.50" in out and "left" in out
     assert "step 1: validation loss 2.000, accuracy 0.250" in out
@@ -203,7 +203,7 @@ def test_loggers_get_every_line(tmp_path):
     component = Component(f"{__name__}.Kept")
     with make(tmp_path, LogConfig(loggers=[component])) as metrics:
         log(metrics, 1, grad_norm=0.5)
-        metrics.log_eval(1, "validation", {"loss": 2.0})
+        metrics.log_eval(1, {"validation": {"loss": 2.0}})
     logger = Kept.made.pop()
     assert [step for step, _ in logger.logged] == [1, 1] and logger.closed and logger.output_dir == str(tmp_path)
     assert logger.logged[0][1]["grad_norm"] == 0.5 and logger.logged[1][1]["eval/validation/loss"] == 2.0
@@ -269,5 +269,5 @@ def test_a_reader_of_the_output_that_has_gone_costs_no_step(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "stdout", Gone())
     with make(tmp_path) as metrics:
         log(metrics, 1)
-        metrics.log_eval(1, "validation", {"loss": 2.0})
+        metrics.log_eval(1, {"validation": {"loss": 2.0}})
     assert len(lines(tmp_path)) == 2

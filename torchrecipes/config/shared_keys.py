@@ -21,8 +21,8 @@ def check_shared_keys(config: Any) -> list[UserError]:
                 )
             )
     data = getattr(config, "data", None)
-    has_keys = hasattr(config, "eval_every") and hasattr(data, "validation_fraction")
-    if has_keys and config.eval_every and not data.validation_fraction and not data.validation_source:
+    has_keys = hasattr(config, "eval_every") and hasattr(data, "eval_sets")
+    if has_keys and config.eval_every and not data.validation_fraction and not data.eval_sets:
         problems.append(
             UserError(
                 "there is no text to evaluate on: data.validation_fraction is 0",

@@ -59,7 +59,7 @@ def resolve_max_steps(
         UserError: none or several budgets are given, or it is not positive (code `budget`).
     """
     objective = (config, tokenizer, build_model, build_collator, compute_loss)
-    steps = planned_steps(config, text.train, text.validation, lambda: seconds_per_step(*objective, run, text.train))
+    steps = planned_steps(config, text.train, text.eval_sets, lambda: seconds_per_step(*objective, run, text.train))
     tokens_per_step = config.global_batch_size * text.train.tokens_per_row
     print(
         f"duration: {steps:,} steps of {round(tokens_per_step):,} tokens, {round(steps * tokens_per_step):,} in total, "
@@ -69,14 +69,14 @@ def resolve_max_steps(
     return steps
 
 
-def planned_steps(config: Any, train: Any, validation: Any, seconds: Callable[[], float]) -> int:
+def planned_steps(config: Any, train: Any, eval_sets: dict[str, Any], seconds: Callable[[], float]) -> int:
     """`resolve_max_steps` for a step of known duration.
 
     Args:
         config: a recipe's, or an object with its keys for the length.
         train: the training rows: has `num_rows`, those of one epoch, and `tokens_per_row`, the mean number of tokens
             in a row that are not padding.
-        validation: the rows of an evaluation, or None.
+        eval_sets: the rows of an evaluation, by set.
         seconds: measures an optimizer step; called for `max_minutes` alone.
 
     Raises:
@@ -101,14 +101,14 @@ def planned_steps(config: Any, train: Any, validation: Any, seconds: Callable[[]
         return value
     find = partial(stored_length, config.output_dir, config.checkpoint.resume)
     stored, past = run_on_rank0_and_broadcast(find)
-    return stored or past + _steps_in(60 * value, seconds(), config, validation)
+    return stored or past + _steps_in(60 * value, seconds(), config, eval_sets)
 
 
-def _steps_in(budget: float, seconds: float, config: Any, validation: Any) -> int:
+def _steps_in(budget: float, seconds: float, config: Any, eval_sets: dict[str, Any]) -> int:
     """Steps of so many seconds that fit into a budget of seconds, evaluations counted."""
     evaluation, every = 0.0, math.inf
-    if config.eval_every and validation is not None:
-        rows = min(validation.num_rows, config.eval_sequences or validation.num_rows)
+    if config.eval_every:
+        rows = sum(min(rows.num_rows, config.eval_sequences or rows.num_rows) for rows in eval_sets.values())
         evaluation = seconds * rows / config.global_batch_size / 3  # a forward pass is a third of a training step
         evaluation, every = evaluation * (2 if config.ema else 1), config.eval_every
     # One before the first step, one every `every` steps, one after the last.

@@ -18,8 +18,7 @@ from typing import Any
 from torchrecipes.checkpoint.checkpointer import find_checkpoint
 from torchrecipes.checkpoint.resume import check_same_settings
 from torchrecipes.config import Component, build, to_yaml
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
-from torchrecipes.data.corpus.corpus import open_corpus
+from torchrecipes.data.text_data import open_rows
 from torchrecipes.errors import UserError, format_user_error
 from torchrecipes.file_lock import lock_folder
 from torchrecipes.planning.component_checks import build_scheduler
@@ -117,11 +116,10 @@ def _try(config: Any, dry_run: DryRun, estimate: dict[str, Any], report: Callabl
     else:
         yield Check("loader workers", "skipped", "data.num_workers is 0: batches are made in the process itself")
 
-    train = open_corpus(dry_run.corpus_dir / "train")
-    dataset = (PackedDataset if config.data.packing else PaddedDataset)(train, config.seq_len, pad_id=0)
-    yield Check("data", "passed", f"{train.num_documents:,} documents, {train.num_tokens:,} tokens")
-    yield _validation(config, dry_run.corpus_dir / "validation")
-    duration, steps = _duration(config, dataset, _seconds(_typical(lines)))
+    train, eval_sets = open_rows(config.data, dry_run.corpus_dir, config.seq_len)
+    yield Check("data", "passed", str(train))
+    yield _validation(config, eval_sets)
+    duration, steps = _duration(config, train, _seconds(_typical(lines)))
     yield duration
     if steps:
         yield _time(steps - dry_run.past, _typical(lines))
@@ -297,28 +295,25 @@ def _repeated(dry_run: DryRun, checkpoint_bytes: int, deterministic: bool, repor
     )
 
 
-def _validation(config: Any, folder: Path) -> Check:
-    """Checks that there are rows to evaluate on."""
+def _validation(config: Any, eval_sets: dict[str, Any]) -> Check:
+    """Tells what there is to evaluate on: without any, the dry run has failed."""
     if not config.eval_every:
         return Check("validation", "skipped", "eval_every is null")
-    try:
-        corpus = open_corpus(folder)
-    except UserError as error:
-        return Check("validation", "failed", f"eval_every={config.eval_every}, and: {error}")
-    dataset = (PackedDataset if config.data.packing else PaddedDataset)(corpus, config.seq_len, pad_id=0)
-    return Check("validation", "passed", f"{dataset.num_rows:,} rows, {corpus.num_tokens:,} tokens")
+    return Check(
+        "validation", "passed", "; ".join(f"{name}: {rows.num_rows:,} rows" for name, rows in eval_sets.items())
+    )
 
 
-def _duration(config: Any, dataset: PackedDataset | PaddedDataset, seconds: float) -> tuple[Check, int | None]:
+def _duration(config: Any, train: Any, seconds: float) -> tuple[Check, int | None]:
     """How often each row is seen, and the run's steps. Builds the scheduler for them, which the dry run replaces."""
     try:
-        steps = planned_steps(config, dataset, None, lambda: seconds)
+        steps = planned_steps(config, train, {}, lambda: seconds)
         build_scheduler(config, steps)
     except UserError as error:
         return Check("duration", "failed", str(error)), None
-    epochs = steps * config.global_batch_size / dataset.num_rows
+    epochs = steps * config.global_batch_size / train.num_rows
     timed = "by the dry run's steps, about " if getattr(config, "max_minutes", None) else ""  # the run times its own
-    found = f"{timed}{steps:,} steps see the {dataset.num_rows:,} rows of the corpus {epochs:,.2f} times"
+    found = f"{timed}{steps:,} steps see the {train.num_rows:,} rows of the corpus {epochs:,.2f} times"
     if epochs > MANY_EPOCHS:
         found += f". Warning: more than {MANY_EPOCHS} times helps little; use more text or fewer steps"
     return Check("duration", "passed", found), steps

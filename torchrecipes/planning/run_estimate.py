@@ -12,8 +12,7 @@ import torch
 from torchrecipes.config.components import parameters, resolve
 from torchrecipes.config.suggest import closest
 from torchrecipes.data.batching.loader import largest_micro_batch
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
-from torchrecipes.data.corpus.corpus import open_corpus
+from torchrecipes.data.text_data import open_rows
 from torchrecipes.distributed.fsdp import choose_strategy
 from torchrecipes.errors import UserError
 from torchrecipes.models.param_count import active_parameters
@@ -195,12 +194,14 @@ def _notes(config: Any, vocab_size: int, steps: int | None) -> list[str]:
 
 def _steps(config: Any) -> int | None:
     """Optimizer steps; None: minutes, or epochs of a corpus that does not exist yet."""
-    folder = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus") / "train"
     num_rows, tokens_per_row = None, config.seq_len  # full rows, where nothing better is known
-    if (folder / "corpus.json").exists():
-        dataset_class = PackedDataset if config.data.packing else PaddedDataset
-        rows = dataset_class(open_corpus(folder), config.seq_len, pad_id=0)
+    corpus_dir = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus")
+    try:
+        rows, _ = open_rows(config.data, corpus_dir, config.seq_len)
         num_rows, tokens_per_row = rows.num_rows, rows.tokens_per_row
+    except UserError as error:
+        if error.code not in ("no_corpus", "unfinished_corpus"):
+            raise
     if config.max_steps is not None:
         return config.max_steps
     if config.total_tokens is not None:

@@ -194,16 +194,18 @@ class MetricLogger:
             self.print(f"step {step}/{self.max_steps}: {text}, {_clock(line['eta_s'])} left")
         return line
 
-    def log_eval(self, step: int, name: str, values: dict[str, float]) -> dict[str, float]:
-        """Logs an evaluation as `eval/<name>/<metric>`, and returns it under these names."""
-        named = {f"eval/{name}/{key}": value for key, value in values.items()}
-        self._record({"step": step} | named, step)
-        self.print(f"step {step}: {name} " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    def log_eval(self, step: int, results: dict[str, dict[str, float]], suffix: str = "") -> dict[str, float]:
+        """Logs evaluations, by set, as `eval/<set><suffix>/<metric>`, and returns them under these names."""
+        named = {f"eval/{name}{suffix}/{key}": results[name][key] for name in results for key in results[name]}
+        self._record({"step": step} | named, step)  # one line: all sets or none, whenever the run is interrupted
+        for name, values in results.items():
+            scores = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+            self.print(f"step {step}: {name}{suffix} {scores}")
         return named
 
-    def is_evaluated(self, step: int, name: str) -> bool:
-        """Whether a run before this one has logged the evaluation `name` of `step`; the same on all ranks."""
-        return (step, name) in self._evaluated
+    def is_evaluated(self, step: int, suffix: str = "") -> bool:
+        """Whether a run before this one has logged evaluations with `suffix` at `step`; the same on all ranks."""
+        return any(done == step and name.endswith(suffix) for done, name in self._evaluated)
 
     def log_samples(self, step: int, samples: Sequence[Any]) -> None:
         """Shows generated text (objects with `prompt` and `text`) and appends it to `<output_dir>/samples.jsonl`."""

@@ -436,7 +436,7 @@ def test_one_document_cannot_be_split_and_the_remedies_are_named(tokenizer, tmp_
     with pytest.raises(UserError) as error:
         prepare_corpus(tmp_path, source, tokenizer, 0.1)
     assert error.value.code == "one_document" and error.value.key == "data.validation_fraction"
-    for remedy in ("sample_by", "text_span", "data.validation_source", "data.validation_fraction=0 eval_every=null"):
+    for remedy in ("sample_by", "text_span", "data.eval_sets.validation", "data.validation_fraction=0 eval_every=null"):
         assert remedy in error.value.hint
     with pytest.raises(UserError) as early:
         check_corpus_dir(tmp_path / "not_yet", source, 0.1)

@@ -156,8 +156,8 @@ def _one_document() -> UserError:
         "the source holds one document, so none can be held out for validation",
         key="data.validation_fraction",
         hint="Split the text with sample_by: paragraph or line; or hold out its end with two sources, "
-        "torchrecipes.data.sources.text_span stop=0.9 and, as data.validation_source, start=0.9; or give another "
-        "data.validation_source; or train without validation: data.validation_fraction=0 eval_every=null.",
+        "torchrecipes.data.sources.text_span stop=0.9 and, as data.eval_sets.validation, start=0.9; or give another "
+        "data.eval_sets.validation; or train without validation: data.validation_fraction=0 eval_every=null.",
         code="one_document",
     )
 

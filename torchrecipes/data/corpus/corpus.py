@@ -124,7 +124,7 @@ class Corpus:
         if split == "validation" and numbers.documents < FEW_DOCUMENTS:
             lines.append(
                 f"  warning: few validation documents ({numbers.documents}): noisy loss. Set data.validation_fraction "
-                "higher, or give data.validation_source"
+                "higher, or give data.eval_sets.validation"
             )
         if seq_len is not None and mean < seq_len / 8:
             lines.append(

@@ -4,6 +4,7 @@ text_files          `files`: .txt, .md, .jsonl, .csv, .tsv and .parquet, plain o
 file_slice          `text_span`: a slice of one text file as one document
 hugging_face        `hf_dataset`: the `datasets` library, streamed or not
 standard_library    `python_docs`: the documentation that ships with Python
+mixture             `mixture`: several sources with weights
 records             `Source`, `Document`, `BadRecord`, `ReadStats`, and the checksum of a file's content
 resolve_paths       from paths, folders and patterns to a list of files
 line_reader         from the bytes of a file to numbered lines; recognizes other formats
@@ -13,6 +14,7 @@ tables              from rows to documents: CSV, TSV, Parquet
 
 from torchrecipes.data.sources.file_slice import text_span
 from torchrecipes.data.sources.hugging_face import hf_dataset
+from torchrecipes.data.sources.mixture import Mixture, mixture
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
 from torchrecipes.data.sources.standard_library import python_docs
 from torchrecipes.data.sources.text_files import files
@@ -20,10 +22,12 @@ from torchrecipes.data.sources.text_files import files
 __all__ = [
     "BadRecord",
     "Document",
+    "Mixture",
     "ReadStats",
     "Source",
     "files",
     "hf_dataset",
+    "mixture",
     "python_docs",
     "require_documents",
     "text_span",
