@@ -45,7 +45,7 @@ def must_not_be_timed():
     ],
 )
 def test_a_budget_is_rounded_up(budget, steps):
-    assert planned_steps(config(**budget), TRAIN, None, must_not_be_timed) == steps
+    assert planned_steps(config(**budget), TRAIN, {}, must_not_be_timed) == steps
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_budget_is_rounded_up(budget, steps):
 )
 def test_a_budget_that_is_missing_or_given_twice_is_refused(budget, key):
     with pytest.raises(UserError) as error:
-        planned_steps(config(**budget), TRAIN, None, must_not_be_timed)
+        planned_steps(config(**budget), TRAIN, {}, must_not_be_timed)
     assert (error.value.code, error.value.key) == ("budget", key)
 
 
@@ -74,14 +74,14 @@ def test_a_budget_that_is_missing_or_given_twice_is_refused(budget, key):
     ],
 )
 def test_minutes_have_room_for_evaluations(keys, evaluation, every):
-    steps = planned_steps(config(max_minutes=2, **keys), TRAIN, VALIDATION, lambda: 0.1)
+    steps = planned_steps(config(max_minutes=2, **keys), TRAIN, {"validation": VALIDATION}, lambda: 0.1)
     evaluations = 2 + steps // every
     spent = 0.1 * (steps + evaluations * evaluation / 16 / 3)  # rows / rows of a step, forward passes alone
     assert 0.93 * 120 < spent < 0.96 * 120
 
 
 def test_a_step_that_takes_longer_than_the_budget_is_taken_once():
-    assert planned_steps(config(max_minutes=0.1), TRAIN, None, lambda: 60.0) == 1
+    assert planned_steps(config(max_minutes=0.1), TRAIN, {}, lambda: 60.0) == 1
 
 
 def checkpoint(folder, step, max_steps):
@@ -95,18 +95,18 @@ def test_a_resumed_run_has_the_length_that_it_was_given(tmp_path):
     checkpoint(tmp_path, 10, 321)
     newest = checkpoint(tmp_path, 20, 321)
     settings = config(tmp_path, max_minutes=1)
-    assert planned_steps(settings, TRAIN, None, must_not_be_timed) == 321
+    assert planned_steps(settings, TRAIN, {}, must_not_be_timed) == 321
     (newest / "state.json").write_text("{")
-    assert planned_steps(settings, TRAIN, None, must_not_be_timed) == 321
-    assert planned_steps(config(tmp_path, newest, max_minutes=1), TRAIN, None, must_not_be_timed) == 321
+    assert planned_steps(settings, TRAIN, {}, must_not_be_timed) == 321
+    assert planned_steps(config(tmp_path, newest, max_minutes=1), TRAIN, {}, must_not_be_timed) == 321
 
 
 def test_minutes_come_on_top_of_another_runs_steps(tmp_path, monkeypatch):
     path = checkpoint(tmp_path / "first", 300, 321)
     monkeypatch.setattr("torchrecipes.checkpoint.find.verify", lambda _: [])
     settings = {"max_minutes": 1, "output_dir": tmp_path / "second"}
-    alone = planned_steps(config(**settings), TRAIN, None, lambda: 0.1)
-    assert planned_steps(config(resume=path, **settings), TRAIN, None, lambda: 0.1) == 300 + alone
+    alone = planned_steps(config(**settings), TRAIN, {}, lambda: 0.1)
+    assert planned_steps(config(resume=path, **settings), TRAIN, {}, lambda: 0.1) == 300 + alone
 
 
 TINY = """
