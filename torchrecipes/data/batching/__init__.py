@@ -2,6 +2,7 @@
 
 rows      `Rows`: what a loader reads
 packing   `PackedDataset`, `PaddedDataset`: rows of equal length from documents
+mixture   `MixtureRows`: rows of several sources in exact proportions
 shuffle   the order of the rows as arithmetic: a permutation without a list
 mlm       `MLMCollator`: masked tokens
 causal    `CausalLMCollator`: next tokens
@@ -12,6 +13,7 @@ loader    `Loader`: from a step's number to its micro-batches
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
+from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.mlm import MLMCollator
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.batching.rows import RowBlock, Rows
@@ -21,6 +23,7 @@ __all__ = [
     "CausalLMCollator",
     "Loader",
     "MLMCollator",
+    "MixtureRows",
     "PackedDataset",
     "PaddedDataset",
     "RowBlock",

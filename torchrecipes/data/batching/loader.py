@@ -10,8 +10,8 @@ rows consumed so far.
 
 import itertools
 import signal
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.mixture import MixtureRows, exhausted
 from torchrecipes.data.batching.mlm import MLMCollator
 from torchrecipes.data.batching.rows import Rows, number_in_source
 from torchrecipes.data.batching.shuffle import fold_in, permute
@@ -110,14 +111,39 @@ class Loader:
         """
         self.step = step
         self.rows_consumed = (step - 1) * self._data.global_batch_size if rows_consumed is None else rows_consumed
-        self._batches = None
+        self._batches, self._data.block = None, range(0)
 
-    def state_dict(self) -> dict[str, int | float | bool | str]:
-        """The position, and what it means: the corpus, the order and the batch size."""
+    def set_source_weights(self, weights: Mapping[str, float]) -> int:
+        """Changes the weights of a mixture from the next block of 1,024 rows on of which nothing has been read.
+
+        Call it alike on all ranks, between steps. Checkpoints hold the weights. Workers are started again.
+
+        Args:
+            weights: the share of every source (see `MixtureRows`).
+
+        Returns:
+            The first step that has rows of the new weights.
+
+        Raises:
+            TypeError: the rows are not a mixture.
+            UserError: wrong weights.
+        """
+        if not isinstance(self._data.dataset, MixtureRows):
+            raise TypeError(
+                f"set_source_weights needs MixtureRows, and the rows are {type(self._data.dataset).__name__}"
+            )
+        row = self._data.dataset.set_weights(weights, self.rows_consumed)
+        self.seek(self.step, self.rows_consumed)
+        return self.step + (row - self.rows_consumed) // self._data.global_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it means: the corpus, the order, the batch size, the weights of a mixture."""
         position = {"step": self.step, "rows_consumed": self.rows_consumed, "micro_batch_size": self.micro_batch_size}
-        return position | self._data.identity()
+        dataset = self._data.dataset
+        mixture = {"mixture": dataset.state_dict()} if isinstance(dataset, MixtureRows) else {}
+        return position | self._data.identity() | mixture
 
-    def load_state_dict(self, state: dict[str, int | float | bool | str]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken.
 
         Rows that this loader has consumed beyond that (before a rollback) are not seen again.
@@ -125,7 +151,9 @@ class Loader:
         Raises:
             UserError: the state is of another corpus, order or batch size (code `other_data`).
         """
-        now = self._data.identity()
+        now, dataset = self._data.identity(), self._data.dataset
+        if isinstance(dataset, MixtureRows):
+            now = {key: value for key, value in now.items() if key not in dataset.free_to_differ(state)}
         differing = [f"{key} (saved {state.get(key)}, current {now[key]})" for key in now if state.get(key) != now[key]]
         if differing:
             raise UserError(
@@ -137,6 +165,10 @@ class Loader:
             )
         if self.micro_batch_size == "auto":
             self.micro_batch_size = state["micro_batch_size"]
+        if isinstance(dataset, MixtureRows):
+            is_rollback = self.rows_consumed > state["rows_consumed"]
+            row = max(self.rows_consumed, state["rows_consumed"])
+            dataset.load_state_dict(state["mixture"], row, rollback=is_rollback)
         self.seek(state["step"], max(self.rows_consumed, state["rows_consumed"]))
 
     def _start(self) -> Iterator[list[Batch]]:
@@ -245,6 +277,8 @@ class _Steps(Dataset):
             self.numbers, epochs = self.dataset.locate(positions, self.seed, self.shuffle)
             self.keys = fold_in(self.seed, epochs, number_in_source(self.numbers))
         numbers, keys = self.numbers[self.block.index(position)], self.keys[self.block.index(position)]
+        if (numbers < 0).any():
+            raise exhausted(position)
         size = self.micro_batch_size
         return [
             self.collator.batch(self.dataset, numbers[i : i + size], keys[i : i + size], step)

@@ -55,6 +55,7 @@ class Rows(Protocol):
 
     def identity(self) -> dict[str, int | float | bool | str]:
         """What the rows and their order depend on; a checkpoint of other values is not resumed."""
+        ...
 
     def check_trainable(self) -> None:
         """Raises UserError (code `too_little_text`) where the text does not fill one row."""
