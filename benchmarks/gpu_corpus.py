@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from torchrecipes.data.corpus import Corpus, open_corpus
-from torchrecipes.data.corpus.shard_writer import CORPUS_FILE, SplitWriter, Tokenized
+from torchrecipes.data.corpus.shard_writer import CORPUS_FILE, ShardWriter, Tokenized
 from torchrecipes.data.sources.records import ReadStats
 from torchrecipes.planning.fake_model import TokenizerStandIn
 
@@ -63,7 +63,7 @@ def write_corpus(
     if not causal:
         content[ends - 1] = tokenizer.sep_id
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writer = SplitWriter(folder, "train", {"dtype": dtype, "shard_tokens": 1 << 26, "made_from": f"seed {seed}"})
+    writer = ShardWriter({"train": folder}, {"dtype": dtype, "shard_tokens": 1 << 26, "made_from": f"seed {seed}"})
     counts = np.stack([4 * lengths, 4 * lengths, 0 * lengths], axis=1)
     writer.add(Tokenized(content.astype(dtype), lengths, counts))
     writer.finish(ReadStats(), tokenizer)

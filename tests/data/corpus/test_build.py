@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -323,9 +324,72 @@ def test_documents_of_complete_shards_are_not_tokenized_again(tokenizer, tmp_pat
     monkeypatch.setattr(
         build, "_tokenize", lambda documents, *rest: tokenized.extend(documents) or inner(documents, *rest)
     )
-    train, _ = prepare_corpus(tmp_path / "part", source, tokenizer, 0.1, shard_tokens=500)
-    assert len(tokenized) == train.num_documents - train.shards[3].document_offset
+    train, validation = prepare_corpus(tmp_path / "part", source, tokenizer, 0.1, shard_tokens=500)
+    assert len(tokenized) == sum(
+        corpus.num_documents - corpus.shards[3].document_offset for corpus in (train, validation)
+    )
     assert content(tmp_path / "part") == content(tmp_path / "whole")
+
+
+class Positioned(Source):
+    """Reads on from a position; `read_items` holds the place of every item that was read."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.read_items, self.place = [], 0
+
+    def __iter__(self):
+        return self.read()
+
+    def read(self, position=None):
+        self.report = ReadStats()
+        return documents(self._items(position["item"] if position else 0), self.report)
+
+    def _items(self, first):
+        for i in range(first, len(self)):
+            self.read_items.append(i)
+            self.place = i + 1
+            yield self[i]
+
+    def position(self):
+        return {"item": self.place}
+
+
+def test_an_interrupted_source_with_positions_is_never_read_from_its_start(
+    tokenizer, tmp_path, small_batches, monkeypatch
+):
+    items = []
+    for i, document in enumerate(topics(300)):
+        items.append(BadRecord(f"f:{i}", f"bad {i % 2}", "x") if i % 7 == 0 else document)
+        if i % 5 == 0:
+            items.append(Document("\u200b", f"empty {i}"))
+    prepare_corpus(tmp_path / "whole", Positioned(items), tokenizer, 0.1, shard_tokens=200)
+    synced = os.fsync
+    writes, read, calls = 0, [], 0
+
+    def fsync(file):
+        nonlocal writes
+        writes += 1
+        if writes == 9:
+            raise Died
+        synced(file)
+
+    monkeypatch.setattr(atomic_write.os, "fsync", fsync)
+    while True:
+        source, writes, calls = Positioned(items), 0, calls + 1
+        try:
+            prepare_corpus(tmp_path / "part", source, tokenizer, 0.1, tokenizer_threads=0, shard_tokens=200)
+            break
+        except Died:
+            read.append(source.read_items)
+    read.append(source.read_items)
+    assert calls > 5
+    assert content(tmp_path / "part") == content(tmp_path / "whole")
+    # What was read twice: the documents of one shard and of one batch at most; the first call looked for a document
+    # for validation, too.
+    assert all(one[0] > before[0] for before, one in pairwise(read[1:]))
+    assert sum(len(set(one)) for one in read) < len(items) + calls * 40
+    assert all(min(one) > 0 for one in read[2:])
 
 
 def test_what_a_killed_process_left_unfinished_is_removed(tokenizer, tmp_path):
@@ -380,11 +444,11 @@ def test_other_settings_sources_and_tokenizers_are_refused_with_the_difference(t
 
 
 def test_an_unfinished_corpus_of_other_settings_is_not_continued(tokenizer, tmp_path, small_batches, monkeypatch):
-    finish = shard_writer.SplitWriter.finish
-    monkeypatch.setattr(shard_writer.SplitWriter, "finish", lambda *_: (_ for _ in ()).throw(Died))
+    finish = shard_writer.ShardWriter.finish
+    monkeypatch.setattr(shard_writer.ShardWriter, "finish", lambda *_: (_ for _ in ()).throw(Died))
     with pytest.raises(Died):
         prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=300)
-    monkeypatch.setattr(shard_writer.SplitWriter, "finish", finish)
+    monkeypatch.setattr(shard_writer.ShardWriter, "finish", finish)
     with pytest.raises(UserError) as error:
         prepare_corpus(tmp_path, Source(topics(100)), tokenizer, 0.1, shard_tokens=301)
     assert error.value.code == "other_corpus" and "300" in str(error.value)
@@ -409,6 +473,19 @@ def test_no_documents(tokenizer, tmp_path):
         assert error.value.code == "no_documents" and word in str(error.value)
     train, _ = prepare_corpus(tmp_path, Source(topics(5), "source-2"), tokenizer, 0)  # nothing is in the way
     assert train.num_documents == 5
+
+
+def test_the_first_documents_are_for_validation(tokenizer, tmp_path, small_batches):
+    texts = topics(60)
+    train, validation = prepare_corpus(tmp_path, Source(texts), tokenizer, 0.1, eval_samples=7, shard_tokens=100)
+    assert tokens_of(validation) == tokenizer.encode_batch([d.text for d in texts[:7]])
+    assert tokens_of(train) == tokenizer.encode_batch([d.text for d in texts[7:]])
+    with pytest.raises(UserError) as error:
+        prepare_corpus(tmp_path, Source(texts), tokenizer, 0.1, eval_samples=8, shard_tokens=100)
+    assert error.value.code == "other_corpus"
+    with pytest.raises(UserError) as error:
+        prepare_corpus(tmp_path / "all", Source(texts), tokenizer, eval_samples=60)
+    assert (error.value.code, error.value.key) == ("no_training_documents", "data.eval_samples")
 
 
 @pytest.mark.parametrize("count", [2, 5, 60])

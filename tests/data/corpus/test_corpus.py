@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from torchrecipes.data.corpus.corpus import open_corpus
-from torchrecipes.data.corpus.shard_writer import SplitWriter, Tokenized
+from torchrecipes.data.corpus.shard_writer import ShardWriter, Tokenized
 from torchrecipes.data.corpus.shards import Statistics
 from torchrecipes.data.sources.records import ReadStats
 from torchrecipes.data.tokenizers.load import load_tokenizer, train_wordpiece
@@ -27,7 +27,7 @@ def make(folder, lengths, shard_tokens, dtype="uint16", seed=0, source="source-1
     """A corpus of documents with these lengths; gives the documents, too."""
     draw = np.random.default_rng(seed)
     documents = [draw.integers(0, 60_000, length).astype(dtype) for length in lengths]
-    writer = SplitWriter(folder, "train", {"dtype": dtype, "shard_tokens": shard_tokens, "source": source})
+    writer = ShardWriter({"train": folder}, {"dtype": dtype, "shard_tokens": shard_tokens, "source": source})
     sizes = np.array(lengths)
     writer.add(Tokenized(np.concatenate(documents), sizes, np.stack([sizes, sizes, sizes * 0], 1)))
     writer.finish(ReadStats(), Maker)

@@ -3,9 +3,11 @@
 1. This thread reads documents, decides by a hash of the text which split each belongs to, and collects batches.
 2. Other threads tokenize the batches (`tokenizers` releases Python's lock, so threads do what processes would, without
    copies of the text). Results are taken in the order of the batches.
-3. The tokens of a split are collected until a shard is full. It is written under a temporary name and renamed.
-4. `corpus.json` is written last. If the work is interrupted, complete shards remain; the next call reads the source
-   from its start, skips the documents that these shards hold, and continues.
+3. The tokens are collected until a shard is full. It is written under a temporary name and renamed, and says how far
+   the source had been read (shard_writer.py).
+4. `corpus.json` is written last. If the work is interrupted, complete shards remain; the next call reads on from there,
+   `source.read(position)`. A source that has no `position` is read from its start, and the documents that the shards
+   hold are skipped.
 
 Where a shard ends depends on the documents alone, so the files are the same however the work was done.
 """
@@ -17,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +27,17 @@ import numpy as np
 import xxhash
 
 from torchrecipes.atomic_write import check_writable, write_atomically
-from torchrecipes.data.corpus.shard_writer import CORPUS_FILE, SplitWriter, Tokenized, to_json, writing
+from torchrecipes.data.corpus.shard_writer import (
+    CORPUS_FILE,
+    ShardWriter,
+    SourcePosition,
+    Tokenized,
+    to_json,
+    writing,
+)
 from torchrecipes.data.corpus.shards import FORMAT
 from torchrecipes.data.progress import Progress
-from torchrecipes.data.sources.records import Document, ReadStats, Source, require_documents
+from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, Document, ReadStats, Source, require_documents
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, one_thread
 from torchrecipes.errors import UserError
 from torchrecipes.file_lock import lock_folder
@@ -61,33 +71,34 @@ def check_corpus_dir(folder: str | Path, source: Source | None = None, validatio
             raise _one_document()
 
 
-def build_corpus(
-    folder: Path,
+def corpus_settings(
     source: Source,
     tokenizer: Tokenizer,
     validation_fraction: float,
     validation_source: Source | None,
-    tokenizer_threads: int | None,
+    eval_samples: int | None,
     shard_tokens: int,
-) -> bool:
-    """Builds what is missing of the corpora `folder/train` and `folder/validation`. Arguments: see `prepare_corpus`.
+) -> dict[str, Any]:
+    """What the files of a corpus depend on: `prepare.json`. Arguments: see `prepare_corpus`.
 
-    Returns:
-        Whether anything was missing.
+    Raises:
+        UserError: an argument is out of range.
     """
     if not 0 <= validation_fraction < 1:
         hint = "Set a fraction of the documents, from 0 to below 1."
         raise UserError(f"{validation_fraction} is out of range", key="data.validation_fraction", hint=hint)
-    if tokenizer_threads is not None and tokenizer_threads < 0:
-        hint = "Set 0 or more, or null for one per core."
-        raise UserError(f"{tokenizer_threads} is negative", key="data.tokenizer_threads", hint=hint)
+    if eval_samples is not None and eval_samples < 1:
+        hint = "Set a number of documents, or null."
+        raise UserError(f"{eval_samples} is less than 1", key="data.eval_samples", hint=hint)
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}; it is 1 or more")
     if validation_source is not None:
         validation: dict[str, Any] = {"source": validation_source.fingerprint}
+    elif eval_samples is not None:
+        validation = {"samples": eval_samples}
     else:
         validation = {"fraction": validation_fraction}
-    settings = {
+    return {
         "format": FORMAT,
         "source": source.fingerprint,
         "validation": validation,
@@ -95,7 +106,33 @@ def build_corpus(
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         "shard_tokens": shard_tokens,
     }
-    splits = ["train", "validation"] if validation_source is not None or validation_fraction else ["train"]
+
+
+def build_corpus(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    validation_source: Source | None = None,
+    tokenizer_threads: int | None = None,
+    is_stream: bool = False,
+) -> bool:
+    """Builds what is missing of the corpora `folder/train` and `folder/validation`.
+
+    Args:
+        folder, source, tokenizer, validation_source, tokenizer_threads: see `prepare_corpus`.
+        settings: what `corpus_settings` gave.
+        is_stream: the shards are read while they are written: no document is looked for ahead of the others, so there
+            may be none for validation.
+
+    Returns:
+        Whether anything was missing.
+    """
+    if tokenizer_threads is not None and tokenizer_threads < 0:
+        hint = "Set 0 or more, or null for one per core."
+        raise UserError(f"{tokenizer_threads} is negative", key="data.tokenizer_threads", hint=hint)
+    samples, fraction = (settings["validation"].get(key, 0) for key in ("samples", "fraction"))
+    splits = ["train", "validation"] if validation_source is not None or samples or fraction else ["train"]
 
     def complete() -> bool:
         return all((folder / split / CORPUS_FILE).exists() for split in splits)
@@ -111,17 +148,27 @@ def build_corpus(
         threads = tokenizer_threads
         if threads is None:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        writers = {split: SplitWriter(folder / split, split, settings) for split in splits}
+        folders = {split: folder / split for split in splits}
+        if validation_source is None:
+            parts = [(source, ShardWriter(folders, settings))]
+        else:
+            parts = [
+                (one, ShardWriter({split: folders[split]}, settings))
+                for one, split in ((source, "train"), (validation_source, "validation"))
+            ]
         try:
-            if validation_source is None:
-                limit = _validation_limit(source, validation_fraction)
-                _tokenize_source(source, tokenizer, writers, limit, threads)
-            else:
-                _tokenize_source(source, tokenizer, {"train": writers["train"]}, 0, threads)
-                validation_writer = {"validation": writers["validation"]}
-                _tokenize_source(validation_source, tokenizer, validation_writer, HASHES, threads)
+            for one, writer in parts:
+                if all((part / CORPUS_FILE).exists() for part in writer.folders.values()):
+                    continue
+                limit = writer.position.validation_limit
+                if limit is None:
+                    limit = int(fraction * HASHES)
+                    if limit and not is_stream:
+                        limit = _validation_limit(one, limit)
+                    writer.position = replace(writer.position, validation_limit=limit)
+                _tokenize_source(one, tokenizer, writer, samples, threads)
         except KeyboardInterrupt:
-            saved = sum(len(writer.shards) for writer in writers.values())
+            saved = sum(writer.num_shards for _, writer in parts)
             kept = f"{saved} complete shards are kept in {folder}; run the same command to continue after them."
             again = "No shard was complete yet; run the same command to start again."
             print(f"\nInterrupted while tokenizing. {kept if saved else again}", file=sys.stderr, flush=True)
@@ -129,17 +176,15 @@ def build_corpus(
     return True
 
 
-def _validation_limit(source: Source, fraction: float) -> int:
-    """Return the hash below which a document is for validation, so that at least one document is.
+def _validation_limit(source: Source, limit: int) -> int:
+    """Return the hash below which a document is for validation: `limit`, or more so that at least one document is.
 
     Reads the source up to its first such document; where there is none, the document with the lowest hash is taken.
 
     Raises:
         UserError: all documents have one text (code `one_document`).
     """
-    limit, lowest, highest = int(fraction * HASHES), HASHES, 0
-    if not limit:
-        return 0
+    lowest, highest = HASHES, 0
     for document in source:
         value = _hash(_encode(document))
         if value < limit:
@@ -175,75 +220,86 @@ def _encode(document: Document) -> bytes:
 
 
 class Batch(NamedTuple):
-    """Documents as they were read, as (text, bytes of UTF-8) by split."""
+    """Documents as they were read."""
 
-    documents: dict[str, list[tuple[str, int]]]
-    skipped_bytes: int  # of documents that are in shards already
+    start: SourcePosition  # of the first of them
+    documents: list[tuple[str, int]]  # text, bytes of UTF-8
+    splits: list[int]  # 0: train, 1: validation
 
 
-def _tokenize_source(
-    source: Source, tokenizer: Tokenizer, writers: dict[str, SplitWriter], validation_limit: int, threads: int
-) -> None:
-    """Reads a source to its end and finishes `writers`: documents with a hash below the limit are for validation."""
-    if all(writer.finished for writer in writers.values()):
-        return
-    done = sum(len(writer.shards) for writer in writers.values())
-    if done:
-        print(f"{done} shards are complete from an earlier call: continuing after them", file=sys.stderr, flush=True)
+def _tokenize_source(source: Source, tokenizer: Tokenizer, writer: ShardWriter, samples: int, threads: int) -> None:
+    """Reads a source from the writer's position to its end; the first `samples` documents are for validation."""
     progress = Progress("tokenizing", source.num_bytes)
-    backend = tokenizer.text_backend
-
-    def tokenize(batch: Batch) -> dict[str, Tokenized]:
-        return {
-            split: _tokenize(documents, backend, tokenizer.unknown_id, writers[split].dtype)
-            for split, documents in batch.documents.items()
-            if documents
-        }
-
+    if writer.num_shards:
+        message = f"{writer.num_shards} shards are complete from an earlier call: continuing after them"
+        print(message, file=sys.stderr, flush=True)
+        progress.add(0, 0, skipped_bytes=sum(writer.statistics(split).bytes for split in writer.folders))
+    start, backend = writer.position, tokenizer.text_backend
     try:
-        results = _in_order(tokenize, _batches(source, writers, validation_limit), threads)
+        results = _in_order(
+            lambda batch: _tokenize(batch.documents, backend, tokenizer.unknown_id, writer.dtype),
+            _batches(source, start, samples),
+            threads,
+        )
         with one_thread(), closing(results):
-            for batch, result in results:
-                for split, tokenized in result.items():
-                    writers[split].add(tokenized)
-                    progress.add(len(tokenized.lengths), int(tokenized.counts[:, 1].sum()), len(tokenized.tokens))
-                progress.add(0, 0, skipped_bytes=batch.skipped_bytes)
+            for batch, tokenized in results:
+                if batch.documents:
+                    tokenized.splits = np.array(batch.splits)
+                    writer.add(tokenized, batch.start)
+                progress.add(len(batch.documents), int(tokenized.counts[:, 1].sum()), len(tokenized.tokens))
     finally:
         progress.close()
-    report = source.report
+    report = _add_skipped(start, source.report)
+    report.documents = writer.position.documents
     require_documents(source, report)
-    train = writers.get("train")
-    if train is not None and not train.seen and not train.current.seen and not train.finished:
-        for writer in writers.values():  # the remedy is another setting: nothing must be in its way
-            writer.clear()
+    if "train" in writer.folders and not writer.statistics("train").seen:
+        writer.clear()  # the remedy is another setting: nothing must be in its way
         raise UserError(
             f"all {report.documents:,} documents are for validation, none is for training",
-            key="data.validation_fraction",
+            key="data.eval_samples" if samples else "data.validation_fraction",
             hint="Lower it.",
             code="no_training_documents",
         )
-    for split, writer in writers.items():
-        if not writer.finished:
-            # What a source skipped is reported once.
-            writer.finish(ReadStats() if split == "validation" and len(writers) > 1 else report, tokenizer)
+    writer.finish(report, tokenizer)
 
 
-def _batches(source: Source, writers: dict[str, SplitWriter], validation_limit: int) -> Iterator[Batch]:
-    to_skip = {split: sys.maxsize if writer.finished else writer.seen for split, writer in writers.items()}
-    documents, characters, skipped_bytes = {split: [] for split in writers}, 0, 0
-    for document in source:
+def _batches(source: Source, start: SourcePosition, samples: int) -> Iterator[Batch]:
+    """Yields the documents after `start`.
+
+    Batches end at the same documents wherever reading begins, and a position is asked for at their ends alone.
+    """
+    place = replace(start, skip=0, documents=start.documents - start.skip)  # of the beginning of the batch
+    to_skip, read, characters, documents, splits = start.skip, 0, 0, [], []
+    for document in source if start.position is None else source.read(start.position):
         content = _encode(document)
-        split = "validation" if _hash(content) < validation_limit else "train"
-        if to_skip[split]:
-            to_skip[split] -= 1
-            skipped_bytes += len(content)
-        else:
-            documents[split].append((document.text, len(content)))
-            characters += len(document.text)
-        if characters >= BATCH_CHARACTERS or skipped_bytes >= 64 * BATCH_CHARACTERS:
-            yield Batch(documents, skipped_bytes)
-            documents, characters, skipped_bytes = {split: [] for split in writers}, 0, 0
-    yield Batch(documents, skipped_bytes)
+        read += 1
+        characters += len(document.text)
+        if read > to_skip:
+            is_validation = place.documents + read <= samples or _hash(content) < start.validation_limit
+            documents.append((document.text, len(content)))
+            splits.append(int(is_validation))
+        if characters >= BATCH_CHARACTERS:
+            position = source.position() if hasattr(source, "position") else None
+            yield Batch(place.after(min(to_skip, read)), documents, splits)
+            if position is None:
+                place = place.after(read)
+            else:
+                report = _add_skipped(start, source.report)
+                place = SourcePosition(
+                    position, 0, place.documents + read, report.skipped, report.examples, start.validation_limit
+                )
+            to_skip, read, characters, documents, splits = max(0, to_skip - read), 0, 0, [], []
+    yield Batch(place.after(min(to_skip, read)), documents, splits)
+
+
+def _add_skipped(start: SourcePosition, report: ReadStats) -> ReadStats:
+    """The records that a source skipped, before `start` and since."""
+    skipped = ReadStats(skipped=dict(start.skipped), examples={key: list(some) for key, some in start.examples.items()})
+    for reason, count in report.skipped.items():
+        skipped.skipped[reason] = skipped.skipped.get(reason, 0) + count
+        examples = skipped.examples.setdefault(reason, [])
+        examples += report.examples[reason][: EXAMPLES_PER_REASON - len(examples)]
+    return skipped
 
 
 def _tokenize(documents: list[tuple[str, int]], backend: Any, unknown_id: int | None, dtype: np.dtype) -> Tokenized:
@@ -251,8 +307,8 @@ def _tokenize(documents: list[tuple[str, int]], backend: Any, unknown_id: int | 
     around = backend.num_special_tokens_to_add(is_pair=False)
     ids = [one if len(one) > around else [] for one in ids]
     lengths = np.array([len(one) for one in ids], np.int64)
-    tokens = np.concatenate([np.array(one, dtype) for one in ids])
-    counts = np.array([(len(text), num_bytes, 0) for text, num_bytes in documents], np.int64)
+    tokens = np.concatenate([np.array(one, dtype) for one in ids] or [np.empty(0, dtype)])
+    counts = np.array([(len(text), num_bytes, 0) for text, num_bytes in documents], np.int64).reshape(-1, 3)
     if unknown_id is not None:
         before = np.concatenate([[0], np.cumsum(tokens == unknown_id)])[np.concatenate([[0], np.cumsum(lengths)])]
         counts[:, 2] = np.diff(before)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from torchrecipes.data.corpus.build import build_corpus
+from torchrecipes.data.corpus.build import build_corpus, corpus_settings
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
 from torchrecipes.data.corpus.shards import FORMAT, Shard, Statistics, checksums, open_shard
 from torchrecipes.data.sources.records import Source
@@ -207,6 +207,7 @@ def prepare_corpus(
     tokenizer_threads: int | None = None,
     shard_tokens: int = 64 * 2**20,
     seq_len: int | None = None,
+    eval_samples: int | None = None,
 ) -> tuple[Corpus, Corpus | None]:
     """Tokenizes a source into the corpora `folder/train` and `folder/validation`, or opens them if that is done.
 
@@ -223,6 +224,7 @@ def prepare_corpus(
         tokenizer_threads: threads that tokenize, beside one that reads. 0: that one does both; None: one per core.
         shard_tokens: maximum tokens of a shard (a longer document has a shard of its own). 64Mi are 128 MiB of uint16.
         seq_len: tokens per row, for the warning of `Corpus.summary`.
+        eval_samples: the first documents, so many, are for validation, instead of a fraction.
 
     Returns:
         Train and validation; None for the latter if there is none.
@@ -233,13 +235,12 @@ def prepare_corpus(
             (`not_writable`).
     """
     folder = Path(folder)
-    made = build_corpus(
-        folder, source, tokenizer, validation_fraction, validation_source, tokenizer_threads, shard_tokens
-    )
+    settings = corpus_settings(source, tokenizer, validation_fraction, validation_source, eval_samples, shard_tokens)
+    made = build_corpus(folder, source, tokenizer, settings, validation_source, tokenizer_threads)
     corpora = [
         open_corpus(folder / split, tokenizer)
         for split in ("train", "validation")
-        if split == "train" or validation_source is not None or validation_fraction
+        if split == "train" or validation_source is not None or eval_samples or validation_fraction
     ]
     if made:
         for corpus in corpora:
@@ -256,7 +257,7 @@ def _open_shards(folder: Path, account: dict[str, Any]) -> list[Shard]:
         try:
             if path.stat().st_size != stated["size"]:
                 raise ValueError(f"{path.stat().st_size:,} bytes, not {stated['size']:,}")
-            shard, _, _ = open_shard(path, tokens, documents)
+            shard, _ = open_shard(path, tokens, documents)
             if (len(shard.tokens), len(shard.document_offsets)) != (stated["tokens"], stated["documents"] + 1):
                 raise ValueError(f"not the number of tokens or documents in {CORPUS_FILE}")
         except FileNotFoundError:

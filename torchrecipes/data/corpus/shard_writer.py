@@ -1,13 +1,18 @@
-"""Writes batches of tokens as the shards and the `corpus.json` of one split.
+"""Writes batches of tokens as shards, and `corpus.json` when the source has ended.
 
-Where a shard ends depends on the documents alone, not on the batches. Shards that an interrupted call wrote are found
-and kept.
+1. The documents of one source go, in its order, to the shards of one split or of several.
+2. When the next document would make a shard too long, the shards of all splits are written: a commit. So the place in
+   the source where it happened is one place for all of them, and nothing that was read before it is lost.
+3. That place is in the header of the shards. After an interruption, the newest commit of which every file is there is
+   found, what lies beyond it is removed, and reading continues from its place.
+
+Where a shard ends depends on the documents alone, not on the batches.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,136 +30,257 @@ CORPUS_FILE = "corpus.json"
 
 @dataclass
 class Tokenized:
-    """A batch of documents of one split: its tokens `[N]`, their number per document (0: skipped), and more counts.
+    """A batch of documents in the order of the source.
 
-    `counts` is int64 `[D, 3]`: characters, bytes and unknown tokens of each document.
+    Attributes:
+        tokens: `[N]`, of all documents.
+        lengths: int64 `[D]`, tokens of each document; 0: it has none of its own, and is counted only.
+        counts: int64 `[D, 3]`: characters, bytes and unknown tokens of each document.
+        splits: `[D]`, the place of each document's split in `ShardWriter.folders`. None: the first.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     counts: np.ndarray
+    splits: np.ndarray | None = None
 
 
-class SplitWriter:
-    """Collects the tokens of one split and writes its shards, after those that an earlier call left."""
+@dataclass(frozen=True)
+class SourcePosition:
+    """A place between two documents of a source, and what was counted before it.
 
-    def __init__(self, folder: Path, split: str, settings: dict[str, Any]):
-        self.folder, self.split, self.settings = folder, split, settings
-        self.dtype = np.dtype(settings["dtype"])
-        self.source = xxhash.xxh3_128_hexdigest(to_json(settings) + split.encode())
-        self.finished = (folder / CORPUS_FILE).exists()
-        self.shards: list[Statistics] = []
-        self.tokens: list[np.ndarray] = []
-        self.lengths: list[np.ndarray] = []
-        self.current = Statistics()
-        if not self.finished:
+    Attributes:
+        position: what `source.position()` gave at some document; None: the start of the source.
+        skip: documents between there and this place.
+        documents: documents of the source before this place.
+        skipped, examples: `ReadStats` of the records before `position`.
+        validation_limit: documents with a hash below it are for validation, where the split has been chosen.
+    """
+
+    position: dict[str, Any] | None = None
+    skip: int = 0
+    documents: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    validation_limit: int | None = None
+
+    def after(self, documents: int) -> "SourcePosition":
+        """The place so many documents later."""
+        return replace(self, skip=self.skip + documents, documents=self.documents + documents)
+
+
+@dataclass
+class _Split:
+    """Shards that are written, and documents that are in none yet."""
+
+    folder: Path
+    source: str  # fingerprint of what the shards are made from
+    written: list[Statistics] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    pending: Statistics = field(default_factory=Statistics)
+
+
+class ShardWriter:
+    """Collects tokens and writes shards, after those that an interrupted call left.
+
+    Args:
+        folders: name of each split -> its folder, made if missing.
+        settings: what the tokens are made from, JSON-able; has `dtype` and `shard_tokens`. Shards of other settings are
+            never continued, but replaced.
+        first: name of a split -> its number of shards that belong to an earlier corpus, before those written here.
+
+    Attributes:
+        position: the place in the source from which reading continues.
+    """
+
+    def __init__(self, folders: dict[str, Path], settings: dict[str, Any], first: dict[str, int] | None = None):
+        self.settings, self.dtype = settings, np.dtype(settings["dtype"])
+        self.folders, self.first = folders, dict.fromkeys(folders, 0) | (first or {})
+        self.position = SourcePosition()
+        self._splits = {
+            split: _Split(folder, xxhash.xxh3_128_hexdigest(to_json(settings) + split.encode()))
+            for split, folder in folders.items()
+        }
+        for folder in folders.values():
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                self._find_shards()
+                for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+                    leftover.unlink()
+        self._continue()
 
     @property
-    def seen(self) -> int:
-        """How many documents of the source the shards hold already (empty ones counted)."""
-        return sum(shard.seen for shard in self.shards)
+    def num_shards(self) -> int:
+        """Shards that are written."""
+        return sum(len(split.written) for split in self._splits.values())
 
-    def add(self, batch: Tokenized) -> None:
-        """Adds documents; writes a shard when the next document would make it too long."""
-        ends = np.cumsum(batch.lengths)
-        first, count = 0, len(batch.lengths)
+    def add(self, batch: Tokenized, start: SourcePosition | None = None) -> None:
+        """Adds documents; writes shards when the next document would make one too long.
+
+        Args:
+            batch: the documents.
+            start: the place of the first of them in the source. None: after those that were added before.
+        """
+        start, count = start or self.position, len(batch.lengths)
+        first = 0
         while first < count:
-            room = self.settings["shard_tokens"] - self.current.tokens + (int(ends[first - 1]) if first else 0)
-            last = max(first, int(ends.searchsorted(room, "right")))
-            if last == first and not self.current.tokens:
-                last = first + 1  # longer than a shard
-            self._take(batch, first, last, ends)
+            last = self._fitting(batch, first)
+            self._take(batch, first, last)
             first = last
-            if first < count and self.current.documents:
-                self._write_shard()
+            self.position = start.after(first)
+            if first < count:
+                self._commit()
 
     def finish(self, skipped: ReadStats, tokenizer: Tokenizer) -> None:
-        """Writes the last shard and `corpus.json`.
+        """Writes the last shards and every `corpus.json`.
+
+        Args:
+            skipped: what the source has skipped; it is stated in the first split's.
+            tokenizer: what made the tokens.
 
         Raises:
-            UserError: there are no documents.
+            UserError: a split has no documents (code `no_documents`).
         """
-        if self.current.documents:
-            self._write_shard()
-        total = sum(self.shards, self.current)
-        if not self.shards:
-            raise UserError(
-                f"all {total.seen:,} documents of the {self.split} data are empty after tokenization",
-                hint="Check the source and the tokenizer's normalizer.",
-                code="no_documents",
-            )
-        account = {
-            "format": FORMAT,
-            "split": self.split,
-            "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-            "settings": self.settings,
-            "statistics": asdict(total),
-            "skipped": skipped.lines()[1:],
-            "shards": [self._describe(shard_name(i), shard) for i, shard in enumerate(self.shards)],
-        }
-        with writing(self.folder):
-            write_atomically(self.folder / CORPUS_FILE, [to_json(account)])
-        self.finished = True
+        if any(split.pending.documents for split in self._splits.values()):
+            self._commit()
+        for name, split in self._splits.items():
+            if not split.written:
+                raise UserError(
+                    f"all {self.statistics(name).seen:,} documents of the {name} data are empty after tokenization",
+                    hint="Check the source and the tokenizer's normalizer.",
+                    code="no_documents",
+                )
+        for number, name in reversed(list(enumerate(self._splits))):
+            account = {
+                "format": FORMAT,
+                "split": name,
+                "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+                "settings": self.settings,
+                "source_position": asdict(self.position),
+                "statistics": asdict(self.statistics(name)),
+                "skipped": skipped.lines()[1:] if number == 0 else [],
+                "shards": self.describe_shards(name),
+            }
+            with writing(self.folders[name]):
+                write_atomically(self.folders[name] / CORPUS_FILE, [to_json(account)])
 
-    def _describe(self, name: str, shard: Statistics) -> dict[str, Any]:
-        path = self.folder / name
-        whole, arrays = checksums(path)
-        counts = {"tokens": shard.tokens, "documents": shard.documents}
-        return {"file": name, "size": path.stat().st_size, "xxh3": whole, "arrays_xxh3": arrays, **counts}
+    def statistics(self, name: str) -> Statistics:
+        """Counts of all documents of a split, in shards or pending."""
+        return sum(self._splits[name].written, self._splits[name].pending)
+
+    def describe_shards(self, name: str) -> list[dict[str, Any]]:
+        """The shards of a split that are written, as `corpus.json` lists them."""
+        split, shards = self._splits[name], []
+        for number, statistics in enumerate(split.written, self.first[name]):
+            path = split.folder / shard_name(number)
+            whole, arrays = checksums(path)
+            counts = {"tokens": statistics.tokens, "documents": statistics.documents}
+            shards.append(
+                {"file": path.name, "size": path.stat().st_size, "xxh3": whole, "arrays_xxh3": arrays, **counts}
+            )
+        return shards
 
     def clear(self) -> None:
         """Removes the shards."""
-        for i in range(len(self.shards)):
-            (self.folder / shard_name(i)).unlink(missing_ok=True)
+        for name, split in self._splits.items():
+            for number in range(len(split.written)):
+                (split.folder / shard_name(self.first[name] + number)).unlink(missing_ok=True)
 
-    def _find_shards(self) -> None:
-        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
-            leftover.unlink()
-        while (path := self.folder / shard_name(len(self.shards))).exists():
-            try:
-                _, source, statistics = open_shard(path, 0, 0)
-            except (ValueError, KeyError, TypeError):
-                break
-            if source != self.source:
-                break
-            self.shards.append(statistics)
-        kept = {shard_name(i) for i in range(len(self.shards))}
-        for other in self.folder.glob("shard-*.safetensors"):  # after a corrupt one
-            if other.name not in kept:
-                other.unlink()
+    def _continue(self) -> None:
+        """Finds the newest commit of which every file is there, and removes what lies beyond it."""
+        found: dict[str, list[Statistics]] = {}
+        commits = [{"shards": dict.fromkeys(self._splits, 0), "pending": {}, "position": asdict(self.position)}]
+        for name, split in self._splits.items():
+            found[name] = []
+            while (path := split.folder / shard_name(self.first[name] + len(found[name]))).exists():
+                try:
+                    _, metadata = open_shard(path, 0, 0)
+                    if metadata["source"] != split.source:
+                        break
+                    commits.append(json.loads(metadata["commit"]))
+                    found[name].append(Statistics(**json.loads(metadata["statistics"])))
+                except (ValueError, KeyError, TypeError):
+                    break
+        complete = [
+            commit for commit in commits if all(commit["shards"][name] <= len(found[name]) for name in self._splits)
+        ]
+        newest = max(complete, key=lambda commit: commit["position"]["documents"])
+        self.position = SourcePosition(**newest["position"])
+        for name, split in self._splits.items():
+            split.written = found[name][: newest["shards"][name]]
+            split.pending = Statistics(**newest["pending"].get(name, {}))
+            kept = {shard_name(i) for i in range(self.first[name] + len(split.written))}
+            for other in split.folder.glob("shard-*.safetensors"):
+                if other.name not in kept:
+                    other.unlink()
 
-    def _take(self, batch: Tokenized, first: int, last: int, ends: np.ndarray) -> None:
-        if first == last:
-            return
-        begin = int(ends[first - 1]) if first else 0
-        lengths = batch.lengths[first:last]
-        kept = lengths[lengths > 0]
-        characters, num_bytes, unknown = batch.counts[first:last].sum(0).tolist()
-        self.tokens.append(batch.tokens[begin : int(ends[last - 1])])
-        self.lengths.append(kept)
-        self.current += Statistics(
-            seen=last - first,
-            documents=len(kept),
-            empty=last - first - len(kept),
-            tokens=int(kept.sum()),
-            characters=characters,
-            bytes=num_bytes,
-            unknown=unknown,
-            shortest=int(kept.min()) if len(kept) else 0,
-            longest=int(kept.max(initial=0)),
-        )
+    def _fitting(self, batch: Tokenized, first: int) -> int:
+        """The documents up to this one, exclusive, fit into the shards that are being filled."""
+        last = len(batch.lengths)
+        for number, split in enumerate(self._splits.values()):
+            own = np.arange(first, last)
+            if batch.splits is not None:
+                own = own[batch.splits[first:last] == number]
+            ends = np.cumsum(batch.lengths[own])
+            fitting = int(ends.searchsorted(self.settings["shard_tokens"] - split.pending.tokens, "right"))
+            if fitting == 0 and not split.pending.tokens:
+                fitting = 1  # longer than a shard
+            if fitting < len(own):
+                last = int(own[fitting])
+        return last
 
-    def _write_shard(self) -> None:
-        offsets = np.zeros(self.current.documents + 1, np.int64)
-        np.cumsum(np.concatenate(self.lengths), out=offsets[1:])
-        path = self.folder / shard_name(len(self.shards))
-        with writing(self.folder):
-            write_shard(path, self.tokens, offsets, self.source, self.current)
-        self.shards.append(self.current)
-        self.tokens, self.lengths, self.current = [], [], Statistics()
+    def _take(self, batch: Tokenized, first: int, last: int) -> None:
+        lengths, counts = batch.lengths[first:last], batch.counts[first:last]
+        begin = int(batch.lengths[:first].sum())
+        tokens = batch.tokens[begin : begin + int(lengths.sum())]
+        for number, split in enumerate(self._splits.values()):
+            own = batch.splits[first:last] == number if batch.splits is not None else np.full(len(lengths), number == 0)
+            if not own.any():
+                continue
+            own_lengths = lengths[own]
+            kept = own_lengths[own_lengths > 0]
+            characters, num_bytes, unknown = counts[own].sum(0).tolist()
+            split.tokens.append(tokens if own.all() else tokens[np.repeat(own, lengths)])
+            split.lengths.append(kept)
+            split.pending += Statistics(
+                seen=len(own_lengths),
+                documents=len(kept),
+                empty=len(own_lengths) - len(kept),
+                tokens=int(kept.sum()),
+                characters=characters,
+                bytes=num_bytes,
+                unknown=unknown,
+                shortest=int(kept.min()) if len(kept) else 0,
+                longest=int(kept.max(initial=0)),
+            )
+
+    def _commit(self) -> None:
+        """Writes what is pending of every split; the first split last, so that with its shard the commit is there."""
+        due = [name for name, split in self._splits.items() if split.pending.documents]
+        commit = {
+            "shards": {name: len(split.written) + (name in due) for name, split in self._splits.items()},
+            "pending": {
+                name: asdict(split.pending)
+                for name, split in self._splits.items()
+                if split.pending.seen and name not in due
+            },
+            "position": asdict(self.position),
+        }
+        for name in reversed(due):
+            split = self._splits[name]
+            offsets = np.zeros(split.pending.documents + 1, np.int64)
+            np.cumsum(np.concatenate(split.lengths), out=offsets[1:])
+            metadata = {
+                "source": split.source,
+                "statistics": json.dumps(asdict(split.pending)),
+                "commit": json.dumps(commit),
+            }
+            with writing(split.folder):
+                write_shard(
+                    split.folder / shard_name(self.first[name] + len(split.written)), split.tokens, offsets, metadata
+                )
+            split.written.append(split.pending)
+            split.tokens, split.lengths, split.pending = [], [], Statistics()
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """The file format of a corpus: a shard is a safetensors file with `tokens` and `document_offsets`.
 
 `tokens` is uint16 or uint32 `[N]`; `document_offsets` is int64 `[D+1]`, from 0 to N. The header's `__metadata__` holds
-what the shard was made from and its statistics, so that an interrupted call can be continued after the last
-shard.
+what the shard was made from, its statistics, and how far the source had been read, so that an interrupted call can be
+continued after the last shard.
 """
 
 import json
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -70,41 +70,41 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
 
 
-def write_shard(
-    path: Path, tokens: list[np.ndarray], document_offsets: np.ndarray, source: str, statistics: Statistics
-) -> None:
+def write_shard(path: Path, tokens: list[np.ndarray], document_offsets: np.ndarray, metadata: dict[str, str]) -> None:
     """Writes a shard, complete or not at all.
 
     Args:
         path: the file.
         tokens: arrays of one type, uint16 or uint32, whose concatenation is the shard's tokens; one at least.
         document_offsets: int64 `[D+1]`.
-        source: a fingerprint of everything that the tokens were made from.
-        statistics: counts of the shard.
+        metadata: for the header; a checksum of the arrays is added (`arrays_xxh3`, as `checksums` gives it).
     """
     code = next(code for code, dtype in DTYPES.items() if dtype == tokens[0].dtype)
     num_tokens = sum(map(len, tokens))
     # The offsets come first, so that both arrays are aligned.
     middle = OFFSETS.itemsize * len(document_offsets)
     end = middle + num_tokens * DTYPES[code].itemsize
+    arrays = [
+        memoryview(array).cast("B") for array in (document_offsets.astype(OFFSETS, copy=False), *tokens) if array.size
+    ]
+    digest = xxhash.xxh3_64()
+    for array in arrays:
+        digest.update(array)
     header = {
-        "__metadata__": {"format": FORMAT, "source": source, "statistics": json.dumps(asdict(statistics))},
+        "__metadata__": {"format": FORMAT, **metadata, "arrays_xxh3": digest.hexdigest()},
         "document_offsets": {"dtype": "I64", "shape": [len(document_offsets)], "data_offsets": [0, middle]},
         "tokens": {"dtype": code, "shape": [num_tokens], "data_offsets": [middle, end]},
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    arrays = [document_offsets.astype(OFFSETS, copy=False), *tokens]
-    write_atomically(
-        path, [struct.pack("<Q", len(text)), text, *(memoryview(array).cast("B") for array in arrays if array.size)]
-    )
+    write_atomically(path, [struct.pack("<Q", len(text)), text, *arrays])
 
 
-def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Shard, str, Statistics]:
+def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Shard, dict[str, str]]:
     """Maps a shard into memory.
 
     Returns:
-        The shard, and the `source` and `statistics` it was written with.
+        The shard, and the metadata of its header.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: there is no such file, or it is no complete shard.
@@ -132,7 +132,7 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
         tokens=np.ndarray(length, dtype, content, first + middle),
         document_offsets=np.ndarray(count, OFFSETS, content, first),
     )
-    return shard, header["__metadata__"]["source"], Statistics(**json.loads(header["__metadata__"]["statistics"]))
+    return shard, header["__metadata__"]
 
 
 def checksums(path: Path) -> tuple[str, str]:
