@@ -10,7 +10,7 @@ from torchrecipes.models import bert, gpt2, hf_config, llama, load_hf, neobert, 
 from torchrecipes.models.hub import meta_model_from_hf
 
 FAMILIES = {"neobert": neobert, "bert": bert, "gpt2": gpt2, "llama": llama, "qwen3": qwen3}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 
@@ -110,8 +110,9 @@ def test_nothing_in_the_folder_is_unpickled(tmp_path):
         ("neobert", {"hidden_act": "gelu"}, "hidden_act"),
         ("neobert", {"mlp_bias": True, "attention_bias": True}, "mlp_bias attention_bias"),
         ("neobert", {"attention_dropout": 0.1}, "attention_dropout"),
-        ("neobert", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
-        ("neobert", {"rope_parameters": YARN}, "rope_scaling"),
+        ("neobert", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling"),
+        ("neobert", {"rope_scaling": {"type": "yarn", "factor": 2, "beta": 3}}, "rope_scaling"),
+        ("neobert", {"rope_parameters": DYNAMIC}, "rope_scaling"),
         ("neobert", {"sliding_window": 128}, "sliding_window"),
         ("neobert", {"vocab_size": "REMOVED"}, "vocab_size"),
         ("neobert", {"num_hidden_layers": 2.5}, "num_hidden_layers"),
@@ -132,7 +133,7 @@ def test_nothing_in_the_folder_is_unpickled(tmp_path):
         ("gpt2", {"scale_attn_weights": False, "add_cross_attention": True}, "scale_attn_weights add_cross_attention"),
         ("gpt2", {"rope_theta": 1e4}, "rope_theta"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("llama", {"rope_parameters": YARN}, "rope_scaling"),
+        ("llama", {"rope_parameters": DYNAMIC}, "rope_scaling"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_scaling"),
         ("llama", {"rope_parameters": LLAMA3 | {"factor": 0}}, "rope_scaling"),

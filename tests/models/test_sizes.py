@@ -79,6 +79,7 @@ def test_help_shows_the_defaults_and_what_each_key_means():
 def test_builders_pass_every_argument_on():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     neobert = {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 99, "rope_theta": 7.0}
+    neobert |= {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}
     neobert |= {"head_dim": 6, "rms_norm_eps": 0.5, "tie_word_embeddings": False, "initializer_range": 0.3}
     bert = {"intermediate_size": 24, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
     bert |= {"max_position_embeddings": 99, "type_vocab_size": 3, "layer_norm_eps": 0.5, "initializer_range": 0.3}

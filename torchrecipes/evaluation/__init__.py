@@ -5,6 +5,7 @@ causal             `evaluate_causal`: next tokens
 generation         `generate`, `generate_text`: text from prompts
 sampling           from logits to the next token
 text_perplexity    `perplexity` of documents, in windows
+position_loss      `loss_by_position`: sums of the loss for ranges of positions
 mask_filling       `fill_mask`: the tokens that fit into [MASK]
 """
 
@@ -12,6 +13,7 @@ from torchrecipes.evaluation.causal import evaluate_causal
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
 from torchrecipes.evaluation.mask_filling import fill_mask
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation.position_loss import loss_by_position
 from torchrecipes.evaluation.text_perplexity import perplexity
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "fill_mask",
     "generate",
     "generate_text",
+    "loss_by_position",
     "perplexity",
     "unigram_baseline",
 ]

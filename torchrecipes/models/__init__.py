@@ -9,6 +9,7 @@
 | hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
 | hub               | loads and saves folders                                                      |
 | config_json       | reads a foreign config.json                                                  |
+| longer_context    | `extend_context`: scaled RoPE, longer tables of positions                    |
 | stored_tensors    | reads safetensors lazily                                                     |
 | transformers_model| `from_transformers`: any causal or masked model of `transformers`            |
 | compatibility     | checks that model, tokenizer, row length and objective fit                   |
@@ -27,6 +28,7 @@ from torchrecipes.models.families.qwen3 import qwen3
 from torchrecipes.models.families.qwen3_moe import qwen3_moe
 from torchrecipes.models.hf_adapter import HFAdapter
 from torchrecipes.models.hub import (
+    Coverage,
     architecture_differences,
     hf_config,
     hf_state_dict,
@@ -37,6 +39,7 @@ from torchrecipes.models.hub import (
     save_hf,
     stop_token_ids,
 )
+from torchrecipes.models.longer_context import extend_context
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.models.transformers_model import TransformersModel, from_transformers
@@ -45,6 +48,7 @@ FAMILY_BUILDERS = (neobert, bert, gpt2, llama, qwen3, qwen3_moe, olmoe, moe)
 
 __all__ = [
     "FAMILY_BUILDERS",
+    "Coverage",
     "HFAdapter",
     "Transformer",
     "TransformersModel",
@@ -54,6 +58,7 @@ __all__ = [
     "check_causal",
     "check_positions",
     "check_tokenizer_compatibility",
+    "extend_context",
     "from_transformers",
     "gpt2",
     "has_hf_config",

@@ -51,14 +51,16 @@ def _check_rope_scaling(scaling: dict) -> None:
     if kind not in ROPE_SCALING_KEYS:
         hint = f"Supported are {', '.join(ROPE_SCALING_KEYS)}"
         raise UserError(f"rope_type {kind!r} is not supported", key="rope_scaling", hint=hint, code="bad_rope_scaling")
-    wanted = {"rope_type", *ROPE_SCALING_KEYS[kind]}
-    wrong = [f"{key} is missing" for key in sorted(wanted - set(scaling))]
-    wrong += [f"{key} is unknown" for key in sorted(set(scaling) - wanted)]
+    required, optional = ROPE_SCALING_KEYS[kind]
+    wrong = [f"{key} is missing" for key in required if key not in scaling]
+    wrong += [f"{key} is unknown" for key in sorted(set(scaling) - {"rope_type", *required, *optional})]
     wrong += [
         f"{key}: {value!r} is not a number above 0"
         for key, value in scaling.items()
-        if key in wanted - {"rope_type"} and (type(value) not in (int, float) or value <= 0)
+        if key in {*required, *optional} - {"truncate"} and (type(value) not in (int, float) or value <= 0)
     ]
+    if type(scaling.get("truncate", True)) is not bool:
+        wrong.append(f"truncate: {scaling['truncate']!r} is not true or false")
     if wrong:
         raise UserError(f"rope_type {kind}: {'; '.join(wrong)}", key="rope_scaling", code="bad_rope_scaling")
 
@@ -96,6 +98,26 @@ def decoder(config: Any, block: Callable[[int], nn.Module], adapter: HFAdapter, 
     )
 
 
+def rope_scaling(stored: Any, max_positions: int | None) -> Any:
+    """The scaling of RoPE in a config.json of any version of `transformers`, as `rope_cos_sin` takes it.
+
+    Args:
+        stored: its `rope_scaling`, or its `rope_parameters` without `rope_theta`.
+        max_positions: its `max_position_embeddings`: the original length where the scaling does not name one.
+    """
+    if not isinstance(stored, dict):
+        return stored
+    scaling = {key: value for key, value in stored.items() if key != "rope_theta" and value is not None}
+    if "type" in scaling:
+        kind = scaling.pop("type")  # before transformers 4.43
+        scaling.setdefault("rope_type", kind)
+    if scaling in ({}, {"rope_type": "default"}):
+        return None
+    if scaling.get("rope_type") in ("yarn", "llama3") and max_positions is not None:
+        scaling.setdefault("original_max_position_embeddings", max_positions)
+    return scaling
+
+
 class DecoderAdapter(HFAdapter):
     """The layout of LLaMA and the families like it, with SwiGLU layers; others override `mlp_key_map`."""
 
@@ -112,14 +134,7 @@ class DecoderAdapter(HFAdapter):
         if "rope_theta" in rope:
             keys["rope_theta"] = rope.pop("rope_theta")
         scaling = keys.pop("rope_scaling", None) or rope
-        if isinstance(scaling, dict):
-            scaling = dict(scaling)
-            if "type" in scaling:
-                scaling.setdefault("rope_type", scaling.pop("type"))  # before transformers 4.43
-            scaling.pop("rope_theta", None)
-            if scaling in ({}, {"rope_type": "default"}):
-                scaling = None
-        return keys | {"rope_scaling": scaling}
+        return keys | {"rope_scaling": rope_scaling(scaling, keys.get("max_position_embeddings"))}
 
     def write_keys(self) -> dict:
         """As transformers 5 writes it, with `rope_parameters`."""

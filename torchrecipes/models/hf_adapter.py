@@ -1,16 +1,46 @@
 """`HFAdapter`: the two-way map between a model's parameters and its Hugging Face folder."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecipes.models.stored_tensors import StoredTensor
 
 # Our parameter name -> the Hugging Face tensors that it stacks, (name, rows) in order.
 KeyMap = dict[str, list[tuple[str, int]]]
+
+
+@dataclass(frozen=True)
+class LongerPositions:
+    """A table of learned positions that is longer than the one in the folder that it will be loaded from.
+
+    Attributes:
+        name: of the parameter.
+        stored_rows: rows of the table in the folder.
+        unused: first rows that are not positions (RoBERTa's: up to the id of padding).
+        method: `tile` or `interpolate`, see `extend_context`.
+    """
+
+    name: str
+    stored_rows: int
+    unused: int
+    method: str
+
+    def extend(self, table: Tensor, rows: int) -> Tensor:
+        """A table `[rows, D]` made of the stored one `[stored_rows, D]`."""
+        kept, positions = table[: self.unused], table[self.unused :]
+        length = rows - self.unused
+        if self.method == "interpolate":
+            wide = positions.T[None].float()
+            longer = F.interpolate(wide, length, mode="linear", align_corners=True)[0].T.to(table.dtype)
+        else:
+            longer = positions[torch.arange(length, device=table.device) % len(positions)]
+        return torch.cat((kept, longer))
 
 
 class HFAdapter:
@@ -23,6 +53,7 @@ class HFAdapter:
         companions: file name -> contents of what travels from the folder that the model was made from into its
             checkpoints: chat template and generation config.
         stop_ids: the tokens that end a text, by the folder that the model was made from; the tokenizer has one of them.
+        longer_positions: how to extend a table of learned positions that a folder has, if `extend_context` was called.
         architecture: the class of `transformers` that reads the folder.
         config_class: the family's config, a dataclass whose fields are the keys of config.json that it follows.
         tied: (name, source): a stored copy of a tied head, and what it is a copy of.
@@ -48,6 +79,7 @@ class HFAdapter:
         self.config = config
         self.companions: dict[str, bytes] = {}
         self.stop_ids: list[int] = []
+        self.longer_positions: LongerPositions | None = None
 
     # The config.
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -40,6 +40,20 @@ FAMILIES = {
     "torchrecipes_moe": "custom_moe",
 }
 COMPANIONS = ("chat_template.jinja", "generation_config.json")
+
+
+class Coverage(NamedTuple):
+    """What became of a folder's tensors and a model's parameters.
+
+    Attributes:
+        loaded: parameters with the folder's values.
+        initialized: parameters of a head that the folder does not have.
+        dropped: tensors of the folder that the model does not have, under their names there.
+    """
+
+    loaded: list[str]
+    initialized: list[str]
+    dropped: list[str]
 
 
 def load_hf(
@@ -107,11 +121,12 @@ def load_hf_weights(
     seed: int = 0,
     report: Callable[[str], None] = print,
     require_head: bool = False,
-) -> None:
+) -> Coverage:
     """Copies a folder's tensors into a model, one at a time. Parameters may be sharded by `fully_shard`.
 
     A head that is not in the folder is initialized from (seed, name); heads that the model does not have are dropped.
-    Both are reported.
+    Both are reported. Anything else that is missing or left over is an error. A table of positions that
+    `extend_context` has made longer is filled from the shorter one.
 
     Args:
         model: on its device; its parameters may be uninitialized.
@@ -119,6 +134,9 @@ def load_hf_weights(
         seed: see above.
         report: called with each line about something dropped or initialized.
         require_head: refuse a folder without the head instead of initializing it.
+
+    Returns:
+        What was loaded, initialized and dropped.
 
     Raises:
         UserError: `weights_mismatch`, listing as `problems` each tensor that is missing, unexpected, of another shape
@@ -142,7 +160,7 @@ def load_hf_weights(
                 hint="Give a model that was saved with its language-model head",
                 code="no_head",
             )
-        problems = []
+        problems, longer = [], adapter.longer_positions
         for name, target in targets.items():
             if name in head:
                 continue
@@ -150,7 +168,10 @@ def load_hf_weights(
                 hf_name, expected = part[0], adapter.stored_shape(part, tuple(target.shape))
                 if hf_name not in stored:
                     problems.append(UserError("is missing", key=hf_name))
-                elif stored[hf_name].shape != expected:
+                    continue
+                if longer and longer.name == name and stored[hf_name].shape[0] == longer.stored_rows:
+                    expected = (longer.stored_rows, *expected[1:])
+                if stored[hf_name].shape != expected:
                     found = f"has the shape {stored[hf_name].shape}, the model needs {expected}"
                     problems.append(UserError(found, key=hf_name))
                 elif target.is_floating_point() and not stored[hf_name].is_float:
@@ -165,18 +186,26 @@ def load_hf_weights(
                 code="weights_mismatch",
                 problems=problems,
             )
+        loaded = [name for name in targets if name not in head]
         if dropped:
-            report(f"{folder}: dropping tensors that the model does not have: {', '.join(sorted(dropped))}")
+            report(
+                f"{folder}: {len(stored)} tensors are loaded, {len(dropped)} are not used, which the model does not "
+                f"have: {', '.join(sorted(dropped))}"
+            )
         if head:
             report(
-                f"{folder} has no weights for the head: {', '.join(sorted(head))} are initialized with seed {seed}. "
+                f"{folder} has no weights for the head: {len(loaded)} of {len(targets)} parameters are loaded; new, "
+                f"initialized with seed {seed}, are {', '.join(sorted(head))}. "
                 "Consider training them first, with the other parameters frozen (freeze)"
             )
             model.init_weights(seed)
         with torch.no_grad():
-            for name, target in targets.items():
-                if name not in head:
-                    copy_full(target, adapter.join(parts[name], lambda hf_name: stored[hf_name].read()))
+            for name in loaded:
+                value = adapter.join(parts[name], lambda hf_name: stored[hf_name].read())
+                if longer and longer.name == name and len(value) == longer.stored_rows:
+                    value = longer.extend(value, len(targets[name]))
+                copy_full(targets[name], value)
+    return Coverage(loaded, sorted(head), sorted(dropped))
 
 
 def save_hf(model: nn.Module, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:

@@ -43,6 +43,7 @@ class Transformer(nn.Module):
         rotary: whether positions are rotations of queries and keys, by `config.rope_theta` and `config.rope_scaling`.
         embedding: of tokens; None: an `nn.Embedding`.
         position_embedding: added to it, or None.
+        position_offset: rows of the table of positions before the one of position 0.
         embedding_dropout, attention_dropout: probabilities in training, of an element of the embeddings' sum and of an
             attention weight.
         tied: whether the head shares the token embedding's weight.
@@ -61,6 +62,7 @@ class Transformer(nn.Module):
         rotary: bool = True,
         embedding: BertEmbedding | None = None,
         position_embedding: nn.Embedding | None = None,
+        position_offset: int = 0,
         embedding_dropout: float = 0.0,
         attention_dropout: float = 0.0,
         tied: bool,
@@ -83,6 +85,7 @@ class Transformer(nn.Module):
             bias=head_bias,
             transform=head_transform,
         )
+        self.position_offset = position_offset
         self.routing, self.router_loss = None, 0.0
         self.residual_dtype: torch.dtype | None = None
         self.init_weights(seed)

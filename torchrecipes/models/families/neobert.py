@@ -26,6 +26,7 @@ class NeoBertConfig:
         head_dim: H. None: D / N.
         max_position_embeddings: longest document that the model is made for; RoPE itself sets no limit.
         rope_theta: base of the rotary wavelengths.
+        rope_scaling: how they are stretched, see `rope_cos_sin`. None: not.
         rms_norm_eps: epsilon of every RMSNorm.
         tie_word_embeddings: whether the head shares the embedding's weight.
         initializer_range: standard deviation of initial weights.
@@ -45,6 +46,7 @@ class NeoBertConfig:
     head_dim: int | None = None
     max_position_embeddings: int = 4096
     rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
@@ -85,7 +87,6 @@ class Adapter(DecoderAdapter):
         "attention_dropout": (0,),
         "hidden_dropout": (0,),
         "mlp_bias": (False,),
-        "rope_scaling": (None,),
         "pretraining_tp": (1,),
     }
     ignored = frozenset({"classifier_pooling", "clf_pooling"})

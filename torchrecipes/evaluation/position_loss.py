@@ -1,0 +1,46 @@
+"""`loss_by_position`: how the loss depends on a token's position in its document."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def loss_by_position(
+    token_loss: Tensor, position_ids: Tensor, edges: Sequence[int], labels: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Sums of the loss and numbers of targets for ranges of positions, without waiting for the device.
+
+    A model that was made for 512 tokens has a loss that rises beyond position 511; after it has learned to use longer
+    documents, the loss falls on.
+
+    Args:
+        token_loss: cross-entropy of each token, any shape.
+        position_ids: of the same shape: each token's position in its document.
+        edges: where the ranges begin, and the end of the last one: `[0, 512, 1024]` are 0 to 511 and 512 to 1023.
+            Positions outside do not count.
+        labels: of the same shape, -100 where there is nothing to predict. None: every token counts.
+
+    Returns:
+        For every range `loss/0-511` and `targets/0-511`, scalars in fp64. Add them up over batches and ranks; a sum
+        divided by its targets is the mean.
+
+    Raises:
+        ValueError: edges that do not rise, or other shapes.
+    """
+    if len(edges) < 2 or any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ValueError(f"edges must be two or more rising numbers, not {list(edges)}")
+    if token_loss.shape != position_ids.shape or (labels is not None and labels.shape != token_loss.shape):
+        raise ValueError("loss_by_position: token_loss, position_ids and labels must have one shape")
+    bounds = torch.tensor(edges, device=position_ids.device)
+    # Bucket 0 is before the first edge, the last one after the last.
+    buckets = torch.bucketize(position_ids.flatten(), bounds, right=True)
+    counted = torch.ones_like(buckets, dtype=torch.bool) if labels is None else labels.flatten() != -100
+    losses = torch.where(counted, token_loss.detach().flatten(), 0).double()
+    sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64, device=token_loss.device)
+    sums.index_add_(1, buckets, torch.stack((losses, counted.double())))
+    result = {}
+    for number, (first, end) in enumerate(itertools.pairwise(edges), start=1):
+        result[f"loss/{first}-{end - 1}"], result[f"targets/{first}-{end - 1}"] = sums[:, number]
+    return result
