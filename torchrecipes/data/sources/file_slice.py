@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torchrecipes.data.sources.line_reader import UnreadableFile, open_blocks
-from torchrecipes.data.sources.records import Document, ReadStats, content_checksum, documents
+from torchrecipes.data.sources.records import Cursor, Document, ReadStats, content_checksum, documents
 from torchrecipes.errors import UserError
 
 
@@ -32,6 +33,7 @@ class text_span:
     start: float = 0.0
     stop: float = 1.0
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
+    _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if not 0 <= self.start < self.stop <= 1:
@@ -60,18 +62,25 @@ class text_span:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield the document, with a new report.
+        return self.read()
+
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Document]:
+        """Yield the document, with a new report; nothing where `position` is after it.
 
         Raises:
             UserError: as in `text_span`.
         """
-        self.report = ReadStats()
-        return documents(self._read(), self.report)
+        self.report, self._cursor = ReadStats(), Cursor(position)
+        return documents(self._read(), self.report, cursor=self._cursor)
+
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last document that was read: before or after the only one."""
+        return self._cursor.position
 
     def _read(self) -> Iterator[Document]:
         try:
             with open_blocks(self.path) as blocks:
-                text = b"".join(blocks).decode()
+                text = b"".join(block.data for block in blocks).decode()
         except UnreadableFile as error:
             raise UserError(f"{self.path}: {error.reason}: {error.detail}", code="not_text") from None
         except UnicodeDecodeError as error:

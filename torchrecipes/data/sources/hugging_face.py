@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from torchrecipes.config.suggest import did_you_mean
-from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, check_options, content_checksum, documents
+from torchrecipes.data.sources.records import (
+    BadRecord,
+    Cursor,
+    Document,
+    ReadStats,
+    check_options,
+    content_checksum,
+    documents,
+)
 from torchrecipes.data.sources.text_and_jsonl import text_field
 from torchrecipes.errors import UserError
 
@@ -53,6 +61,7 @@ class hf_dataset:
     max_documents: int | None = None
     num_bytes: int = field(default=0, init=False)  # not known before the rows are read
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
+    _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         check_options(self.on_bad_record, self.max_document_chars)
@@ -78,17 +87,28 @@ class hf_dataset:
         return any(Path(self.name, file).is_file() for file in ("dataset_dict.json", "state.json"))
 
     def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Document]:
         """Yield the documents, with a new report.
+
+        Args:
+            position: what `position` returned, for a source with the same fingerprint; None: from the first document.
 
         Raises:
             UserError: a row without a text and `on_bad_record` is "stop"; the dataset cannot be read.
         """
-        self.report = ReadStats()
-        return documents(self._read(), self.report, stop=self.on_bad_record == "stop")
+        self.report, self._cursor = ReadStats(), Cursor(position)
+        return documents(self._read(), self.report, self.on_bad_record == "stop", self._cursor)
+
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last document that was read: a row, and of a stream its `state_dict`."""
+        return self._cursor.position
 
     def _read(self) -> Iterator[Document | BadRecord]:
-        texts = self._texts(self._open())
-        for number in count(1):
+        first = self._cursor.place.get("row", 0)
+        texts = self._texts(self._open(), first)
+        for number in count(first + 1):
             # Nothing but `datasets` and `pyarrow` runs in here, so whatever they raise is about the data.
             try:
                 text = next(texts)
@@ -98,13 +118,22 @@ class hf_dataset:
                 raise self._unreadable(error) from error
             yield from text_field(text, f"{self._label}:{number}", self.max_document_chars)
 
-    def _texts(self, rows: Any) -> Iterator[Any]:
+    def _texts(self, rows: Any, first: int) -> Iterator[Any]:
         if self.streaming:
             rows = rows if self.max_documents is None else rows.take(self.max_documents)
-            return (row.get(self.text_column) for row in rows)
-        rows = rows.select(range(min(len(rows), self.max_documents or len(rows))))
+            if first:
+                rows.load_state_dict(self._cursor.place["state"])
+            for number, row in enumerate(rows, first):
+                yield row.get(self.text_column)
+                if (number + 1) % BATCH == 0:  # a copy of the state takes longer than a row
+                    self._cursor.at(row=number + 1, state=rows.state_dict())
+            return
+        rows = rows.select(range(first, min(len(rows), self.max_documents or len(rows))))
         batches = rows.select_columns(self.text_column).with_format("arrow").iter(batch_size=BATCH)
-        return (text for batch in batches for text in batch.column(self.text_column).to_pylist())
+        for batch in batches:
+            self._cursor.at(row=first)
+            yield from batch.column(self.text_column).to_pylist()
+            first += len(batch)
 
     def _check(self) -> None:
         # Options that `datasets` ignores silently, or refuses without saying what to do.

@@ -5,15 +5,17 @@
    A byte order mark at the start is dropped.
 3. Blocks are cut at line ends, decoded at once and split; only a block that is not UTF-8 is decoded line by line.
 4. A line longer than a limit comes in fragments, so a line of a terabyte takes no more memory than any other.
+5. Every group of lines carries the byte at which it starts, from which reading can start again.
 
 Why not a library: `datasets`' text loader and `pyarrow.csv` split at other characters, stop at the first byte that is
 not UTF-8 without its line, or hold a long line in memory.
 """
 
 import gzip
+import lzma
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -26,8 +28,8 @@ FORMATS = (  # offset, first bytes, what it is, what to do
     (0, b"PAR1\x15", "Parquet data", "give it a name that ends in .parquet"),
     (0, b"ARROW1\x00\x00", "an Arrow file", "convert it to Parquet, or read a folder of datasets with hf_dataset"),
     (0, b"\xff\xff\xff\xff", "an Arrow stream", "read its folder with hf_dataset"),
-    (0, b"\x28\xb5\x2f\xfd", "zstd data", "unpack it first: zstd -d FILE"),
-    (0, b"\xfd7zXZ\x00", "xz data", "unpack it first: xz -d FILE"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd data", "give it a name that ends in .zst"),
+    (0, b"\xfd7zXZ\x00", "xz data", "give it a name that ends in .xz"),
     (4, b"1AY&SY", "bzip2 data", "unpack it first: bzip2 -d FILE"),
     (0, b"\x04\x22\x4d\x18", "lz4 data", UNPACK),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
@@ -61,6 +63,8 @@ ENCODINGS = (
     (b"\xfe\xff", "UTF-16"),
 )
 MARK = b"\xef\xbb\xbf"  # a byte order mark in UTF-8
+COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}  # by the end of a file's name
+ZSTD_BLOCK = 1 << 16  # bytes: of corrupt data, the last block is lost
 
 
 class UnreadableFile(Exception):
@@ -71,6 +75,18 @@ class UnreadableFile(Exception):
         self.reason, self.detail = reason, detail
 
 
+class Block(NamedTuple):
+    """Bytes of a file with `\\n` as the only line end.
+
+    Positions in the (unpacked) file: where the block starts and stops, and where its second line starts, if it has one.
+    """
+
+    data: bytes
+    start: int
+    stop: int
+    second_line: int
+
+
 class Lines(NamedTuple):
     """Consecutive lines without their ends; a line that is not UTF-8 is bytes.
 
@@ -79,61 +95,83 @@ class Lines(NamedTuple):
 
     first: int  # number of the first line, from 1
     lines: list[str | bytes]
+    byte: int  # position in the file (unpacked) at which they start
     is_fragment: bool = False
 
 
 @contextmanager
-def open_blocks(path: str, gzipped: bool = False) -> Iterator[Iterator[bytes]]:
+def open_blocks(path: str, compression: str | None = None, start: int = 0) -> Iterator[Iterator[Block]]:
     """Open a file as an iterator of blocks with `\\n` as the only line end.
 
+    Args:
+        path: the file.
+        compression: "gzip", "xz", "zstd" or None.
+        start: the position to read from, in unpacked bytes: the start of a line. Where nothing is compressed, the bytes
+            before it are not read.
+
     Raises:
-        UnreadableFile: from the iterator: it is not UTF-8 text, or its gzip data is corrupt.
+        UnreadableFile: from the iterator: it is not UTF-8 text, or its compressed data is corrupt.
         OSError: the file cannot be opened or read.
     """
     with open(path, "rb") as raw:
-        if gzipped:
-            with gzip.GzipFile(fileobj=raw) as stream:
-                yield _unify_line_ends(_check_head(_unpack(stream)))
+        if compression is None:
+            raw.seek(start)
+            blocks = _read(raw.read)
+            yield _unify_line_ends(blocks if start else _check_head(blocks), start)
         else:
-            yield _unify_line_ends(_check_head(_read(raw)))
+            with closing(_decompressor(raw, compression)) as stream:
+                blocks = _unpack(stream, compression)
+                yield _unify_line_ends(_drop(blocks, start) if start else _check_head(blocks), start)
 
 
-def read_lines(blocks: Iterator[bytes], longest: int) -> Iterator[Lines]:
+def read_lines(blocks: Iterator[Block], longest: int, first: int = 1, separator: bytes = b"") -> Iterator[Lines]:
     """Yield the lines of `blocks`, as many at a time as the blocks hold.
 
     Args:
-        blocks: bytes with `\\n` as the only line end.
+        blocks: what `open_blocks` gives.
         longest: bytes of a line that are held in memory, at least a block; a longer line comes in fragments of that
             size, which depend on the line only, not on where the blocks begin.
+        first: number of the first line.
+        separator: a fragment does not end inside these bytes.
     """
     assert longest >= BLOCK, "a line inside a block is never a fragment"
-    first = 1
-    tail = bytearray()
-    for block in blocks:
+    tail, start = bytearray(), 0
+
+    def fragments(keep: int) -> Iterator[Lines]:
+        nonlocal start
+        while len(tail) > longest + keep:
+            cut = _fragment_end(tail, longest, separator)
+            yield Lines(first, _decode(tail[:cut]), start, is_fragment=True)
+            start += cut
+            del tail[:cut]
+
+    for block, block_start, stop, second_line in blocks:
+        if not tail:
+            start = block_start
         end = block.find(b"\n")
         if end < 0:
             tail += block
-            while len(tail) > longest:
-                yield _fragment(tail, longest, first)
+            yield from fragments(0)
             continue
         if len(tail) + end > longest:
             tail += block[: end + 1]
             block = block[end + 1 :]
-            while len(tail) - 1 > longest:
-                yield _fragment(tail, longest, first)
-            yield Lines(first, _decode(tail[:-1]))
+            yield from fragments(1)
+            yield Lines(first, _decode(tail[:-1]), start)
             first += 1
+            start = second_line
             tail.clear()
         last = block.rfind(b"\n")
         if last >= 0:
             lines = _decode(tail + block[:last] if tail else block[:last])
-            yield Lines(first, lines)
+            yield Lines(first, lines, start)
             first += len(lines)
-        tail = bytearray(block[last + 1 :]) if last >= 0 else tail + block
-    while len(tail) > longest:
-        yield _fragment(tail, longest, first)
+            tail.clear()
+        tail += block[last + 1 :]
+        start = stop - len(tail)  # there is no line end in the tail, so nothing in it was changed
+    yield from fragments(0)
     if tail:
-        yield Lines(first, _decode(tail))
+        yield Lines(first, _decode(tail), start)
 
 
 def not_utf8(line: bytes) -> str:
@@ -157,13 +195,12 @@ def describe_format(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-def _fragment(tail: bytearray, longest: int, number: int) -> Lines:
+def _fragment_end(tail: bytearray, longest: int, separator: bytes) -> int:
     cut = longest
     while cut > longest - 3 and tail[cut] & 0xC0 == 0x80:  # not inside a character
         cut -= 1
-    lines = _decode(tail[:cut])
-    del tail[:cut]
-    return Lines(number, lines, is_fragment=True)
+    inside = (size for size in range(1, len(separator)) if tail[cut - size : cut] == separator[:size])
+    return cut - max(inside, default=0)
 
 
 def _decode(data: bytes | bytearray) -> list[str | bytes]:
@@ -181,17 +218,38 @@ def decode_or_keep(line: bytes) -> str | bytes:
         return line
 
 
-def _read(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(BLOCK):
+def _read(read: Callable[[int], bytes], size: int | None = None) -> Iterator[bytes]:
+    while block := read(size or BLOCK):
         yield block
 
 
-def _unpack(stream: gzip.GzipFile) -> Iterator[bytes]:
+def _decompressor(raw: BinaryIO, compression: str):
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == "xz":
+        return lzma.LZMAFile(raw)
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(raw, "zstd")
+
+
+def _unpack(stream, compression: str) -> Iterator[bytes]:
     try:
-        while block := stream.read1(BLOCK):
-            yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UnreadableFile("corrupt or truncated gzip data", str(error)) from error
+        if compression == "zstd":
+            yield from _read(stream.read, ZSTD_BLOCK)
+        else:
+            yield from _read(stream.read1)
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
+            raise
+        raise UnreadableFile(f"corrupt or truncated {compression} data", str(error)) from error
+
+
+def _drop(blocks: Iterator[bytes], count: int) -> Iterator[bytes]:
+    for block in blocks:
+        if count < len(block):
+            yield block[count:]
+        count = max(0, count - len(block))
 
 
 def _check_head(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -210,8 +268,8 @@ def _check_head(blocks: Iterator[bytes]) -> Iterator[bytes]:
         raise UnreadableFile("not text", f"it is {': '.join(known)}")
     if _looks_like_utf16(head[:HEAD]):
         raise UnreadableFile("not UTF-8", "it looks like UTF-16 without a mark: convert it, e.g. iconv -t UTF-8")
-    if head.removeprefix(MARK):
-        yield head.removeprefix(MARK)
+    if head:
+        yield head
     if broken:  # the text before the damage is good
         raise broken
     yield from blocks
@@ -223,16 +281,23 @@ def _looks_like_utf16(head: bytes) -> bool:
     return half > 8 and (even > 0.7 * half > 0.1 * half > odd or odd > 0.7 * half > 0.1 * half > even)
 
 
-def _unify_line_ends(blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _unify_line_ends(blocks: Iterator[bytes], position: int) -> Iterator[Block]:
     held = b""
     for block in blocks:
+        start = position - len(held)
+        position += len(block)
+        if not start and block.startswith(MARK):
+            block, start = block[len(MARK) :], len(MARK)
+        second_line = start + block.find(b"\n") + 1
         if held or b"\r" in block:
             block = held + block
             held = b""
             if block.endswith(b"\r"):  # half of a \r\n, maybe
                 block, held = block[:-1], b"\r"
+            first_end = min((end for end in (block.find(b"\n"), block.find(b"\r")) if end >= 0), default=0)
+            second_line = start + first_end + (2 if block[first_end : first_end + 2] == b"\r\n" else 1)
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if block:
-            yield block
+            yield Block(block, start, position - len(held), second_line)
     if held:
-        yield b"\n"
+        yield Block(b"\n", position - 1, position, position)

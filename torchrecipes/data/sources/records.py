@@ -3,13 +3,14 @@
 1. A source reads records: files, lines, JSON objects, table rows, docstrings.
 2. A record with a text is a `Document`; one without is a `BadRecord` with the reason.
 3. `ReadStats` counts both.
+4. A `Cursor` knows where reading can start again to get exactly the documents that follow.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
@@ -78,6 +79,38 @@ class ReadStats:
         return "\n".join(self.lines())
 
 
+class Cursor:
+    """The position of a reader: a place where reading can start, and the number of records it has given since.
+
+    A reader calls `at` when the record that it will give next starts at such a place; `documents` counts the records
+    from there. So a reader names as few places as it likes: the records after the last one are read again and dropped.
+
+    Args:
+        position: an earlier `position`, where this reader starts; None: at the beginning.
+
+    Attributes:
+        place: arguments of the latest `at`; at first those of the position.
+        inside: what is added to every place: which file it is in.
+        skip: records to drop before the first one is given.
+    """
+
+    def __init__(self, position: dict[str, Any] | None = None):
+        self.place = dict(position or {})
+        self.skip: int = self.place.pop("records", 0)
+        self.documents: int = self.place.pop("documents", 0)
+        self.inside: dict[str, Any] = {}
+        self.records = 0
+
+    def at(self, **place: Any) -> None:
+        """Reading can start at this place; values are strings, numbers, and lists and dicts of these."""
+        self.place, self.records = place, 0
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """The position after the latest record, for JSON; `documents` counts those before it."""
+        return {**self.inside, **self.place, "records": self.records, "documents": self.documents}
+
+
 class Source(Protocol):
     """Documents in an order that is the same every time: `data.source` in a config is one.
 
@@ -85,7 +118,7 @@ class Source(Protocol):
         name: where the documents come from, for messages.
         num_bytes: size of the input in bytes as stored, for the progress bar; 0 if it is not known.
         fingerprint: equal for equal arguments and equal content, wherever the input is and whenever it was written.
-        report: counts of the latest iteration; complete when that has ended.
+        report: counts of the latest iteration so far.
     """
 
     report: ReadStats
@@ -103,29 +136,53 @@ class Source(Protocol):
         """Yield the documents; a second iteration reads them again."""
         ...
 
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Document]:
+        """Yield the documents from a position, which `position` gave, or from the first one."""
+        ...
 
-def documents(items: Iterable[Document | BadRecord], report: ReadStats, stop: bool = False) -> Iterator[Document]:
-    """Yield the documents of `items`; count all items in `report`, which is complete when the iteration ends.
+    def position(self) -> dict[str, Any]:
+        """Return the position right after the last document that the latest iteration yielded, for JSON."""
+        ...
+
+
+def documents(
+    items: Iterable[Document | BadRecord],
+    report: ReadStats,
+    stop: bool = False,
+    cursor: Cursor | None = None,
+    max_documents: int | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of `items`; count all items in `report` and `cursor`.
+
+    Args:
+        items: what a reader gives.
+        report: counts documents and bad records.
+        stop: a bad record raises.
+        cursor: where the reader started; the records that it says to skip are dropped and not reported.
+        max_documents: documents to yield at most, those before the cursor's start included.
 
     Raises:
         UserError: with `stop`, at a bad record other than an empty text (code `bad_record`); names it and those that
             follow soon.
     """
-    items = iter(items)
-    count = characters = 0
-    try:
-        for item in items:
-            if type(item) is not BadRecord:
-                count += 1
-                characters += len(item.text)
-                yield item
-            elif stop and item.reason != EMPTY_TEXT:
-                raise _bad_records(item, items)
-            else:
-                report.add(item)
-    finally:
-        report.documents += count
-        report.characters += characters
+    items, cursor = iter(items), cursor or Cursor()
+    skip = cursor.skip
+    while max_documents is None or cursor.documents < max_documents:
+        item = next(items, None)
+        if item is None:
+            return
+        cursor.records += 1
+        if skip:
+            skip -= 1
+        elif type(item) is not BadRecord:
+            cursor.documents += 1
+            report.documents += 1
+            report.characters += len(item.text)
+            yield item
+        elif stop and item.reason != EMPTY_TEXT:
+            raise _bad_records(item, items)
+        else:
+            report.add(item)
 
 
 def require_documents(source: Source, report: ReadStats) -> None:

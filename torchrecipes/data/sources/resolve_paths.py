@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torchrecipes.config.suggest import closest
+from torchrecipes.data.sources.line_reader import COMPRESSIONS
 from torchrecipes.data.sources.records import BadRecord
 from torchrecipes.errors import UserError
 
@@ -35,7 +36,8 @@ NO_FILE = "not a file that can be read"
 CARD = "the card of a dataset; name it to read it"
 TWICE = "named twice"
 TRAINING, HELD_OUT = (
-    re.compile(rf"({names})([-._]\d+(-of-\d+)?)?\.[a-z]+(\.gz)?") for names in ("train", "test|validation|valid|dev")
+    re.compile(rf"({names})([-._]\d+(-of-\d+)?)?\.[a-z]+(\.(gz|xz|zst))?")
+    for names in ("train", "test|validation|valid|dev")
 )
 
 
@@ -46,7 +48,7 @@ class FoundFile:
     path: str  # absolute
     name: str  # as the config has it, for messages
     format: str  # one of FORMATS' values
-    gzipped: bool
+    compression: str | None  # one of COMPRESSIONS' values
     size: int  # bytes on disk
     modified_ns: int
 
@@ -171,8 +173,8 @@ def _file(path: str, named: bool) -> FoundFile | BadRecord:
     if base.startswith(".") and not named:
         return BadRecord(path, HIDDEN)
     stem, suffix = os.path.splitext(base.lower())
-    gzipped = suffix == ".gz"
-    if gzipped:
+    compression = COMPRESSIONS.get(suffix)
+    if compression:
         suffix = os.path.splitext(stem)[1]
     form = FORMATS.get(suffix, "text" if named else None)
     try:
@@ -181,11 +183,11 @@ def _file(path: str, named: bool) -> FoundFile | BadRecord:
         return _refuse(path, error.strerror or str(error), named)
     if not stat.S_ISREG(status.st_mode):
         return _refuse(path, "a pipe, socket or device", named)
-    if form == "parquet" and gzipped:
-        return _refuse(path, "Parquet inside gzip: unpack it first", named)
+    if form == "parquet" and compression:
+        return _refuse(path, f"Parquet inside {compression}: unpack it first", named)
     if form is None:
         return BadRecord(path, UNKNOWN)
-    return FoundFile(os.path.abspath(path), path, form, gzipped, status.st_size, status.st_mtime_ns)
+    return FoundFile(os.path.abspath(path), path, form, compression, status.st_size, status.st_mtime_ns)
 
 
 def _refuse(path: str, detail: str, named: bool) -> BadRecord:

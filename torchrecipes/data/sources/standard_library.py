@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, documents
+from torchrecipes.data.sources.records import BadRecord, Cursor, Document, ReadStats, documents
 from torchrecipes.errors import UserError
 
 READING = 1  # raise it when the same library gives other documents than before: it enters the fingerprint
@@ -51,6 +52,7 @@ class python_docs:
 
     limit_mb: float | None = None
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
+    _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.limit_mb is not None and self.limit_mb <= 0:
@@ -81,9 +83,20 @@ class python_docs:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield topics, docstrings, comments, with a new report; a file that cannot be parsed is only counted."""
-        self.report = ReadStats()
-        return documents(self._items, self.report)
+        return self.read()
+
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Document]:
+        """Yield topics, docstrings, comments, with a new report; a file that cannot be parsed is only counted.
+
+        Args:
+            position: what `position` returned; None: from the first one.
+        """
+        self.report, self._cursor = ReadStats(), Cursor(position)
+        return documents(self._items, self.report, cursor=self._cursor)
+
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last document that was read, for `read`."""
+        return self._cursor.position
 
     @cached_property
     def _items(self) -> tuple[Document | BadRecord, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, decode_or_keep
-from torchrecipes.data.sources.records import BadRecord, Document
+from torchrecipes.data.sources.records import BadRecord, Cursor, Document
 from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, numbered_lines, text_field
 
 FIELD_COUNT = "a row with another number of fields than there are columns"
@@ -24,7 +24,13 @@ PARQUET_ROWS = 256  # per batch
 
 
 def read_csv(
-    line_groups: Iterable[Lines], name: str, text_column: str, limit: int, tabs: bool, columns: list[str] | None = None
+    line_groups: Iterable[Lines],
+    name: str,
+    text_column: str,
+    limit: int,
+    tabs: bool,
+    columns: list[str] | None = None,
+    cursor: Cursor | None = None,
 ) -> Iterator[Document | BadRecord]:
     """Yield the field in the column `text_column` of every row.
 
@@ -35,11 +41,15 @@ def read_csv(
         limit: characters of a document.
         tabs: fields are separated by tabs, and quotes are characters like any other.
         columns: names of the columns, for a file without a header line.
+        cursor: where rows start.
 
     Raises:
         UnreadableFile: no such column; a quoted field of more than 64 Mi characters.
     """
-    rows = _tab_rows(numbered_lines(line_groups, name)) if tabs else _quoted_rows(line_groups, name)
+    cursor = cursor or Cursor()
+    if header := cursor.place.pop("columns", None):  # of a file that is read from the middle
+        cursor.inside["columns"] = columns = header
+    rows = _tab_rows(line_groups, name, cursor) if tabs else _quoted_rows(line_groups, name, cursor)
     index = None if columns is None else _column(columns, text_column, "the columns in the config are")
     for number, row in rows:
         source = f"{name}:{number}"
@@ -49,13 +59,17 @@ def read_csv(
             columns = [column.strip() for column in row]
             hint = "a file without a header line needs columns=[...]; the first line, which names the columns, is"
             index = _column(columns, text_column, hint)
+            cursor.inside["columns"] = columns
+            cursor.at(**{**cursor.place, "row": number + 1})
         elif len(row) != len(columns):
             yield BadRecord(source, FIELD_COUNT, f"{len(row)}, not {len(columns)}")
         else:
             yield from text_field(row[index], source, limit)
 
 
-def read_parquet(path: str, name: str, text_column: str, limit: int) -> Iterator[Document | BadRecord]:
+def read_parquet(
+    path: str, name: str, text_column: str, limit: int, cursor: Cursor | None = None
+) -> Iterator[Document | BadRecord]:
     """Yield the value in the column `text_column` of every row.
 
     A corrupt row group is one bad record, at the row where the damage begins; the next groups are read all the same.
@@ -65,21 +79,28 @@ def read_parquet(path: str, name: str, text_column: str, limit: int) -> Iterator
         name: file name for messages; the source of a document is `name:row`, counted from 1.
         text_column: name of a column of any Arrow string type.
         limit: characters of a document.
+        cursor: the row group and the row in it to start at, and where batches start.
 
     Raises:
         UnreadableFile: not a Parquet file, or one without such a column.
     """
     import pyarrow
 
+    cursor = cursor or Cursor()
+    first_group, skip = cursor.place.get("row_group", 0), cursor.place.get("row", 0)
     with _open_parquet(path, text_column) as file:
-        first = 1
-        for group in range(file.num_row_groups):
-            row = first
-            first += file.metadata.row_group(group).num_rows
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        for group in range(first_group, len(rows)):
+            first = row = 1 + sum(rows[:group])
             try:
                 # One thread: for one column others gain nothing, and processes forked later would inherit their pool.
                 batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[text_column], use_threads=False)
                 for batch in batches:
+                    if skip:
+                        skip -= len(batch)
+                        row += len(batch)
+                        continue
+                    cursor.at(row_group=group, row=row - first)
                     for text in column_texts(batch.column(0)):
                         yield from text_field(text, f"{name}:{row}", limit)
                         row += 1
@@ -138,21 +159,27 @@ def _column(columns: list[str], wanted: str, introduction: str) -> int:
     return columns.index(wanted)
 
 
-def _tab_rows(lines: Iterable[tuple[int, str | BadRecord]]) -> Iterator[tuple[int, list[str] | BadRecord]]:
-    for number, line in lines:
+def _tab_rows(line_groups: Iterable[Lines], name: str, cursor: Cursor) -> Iterator[tuple[int, list[str] | BadRecord]]:
+    for number, line in numbered_lines(line_groups, name, cursor.at, cursor.place.get("row", 0)):
         yield number, line if isinstance(line, BadRecord) else line.split("\t")
 
 
-def _quoted_rows(line_groups: Iterable[Lines], name: str) -> Iterator[tuple[int, list[str] | BadRecord]]:
+def _quoted_rows(
+    line_groups: Iterable[Lines], name: str, cursor: Cursor
+) -> Iterator[tuple[int, list[str] | BadRecord]]:
     # The limit is the process's, and far below the length of a document; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD))
-    lines = numbered_lines(line_groups, name, keep_blank=True)
+    group: dict[str, int] = {}  # where the lines start that come next
+    begin = cursor.place.get("row", 0)
+    lines = numbered_lines(line_groups, name, group.update, begin, keep_blank=True)
     again: list[tuple[int, str | BadRecord]] = []  # lines to read again, the next one last
     taken: list[tuple[int, str | BadRecord]] = []  # lines of the row that is being read
 
     def feed() -> Iterator[str]:
         characters = 0
         while item := again.pop() if again else next(lines, None):
+            if is_new and not taken:
+                cursor.at(**{**group, "row": item[0]})
             taken.append(item)
             if isinstance(item[1], BadRecord):
                 return  # ends the row: an error inside quotes
@@ -165,6 +192,7 @@ def _quoted_rows(line_groups: Iterable[Lines], name: str) -> Iterator[tuple[int,
 
     while True:
         taken.clear()
+        is_new = not again
         try:
             row = next(csv.reader(feed(), strict=True), None)
             problem = None

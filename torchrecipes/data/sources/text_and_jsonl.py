@@ -9,10 +9,12 @@ number; both hold the other columns in memory.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, not_utf8
-from torchrecipes.data.sources.records import EMPTY_TEXT, BadRecord, Document
+from torchrecipes.data.sources.records import EMPTY_TEXT, BadRecord, Cursor, Document
 
 NOT_UTF8 = "not UTF-8"
 LONGEST_RECORD = 256 << 20  # bytes of a line that must be in memory to be parsed: JSON, a row of a table
@@ -23,12 +25,24 @@ class Pieces:
 
     A cut is after the last white space in the second half of what fits, or else where the limit is. The pieces joined
     are the text, except that pieces of white space alone are dropped. The cuts depend on the text only.
+
+    Args:
+        source: where the text is, for its documents.
+        limit: characters of a piece.
+        cursor: is told where pieces start, if there is a `mark` for the start of the text.
+        count: pieces of this text that were read earlier.
     """
 
-    def __init__(self, source: str, limit: int):
-        self.source, self.limit, self.count = source, limit, 0
+    def __init__(self, source: str, limit: int, cursor: Cursor | None = None, count: int = 0):
+        self.source, self.limit, self.cursor, self.count = source, limit, cursor, count
         self.held: list[str] = []
         self.length = 0  # characters in `held`
+        self.start = 0  # characters before those in `held`
+        self.marks: deque[tuple[int, int, dict[str, Any]]] = deque()
+
+    def mark(self, ahead: int, chars: int, place: dict[str, Any]) -> None:
+        """State that the character that comes after `ahead` more is number `chars` (from 0) of the lines at `place`."""
+        self.marks.append((self.start + self.length + ahead, chars, place))
 
     def add(self, text: str) -> Iterator[Document]:
         """Append `text` and yield the pieces that are complete."""
@@ -38,13 +52,23 @@ class Pieces:
             joined, start = "".join(self.held), 0
             while len(joined) - start > self.limit:
                 stop = _cut(joined, start, self.limit)
+                self._tell(self.start + start)
                 yield from self._piece(joined[start:stop])
                 start = stop
             self.held, self.length = [joined[start:]], len(joined) - start
+            self.start += start
 
     def end(self) -> Iterator[Document]:
         """Yield the last piece."""
+        self._tell(self.start)
         return self._piece("".join(self.held))
+
+    def _tell(self, start: int) -> None:
+        if self.marks:
+            while len(self.marks) > 1 and self.marks[1][0] <= start:
+                self.marks.popleft()
+            mark, chars, place = self.marks[0]
+            self.cursor.at(**place, chars=chars + start - mark, piece=[self.source, self.count])
 
     def _piece(self, text: str) -> Iterator[Document]:
         self.count += 1
@@ -63,22 +87,41 @@ def cut_long(text: str, source: str, limit: int) -> Iterator[Document]:
 
 
 def read_text(
-    line_groups: Iterable[Lines], name: str, limit: int, sample_by: str = "document"
+    line_groups: Iterable[Lines], name: str, limit: int, sample_by: str = "document", cursor: Cursor | None = None
 ) -> Iterator[Document | BadRecord]:
     """Yield the file, its paragraphs or its lines as documents; lines are joined by `\\n`, blank ones are no documents.
 
     A line that is not UTF-8 makes a bad record of the document it is in: only pieces that were complete before it, of a
     text longer than the limit, are kept.
     """
-    pieces, lost, inside = None, False, False  # inside: a line that came in fragments
-    for number, lines, is_fragment in line_groups:
+    cursor = cursor or Cursor()
+    inside = cursor.place.get("is_rest", False)  # a line that came in fragments
+    drop = cursor.place.get("chars", 0)  # characters that were read earlier
+    pieces, lost, is_cut = None, False, "piece" in cursor.place
+    if is_cut:
+        source, count = cursor.place["piece"]
+        pieces = Pieces(source, limit, cursor, count)
+    for number, lines, byte, is_fragment in line_groups:
+        place = {"byte": byte, "line": number, **({"is_rest": True} if inside else {})}
+        end = 0  # characters of these lines so far
+        if pieces and not is_cut:
+            pieces.mark(0 if inside else 1, 0, place)
+        elif not pieces and not lost:
+            cursor.at(**place)
         for line in lines:
+            start, end = end, end + len(line) + 1
             is_blank = not line or line.isspace()
-            if not inside and (sample_by == "line" or (sample_by == "paragraph" and is_blank)):
+            if not inside and not is_cut and (sample_by == "line" or (sample_by == "paragraph" and is_blank)):
                 if pieces:
                     yield from pieces.end()
                 pieces, lost = None, False
-            if is_blank and not inside and sample_by != "document":
+            if drop > len(line):
+                drop -= len(line) + (not is_fragment)
+            elif is_cut:
+                pieces.mark(0, start + drop, place)
+                yield from pieces.add(line[drop:])
+                drop, is_cut = 0, False
+            elif is_blank and not inside and sample_by != "document":
                 pass
             elif type(line) is bytes:
                 if not lost:
@@ -89,7 +132,8 @@ def read_text(
             elif pieces:
                 yield from pieces.add(line if inside else f"\n{line}")
             elif not lost:
-                pieces = Pieces(f"{name}:{number}", limit)
+                pieces = Pieces(f"{name}:{number}", limit, cursor)
+                pieces.mark(0, start, place)
                 yield from pieces.add(line)
             inside = is_fragment
             number += 1
@@ -98,11 +142,29 @@ def read_text(
 
 
 def numbered_lines(
-    line_groups: Iterable[Lines], name: str, keep_blank: bool = False
+    line_groups: Iterable[Lines],
+    name: str,
+    on_group: Callable[..., None],
+    begin: int = 0,
+    keep_blank: bool = False,
 ) -> Iterator[tuple[int, str | BadRecord]]:
-    """Yield lines with their numbers; one that is not UTF-8, or too long for memory, is a bad record."""
+    """Yield lines with their numbers; one that is not UTF-8, or too long for memory, is a bad record.
+
+    Args:
+        line_groups: the lines of the file.
+        name: file name for messages.
+        on_group: called with `byte` and `line` before the lines that start there, and `row`, if some are not yielded.
+        begin: number of the first line to yield.
+        keep_blank: yield blank lines, too.
+    """
     too_long = False
-    for number, lines, is_fragment in line_groups:
+    for number, lines, byte, is_fragment in line_groups:
+        if not too_long:
+            on_group(byte=byte, line=number, **({"row": begin} if number < begin else {}))
+        if number < begin:
+            lines, number = lines[begin - number :], min(begin, number + len(lines))
+            if not lines:
+                continue
         if is_fragment or too_long:
             if not too_long:
                 yield number, BadRecord(f"{name}:{number}", f"a line of more than {LONGEST_RECORD >> 20} MiB")
@@ -117,7 +179,7 @@ def numbered_lines(
 
 
 def read_json_lines(
-    line_groups: Iterable[Lines], name: str, text_column: str, limit: int
+    line_groups: Iterable[Lines], name: str, text_column: str, limit: int, cursor: Cursor | None = None
 ) -> Iterator[Document | BadRecord]:
     """Yield the text under `text_column` of every line's object; blank lines are no records.
 
@@ -128,12 +190,14 @@ def read_json_lines(
         name: file name for messages.
         text_column: name of the key in the objects.
         limit: characters of a document.
+        cursor: where the lines start.
 
     Raises:
         UnreadableFile: the file is one JSON value over several lines, or an array.
     """
-    raw_decode, is_first = json.JSONDecoder().raw_decode, True
-    for number, line in numbered_lines(line_groups, name):
+    cursor = cursor or Cursor()
+    raw_decode, is_first = json.JSONDecoder().raw_decode, not cursor.place.get("byte")
+    for number, line in numbered_lines(line_groups, name, cursor.at):
         if type(line) is BadRecord:
             yield line
             continue

@@ -14,9 +14,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from torchrecipes.data.sources.line_reader import BLOCK, UnreadableFile, open_blocks, read_lines
-from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, check_options, content_checksum, documents
+from torchrecipes.data.sources.line_reader import BLOCK, Block, UnreadableFile, open_blocks, read_lines
+from torchrecipes.data.sources.records import (
+    BadRecord,
+    Cursor,
+    Document,
+    ReadStats,
+    check_options,
+    content_checksum,
+    documents,
+)
 from torchrecipes.data.sources.resolve_paths import FoundFile, find_files
 from torchrecipes.data.sources.tables import read_csv, read_parquet
 from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, read_json_lines, read_text
@@ -29,7 +38,7 @@ READING = 2  # raise it when the same files give other documents than before: it
 class files:
     """Documents of files: plain text, .jsonl/.ndjson/.json (an object per line), .csv, .tsv, .parquet.
 
-    All but Parquet may be compressed with gzip (.gz). Text is UTF-8. Line ends are `\\n`, `\\r\\n` and `\\r`, nothing
+    All but Parquet may be compressed (.gz, .xz, .zst). Text is UTF-8. Line ends are `\\n`, `\\r\\n` and `\\r`, nothing
     else, in all of them, and `\\n` in the documents.
 
     Args:
@@ -55,6 +64,7 @@ class files:
     on_bad_record: str = "stop"
     max_document_chars: int = 1_000_000
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
+    _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         sample_by = (self.sample_by, ("document", "paragraph", "line"))
@@ -89,22 +99,41 @@ class files:
     def _content(self) -> str:
         options = [READING, self.text_column, self.sample_by, self.columns, self.max_document_chars]
         try:
-            described = [(file.format, file.gzipped, content_checksum(file.path)) for file in self.found]
+            described = [(file.format, file.compression, content_checksum(file.path)) for file in self.found]
         except OSError as error:
             raise _unreadable(error.filename, error) from error
         return hashlib.sha256(json.dumps([options, described]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Document]:
         """Yield the documents, file after file, with a new report.
+
+        Args:
+            position: what `position` returned, for a source with the same fingerprint; None: from the first document.
+                Files before it are not opened, and what it passes over in a file that is not compressed is not read.
 
         Raises:
             UserError: a bad record and `on_bad_record` is "stop"; a file that cannot be read or has changed.
         """
-        self.report = ReadStats()
-        for record in self.skipped:
-            self.report.add(record)
-        records = (record for file in self.found for record in self._read(file))
-        return documents(records, self.report, stop=self.on_bad_record == "stop")
+        self.report, self._cursor = ReadStats(), Cursor(position)
+        if position is None:
+            for record in self.skipped:
+                self.report.add(record)
+        return documents(self._records(), self.report, self.on_bad_record == "stop", self._cursor)
+
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last document that was read: its file and a byte, line or row group there."""
+        return self._cursor.position
+
+    def _records(self) -> Iterator[Document | BadRecord]:
+        first = self._cursor.place.pop("file", 0)
+        for number, file in enumerate(self.found[first:], first):
+            self._cursor.inside = {"file": number}
+            if number > first:
+                self._cursor.at()
+            yield from self._read(file)
 
     def _read(self, file: FoundFile) -> Iterator[Document | BadRecord]:
         try:
@@ -113,23 +142,25 @@ class files:
                 hint = "Start again when it is complete."
                 raise UserError(f"{file.name} has changed since this run started", hint=hint, code="file_changed")
             if file.format == "parquet":
-                yield from read_parquet(file.path, file.name, self.text_column, self.max_document_chars)
+                limit = self.max_document_chars
+                yield from read_parquet(file.path, file.name, self.text_column, limit, self._cursor)
             else:
-                with open_blocks(file.path, file.gzipped) as blocks:
+                with open_blocks(file.path, file.compression, self._cursor.place.get("byte", 0)) as blocks:
                     yield from self._read_lines(file, blocks)
         except UnreadableFile as error:
             yield BadRecord(file.name, error.reason, error.detail)
         except OSError as error:
             raise _unreadable(file.name, error) from error
 
-    def _read_lines(self, file: FoundFile, blocks: Iterator[bytes]) -> Iterator[Document | BadRecord]:
-        name, limit = file.name, self.max_document_chars
+    def _read_lines(self, file: FoundFile, blocks: Iterator[Block]) -> Iterator[Document | BadRecord]:
+        name, limit, cursor = file.name, self.max_document_chars, self._cursor
+        longest = max(4 * limit, BLOCK) if file.format == "text" else LONGEST_RECORD
+        lines = read_lines(blocks, longest, cursor.place.get("line", 1))
         if file.format == "text":
-            return read_text(read_lines(blocks, max(4 * limit, BLOCK)), name, limit, self.sample_by)
-        lines = read_lines(blocks, LONGEST_RECORD)
+            return read_text(lines, name, limit, self.sample_by, cursor)
         if file.format == "jsonl":
-            return read_json_lines(lines, name, self.text_column, limit)
-        return read_csv(lines, name, self.text_column, limit, file.format == "tsv", self.columns)
+            return read_json_lines(lines, name, self.text_column, limit, cursor)
+        return read_csv(lines, name, self.text_column, limit, file.format == "tsv", self.columns, cursor)
 
 
 def _unreadable(name: str, error: OSError) -> UserError:
