@@ -124,6 +124,29 @@ def config_parts(name: str, overrides: Sequence[str], keys: Sequence[str]) -> li
     return [values[key.rpartition(".")[2]] for key in keys]
 
 
+def checked_component(key: str, path: str, settings: Sequence[str]) -> Any:
+    """Return the component at `path` with arguments `name=value`, of the types in its signature.
+
+    Args:
+        key: `tokenizer`, or one of `_Data` after `data.`.
+        path: the dotted path.
+        settings: the arguments.
+
+    Raises:
+        UserError: an unknown argument or an invalid value (code `invalid_config`).
+    """
+    from torchrecipes.config.check import check_config, default_tree
+    from torchrecipes.config.merge import MergedConfig, Problems, Provenance
+    from torchrecipes.config.read_yaml import add_overrides
+
+    problems = Problems()
+    merged = MergedConfig(default_tree(_Config), {(): Provenance("the command line", (0, 0))})
+    add_overrides(merged, [f"{key}={path}", *(f"{key}.{setting}" for setting in settings)], problems)
+    config = check_config(merged, _Config, problems)
+    problems.raise_all(f"--{key.rpartition('.')[2]}")
+    return (vars(config.data) | vars(config))[key.rpartition(".")[2]]
+
+
 @dataclass
 class _Data:
     source: Component | None = None

@@ -39,6 +39,8 @@ GROUPS = {
     "data": (
         "prepare, check and measure text",
         {
+            "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
+            "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
             "verify": ("torchrecipes.cli.data_verify", "check every byte of a corpus against its checksums"),
         },
     ),

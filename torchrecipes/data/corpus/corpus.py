@@ -26,6 +26,7 @@ from torchrecipes.errors import UserError
 
 MUCH_UNKNOWN = 0.02  # fraction of the tokens above which the summary warns
 FEW_DOCUMENTS = 10  # for validation: below, the summary warns
+PENDING_FILE = "pending.json"  # beside `train` and `validation`: what their corpus.json files will hold (append.py)
 
 
 class Corpus:
@@ -49,13 +50,33 @@ class Corpus:
         self.shortest_document, self.longest_document = self.statistics.shortest, self.statistics.longest
         self.dtype = shards[0].tokens.dtype
         self.tokenizer_fingerprint: str = account["tokenizer"]["fingerprint"]
-        content = [FORMAT, self.tokenizer_fingerprint, *(shard["arrays_xxh3"] for shard in account["shards"])]
-        self.fingerprint = xxhash.xxh3_128_hexdigest(" ".join(content).encode())
+        self.fingerprint = _fingerprint(account, len(shards))
         self._first = [shard.token_offset for shard in shards]
         self._first_document = np.array([shard.document_offset for shard in shards])
 
     def __reduce__(self) -> tuple:
-        return open_corpus, (self.folder,)
+        return _reopen, (self.folder, self.fingerprint)
+
+    @property
+    def additions(self) -> list[dict[str, Any]]:
+        """What `append_to_corpus` has added, the oldest first: its records, as that function returns them."""
+        return self.account.get("additions", [])
+
+    @property
+    def lineage(self) -> list[str]:
+        """The fingerprints that this corpus has had: one before each addition, and its own last."""
+        sizes = [addition["first_shard"] for addition in self.additions]
+        return [*(_fingerprint(self.account, size) for size in sizes), self.fingerprint]
+
+    def before_additions(self, fingerprint: str) -> "Corpus":
+        """This corpus as it was when it had the fingerprint, one of `lineage`."""
+        if fingerprint == self.fingerprint:
+            return self
+        number = self.lineage.index(fingerprint)
+        size, statistics = (self.additions[number][key] for key in ("first_shard", "before"))
+        shards = {"shards": self.account["shards"][:size], "statistics": statistics}
+        account = {**self.account, **shards, "additions": self.additions[:number]}
+        return Corpus(self.folder, account, self.shards[:size])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens at the global positions from `start` up to `stop`: `[stop - start]` of `dtype`, read-only."""
@@ -172,7 +193,7 @@ def open_corpus(folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpu
     folder = Path(folder)
     file = folder / CORPUS_FILE
     try:
-        account = json.loads(file.read_text("utf-8"))
+        account = _read_account(folder)
     except FileNotFoundError:
         raise _no_corpus(folder) from None
     except (OSError, ValueError) as error:
@@ -247,6 +268,25 @@ def prepare_corpus(
             corpus.verify()
             print(corpus.summary(seq_len), flush=True)
     return corpora[0], corpora[1] if len(corpora) > 1 else None
+
+
+def _read_account(folder: Path) -> dict[str, Any]:
+    # An addition is there as soon as the pending file is (append.py).
+    try:
+        pending = json.loads((folder.parent / PENDING_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        pending = {}
+    return pending.get(folder.name) or json.loads((folder / CORPUS_FILE).read_text("utf-8"))
+
+
+def _reopen(folder: Path, fingerprint: str) -> Corpus:
+    return open_corpus(folder).before_additions(fingerprint)
+
+
+def _fingerprint(account: dict[str, Any], num_shards: int) -> str:
+    """The fingerprint of the first shards of a corpus."""
+    arrays = [shard["arrays_xxh3"] for shard in account["shards"][:num_shards]]
+    return xxhash.xxh3_128_hexdigest(" ".join([FORMAT, account["tokenizer"]["fingerprint"], *arrays]).encode())
 
 
 def _open_shards(folder: Path, account: dict[str, Any]) -> list[Shard]:

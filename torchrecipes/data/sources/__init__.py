@@ -5,6 +5,7 @@ file_slice          `text_span`: a slice of one text file as one document
 hugging_face        `hf_dataset`: the `datasets` library, streamed or not
 standard_library    `python_docs`: the documentation that ships with Python
 mixture             `mixture`: several sources with weights
+part                `SourcePart`: one of several equal parts of a source
 records             `Source`, `Document`, `BadRecord`, `ReadStats`, and the checksum of a file's content
 resolve_paths       from paths, folders and patterns to a list of files
 line_reader         from the bytes of a file to numbered lines; recognizes other formats
@@ -15,6 +16,7 @@ tables              from rows to documents: CSV, TSV, Parquet
 from torchrecipes.data.sources.file_slice import text_span
 from torchrecipes.data.sources.hugging_face import hf_dataset
 from torchrecipes.data.sources.mixture import Mixture, mixture
+from torchrecipes.data.sources.part import SourcePart
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
 from torchrecipes.data.sources.standard_library import python_docs
 from torchrecipes.data.sources.text_files import files
@@ -25,6 +27,7 @@ __all__ = [
     "Mixture",
     "ReadStats",
     "Source",
+    "SourcePart",
     "files",
     "hf_dataset",
     "mixture",
