@@ -102,9 +102,9 @@ class Ours:
             for batch in batches:
                 with self.autocast():
                     hidden = self.model(batch.input_ids, **batch.documents)
-                    loss, plain = causal_lm_loss(hidden, self.model.head, batch.labels, return_cross_entropy=True)
+                    loss, token_loss = causal_lm_loss(hidden, self.model.head, batch.labels, return_token_loss=True)
                 (loss / targets).backward()
-                loss_sum += plain
+                loss_sum += token_loss.sum()
             grad_norm = clip_grad_norm(self.model, 1.0)
             self.guard.step(self.optimizer, loss_sum / targets, grad_norm)
             self.scheduler.step()

@@ -17,7 +17,7 @@ from torchrecipes.config import build, component, parse, to_yaml
 from torchrecipes.data import Batch, CausalLMCollator, Loader, TextData, Tokenizer, load_text
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import check_prompts, evaluate_causal, generate_text, unigram_baseline
-from torchrecipes.losses import causal_lm_loss
+from torchrecipes.losses import by_source, causal_lm_loss
 from torchrecipes.models import check_causal, loading_hint, meta_model_from_hf
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
 from torchrecipes.training import ComputeConfig, ExpertBalance, GracefulStop, LogConfig, MetricLogger
@@ -92,9 +92,9 @@ def build_collator(config: Config, tokenizer: Tokenizer) -> CausalLMCollator:
 def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, summed over the batch's targets, and other sums to log beside it."""
     hidden = model(batch.input_ids, **batch.documents)
-    options = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing, "return_cross_entropy": True}
-    loss, cross_entropy = causal_lm_loss(hidden, model.head, batch.labels, **options)
-    return loss + router_loss(model), {"loss": cross_entropy}
+    options = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing, "return_token_loss": True}
+    loss, token_loss = causal_lm_loss(hidden, model.head, batch.labels, **options)
+    return loss + router_loss(model), {"loss": token_loss.sum()} | by_source(token_loss, batch)
 
 
 def main(config: Config) -> None:

@@ -23,7 +23,7 @@ def reference(hidden, head, labels, z_loss, label_smoothing):
     leaves = [t.detach().double().requires_grad_() for t in (hidden, *head.parameters())]
     logits = F.linear(leaves[0], *leaves[1:]).flatten(0, 1)
     targets = labels.flatten()
-    plain = F.cross_entropy(logits, targets, reduction="sum")
+    plain = F.cross_entropy(logits, targets, reduction="none").view_as(labels)
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
     loss = loss + z_loss * (logits.logsumexp(-1).square() * (targets != -100)).sum()
     return loss.detach(), plain.detach(), torch.autograd.grad(loss / 7, leaves)
@@ -32,12 +32,12 @@ def reference(hidden, head, labels, z_loss, label_smoothing):
 def check(hidden, head, labels, z_loss, label_smoothing, autocast=False, chunk_size=5, **tolerance):
     expected, expected_plain, expected_gradients = reference(hidden, head, labels, z_loss, label_smoothing)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        loss, plain = causal_lm_loss(
-            hidden, head, labels, z_loss, label_smoothing, chunk_size=chunk_size, return_cross_entropy=True
+        loss, token_loss = causal_lm_loss(
+            hidden, head, labels, z_loss, label_smoothing, chunk_size=chunk_size, return_token_loss=True
         )
-    assert loss.dtype == torch.promote_types(hidden.dtype, torch.float32) and not plain.requires_grad
+    assert loss.dtype == torch.promote_types(hidden.dtype, torch.float32) and not token_loss.requires_grad
     torch.testing.assert_close(loss.double(), expected, **tolerance)
-    torch.testing.assert_close(plain.double(), expected_plain, **tolerance)
+    torch.testing.assert_close(token_loss.double(), expected_plain, **tolerance)
     gradients = torch.autograd.grad(loss / 7, [hidden, *head.parameters()])
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours.double(), theirs, **tolerance)
@@ -72,13 +72,13 @@ def test_gradcheck(z_loss, label_smoothing):
     assert torch.autograd.gradcheck(loss, (hidden, head.weight, head.bias))
 
 
-def test_without_extras_both_numbers_are_one():
+def test_without_extras_the_losses_of_tokens_sum_to_the_loss():
     hidden, head, labels = make()
-    loss, plain = causal_lm_loss(hidden, head, labels, return_cross_entropy=True)
-    assert torch.equal(loss, plain) and torch.equal(loss, causal_lm_loss(hidden, head, labels))
+    loss, token_loss = causal_lm_loss(hidden, head, labels, return_token_loss=True)
+    assert torch.equal(loss, token_loss.sum()) and torch.equal(loss, causal_lm_loss(hidden, head, labels))
     with torch.no_grad():
-        alone = causal_lm_loss(hidden, head, labels, z_loss=0.1, return_cross_entropy=True)
-    assert alone[0] > alone[1] and torch.equal(alone[1], plain)
+        alone = causal_lm_loss(hidden, head, labels, z_loss=0.1, return_token_loss=True)
+    assert alone[0] > alone[1].sum() and torch.equal(alone[1], token_loss)
 
 
 @pytest.mark.parametrize("z_loss,label_smoothing", EXTRAS)

@@ -49,15 +49,15 @@ def check(hidden, weight, bias, labels, z_loss=0.0, label_smoothing=0.0, chunk_s
     leaves = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = F.linear(*doubles)
-    expected_plain = F.cross_entropy(logits, labels, reduction="sum")
+    expected_plain = F.cross_entropy(logits, labels, reduction="none")
     expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
     expected = expected + z_loss * (logits.logsumexp(-1).square() * (labels != -100)).sum()
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=autocast):
-        loss, plain = linear_cross_entropy(
-            hidden, weight, labels, bias, chunk_size, z_loss, label_smoothing, return_cross_entropy=True
+        loss, token_loss = linear_cross_entropy(
+            hidden, weight, labels, bias, chunk_size, z_loss, label_smoothing, return_token_loss=True
         )
     torch.testing.assert_close(loss.detach().double(), expected.detach(), **tolerance)
-    torch.testing.assert_close(plain.double(), expected_plain.detach(), **tolerance)
+    torch.testing.assert_close(token_loss.double(), expected_plain.detach(), **tolerance)
     gradients = zip(
         leaves, torch.autograd.grad(loss / 7, leaves), torch.autograd.grad(expected / 7, doubles), strict=True
     )

@@ -85,3 +85,13 @@ def test_shapes_that_do_not_fit_are_named():
     hidden, head, positions, labels = make(4)
     with pytest.raises(ValueError, match=r"\[10\].*\[9\]"):
         masked_lm_loss(hidden, head, positions, labels[:9])
+
+
+@pytest.mark.parametrize("masked_logits_only", [True, False])
+def test_losses_of_slots_are_those_of_their_tokens(masked_logits_only):
+    hidden, head, positions, labels = make(4)
+    loss, token_loss = masked_lm_loss(hidden, head, positions, labels, masked_logits_only, return_token_loss=True)
+    log_probability = head(hidden).log_softmax(-1).flatten(0, 1)
+    expected = [-log_probability[p, n].item() if n >= 0 else 0.0 for p, n in zip(positions, labels, strict=True)]
+    assert token_loss.tolist() == pytest.approx(expected) and not token_loss.requires_grad
+    torch.testing.assert_close(token_loss.sum(), loss.detach())

@@ -90,9 +90,9 @@ EDITS = {
     "second_loss": Edit(
         [
             (
-                '    return loss, {"loss": loss.detach()}',
+                '    return loss, {"loss": loss.detach()} |',
                 "    penalty = 1e-3 * batch.num_targets * hidden.float().square().mean()\n"
-                '    return loss + penalty, {"loss": loss.detach(), "penalty": penalty.detach()}',
+                '    return loss + penalty, {"loss": loss.detach(), "penalty": penalty.detach()} |',
             )
         ],
         logged="penalty",
@@ -106,10 +106,11 @@ EDITS = {
             ),
             ("    hidden = model(batch.input_ids, **batch.documents)\n", ""),
             (
-                "    loss = masked_lm_loss(hidden, model.head, positions, labels, "
-                "masked_logits_only=config.masked_logits_only)\n",
-                "    logits = model(batch.input_ids).flatten(0, 1)[positions]\n"
-                '    loss = nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")\n',
+                "    loss, token_loss = masked_lm_loss("
+                "hidden, model.head, batch.masked_positions, batch.masked_labels, **options)\n",
+                "    logits = model(batch.input_ids).flatten(0, 1)[batch.masked_positions]\n"
+                '    token_loss = nn.functional.cross_entropy(logits, batch.masked_labels, reduction="none")\n'
+                "    loss = token_loss.sum()\n",
             ),
         ],
         ["eval_every=null"],
@@ -133,9 +134,9 @@ EDITS = {
     "own_metric": Edit(
         [
             (
-                '    return loss, {"loss": loss.detach()}',
+                '    return loss, {"loss": loss.detach()} |',
                 "    norm = hidden.detach().float().norm(dim=-1).mean() * batch.num_targets\n"
-                '    return loss, {"loss": loss.detach(), "hidden_norm": norm}',
+                '    return loss, {"loss": loss.detach(), "hidden_norm": norm} |',
             )
         ],
         logged="hidden_norm",

@@ -178,10 +178,10 @@ def test_the_guard_goes_back_past_the_bad_data_and_a_resumed_run_does_so_too(tra
     real, seen = recipe.masked_lm_loss, []
 
     def poisoned(hidden, head, positions, labels, **options):
-        loss = real(hidden, head, positions, labels, **options)
+        loss, token_loss = real(hidden, head, positions, labels, **options)
         key = labels.sum().item()
         seen.append(key)
-        return loss * float("nan") if key == bad else loss
+        return loss * float("nan") if key == bad else loss, token_loss
 
     bad = None
     with pytest.MonkeyPatch.context() as monkeypatch:

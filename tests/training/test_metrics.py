@@ -65,6 +65,17 @@ def test_a_skipped_step_is_not_in_the_mean(tmp_path):
     assert math.isnan(metrics.log(3, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"])
 
 
+def test_the_loss_of_a_source_is_the_mean_over_its_own_targets(tmp_path):
+    metrics = make(tmp_path)
+    for loss, targets in ((3.0, 2.0), (5.0, 6.0)):
+        sources = {"loss/a": loss, "loss/b": 0.0, "targets/a": targets, "targets/b": 0.0, "loss/own": 4.0}
+        metrics.update({name: torch.tensor(value) for name, value in ({"loss": 9.0} | sources).items()}, 10)
+    line = metrics.log(2, lr=1e-3, grad_norm=torch.tensor(1.0))
+    assert line["loss"] == pytest.approx(18 / 20) and line["loss/a"] == pytest.approx(8 / 8)
+    assert line["loss/own"] == pytest.approx(8 / 20)  # without targets of its own it is any other sum
+    assert not {"loss/b", "targets/a", "targets/b"} & line.keys()
+
+
 def test_values_that_come_later_and_lists_are_logged(tmp_path):
     line = log(make(tmp_path), 1, expert_load=[0.25, 0.75], skipped_steps=0)
     assert line["expert_load"] == [0.25, 0.75] and lines(tmp_path)[0]["expert_load"] == [0.25, 0.75]

@@ -45,7 +45,8 @@ def train(folder: Path) -> None:
             hidden = model(batch.input_ids, **batch.documents)
             assert batch.masked_positions is not None and batch.masked_labels is not None
             loss = masked_lm_loss(hidden, model.head, batch.masked_positions, batch.masked_labels)
-            assert_type(loss, Tensor).backward()
+            assert isinstance(loss, Tensor)  # a pair with return_token_loss
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         guard.step(optimizer, torch.zeros(()), norm)
         scheduler.step()
@@ -56,7 +57,7 @@ def train(folder: Path) -> None:
 
 def blocks(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     loss = linear_cross_entropy(hidden, weight, labels)
-    assert isinstance(loss, Tensor)  # a pair with return_cross_entropy
+    assert isinstance(loss, Tensor)  # a pair with return_token_loss
     assert_type(attention(hidden, hidden, hidden, causal=True), Tensor)
 
 

@@ -15,7 +15,7 @@ def causal_lm_loss(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
-    return_cross_entropy: bool = False,
+    return_token_loss: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of the next tokens. Logits exist for one chunk of tokens at a time.
 
@@ -31,11 +31,13 @@ def causal_lm_loss(
         z_loss: coefficient of `logsumexp(logits) ** 2` (see `linear_cross_entropy`); 0 is off.
         label_smoothing: share of a target that is spread over the vocabulary, as in `F.cross_entropy`; 0 is off.
         chunk_size: tokens whose logits are held at once (see `linear_cross_entropy`); None chooses.
-        return_cross_entropy: also return the plain sum of cross-entropies, at no cost, to log as the loss.
+        return_token_loss: also return the plain cross-entropy of every token, at no cost: its sum is what to log as the
+            loss, and `by_source` sums it for every source of a mixture.
 
     Returns:
-        The loss, a scalar, fp32 (fp64 for fp64 inputs). With `return_cross_entropy` a pair of it and the plain sum,
-        which has no gradient and equals the loss if `z_loss` and `label_smoothing` are 0.
+        The loss, a scalar, fp32 (fp64 for fp64 inputs). With `return_token_loss` a pair of it and `[B, S]` of its
+        dtype, which has no gradient and is 0 where there is no label. It sums to the loss if `z_loss` and
+        `label_smoothing` are 0.
 
     Raises:
         ValueError: invalid shapes, dtypes or numbers.
@@ -46,7 +48,7 @@ def causal_lm_loss(
     transform = getattr(head, "transform", None)
     if transform is not None:
         hidden = transform(hidden)
-    return linear_cross_entropy(
+    loss, token_loss = linear_cross_entropy(
         hidden.flatten(0, 1),
         head.weight,
         labels.flatten(),
@@ -54,5 +56,6 @@ def causal_lm_loss(
         chunk_size,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
-        return_cross_entropy=return_cross_entropy,
+        return_token_loss=True,
     )
+    return (loss, token_loss.view_as(labels)) if return_token_loss else loss

@@ -35,7 +35,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
-    return_cross_entropy: bool = False,
+    return_token_loss: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sum of `cross_entropy(hidden @ weight.T + bias, labels)` over the rows that have a label.
 
@@ -61,12 +61,12 @@ def linear_cross_entropy(
             drifting (PaLM, Chowdhery et al., 2022, arXiv:2204.02311, section 5, uses 1e-4).
         label_smoothing: share of every target that is spread evenly over the vocabulary, as in
             `F.cross_entropy` (Szegedy et al., 2015, arXiv:1512.00567, section 7), in [0, 1].
-        return_cross_entropy: also return the plain cross-entropy, without `z_loss` and `label_smoothing`, at no cost.
-            Log this one: it is comparable across runs and with evaluation.
+        return_token_loss: also return the plain cross-entropy of every row, without `z_loss` and `label_smoothing`, at
+            no cost. Log its sum: it is comparable across runs and with evaluation.
 
     Returns:
         The loss, a scalar, fp32 (fp64 for fp64 inputs). Without any target, loss and gradients are 0. With
-        `return_cross_entropy` a pair of it and the plain sum of cross-entropies, which has no gradient.
+        `return_token_loss` a pair of it and `[N]` of its dtype, which has no gradient and is 0 in rows without a label.
 
         Gradients are computed in the forward pass and kept until `backward`, which scales them in place. So `backward`
         can run once (`retain_graph=True` does not help, except in fp64), and there is no second derivative.
@@ -87,8 +87,8 @@ def linear_cross_entropy(
         from torchrecipes.losses.fused_softmax import outside_of_graph
 
         function = partial(outside_of_graph, function)
-    loss, plain = function(hidden, weight, bias, labels, dtype, chunk_size, extra)
-    return (loss, plain) if return_cross_entropy else loss
+    loss, token_loss = function(hidden, weight, bias, labels, dtype, chunk_size, extra)
+    return (loss, token_loss) if return_token_loss else loss
 
 
 def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -126,9 +126,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, dtype, chunk_size, extra):
         needs = ctx.needs_input_grad[:3]
-        loss, plain, ctx.gradients = _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, needs)
-        ctx.mark_non_differentiable(plain)
-        return loss, plain
+        loss, token_loss, ctx.gradients = _loss_and_gradients(
+            hidden, weight, bias, labels, dtype, chunk_size, extra, needs
+        )
+        ctx.mark_non_differentiable(token_loss)
+        return loss, token_loss
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -151,7 +153,7 @@ def _without_gradients(*args):
 
 
 def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, needs):
-    """Loss, plain loss, and the gradients for (hidden, weight, bias); None where `needs` is False."""
+    """Loss, plain loss of every row, and the gradients for (hidden, weight, bias); None where `needs` is False."""
     device = hidden.device
     (num_rows, _), vocab_size = hidden.shape, weight.shape[0]
     softmax_dtype = torch.promote_types(dtype, torch.float32)
@@ -193,11 +195,12 @@ def _loss_and_gradients(hidden, weight, bias, labels, dtype, chunk_size, extra, 
         if needs_weight and num_rows == 0:
             grad_weight.zero_()
 
-    plain = plain_N1.sum()
-    loss = plain.clone() if extra_N1 is None else plain + extra_N1.sum()
+    loss = plain_N1.sum()
+    if extra_N1 is not None:
+        loss = loss + extra_N1.sum()
     return (
         loss,
-        plain,
+        plain_N1.squeeze(1),
         (
             grad_hidden,
             grad_weight.to(weight.dtype) if needs_weight else None,

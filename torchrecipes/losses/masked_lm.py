@@ -17,7 +17,8 @@ def masked_lm_loss(
     masked_labels: Tensor,
     masked_logits_only: bool = True,
     chunk_size: int | None = None,
-) -> Tensor:
+    return_token_loss: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of the masked tokens (Devlin et al., 2018, arXiv:1810.04805, section 3.1).
 
     Logits are computed at the masked positions only, one chunk at a time: with 20% of the tokens masked, a fifth of the
@@ -33,9 +34,12 @@ def masked_lm_loss(
         masked_logits_only: False computes the logits `[B * S, V]` of every token: the same loss, with a multiple of the
             time and memory, to measure the difference.
         chunk_size: rows whose logits are held at once (see `linear_cross_entropy`); None chooses.
+        return_token_loss: also return the cross-entropy of every slot, at no cost: `by_source` sums it for every source
+            of a mixture.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 inputs).
+        A scalar, fp32 (fp64 for fp64 inputs). With `return_token_loss` a pair of it and `[M]` of its dtype, which has
+        no gradient, is 0 in unused slots, and sums to the loss.
 
     Raises:
         ValueError: invalid shapes or dtypes.
@@ -45,12 +49,15 @@ def masked_lm_loss(
         raise ValueError(f"masked_lm_loss: masked_positions and masked_labels must be [M] each, not {shapes}")
     tokens = hidden.flatten(0, 1)
     if not masked_logits_only:
-        return _full_logits_loss(tokens, head, masked_positions, masked_labels)
+        loss, token_loss = _full_logits_loss(tokens, head, masked_positions, masked_labels)
+        return (loss, token_loss) if return_token_loss else loss
     rows = tokens.index_select(0, masked_positions)
     transform = getattr(head, "transform", None)
     if transform is not None:
         rows = transform(rows)
-    return linear_cross_entropy(rows, head.weight, masked_labels, head.bias, chunk_size)
+    return linear_cross_entropy(
+        rows, head.weight, masked_labels, head.bias, chunk_size, return_token_loss=return_token_loss
+    )
 
 
 def _full_logits_loss(tokens, head, masked_positions, masked_labels):
@@ -59,4 +66,5 @@ def _full_logits_loss(tokens, head, masked_positions, masked_labels):
     labels.scatter_reduce_(0, masked_positions, masked_labels, "amax")
     logits = head(tokens)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+    return losses.sum(), torch.where(masked_labels == IGNORED, 0, losses.detach()[masked_positions])

@@ -100,7 +100,8 @@ class MetricLogger:
         """Counts a step, without waiting for the device.
 
         Args:
-            sums: name -> the sum over the step's targets, of all ranks; `loss` is among them.
+            sums: name -> the sum over the step's targets, of all ranks; `loss` is among them. `loss/<name>` with
+                `targets/<name>` beside it is a sum over that many of them (see `by_source`).
             num_targets: how many targets.
             skipped: not 0 where the step was skipped, which is then not in the mean.
         """
@@ -151,6 +152,8 @@ class MetricLogger:
     def log(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
         """Logs the steps since the last call: losses and other sums become means over their targets.
 
+        A pair `loss/<name>`, `targets/<name>` becomes `loss/<name>`, and is left out where there was no target.
+
         Args:
             step: the last step done.
             lr: its learning rate.
@@ -160,9 +163,9 @@ class MetricLogger:
         Returns:
             The line. Numbers that are not finite are in it as they are, in the file they are null.
         """
-        means = [value / self.targets for value in self.sums.values()]
-        *means, norm = torch.stack([*means, grad_norm.to(self.targets.dtype)]).tolist()
-        means = dict(zip(self.sums, means, strict=True))
+        values = [*self.sums.values(), self.targets, grad_norm.to(self.targets.dtype)]
+        *sums, num_targets, norm = torch.stack(values).tolist()
+        means = _means(dict(zip(self.sums, sums, strict=True)), num_targets)
         loss = means.pop("loss")
         seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
         steps = max(1, step - self.interval_start)
@@ -273,6 +276,21 @@ class MetricLogger:
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _means(sums: dict[str, float], num_targets: float) -> dict[str, float]:
+    """Sums divided by the targets, `loss/<name>` by `targets/<name>` where there are any."""
+    means = {}
+    for name, value in sums.items():
+        if name.startswith("targets/") and name.replace("targets/", "loss/", 1) in sums:
+            continue
+        own = name.replace("loss/", "targets/", 1) if name.startswith("loss/") else None
+        count = sums.get(own, num_targets)
+        if count:
+            means[name] = value / count
+        elif own not in sums:
+            means[name] = math.nan
+    return means
 
 
 def _drop_lines_from(path: Path, first_step: int) -> None:
