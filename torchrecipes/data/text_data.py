@@ -10,7 +10,9 @@ from torchrecipes.config.components import resolve
 from torchrecipes.config.metadata import Count, Fraction, MayChange
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.loader import evaluation_batches, rows_per_rank
+from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.rows import Rows
 from torchrecipes.data.corpus import check_corpus_dir, open_corpus, prepare_corpus
 from torchrecipes.data.sources.mixture import Mixture, mixture
 from torchrecipes.data.sources.records import Source
@@ -43,8 +45,8 @@ class Text:
     """What `load_text` gives: the training rows, and the evaluation sets by name."""
 
     tokenizer: Tokenizer
-    train: PackedDataset | PaddedDataset
-    eval_sets: dict[str, PackedDataset | PaddedDataset]
+    train: Rows
+    eval_sets: dict[str, Rows]
 
     def eval_batches(
         self, collator: Any, rows_per_batch: int, limit: int | None, **placement: Any
@@ -93,7 +95,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
         for folder, part, held_out in corpora:
             options = {"tokenizer_threads": data.tokenizer_threads, "seq_len": config.seq_len}
             prepare_corpus(folder, part, made, held_out, **options)
-    train, eval_sets = open_rows(data, corpus_dir, config.seq_len, made, lookahead=int(causal))
+    train, eval_sets = open_rows(config, corpus_dir, made, lookahead=int(causal))
     if config.eval_every and not eval_sets:
         raise UserError(
             "there is no text to evaluate on",
@@ -106,25 +108,24 @@ def load_text(config: Any, *, causal: bool) -> Text:
 
 
 def open_rows(
-    data: TextData, corpus_dir: Path, seq_len: int, tokenizer: Tokenizer | None = None, lookahead: int = 0
-) -> tuple[PackedDataset | PaddedDataset, dict[str, PackedDataset | PaddedDataset]]:
+    config: Any, corpus_dir: Path, tokenizer: Tokenizer | None = None, lookahead: int = 0
+) -> tuple[Rows, dict[str, Rows]]:
     """Opens the training rows and the evaluation sets that `load_text` prepared in `corpus_dir`.
 
     Args:
-        data: the config group.
+        config: a recipe's, with the keys `data`, `seq_len` and `global_batch_size`.
         corpus_dir: folder of the corpora.
-        seq_len: tokens per row.
         tokenizer: if given, the corpora must have been made with it; it names the token of padding.
         lookahead: tokens that a row shows beyond its end.
 
     Raises:
         UserError: a corpus is missing, unfinished or corrupt, or of another tokenizer.
     """
-    pad_id = tokenizer.pad_id if tokenizer else 0
+    data, pad_id = config.data, tokenizer.pad_id if tokenizer else 0
     kind = PackedDataset if data.packing else PaddedDataset
 
-    def rows(folder: Path) -> PackedDataset | PaddedDataset:
-        return kind(open_corpus(folder, tokenizer), seq_len=seq_len, pad_id=pad_id, lookahead=lookahead)
+    def rows(folder: Path) -> Rows:
+        return kind(open_corpus(folder, tokenizer), seq_len=config.seq_len, pad_id=pad_id, lookahead=lookahead)
 
     source = _build_source("data.source", data.source) if is_mixture(data.source) else None
     names = list(source.sources) if source else [VALIDATION]
@@ -136,7 +137,12 @@ def open_rows(
         if name not in data.eval_sets and data.validation_fraction
     }
     eval_sets |= {name: rows(corpus_dir / EVAL_SETS / name / "train") for name in data.eval_sets}
-    return train[VALIDATION], eval_sets
+    return _mix(train, source, config.global_batch_size) if source else train[VALIDATION], eval_sets
+
+
+def _mix(parts: dict[str, Rows], source: Mixture, global_batch_size: int) -> MixtureRows:
+    weights = source.weights and [(step * global_batch_size, shares) for step, shares in source.weights]
+    return MixtureRows(parts, weights, alpha=source.alpha, max_epochs=source.max_epochs, added=source.added)
 
 
 def is_mixture(node: Component) -> bool:

@@ -66,6 +66,8 @@ def resolve_max_steps(
         f"{steps * config.global_batch_size / text.train.num_rows:.2f} epochs",
         flush=True,
     )
+    if text.train.source_names:
+        print(text.train.describe(steps * config.global_batch_size), flush=True)
     return steps
 
 

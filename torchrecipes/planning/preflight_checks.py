@@ -116,7 +116,7 @@ def _try(config: Any, dry_run: DryRun, estimate: dict[str, Any], report: Callabl
     else:
         yield Check("loader workers", "skipped", "data.num_workers is 0: batches are made in the process itself")
 
-    train, eval_sets = open_rows(config.data, dry_run.corpus_dir, config.seq_len)
+    train, eval_sets = open_rows(config, dry_run.corpus_dir)
     yield Check("data", "passed", str(train))
     yield _validation(config, eval_sets)
     duration, steps = _duration(config, train, _seconds(_typical(lines)))

@@ -197,7 +197,7 @@ def _steps(config: Any) -> int | None:
     num_rows, tokens_per_row = None, config.seq_len  # full rows, where nothing better is known
     corpus_dir = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus")
     try:
-        rows, _ = open_rows(config.data, corpus_dir, config.seq_len)
+        rows, _ = open_rows(config, corpus_dir)
         num_rows, tokens_per_row = rows.num_rows, rows.tokens_per_row
     except UserError as error:
         if error.code not in ("no_corpus", "unfinished_corpus"):

@@ -1,0 +1,151 @@
+"""`load_text`: what corpora and evaluation sets a config gives."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from torchrecipes.config import Component
+from torchrecipes.config.components import component
+from torchrecipes.data.sources import Document, Mixture, files, mixture
+from torchrecipes.data.text_data import TextData, load_text, open_rows
+from torchrecipes.errors import UserError
+
+WORDS = {"law": "court judge statute appeal", "code": "return value list index", "news": "today city river mayor"}
+
+
+def texts(folder: Path, name: str, count: int) -> Path:
+    """A file of paragraphs that differ."""
+    words = WORDS[name].split()
+    lines = [" ".join(words[(i >> shift) % 4] for shift in (0, 2, 4, 6)) + f" {i}" for i in range(count)]
+    path = folder / f"{name}.txt"
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+def source(folder: Path, name: str, count: int = 120) -> Component:
+    arguments = {"path": str(texts(folder, name, count)), "sample_by": "paragraph"}
+    return Component("torchrecipes.data.sources.files", arguments)
+
+
+@dataclass
+class Config:
+    output_dir: str
+    data: TextData
+    tokenizer: Component = component("torchrecipes.data.tokenizers.train_bpe", vocab_size=300)
+    init_from: str | None = None
+    seq_len: int = 16
+    global_batch_size: int = 8
+    eval_every: int | None = 10
+
+
+def config(tmp_path, source, **data):
+    return Config(str(tmp_path / "run"), TextData(source=source, tokenizer_threads=0, **data))
+
+
+def mixed(tmp_path, **args) -> Component:
+    sources = {"law": source(tmp_path, "law"), "code": source(tmp_path, "code", 240)}
+    return Component("torchrecipes.data.sources.mixture", {"sources": sources, **args})
+
+
+def test_one_source_has_one_evaluation_set(tmp_path):
+    text = load_text(config(tmp_path, source(tmp_path, "law"), validation_fraction=0.1), causal=True)
+    assert list(text.eval_sets) == ["validation"]
+    assert text.train.corpus.num_documents + text.eval_sets["validation"].corpus.num_documents == 120
+    assert text.train.source_names == ()
+
+
+def test_a_named_evaluation_set_replaces_the_held_out_share(tmp_path):
+    data = {"validation_fraction": 0.1, "eval_sets": {"validation": source(tmp_path, "news", 30)}}
+    text = load_text(config(tmp_path, source(tmp_path, "law"), **data), causal=True)
+    assert text.train.corpus.num_documents == 120
+    assert text.eval_sets["validation"].corpus.num_documents == 30
+
+
+def test_evaluation_sets_are_added(tmp_path):
+    data = {"validation_fraction": 0.1, "eval_sets": {"news": source(tmp_path, "news", 30)}}
+    text = load_text(config(tmp_path, source(tmp_path, "law"), **data), causal=True)
+    assert list(text.eval_sets) == ["validation", "news"]
+    batches = text.eval_batches(None, 4, None)
+    assert list(batches) == ["validation", "news"]
+
+
+def test_a_mixture_holds_out_a_share_of_every_part(tmp_path):
+    made = config(tmp_path, mixed(tmp_path, weights={"law": 0.25, "code": 0.75}), validation_fraction=0.1)
+    text = load_text(made, causal=True)
+    assert list(text.eval_sets) == ["law", "code"]
+    assert text.train.source_names == ("law", "code")
+    for name, total in (("law", 120), ("code", 240)):
+        assert text.train.parts[name].corpus.num_documents + text.eval_sets[name].corpus.num_documents == total
+    rows = [line["rows"] for line in text.train.account(1024)]
+    assert rows == [256, 768]
+    opened, eval_sets = open_rows(made, Path(made.output_dir) / "corpus", text.tokenizer, lookahead=1)
+    assert opened.identity() == text.train.identity() and list(eval_sets) == ["law", "code"]
+
+
+def test_weights_by_step_change_at_the_row_of_the_step(tmp_path):
+    weights = [[0, {"law": 1, "code": 1}], [300, {"law": 3, "code": 1}]]  # step 300 of 8 rows: row 2,400, block 3
+    text = load_text(config(tmp_path, mixed(tmp_path, weights=weights)), causal=True)
+    assert [line["rows"] for line in text.train.account(3 * 1024)] == [1536, 1536]
+    assert [line["rows"] for line in text.train.account(4 * 1024)] == [1536 + 768, 1536 + 256]
+
+
+def test_a_replay_ratio_is_a_pair_of_weights(tmp_path):
+    text = load_text(config(tmp_path, mixed(tmp_path, replay_ratio=0.25)), causal=True)
+    assert [line["rows"] for line in text.train.account(1024)] == [768, 256]
+
+
+def test_nothing_to_evaluate_on_is_refused(tmp_path):
+    made = config(tmp_path, mixed(tmp_path), validation_fraction=0.0)
+    with pytest.raises(UserError) as error:
+        load_text(made, causal=True)
+    assert (error.value.code, error.value.key) == ("no_validation_text", "eval_every")
+
+
+class Lines:
+    """A source in memory."""
+
+    name, num_bytes = "lines", 10
+
+    def __init__(self, *lines):
+        self.lines, self.fingerprint = lines, str(lines)
+
+    def __iter__(self):
+        return iter([Document(line, "here") for line in self.lines])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"sources": {"a": Lines("x")}}, "sources"),
+        ({"sources": {"a": Lines("x"), "b/c": Lines("y")}}, "sources"),
+        ({"sources": {"a": Lines("x"), "eval_sets": Lines("y")}}, "sources"),
+        ({"weights": {"a": 1, "c": 1}}, "weights"),
+        ({"weights": {"a": -1, "b": 2}}, "weights"),
+        ({"weights": {"a": 0, "b": 0}}, "weights"),
+        ({"weights": [[5, {"a": 1, "b": 1}]]}, "weights"),
+        ({"weights": [[0, {"a": 1, "b": 1}], [0, {"a": 1, "b": 2}]]}, "weights"),
+        ({"replay_ratio": 1.0}, "replay_ratio"),
+        ({"replay_ratio": 0.2, "weights": {"a": 1, "b": 1}}, "replay_ratio"),
+        ({"sources": {name: Lines(name) for name in "abc"}, "replay_ratio": 0.2}, "replay_ratio"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"alpha": 0.5, "weights": {"a": 1, "b": 1}}, "alpha"),
+        ({"max_epochs": {"c": 1}}, "max_epochs"),
+        ({"max_epochs": {"a": 0}}, "max_epochs"),
+        ({"added": ["c"]}, "added"),
+    ],
+)
+def test_wrong_mixtures_are_refused(arguments, key):
+    with pytest.raises(UserError) as error:
+        mixture(**{"sources": {"a": Lines("x"), "b": Lines("y")}, **arguments})
+    assert (error.value.code, error.value.key) == ("mixture", key)
+
+
+def test_a_mixture_is_a_source_of_all_its_documents(tmp_path):
+    parts = {name: files(str(texts(tmp_path, name, 5)), sample_by="paragraph") for name in WORDS}
+    made = mixture(parts)
+    assert isinstance(made, Mixture)
+    assert [document.text for document in made] == [document.text for part in parts.values() for document in part]
+    assert made.report.documents == 15 and made.num_bytes == sum(part.num_bytes for part in parts.values())
+    assert made.fingerprint != mixture(dict(reversed(parts.items()))).fingerprint
