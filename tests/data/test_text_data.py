@@ -33,7 +33,7 @@ def source(folder: Path, name: str, count: int = 120) -> Component:
 class Config:
     output_dir: str
     data: TextData
-    tokenizer: Component = component("torchrecipes.data.tokenizers.train_bpe", vocab_size=300)
+    tokenizer: Component = component("torchrecipes.data.tokenizers.train_char")
     init_from: str | None = None
     seq_len: int = 16
     global_batch_size: int = 8
