@@ -1,13 +1,11 @@
 """`load_text`: what corpora and evaluation sets a config gives."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from torchrecipes.config import Component
-from torchrecipes.config.components import component
+from torchrecipes.config import Component, component
 from torchrecipes.data.sources import Document, Mixture, files, mixture
 from torchrecipes.data.text_data import TextData, load_text, open_rows
 from torchrecipes.errors import UserError

@@ -165,6 +165,8 @@ def is_known(key):
     if any(known == key or known.startswith(f"{key}.") for known in known_keys()):
         return True
     parts = key.split(".")
+    if parts[:2] == ["data", "eval_sets"] and len(parts) == 3:  # a name of the user's own
+        return True
     return any(".".join(parts[:i]) in known_keys() for i in range(1, len(parts))) and all(
         part in known_arguments() or part.isdigit() for part in parts[-1:]
     )
