@@ -41,6 +41,7 @@ GROUPS = {
         {
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
+            "stats": ("torchrecipes.cli.data_stats", "describe a corpus: lengths of documents, fill of rows"),
             "verify": ("torchrecipes.cli.data_verify", "check every byte of a corpus against its checksums"),
         },
     ),

@@ -3,6 +3,7 @@
 corpus         `Corpus`: reading, verifying, summary; `prepare_corpus` opens one or builds it
 build          documents in, shards out; `check_corpus_dir`
 append         `append_to_corpus`, and `merge_parts` for a job array
+lengths        the lengths of documents and their distribution
 shards         the file format of a shard
 shard_writer   writes the shards and `corpus.json` of one split
 """
