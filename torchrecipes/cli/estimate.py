@@ -2,9 +2,12 @@
 
 import argparse
 import json
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torchrecipes.cli import run
+from torchrecipes.config.stages import read_stages
 
 MEANINGS = {  # of the parts of a rank's memory
     "weights": "fp32",
@@ -41,15 +44,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the estimate."""
-    recipe, config = run.load_recipe_and_config(args)
+    """Print the estimate, of a config with stages one for each."""
+    if args.stage is None and read_stages(args.config, args.overrides):
+        _print_stages(args)
+        return
+    estimate = _estimate(args, *run.load_recipe_and_config(args))
+    print(json.dumps(estimate, indent=2) if args.json else table(estimate))
 
+
+def _print_stages(args: argparse.Namespace) -> None:
+    from torchrecipes.cli.stages import load_stages
+
+    estimates = {}
+    for name, (stage, recipe, config) in load_stages(args).items():
+        is_known = config.model or Path(config.init_from).exists()
+        estimates[name] = _estimate(args, recipe, config) if is_known else None
+        if not args.json:
+            unknown = f"its model is that of the stage {stage.start}, which is not there yet"
+            print(f"\nstage {name}\n{table(estimates[name]) if is_known else unknown}")
+    if args.json:
+        print(json.dumps(estimates, indent=2))
+
+
+def _estimate(args: argparse.Namespace, recipe: ModuleType, config: Any) -> dict[str, Any]:
     from torchrecipes.planning.run_estimate import estimate_run
 
-    estimate = estimate_run(
-        recipe, config, device=args.device, world_size=args.world_size, per_node=args.nproc_per_node, mfu=args.mfu
-    )
-    print(json.dumps(estimate, indent=2) if args.json else table(estimate))
+    machines = {"device": args.device, "world_size": args.world_size, "per_node": args.nproc_per_node}
+    return estimate_run(recipe, config, **machines, mfu=args.mfu)
 
 
 def table(estimate: dict[str, Any]) -> str:

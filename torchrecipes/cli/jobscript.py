@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from torchrecipes.cli import run
+from torchrecipes.config.stages import read_stages
 from torchrecipes.errors import UserError
 
 KINDS = ("slurm", "torchrun", "kubernetes")
@@ -41,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the script, or raise a UserError about the config or the options."""
     _check(args)
-    _, config = run.load_recipe_and_config(args)
+    if stages := read_stages(args.config, args.overrides):
+        from torchrecipes.cli.stages import load_stages
+
+        _, _, config = load_stages(args)[args.stage or next(iter(stages))]
+        output_dir = str(Path(config.output_dir).parent)
+    else:
+        _, config = run.load_recipe_and_config(args)
+        output_dir = getattr(config, "output_dir", None)
     if args.kind != "torchrun" and getattr(getattr(config, "checkpoint", None), "resume", "auto") == "never":
         raise UserError(
             "with never, a job that returns from the queue could not resume",
@@ -54,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.kind == "torchrun":
         print(_plain(args))
     else:
-        print(_kubernetes(args, getattr(config, "output_dir", None)))
+        print(_kubernetes(args, output_dir))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -96,7 +104,8 @@ def _wrong(option: str, value: object, hint: str) -> UserError:
 
 def _recipe_words(args: argparse.Namespace) -> list[str]:
     config = [] if args.config is None else ["--config", args.config]
-    return [args.recipe, *config, *args.overrides]
+    stage = [] if args.stage is None else ["--stage", args.stage]
+    return [args.recipe, *config, *stage, *args.overrides]
 
 
 def _slurm(args: argparse.Namespace) -> str:

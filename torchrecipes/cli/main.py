@@ -32,6 +32,7 @@ VERBS = {
     "perplexity": ("torchrecipes.cli.perplexity", "measure a trained causal model's perplexity on text"),
     "fill-mask": ("torchrecipes.cli.fill_mask", "predict masked tokens with a trained encoder"),
     "plot": ("torchrecipes.cli.plot", "plot the loss of one or more runs"),
+    "compare": ("torchrecipes.cli.compare", "compare adapted models: what each gained and forgot"),
 }
 
 # A group's summary, and its verbs.

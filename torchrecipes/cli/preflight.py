@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 
 from torchrecipes.errors import UserError
@@ -48,21 +49,28 @@ def _main(args: argparse.Namespace) -> None:
         _end(1)
     _show("config", "passed", "every key and argument is known and of the right type")
 
+    from torchrecipes.config import to_yaml
     from torchrecipes.planning.dry_run import GRACE_PERIOD
     from torchrecipes.planning.preflight_checks import preflight
 
     words = [args.recipe, *(["--config", args.config] if args.config else []), *args.overrides]
+    stage = ["--stage", args.stage] if args.stage else []
     several = ["--nproc-per-node", str(world_size)] if args.nproc_per_node else []
     # -P: as with the installed command, a file of the working folder does not pass for a module of Python's.
     command = [sys.executable, "-P", "-m", "torchrecipes.cli.main", "run", *several]
     command += ["--grace-period", str(GRACE_PERIOD)] if several else []
     failed = 0
-    for check in preflight(recipe, config, [*command, *words], world_size=world_size, report=_report):
-        _show(check.name, check.status, check.reason)
-        failed += check.status == "failed"
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as resolved:
+        if stage:  # its folder follows from output_dir, which the dry run changes
+            resolved.write(to_yaml(config))
+            resolved.flush()
+        dry_run = [str(recipe.__file__), "--config", resolved.name] if stage else words
+        for check in preflight(recipe, config, [*command, *dry_run], world_size=world_size, report=_report):
+            _show(check.name, check.status, check.reason)
+            failed += check.status == "failed"
     if failed:
         _end(failed)
-    print("\nready: tune-style run " + shlex.join([*several, *words]))
+    print("\nready: tune-style run " + shlex.join([*several, *words, *stage]))
 
 
 def _end(failed: int) -> None:

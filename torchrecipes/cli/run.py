@@ -14,6 +14,7 @@ from types import ModuleType
 from torchrecipes.cli import launch_flags
 from torchrecipes.cli.openmp import spin_briefly
 from torchrecipes.config.catalog import find_recipe, recipes_folder
+from torchrecipes.config.stages import read_stages
 from torchrecipes.errors import UserError
 
 _LAUNCHER = "TORCHRECIPES_LAUNCHER"  # environment variable of the processes that `run` starts: its process id
@@ -35,13 +36,28 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that `load_recipe_and_config` reads."""
     parser.add_argument("recipe", help="a recipe, as `tune-style ls` names it, or a file: my_recipe.py")
     parser.add_argument("--config", metavar="CONFIG", help="a config, as `tune-style ls` names it, or a file: my.yaml")
+    parser.add_argument("--stage", metavar="NAME", help="one of the stages that the config lists, instead of all")
     settings = "settings that override the config's: seed=1 optimizer.lr=1e-3"
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=settings)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the recipe, in this process or in as many as the flags say."""
+    """Run the recipe, in this process or in as many as the flags say; of a config with stages, all of them."""
     spin_briefly()
+    if read_stages(args.config, args.overrides) or args.stage is not None:
+        from torchrecipes.cli.stages import run_stages
+
+        run_stages(args)
+    else:
+        run_once(args)
+
+
+def run_once(args: argparse.Namespace) -> None:
+    """Run one recipe with one config.
+
+    Raises:
+        SystemExit: with the run's exit code, where it is not 0.
+    """
     if launch_flags.asked_for(args):
         _launch(args)
     else:
@@ -74,6 +90,7 @@ def _launch(args: argparse.Namespace) -> None:
     if not verbose:
         del os.environ[quiet]
     config = [f"--config={args.config}"] if args.config is not None else []
+    stage = [f"--stage={args.stage}"] if args.stage is not None else []
     debug = ["--debug"] if args.debug else []
     # -P: as with the installed command, a file in the working folder does not shadow a module.
     command = [
@@ -84,6 +101,7 @@ def _launch(args: argparse.Namespace) -> None:
         "run",
         args.recipe,
         *config,
+        *stage,
         *debug,
         *args.overrides,
     ]
@@ -97,8 +115,13 @@ def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object
     """Return the imported recipe and its checked config.
 
     Raises:
-        UserError: no such recipe or config, the file is no recipe, or the config is invalid.
+        UserError: no such recipe or config, the file is no recipe, or the config is invalid; the config lists stages,
+            and none is named, or it starts from one that is not there yet.
     """
+    if args.stage is not None:
+        from torchrecipes.cli.stages import load_stage
+
+        return load_stage(args)
     from torchrecipes.config.catalog import find_config
     from torchrecipes.config.loading import load, report_once
     from torchrecipes.distributed.error_file import has_error_file
@@ -110,11 +133,12 @@ def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object
             find_config(args.config)  # reports a wrong name before the seconds that torch's import takes
         recipe = load_recipe(path)
         return recipe, load(
-            recipe.Config, args.config, args.overrides, recipe=path, check=lambda config: _check(recipe, config)
+            recipe.Config, args.config, args.overrides, recipe=path, check=lambda config: check(recipe, config)
         )
 
 
-def _check(recipe: ModuleType, config: object) -> list[UserError]:
+def check(recipe: ModuleType, config: object) -> list[UserError]:
+    """Return the problems of a config's components, which are built and discarded."""
     if not hasattr(recipe, "build_model"):
         return []
     from torchrecipes.planning import check_components

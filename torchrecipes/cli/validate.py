@@ -3,6 +3,7 @@
 import argparse
 
 from torchrecipes.cli import launch_flags, run
+from torchrecipes.config.stages import read_stages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,5 +15,10 @@ def main(args: argparse.Namespace) -> None:
     """Print `ok`, or raise a UserError that lists every problem."""
     if launch_flags.asked_for(args):
         launch_flags.check(args, here=False)  # a laptop may validate a config for a machine with GPUs
-    run.load_recipe_and_config(args)
-    print("ok")
+    if args.stage is None and read_stages(args.config, args.overrides):
+        from torchrecipes.cli.stages import load_stages
+
+        print(f"ok: {len(load_stages(args))} stages")
+    else:
+        run.load_recipe_and_config(args)
+        print("ok")

@@ -2,11 +2,13 @@
 
 `load` reads a config and `parse` reads one from a command line; `component` declares a field that holds a component and
 `build` builds it; `to_yaml` writes a config with the provenance of each value; `changed_keys` compares two of them.
+`read_stages` reads the stages that a config lists, each a run of its own.
 `Steps`, `Range`, `MayChange` and the like annotate fields with range, unit, and whether a resumed run may change them.
 
     merge · read_yaml · scalars     from files and overrides to one tree
     check · coerce · shared_keys    from the tree to an instance of the dataclass
     components · metadata           what a field may hold
+    stages                          several runs in one config
     loading · dump · compare        load, to_yaml, changed_keys
     catalog · suggest               the shipped recipes and configs; the closest valid name
     schema_page                     the page of a config's keys in the documentation
@@ -28,6 +30,7 @@ from torchrecipes.config.metadata import (
     Tokens,
     Unit,
 )
+from torchrecipes.config.stages import Stage, read_stages
 
 __all__ = [
     "MISSING",
@@ -39,6 +42,7 @@ __all__ = [
     "Positive",
     "Range",
     "Rows",
+    "Stage",
     "Steps",
     "Tokens",
     "Unit",
@@ -47,5 +51,6 @@ __all__ = [
     "component",
     "load",
     "parse",
+    "read_stages",
     "to_yaml",
 ]

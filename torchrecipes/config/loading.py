@@ -10,8 +10,10 @@ from typing import TypeVar
 
 from torchrecipes.config.catalog import find_config, read_header
 from torchrecipes.config.check import check_config, default_tree, to_tree
-from torchrecipes.config.merge import INVALID, MergedConfig, Problems, Provenance, format_key_path, interpolate
+from torchrecipes.config.merge import DEFAULT, INVALID, MergedConfig, Problems, Provenance, format_key_path, interpolate
 from torchrecipes.config.read_yaml import add_file, add_overrides
+from torchrecipes.config.stages import KEY as STAGES
+from torchrecipes.config.stages import Stage, is_stage_override
 from torchrecipes.errors import UserError, format_user_error
 
 C = TypeVar("C")
@@ -23,6 +25,8 @@ def load(
     overrides: Sequence[str] = (),
     recipe: str | Path | None = None,
     check: Callable[[C], list[UserError]] | None = None,
+    stage: Stage | None = None,
+    init_from: str | None = None,
 ) -> C:
     """Return an instance of the dataclass `schema`: its defaults, overridden by a YAML file, then by `key=value`.
 
@@ -33,6 +37,9 @@ def load(
         overrides: `key=value`, `nested.key=value`, `list.0=value`; the last one wins.
         recipe: the recipe's file or name, for the messages.
         check: returns further problems of a config whose keys are valid each by itself.
+        stage: one of those that the config lists (`read_stages`): its keys come between the file and the overrides, and
+            the run has its folder.
+        init_from: with a stage that starts from another one, that one's result.
 
     Returns:
         The config. It keeps the provenance of each value for `to_yaml`.
@@ -51,10 +58,19 @@ def load(
         path = find_config(str(config))
         title = format_key_path(path) + _wrong_recipe(path, recipe)
         add_file(merged, path, problems)
-    add_overrides(merged, list(overrides), problems)
+        if merged.tree.pop(STAGES, None) is not None and stage is None:
+            hint = "Run them with tune-style run, or one of them with --stage NAME"
+            problems.add(merged.nearest((STAGES,)), "this config lists stages", key=STAGES, hint=hint, code="stages")
+    if stage:
+        stage.add_to(merged, problems)
+    add_overrides(merged, [text for text in overrides if not is_stage_override(text)], problems)
     if () not in merged.provenances:  # no valid file: every required key would be reported as missing
         problems.raise_all(title)
     interpolate(merged, problems)
+    if stage:  # after `${output_dir}`, which is the folder of all stages
+        merged.tree |= {"output_dir": stage.output_dir} | ({"init_from": init_from} if init_from else {})
+        where = Provenance(f"the stage {stage.name}", DEFAULT.rank)
+        merged.provenances |= {("output_dir",): where} | ({("init_from",): where} if init_from else {})
     instance = check_config(merged, schema, problems, check)
     problems.raise_all(title)
     assert instance is not INVALID, "a value is broken and no problem says why"

@@ -81,6 +81,25 @@ def add_overrides(merged: MergedConfig, overrides: list[str], problems: Problems
             merged.merge(_read_override(value, key_path, provenance, provenances, problems), provenances, key_path)
 
 
+def add_tree(
+    merged: MergedConfig, tree: dict[str, Any], provenances: dict[KeyPath, Provenance], problems: Problems
+) -> None:
+    """Lay a tree whose keys may have dots (`optimizer.lr`) over `merged`, a `_component_` before its arguments.
+
+    Args:
+        merged: changed in place.
+        tree: the values.
+        provenances: where they are from, by key path in `tree`.
+        problems: gets what is wrong.
+    """
+    for key in sorted(tree, key=lambda key: not (key.endswith(PATH_KEY) or _is_path(tree[key]))):
+        provenance = provenances[key,]
+        key_path = _open(merged, key, provenance, problems)
+        if key_path:
+            below = {(*key_path, *path[1:]): place for path, place in provenances.items() if path[:1] == (key,)}
+            merged.merge(tree[key], below, key_path)
+
+
 def _split(text: str, provenance: Provenance, problems: Problems) -> tuple[str, str, Provenance] | None:
     key, equals, value = text.partition("=")
     if equals and _KEY.fullmatch(key):

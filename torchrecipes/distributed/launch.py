@@ -44,6 +44,7 @@ POLL_NODES = 1.0  # seconds: over the network, and not urgent
 AFTER_FAILURE = 20.0  # seconds from SIGTERM to SIGKILL for the others when one has failed: to finish writing
 ROOT_CAUSE_WAIT = 5.0  # seconds to wait for the cause when a process only reports that it lost a peer
 RENDEZVOUS_TIMEOUT = 600  # seconds that nodes wait for each other
+ENDED_BY_ITSELF = 4  # exit code of a run that its recipe has ended early; it is passed on
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -99,8 +100,8 @@ def launch(
         environment: the environment of the processes, without their ranks.
 
     Returns:
-        The exit code: 0; 2 for a user's mistake and 1 for a bug or a killed process, both reported on stderr; 128 + the
-        signal's number.
+        The exit code: 0; 2 for a user's mistake and 1 for a bug or a killed process, both reported on stderr; 4 if all
+        processes ended with it; 128 + the signal's number.
 
     Raises:
         UserError: the rendezvous failed (code `rendezvous`).
@@ -260,6 +261,9 @@ class _Agent(SimpleElasticAgent):
         if all(worker.process.poll() == 0 for worker in self._workers):
             self._die_of_signals()
             return RunResult(WorkerState.SUCCEEDED, return_values={worker.rank: None for worker in self._workers})
+        if all(worker.process.poll() == ENDED_BY_ITSELF for worker in self._workers):
+            self._die_of_signals()
+            raise _Failed(ENDED_BY_ITSELF)
         self._handle_preempted_workers()
         cause = self._cause()
         if cause is None:
@@ -425,7 +429,7 @@ def _failure(worker: _Worker) -> _Failure | None:
     if error:  # the process may still be running
         text = f"rank {worker.rank}: {error.text}" if error.is_user_error else f"[rank {worker.rank}] {error.text}"
         return _Failure(text, 2 if error.is_user_error else 1, error.lost_peer, error.time)
-    if code is None or code == 0 or _stop_signal(code):
+    if code in (None, 0, ENDED_BY_ITSELF) or _stop_signal(code):
         return None
     if code > 0:
         return _Failure(f"rank {worker.rank} ended with exit code {code} and no message", 1, time=time.time())

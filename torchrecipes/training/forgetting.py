@@ -13,7 +13,6 @@ from torchrecipes.config import Fraction, Positive
 from torchrecipes.errors import UserError
 from torchrecipes.model_folder import resolve_model_folder
 
-STOPPED = 4  # exit code of a run that its controller has ended
 Band = str | float  # `3%` of the baseline's loss, or 0.1 nats
 
 
