@@ -18,7 +18,7 @@ SEQ_LEN = 6
 class Numbered:
     """`num_rows` rows of two documents; a token says which row of which source it is in."""
 
-    seq_len, lookahead, pad_id, source_names = SEQ_LEN, 1, 0, ()
+    seq_len, lookahead, pad_id, source_names, num_available = SEQ_LEN, 1, 0, (), float("inf")
 
     def __init__(self, num_rows, first_token, tokens_per_row=SEQ_LEN):
         self.num_rows, self.first_token, self.tokens_per_row = num_rows, first_token, tokens_per_row

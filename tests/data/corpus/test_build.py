@@ -1,5 +1,6 @@
 """Building a corpus: the same files however the work was done, and however often it was interrupted."""
 
+import gzip
 import json
 import os
 import pydoc_data.topics
@@ -20,6 +21,7 @@ from torchrecipes.data import progress
 from torchrecipes.data.corpus import build, shard_writer
 from torchrecipes.data.corpus.build import check_corpus_dir
 from torchrecipes.data.corpus.corpus import open_corpus, prepare_corpus
+from torchrecipes.data.sources import files, line_reader
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, documents
 from torchrecipes.data.tokenizers.load import load_tokenizer, train_bpe, train_char, train_wordpiece
 from torchrecipes.errors import UserError
@@ -390,6 +392,36 @@ def test_an_interrupted_source_with_positions_is_never_read_from_its_start(
     assert all(one[0] > before[0] for before, one in pairwise(read[1:]))
     assert sum(len(set(one)) for one in read) < len(items) + calls * 40
     assert all(min(one) > 0 for one in read[2:])
+
+
+@pytest.mark.parametrize("kind", ["line", "jsonl", "jsonl.gz"])
+def test_the_places_in_a_file_do_not_depend_on_interruptions(tokenizer, tmp_path, small_batches, monkeypatch, kind):
+    monkeypatch.setattr(line_reader, "BLOCK", 1 << 12)
+    texts = [d.text for d in topics(400)]
+    lines = texts if kind == "line" else [json.dumps({"text": text}) for text in texts]
+    content_of = "\n".join(lines).encode()
+    for number in (1, 2):
+        path = tmp_path / f"{number}.{'txt' if kind == 'line' else kind}"
+        path.write_bytes(gzip.compress(content_of) if kind.endswith("gz") else content_of)
+    source = files(str(tmp_path / "*.*"), sample_by="line" if kind == "line" else "document")
+    prepare_corpus(tmp_path / "whole", source, tokenizer, 0.1, shard_tokens=500)
+    inner, shards = shard_writer.ShardWriter.add, []
+
+    def die(self, *batch):
+        inner(self, *batch)
+        if sum(self.num_shards.values()) > sum(shards[-1].values() if shards else [0]):
+            shards.append(self.num_shards)
+            raise Died
+
+    monkeypatch.setattr(shard_writer.ShardWriter, "add", die)
+    while True:
+        try:
+            prepare_corpus(tmp_path / "part", source, tokenizer, 0.1, tokenizer_threads=0, shard_tokens=500)
+            break
+        except Died:
+            pass
+    assert len(shards) > 10
+    assert content(tmp_path / "part") == content(tmp_path / "whole")
 
 
 def test_what_a_killed_process_left_unfinished_is_removed(tokenizer, tmp_path):

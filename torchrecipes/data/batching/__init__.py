@@ -3,6 +3,7 @@
 rows      `Rows`: what a loader reads
 packing   `PackedDataset`, `PaddedDataset`: rows of equal length from documents
 mixture   `MixtureRows`: rows of several sources in exact proportions
+streamed  `StreamedRows`: rows of a corpus that is still being written
 shuffle   the order of the rows as arithmetic: a permutation without a list
 mlm       `MLMCollator`: masked tokens
 causal    `CausalLMCollator`: next tokens
@@ -17,6 +18,7 @@ from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.mlm import MLMCollator
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.batching.rows import RowBlock, Rows
+from torchrecipes.data.batching.streamed import StreamedRows
 
 __all__ = [
     "Batch",
@@ -28,6 +30,7 @@ __all__ = [
     "PaddedDataset",
     "RowBlock",
     "Rows",
+    "StreamedRows",
     "evaluation_batches",
     "rows_per_rank",
 ]

@@ -270,9 +270,10 @@ class _Steps(Dataset):
     def __getitem__(self, at: tuple[int, int]) -> list[Batch]:
         step, position = at
         if position not in self.block:
-            self.block = range(
-                position, position + self.steps_per_block * self.global_batch_size, self.global_batch_size
-            )
+            steps = self.steps_per_block
+            if position + steps * self.global_batch_size > self.dataset.num_available:
+                steps = 1  # a stream: no more than is needed now
+            self.block = range(position, position + steps * self.global_batch_size, self.global_batch_size)
             positions = np.array(self.block)[:, None] + self.first_row + np.arange(self.num_rows)
             self.numbers, epochs = self.dataset.locate(positions, self.seed, self.shuffle)
             self.keys = fold_in(self.seed, epochs, number_in_source(self.numbers))

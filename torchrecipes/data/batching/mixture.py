@@ -94,6 +94,11 @@ class MixtureRows:
         return sum(part.num_rows for part in self.parts.values())
 
     @property
+    def num_available(self) -> float:
+        """Positions from 0 that `locate` finds without waiting: no source is ahead of the mixture."""
+        return min(part.num_available for part in self.parts.values())
+
+    @property
     def tokens_per_row(self) -> float:
         """Mean number of tokens that are not padding, with the weights of the first block."""
         means = [part.tokens_per_row for part in self.parts.values()]

@@ -4,6 +4,8 @@ The datasets are `Rows` (rows.py). Nothing is truncated: a document that is long
 continues in another row, as a document of its own.
 """
 
+import math
+
 import numpy as np
 
 from torchrecipes.data.batching.rows import RowBlock
@@ -27,7 +29,7 @@ class PackedDataset:
         source_names: (), one source.
     """
 
-    source_names = ()
+    source_names, num_available = (), math.inf
 
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
@@ -110,7 +112,7 @@ class PaddedDataset:
     Arguments and attributes are those of `PackedDataset`.
     """
 
-    source_names = ()
+    source_names, num_available = (), math.inf
 
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead

@@ -50,6 +50,10 @@ class Rows(Protocol):
         """Mean number of tokens that are not padding."""
 
     @property
+    def num_available(self) -> float:
+        """Positions from 0 that `locate` finds without waiting for a text that is still being tokenized."""
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """The sources of a mixture; () where there is one."""
 

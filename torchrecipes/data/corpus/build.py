@@ -115,15 +115,15 @@ def build_corpus(
     settings: dict[str, Any],
     validation_source: Source | None = None,
     tokenizer_threads: int | None = None,
-    is_stream: bool = False,
+    throttle: Callable[[int], None] | None = None,
 ) -> bool:
     """Builds what is missing of the corpora `folder/train` and `folder/validation`.
 
     Args:
         folder, source, tokenizer, validation_source, tokenizer_threads: see `prepare_corpus`.
         settings: what `corpus_settings` gave.
-        is_stream: the shards are read while they are written: no document is looked for ahead of the others, so there
-            may be none for validation.
+        throttle: for shards that are read while they are written: called with the number of training shards after every
+            batch, it may wait. No document is looked for ahead of the others, so there may be none for validation.
 
     Returns:
         Whether anything was missing.
@@ -163,12 +163,12 @@ def build_corpus(
                 limit = writer.position.validation_limit
                 if limit is None:
                     limit = int(fraction * HASHES)
-                    if limit and not is_stream:
+                    if limit and throttle is None:
                         limit = _validation_limit(one, limit)
                     writer.position = replace(writer.position, validation_limit=limit)
-                _tokenize_source(one, tokenizer, writer, samples, threads)
+                _tokenize_source(one, tokenizer, writer, samples, threads, throttle)
         except KeyboardInterrupt:
-            saved = sum(writer.num_shards for _, writer in parts)
+            saved = sum(sum(writer.num_shards.values()) for _, writer in parts)
             kept = f"{saved} complete shards are kept in {folder}; run the same command to continue after them."
             again = "No shard was complete yet; run the same command to start again."
             print(f"\nInterrupted while tokenizing. {kept if saved else again}", file=sys.stderr, flush=True)
@@ -227,11 +227,18 @@ class Batch(NamedTuple):
     splits: list[int]  # 0: train, 1: validation
 
 
-def _tokenize_source(source: Source, tokenizer: Tokenizer, writer: ShardWriter, samples: int, threads: int) -> None:
+def _tokenize_source(
+    source: Source,
+    tokenizer: Tokenizer,
+    writer: ShardWriter,
+    samples: int,
+    threads: int,
+    throttle: Callable[[int], None] | None,
+) -> None:
     """Reads a source from the writer's position to its end; the first `samples` documents are for validation."""
     progress = Progress("tokenizing", source.num_bytes)
-    if writer.num_shards:
-        message = f"{writer.num_shards} shards are complete from an earlier call: continuing after them"
+    if complete := sum(writer.num_shards.values()):
+        message = f"{complete} shards are complete from an earlier call: continuing after them"
         print(message, file=sys.stderr, flush=True)
         progress.add(0, 0, skipped_bytes=sum(writer.statistics(split).bytes for split in writer.folders))
     start, backend = writer.position, tokenizer.text_backend
@@ -246,6 +253,8 @@ def _tokenize_source(source: Source, tokenizer: Tokenizer, writer: ShardWriter, 
                 if batch.documents:
                     tokenized.splits = np.array(batch.splits)
                     writer.add(tokenized, batch.start)
+                if throttle is not None:
+                    throttle(writer.num_shards["train"])
                 progress.add(len(batch.documents), int(tokenized.counts[:, 1].sum()), len(tokenized.tokens))
     finally:
         progress.close()

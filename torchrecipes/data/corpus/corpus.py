@@ -11,6 +11,7 @@ Opening takes milliseconds: sizes are always checked, checksums by `verify()`.
 
 import json
 from bisect import bisect_right
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ class Corpus:
         statistics: more numbers: see `summary`.
     """
 
-    def __init__(self, folder: Path, account: dict[str, Any], shards: list[Shard]):
+    def __init__(
+        self, folder: Path, account: dict[str, Any], shards: list[Shard], reopen: tuple[Any, tuple] | None = None
+    ):
         self.folder, self.account, self.shards = folder, account, shards
+        self._reopen = reopen  # a function and its arguments
         self.statistics = Statistics(**account["statistics"])
         self.num_documents, self.num_tokens = self.statistics.documents, self.statistics.tokens
         self.shortest_document, self.longest_document = self.statistics.shortest, self.statistics.longest
@@ -55,7 +59,7 @@ class Corpus:
         self._first_document = np.array([shard.document_offset for shard in shards])
 
     def __reduce__(self) -> tuple:
-        return _reopen, (self.folder, self.fingerprint)
+        return self._reopen or (_reopen, (self.folder, self.fingerprint))
 
     @property
     def additions(self) -> list[dict[str, Any]]:
@@ -177,6 +181,21 @@ class Corpus:
             if stop <= end:
                 return found
             index += 1
+
+
+def account_of(
+    split: str, settings: dict[str, Any], statistics: Statistics, shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `corpus.json` would hold of some shards: what a `Corpus` needs of it."""
+    return {
+        "format": FORMAT,
+        "split": split,
+        "tokenizer": {"fingerprint": settings["tokenizer"]},
+        "settings": settings,
+        "statistics": asdict(statistics),
+        "skipped": [],
+        "shards": shards,
+    }
 
 
 def open_corpus(folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpus:

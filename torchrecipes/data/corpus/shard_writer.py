@@ -88,16 +88,14 @@ class ShardWriter:
         folders: name of each split -> its folder, made if missing.
         settings: what the tokens are made from, JSON-able; has `dtype` and `shard_tokens`. Shards of other settings are
             never continued, but replaced.
-        first: name of a split -> its number of shards that belong to an earlier corpus, before those written here.
 
     Attributes:
         position: the place in the source from which reading continues.
     """
 
-    def __init__(self, folders: dict[str, Path], settings: dict[str, Any], first: dict[str, int] | None = None):
+    def __init__(self, folders: dict[str, Path], settings: dict[str, Any]):
         self.settings, self.dtype = settings, np.dtype(settings["dtype"])
-        self.folders, self.first = folders, dict.fromkeys(folders, 0) | (first or {})
-        self.position = SourcePosition()
+        self.folders, self.position = folders, SourcePosition()
         self._splits = {
             split: _Split(folder, xxhash.xxh3_128_hexdigest(to_json(settings) + split.encode()))
             for split, folder in folders.items()
@@ -110,9 +108,9 @@ class ShardWriter:
         self._continue()
 
     @property
-    def num_shards(self) -> int:
-        """Shards that are written."""
-        return sum(len(split.written) for split in self._splits.values())
+    def num_shards(self) -> dict[str, int]:
+        """Shards that are written, by split."""
+        return {name: len(split.written) for name, split in self._splits.items()}
 
     def add(self, batch: Tokenized, start: SourcePosition | None = None) -> None:
         """Adds documents; writes shards when the next document would make one too long.
@@ -171,7 +169,7 @@ class ShardWriter:
     def describe_shards(self, name: str) -> list[dict[str, Any]]:
         """The shards of a split that are written, as `corpus.json` lists them."""
         split, shards = self._splits[name], []
-        for number, statistics in enumerate(split.written, self.first[name]):
+        for number, statistics in enumerate(split.written):
             path = split.folder / shard_name(number)
             whole, arrays = checksums(path)
             counts = {"tokens": statistics.tokens, "documents": statistics.documents}
@@ -182,9 +180,9 @@ class ShardWriter:
 
     def clear(self) -> None:
         """Removes the shards."""
-        for name, split in self._splits.items():
+        for split in self._splits.values():
             for number in range(len(split.written)):
-                (split.folder / shard_name(self.first[name] + number)).unlink(missing_ok=True)
+                (split.folder / shard_name(number)).unlink(missing_ok=True)
 
     def _continue(self) -> None:
         """Finds the newest commit of which every file is there, and removes what lies beyond it."""
@@ -192,7 +190,7 @@ class ShardWriter:
         commits = [{"shards": dict.fromkeys(self._splits, 0), "pending": {}, "position": asdict(self.position)}]
         for name, split in self._splits.items():
             found[name] = []
-            while (path := split.folder / shard_name(self.first[name] + len(found[name]))).exists():
+            while (path := split.folder / shard_name(len(found[name]))).exists():
                 try:
                     _, metadata = open_shard(path, 0, 0)
                     if metadata["source"] != split.source:
@@ -209,7 +207,7 @@ class ShardWriter:
         for name, split in self._splits.items():
             split.written = found[name][: newest["shards"][name]]
             split.pending = Statistics(**newest["pending"].get(name, {}))
-            kept = {shard_name(i) for i in range(self.first[name] + len(split.written))}
+            kept = {shard_name(i) for i in range(len(split.written))}
             for other in split.folder.glob("shard-*.safetensors"):
                 if other.name not in kept:
                     other.unlink()
@@ -276,9 +274,7 @@ class ShardWriter:
                 "commit": json.dumps(commit),
             }
             with writing(split.folder):
-                write_shard(
-                    split.folder / shard_name(self.first[name] + len(split.written)), split.tokens, offsets, metadata
-                )
+                write_shard(split.folder / shard_name(len(split.written)), split.tokens, offsets, metadata)
             split.written.append(split.pending)
             split.tokens, split.lengths, split.pending = [], [], Statistics()
 

@@ -16,6 +16,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -116,7 +117,8 @@ def open_blocks(path: str, compression: str | None = None, start: int = 0) -> It
     with open(path, "rb") as raw:
         if compression is None:
             raw.seek(start)
-            blocks = _read(raw.read)
+            # The first block ends where one of a reader from the start does, so that both name the same places.
+            blocks = chain([raw.read(BLOCK - start % BLOCK)], _read(raw.read))
             yield _unify_line_ends(blocks if start else _check_head(blocks), start)
         else:
             with closing(_decompressor(raw, compression)) as stream:
