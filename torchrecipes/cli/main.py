@@ -40,6 +40,7 @@ GROUPS = {
     "data": (
         "prepare, check and measure text",
         {
+            "import": ("torchrecipes.cli.data_import", "turn Markdown, RST, HTML and source code into documents"),
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
             "stats": ("torchrecipes.cli.data_stats", "describe a corpus: lengths of documents, fill of rows"),

@@ -34,6 +34,7 @@ HIDDEN = "hidden (its name starts with a dot)"
 UNKNOWN = "unknown format; to read such files as plain text, name them or a pattern like folder/*.ext"
 NO_FILE = "not a file that can be read"
 CARD = "the card of a dataset; name it to read it"
+MANIFEST = "the manifest of an import, which says where the documents are from"
 TWICE = "named twice"
 TRAINING, HELD_OUT = (
     re.compile(rf"({names})([-._]\d+(-of-\d+)?)?\.[a-z]+(\.(gz|xz|zst))?")
@@ -116,6 +117,8 @@ def _folder(folder: str) -> Iterator[FoundFile | BadRecord]:
             yield BadRecord(path, reason)
         elif has_tables and path == os.path.join(folder, "README.md") and _is_card(path):
             yield BadRecord(path, CARD)
+        elif os.path.basename(path) == "manifest.json" and _is_manifest(path):
+            yield BadRecord(path, MANIFEST)
         else:
             yield _file(path, named=False)
 
@@ -141,6 +144,15 @@ def _refuse_held_out_files(folder: str, parent: str, names: list[str]) -> None:
             f"'{os.path.join(folder, '**', '*')}' to read all.",
             code="held_out_files",
         )
+
+
+def _is_manifest(path: str) -> bool:
+    # `tune-style data import` writes one beside its documents.
+    try:
+        with open(path, "rb") as file:
+            return b'"torchrecipes-import-' in file.read(64)
+    except OSError:
+        return False
 
 
 def _is_card(path: str) -> bool:
