@@ -6,10 +6,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchrecipes.errors import UserError
-from torchrecipes.models import bert, gpt2, hf_config, llama, load_hf, neobert, qwen3, save_hf
+from torchrecipes.models import (
+    bert,
+    distilbert,
+    gpt2,
+    hf_config,
+    llama,
+    load_hf,
+    mistral,
+    modernbert,
+    neobert,
+    qwen2,
+    qwen3,
+    roberta,
+    save_hf,
+)
 from torchrecipes.models.hub import meta_model_from_hf
 
 FAMILIES = {"neobert": neobert, "bert": bert, "gpt2": gpt2, "llama": llama, "qwen3": qwen3}
+FAMILIES |= {"modernbert": modernbert, "roberta": roberta, "distilbert": distilbert, "mistral": mistral, "qwen2": qwen2}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
@@ -52,6 +67,16 @@ def problem_keys(folder):
         ("neobert", {}),
         ("neobert", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
         ("bert", {}),
+        ("modernbert", {}),
+        ("modernbert", {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}),
+        ("modernbert", {"decoder_bias": False, "tie_word_embeddings": False, "rope_scaling": LLAMA3}),
+        ("modernbert", {"global_attn_every_n_layers": 1, "rope_theta": 5.0, "local_rope_theta": 6.0}),
+        ("roberta", {"pad_token_id": 0}),
+        ("roberta", {"model_type": "xlm-roberta", "type_vocab_size": 2}),
+        ("distilbert", {"attention_dropout": 0.1}),
+        ("mistral", {"sliding_window": 5, "num_key_value_heads": 1}),
+        ("mistral", {}),
+        ("qwen2", {"num_key_value_heads": 1}),
         ("gpt2", {}),
         ("gpt2", {"tie_word_embeddings": False, "attention_bias": False, "lm_head_bias": True, "attn_pdrop": 0.1}),
         ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),

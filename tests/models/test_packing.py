@@ -5,15 +5,33 @@ import itertools
 import pytest
 import torch
 
-from torchrecipes.models import bert, gpt2, llama, moe, neobert, olmoe, qwen3, qwen3_moe
+from torchrecipes.models import (
+    bert,
+    distilbert,
+    gpt2,
+    llama,
+    mistral,
+    modernbert,
+    moe,
+    neobert,
+    olmoe,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    roberta,
+)
 from torchrecipes.modules import KVCache
 
 ROW_LEN = 256
 # Rows of 256 of different documents, then one with padding at its end; the last entries repeat.
 FAMILIES = {"neobert": neobert, "bert": bert, "gpt2": gpt2, "llama": llama, "qwen3": qwen3}
+FAMILIES |= {"modernbert": modernbert, "roberta": roberta, "distilbert": distilbert, "mistral": mistral, "qwen2": qwen2}
 FAMILIES |= {"qwen3_moe": qwen3_moe, "olmoe": olmoe, "moe": moe}
-ROTARY_DECODERS = ("llama", "qwen3", "qwen3_moe", "olmoe", "moe")
+ROTARY_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmoe", "moe")
 MORE = {
+    "modernbert": {"local_attention": 20, "global_attn_every_n_layers": 2},
+    "mistral": {"sliding_window": 12},
+    "roberta": {"max_position_embeddings": ROW_LEN + 2},
     "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "moe": {"moe_intermediate_size": 24, "num_experts": 4, "decoder_sparse_step": 2, "router": "mlp"}
@@ -37,7 +55,8 @@ def model_of(family):
     sizes["num_attention_heads"] = 4 if family in ROTARY_DECODERS else 2
     more = {"num_key_value_heads": 2} if family in ROTARY_DECODERS else {}
     more |= MORE.get(family, {})
-    model = FAMILIES[family](**sizes, max_position_embeddings=ROW_LEN, initializer_range=0.1, **more)
+    sizes |= {"max_position_embeddings": ROW_LEN, "initializer_range": 0.1}
+    model = FAMILIES[family](**sizes | more)
     # The last document stands for padding: nothing is asked of it.
     return model, len(LENGTHS) - 1
 
@@ -95,6 +114,21 @@ def test_compiled_blocks_see_one_graph(family):
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(model(**rows), expected, atol=1e-5, rtol=0)
         model(**rows | {"cu_seqlens": torch.arange(0, 3 * ROW_LEN + 1, 128, dtype=torch.int32)})
+
+
+def test_compiled_blocks_of_global_and_local_layers_are_three_graphs():
+    """The first block, whose norm is the embedding's, and one for each kind of layer."""
+    torch.compiler.reset()
+    model = modernbert("tiny", vocab_size=67)
+    input_ids, position_ids, bounds, _ = packed()
+    rows = {"input_ids": input_ids, "position_ids": position_ids, "cu_seqlens": bounds}
+    expected, graphs = model(**rows), torch._dynamo.testing.CompileCounter()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=graphs)
+    torch.testing.assert_close(model(**rows), expected, atol=1e-5, rtol=0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model(**rows | {"cu_seqlens": torch.arange(0, 3 * ROW_LEN + 1, 128, dtype=torch.int32)})
+    assert graphs.frame_count == 3
 
 
 @pytest.mark.parametrize("family", ["neobert", "gpt2"])

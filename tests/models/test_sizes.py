@@ -26,6 +26,23 @@ from torchrecipes.errors import UserError
         ("bert small", {}, 28_795_194),
         ("bert mini", {}, 11_201_594),
         ("bert tiny", {}, 4_416_698),
+        ("bert large", {}, 335_174_458),
+        ("bert minilm-l6", {}, 22_744_506),
+        ("modernbert base", {}, 149_655_232),
+        ("modernbert large", {}, 395_881_664),
+        ("modernbert tiny", {}, 1_631_488),
+        ("roberta base", {}, 124_697_433),
+        ("roberta large", {}, 355_412_057),
+        ("roberta xlm-base", {}, 278_295_186),
+        ("roberta xlm-large", {}, 560_142_482),
+        ("roberta tiny", {}, 1_536_256),
+        ("distilbert base", {}, 66_985_530),
+        ("distilbert tiny", {}, 4_416_442),
+        ("mistral 7b", {}, 7_241_732_096),
+        ("mistral tiny", {}, 1_411_712),
+        ("qwen2 0.5b", {}, 494_032_768),
+        ("qwen2 1.5b", {}, 1_543_714_304),
+        ("qwen2 tiny", {}, 1_412_224),
         ("gpt2 small", {}, 124_439_808),
         ("gpt2 medium", {}, 354_823_168),
         ("gpt2 large", {}, 774_030_080),
@@ -79,7 +96,7 @@ def test_help_shows_the_defaults_and_what_each_key_means():
 def test_builders_pass_every_argument_on():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     neobert = {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 99, "rope_theta": 7.0}
-    neobert |= {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}
+    neobert |= {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "lm_head_bias": True}
     neobert |= {"head_dim": 6, "rms_norm_eps": 0.5, "tie_word_embeddings": False, "initializer_range": 0.3}
     bert = {"intermediate_size": 24, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
     bert |= {"max_position_embeddings": 99, "type_vocab_size": 3, "layer_norm_eps": 0.5, "initializer_range": 0.3}
@@ -93,7 +110,18 @@ def test_builders_pass_every_argument_on():
         (models.bert, bert),
         (models.gpt2, common | gpt2 | {"attention_bias": False}),
     ]
+    modernbert = {"intermediate_size": 24, "max_position_embeddings": 99, "global_attn_every_n_layers": 2}
+    modernbert |= {"local_attention": 6, "rope_theta": 7.0, "local_rope_theta": 5.0, "norm_eps": 0.5, "norm_bias": True}
+    modernbert |= {"attention_bias": True, "mlp_bias": True, "classifier_bias": True, "decoder_bias": False}
+    modernbert |= {"tie_word_embeddings": False, "initializer_range": 0.3, "rope_scaling": rope["rope_scaling"]}
+    distilbert = {"intermediate_size": 24, "dropout": 0.2, "attention_dropout": 0.3, "max_position_embeddings": 99}
+    plain = {key: value for key, value in (common | rope).items() if key != "attention_bias"}
     families += [
+        (models.modernbert, modernbert),
+        (models.roberta, bert | {"model_type": "xlm-roberta", "pad_token_id": 5}),
+        (models.distilbert, distilbert | {"initializer_range": 0.3}),
+        (models.mistral, plain | {"sliding_window": 5}),
+        (models.qwen2, plain),
         (models.qwen3, common | rope),
         (models.llama, common | rope | {"mlp_bias": True, "lm_head_bias": True}),
     ]
@@ -123,12 +151,14 @@ def test_builders_pass_every_argument_on():
 def test_a_model_that_does_not_fit_the_rows_or_the_tokenizer_is_refused(builder):
     with torch.device("meta"):
         model = builder(next(iter(builder.sizes)), vocab_size=100, max_position_embeddings=32)
-    models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100), 32)
-    for vocab_size, seq_len, code in ((101, 32, "vocab_too_large"), (100, 33, "seq_len_too_long")):
+    longest = models.max_positions(model)
+    assert longest == (30 if builder is models.roberta else 32)
+    models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100), longest)
+    for vocab_size, seq_len, code in ((101, longest, "vocab_too_large"), (100, longest + 1, "seq_len_too_long")):
         with pytest.raises(UserError) as error:
             models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=vocab_size), seq_len)
         assert error.value.code == code
-    causal = builder not in (models.neobert, models.bert)
+    causal = builder not in (models.neobert, models.bert, models.modernbert, models.roberta, models.distilbert)
     models.check_causal(model, causal)
     with pytest.raises(UserError) as error:
         models.check_causal(model, not causal)

@@ -140,7 +140,7 @@ def test_initial_values_are_a_function_of_the_seed(family):
 
 
 def test_types_without_a_family_here_load_through_transformers(tmp_path):
-    model = ours("modernbert")
+    model = ours("gemma3_text")
     save_hf(model, tmp_path)
     assert type(meta_model_from_hf(tmp_path)) is type(model)
     again = load_hf(tmp_path, report=pytest.fail)

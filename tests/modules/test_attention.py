@@ -106,7 +106,8 @@ def test_every_kernel_and_layout_is_the_loop_over_documents(monkeypatch, kernel,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    assert backend.name == kernel
+    narrow = window is not None and layout != "regrouped" and kernel != "math"
+    assert backend.name == ("banded" if narrow else kernel)
     assert (backend.gather is not None) == (layout == "regrouped")
     if layout == "regrouped":
         assert backend.gather.shape[1] == 64
@@ -153,6 +154,33 @@ def test_tiles_that_end_where_a_row_does_and_elsewhere(length):
     bounds = torch.tensor([0, length, 2 * length])
     found = results(lambda q, k, v: attention(q, k, v, causal=True), tensors)
     assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, True, None), tensors), 1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "window"), [(131, 1), (256, 63), (300, 64), (385, 100), (700, 64)])
+def test_bands_that_end_where_a_row_does_and_elsewhere(length, window, causal):
+    tensors = inputs(2, length, torch.float64, kv_heads=2)
+    for bounds in (torch.tensor([0, length, 2 * length]), packing(2, length, length, seed=length)):
+        backend = choose_attention_backend(
+            (2, length), cu_seqlens=bounds, causal=causal, window=window, device=CPU, dtype=torch.float64
+        )
+        assert (backend.name == "banded") == (length > 128 + window * (1 if causal else 2)) or len(bounds) > 3
+        found = results(lambda q, k, v, backend=backend: attention(q, k, v, backend=backend), tensors)
+        expected = results(lambda q, k, v, bounds=bounds: reference(q, k, v, bounds, causal, window), tensors)
+        assert_close(found, expected, 1e-12)
+
+
+def test_a_window_beyond_every_document_is_none():
+    bounds = packing(2, 400, 40, seed=1)
+    longest = int(bounds.diff().max())
+    options = {"cu_seqlens": bounds, "device": CPU, "dtype": torch.float32}
+    without = choose_attention_backend((2, 400), **options)
+    same = [
+        torch.equal(choose_attention_backend((2, 400), window=window, **options).mask, without.mask)
+        for window in (longest - 1, longest - 2)
+    ]
+    assert same == [True, False]
+    assert choose_attention_backend((2, 400), window=399, device=CPU, dtype=torch.float32).mask is None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -382,6 +410,18 @@ def test_queries_and_keys_are_normalized_before_the_rotation(qk_norm):
 def test_an_unknown_qk_norm_is_refused():
     with pytest.raises(ValueError, match=r"qk_norm.*'heads'"):
         SelfAttention(32, 4, qk_norm="heads")
+
+
+@pytest.mark.parametrize("window", [0, 4, 30])
+def test_a_cache_with_a_window_is_the_whole_with_it(window):
+    q, k, v = inputs(2, 20, torch.float64, kv_heads=2)
+    cache = KVCache(1, 2, 24, 2, HEAD_DIM, torch.float64)
+    found = []
+    for start, end in ((0, 11), (11, 12), (12, 20)):
+        backend, (layer,) = cache.at(torch.arange(start, end)[None], torch.float64, window)
+        found.append(attention(q[:, start:end], *layer.update(k[:, start:end], v[:, start:end]), backend=backend))
+    expected = reference(q, k, v, torch.tensor([0, 20, 40]), True, window)
+    assert (torch.cat(found, 1) - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -82,6 +82,18 @@ def test_rows_longer_than_a_tile_and_regrouped_documents():
     torch.testing.assert_close(max_logits(q, k, backend).double(), reference(q, k, cu_seqlens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_bands(causal):
+    q, k = tensors(1, 300)
+    for cu_seqlens in (None, torch.tensor([0, 120, 300])):
+        backend = choose_attention_backend(
+            (1, 300), cu_seqlens=cu_seqlens, causal=causal, window=20, device=CPU, dtype=q.dtype
+        )
+        assert backend.name == "banded"
+        expected = reference(q, k, cu_seqlens, causal, 20)
+        torch.testing.assert_close(max_logits(q, k, backend).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_bf16_to_the_precision_of_its_products():
     q, k = tensors(2, 40, dtype=torch.bfloat16)
     backend = choose_attention_backend((2, 40), causal=True, device=CPU, dtype=q.dtype)
@@ -116,5 +128,5 @@ def test_a_cache_of_keys():
 
 def test_torch_accepts_the_operation():
     q, k = tensors(2, 20)
-    arguments = (torch.full((4,), float("-inf")), q, k, None, None, None, -1, 0)
+    arguments = (torch.full((4,), float("-inf")), q, k, None, None, None, -1, 0, False)
     torch.library.opcheck(module._record, arguments)

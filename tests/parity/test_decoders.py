@@ -11,9 +11,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
     OlmoeConfig,
     OlmoeForCausalLM,
     OlmoeModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -22,7 +28,7 @@ from transformers import (
     Qwen3MoeModel,
 )
 
-from torchrecipes.models import gpt2, hf_state_dict, llama, load_hf, olmoe, qwen3, qwen3_moe, save_hf
+from torchrecipes.models import gpt2, hf_state_dict, llama, load_hf, mistral, olmoe, qwen2, qwen3, qwen3_moe, save_hf
 
 SIZES = {
     "vocab_size": 101,
@@ -42,6 +48,13 @@ EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
 QWEN3_MOE = {"num_key_value_heads": 4, "head_dim": 12, "moe_intermediate_size": 56, "norm_topk_prob": True} | EXPERTS
 THEIRS = {
     "llama": (LlamaForCausalLM, LlamaModel, LlamaConfig, {"num_key_value_heads": 4, "rope_parameters": ROPE}),
+    "mistral": (
+        MistralForCausalLM,
+        MistralModel,
+        MistralConfig,
+        {"num_key_value_heads": 4, "sliding_window": None, "rope_parameters": ROPE},
+    ),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Model, Qwen2Config, {"num_key_value_heads": 4, "rope_parameters": ROPE}),
     "qwen3": (
         Qwen3ForCausalLM,
         Qwen3Model,
@@ -54,6 +67,8 @@ THEIRS = {
 }
 OURS = {
     "llama": (llama, {"rope_theta": 100.0}),
+    "mistral": (mistral, {"rope_theta": 100.0, "rms_norm_eps": 1e-6}),
+    "qwen2": (qwen2, {"rope_theta": 100.0, "tie_word_embeddings": False}),
     "qwen3": (qwen3, {"rope_theta": 100.0}),
     "gpt2": (gpt2, {}),
     "qwen3_moe": (qwen3_moe, {"rope_theta": 100.0} | QWEN3_MOE),
@@ -65,6 +80,10 @@ CASES = [
     ("llama", {"head_dim": 8, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_scaling": LLAMA3}),
     ("llama", {"rope_scaling": LINEAR}),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": 7, "num_key_value_heads": 2, "head_dim": 16}),
+    ("qwen2", {}),
+    ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     ("qwen3", {}),
     ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 16}),
     ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "attention_bias": True}),

@@ -8,6 +8,7 @@ from torch import nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.running import evaluation_mode
+from torchrecipes.models.compatibility import max_positions
 
 if TYPE_CHECKING:
     from torchrecipes.data.tokenizers.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def fill_mask(model: nn.Module, tokenizer: "Tokenizer", text: str, top_k: int = 
     if not masks:
         hint = f"Put {mask_token} where the model is to predict a token."
         raise UserError(f"{text!r} has no {mask_token}", hint=hint, code="no_mask")
-    if len(ids) > (positions := model.config.max_position_embeddings):
+    if len(ids) > (positions := max_positions(model)):
         problem = f"the text has {len(ids)} tokens, and the model {positions} positions"
         raise UserError(problem, hint="Shorten it.", code="too_long")
     with evaluation_mode(model):

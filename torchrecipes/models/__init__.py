@@ -17,15 +17,25 @@
 """
 
 from torchrecipes.model_folder import has_hf_config, resolve_model_folder
-from torchrecipes.models.compatibility import check_causal, check_positions, check_tokenizer_compatibility
+from torchrecipes.models.compatibility import (
+    check_causal,
+    check_positions,
+    check_tokenizer_compatibility,
+    max_positions,
+)
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
+from torchrecipes.models.families.distilbert import distilbert
 from torchrecipes.models.families.gpt2 import gpt2
 from torchrecipes.models.families.llama import llama
+from torchrecipes.models.families.mistral import mistral
+from torchrecipes.models.families.modernbert import modernbert
 from torchrecipes.models.families.neobert import neobert
 from torchrecipes.models.families.olmoe import olmoe
+from torchrecipes.models.families.qwen2 import qwen2
 from torchrecipes.models.families.qwen3 import qwen3
 from torchrecipes.models.families.qwen3_moe import qwen3_moe
+from torchrecipes.models.families.roberta import roberta
 from torchrecipes.models.hf_adapter import HFAdapter
 from torchrecipes.models.hub import (
     Coverage,
@@ -44,7 +54,10 @@ from torchrecipes.models.param_count import active_parameters
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.models.transformers_model import TransformersModel, from_transformers
 
-FAMILY_BUILDERS = (neobert, bert, gpt2, llama, qwen3, qwen3_moe, olmoe, moe)
+FAMILY_BUILDERS = (
+    *(neobert, modernbert, bert, roberta, distilbert),
+    *(gpt2, llama, mistral, qwen2, qwen3, qwen3_moe, olmoe, moe),
+)
 
 __all__ = [
     "FAMILY_BUILDERS",
@@ -58,6 +71,7 @@ __all__ = [
     "check_causal",
     "check_positions",
     "check_tokenizer_compatibility",
+    "distilbert",
     "extend_context",
     "from_transformers",
     "gpt2",
@@ -68,13 +82,18 @@ __all__ = [
     "load_hf",
     "load_hf_weights",
     "loading_hint",
+    "max_positions",
     "meta_model_from_hf",
+    "mistral",
+    "modernbert",
     "moe",
     "neobert",
     "olmoe",
+    "qwen2",
     "qwen3",
     "qwen3_moe",
     "resolve_model_folder",
+    "roberta",
     "save_hf",
     "stop_token_ids",
 ]

@@ -1,5 +1,6 @@
 """Checks that sizes are valid, and that a model fits the tokenizer, the row length and the objective."""
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,18 @@ if TYPE_CHECKING:
     from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
 
-def check_sizes(config: Any) -> None:
+def check_sizes(config: Any, may_be_zero: Collection[str] = ()) -> None:
     """Checks that every integer of a model's config is 1 or more.
 
     Args:
         config: a dataclass.
+        may_be_zero: fields that are no sizes.
 
     Raises:
         UserError: `bad_size`, naming those that are not.
     """
     sizes = {field.name: getattr(config, field.name) for field in fields(config) if field.type is not float}
-    low = [f"{name}={size}" for name, size in sizes.items() if type(size) is int and size < 1]
+    low = [f"{name}={size}" for name, size in sizes.items() if type(size) is int and size < (name not in may_be_zero)]
     if low:
         raise UserError(f"{', '.join(low)}: sizes are 1 or more", code="bad_size")
 
@@ -77,11 +79,20 @@ def check_positions(model: nn.Module, seq_len: int) -> None:
     Raises:
         UserError: `seq_len_too_long`.
     """
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and seq_len > positions - getattr(model, "position_offset", 0):
+    positions = max_positions(model)
+    if positions is not None and seq_len > positions:
         raise UserError(
-            f"{seq_len} is more than the model's max_position_embeddings ({positions})",
+            f"{seq_len} is more than the {positions} positions of the model (max_position_embeddings)",
             key="seq_len",
-            hint="Lower seq_len, or raise model.max_position_embeddings",
+            hint="Lower seq_len, or raise model.max_position_embeddings; for a trained model see longer_context",
             code="seq_len_too_long",
         )
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The longest document that a model takes, in tokens; None for one without a config that says so.
+
+    That is `max_position_embeddings`, less the rows of the table that are not positions (RoBERTa).
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return None if positions is None else positions - getattr(model, "position_offset", 0)

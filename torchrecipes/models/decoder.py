@@ -43,10 +43,15 @@ def complete_attention_keys(config: Any) -> None:
         problem = f"{config.num_key_value_heads} does not divide num_attention_heads ({heads})"
         raise UserError(problem, key="num_key_value_heads", code="bad_size")
     if getattr(config, "rope_scaling", None) is not None:
-        _check_rope_scaling(config.rope_scaling)
+        check_rope_scaling(config.rope_scaling)
 
 
-def _check_rope_scaling(scaling: dict) -> None:
+def check_rope_scaling(scaling: dict) -> None:
+    """Checks the keys of a RoPE scaling.
+
+    Raises:
+        UserError: `bad_rope_scaling`.
+    """
     kind = scaling.get("rope_type")
     if kind not in ROPE_SCALING_KEYS:
         hint = f"Supported are {', '.join(ROPE_SCALING_KEYS)}"
@@ -65,15 +70,23 @@ def _check_rope_scaling(scaling: dict) -> None:
         raise UserError(f"rope_type {kind}: {'; '.join(wrong)}", key="rope_scaling", code="bad_rope_scaling")
 
 
-def decoder_block(config: Any, mlp: nn.Module, *, qk_norm: str | None = None) -> PreNormBlock:
-    """A block with `SelfAttention` and RMSNorm by the config's keys; `qk_norm` as in `SelfAttention`."""
+def decoder_block(config: Any, mlp: nn.Module, *, qk_norm: str | None = None, qkv_bias: bool = False) -> PreNormBlock:
+    """A block with `SelfAttention` and RMSNorm by the config's keys.
+
+    Args:
+        config: of the family.
+        mlp: the feed-forward part.
+        qk_norm: as in `SelfAttention`.
+        qkv_bias: queries, keys and values have biases, the output has none, whatever `config.attention_bias` is.
+    """
     return (MoEBlock if isinstance(mlp, MoE) else PreNormBlock)(
         self_attn=SelfAttention(
             config.hidden_size,
             config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            bias=getattr(config, "attention_bias", False),
+            bias=qkv_bias or getattr(config, "attention_bias", False),
+            o_bias=False if qkv_bias else None,
             qk_norm=qk_norm,
             norm_eps=config.rms_norm_eps,
         ),
@@ -83,14 +96,17 @@ def decoder_block(config: Any, mlp: nn.Module, *, qk_norm: str | None = None) ->
     )
 
 
-def decoder(config: Any, block: Callable[[int], nn.Module], adapter: HFAdapter, seed: int) -> Transformer:
-    """A causal model of such blocks; `block(layer)` builds one."""
+def decoder(
+    config: Any, block: Callable[[int], nn.Module], adapter: HFAdapter, seed: int, window: int | None = None
+) -> Transformer:
+    """A causal model of such blocks; `block(layer)` builds one, and `window` is that of all of them."""
     return Transformer(
         config,
         (block(layer) for layer in range(config.num_hidden_layers)),
         adapter,
         causal=True,
         norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        windows=[window] * config.num_hidden_layers,
         attention_dropout=config.attention_dropout,
         tied=config.tie_word_embeddings,
         head_bias=getattr(config, "lm_head_bias", False),
@@ -118,6 +134,15 @@ def rope_scaling(stored: Any, max_positions: int | None) -> Any:
     return scaling
 
 
+def without_sliding_window(keys: dict) -> dict:
+    """The keys of a config.json whose `use_sliding_window` is false, without the window's other settings."""
+    if not keys.get("use_sliding_window", False):
+        full = set(keys.get("layer_types") or ()) <= {"full_attention"}
+        unused = {"sliding_window", "max_window_layers"} | ({"layer_types"} if full else set())
+        keys = {key: value for key, value in keys.items() if key not in unused}
+    return keys
+
+
 class DecoderAdapter(HFAdapter):
     """The layout of LLaMA and the families like it, with SwiGLU layers; others override `mlp_key_map`."""
 
@@ -125,6 +150,7 @@ class DecoderAdapter(HFAdapter):
     written: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}  # keys of config.json that are always the same
     optional: ClassVar[frozenset[str]] = frozenset({"lm_head_bias", "router_z_loss_coef"})  # ours; written if set
     qk_norm: str | None = None
+    qkv_bias: bool = False
 
     @staticmethod
     def read_keys(raw: dict) -> dict:
@@ -152,13 +178,15 @@ class DecoderAdapter(HFAdapter):
         key_map = {"embedding.weight": [("model.embed_tokens.weight", config.vocab_size)]}
         for layer in range(config.num_hidden_layers):
             ours, hf = f"blocks.{layer}", f"model.layers.{layer}"
-            for kind in ("weight", "bias") if getattr(config, "attention_bias", False) else ("weight",):
+            bias = getattr(config, "attention_bias", False)
+            for kind in ("weight", "bias") if bias or self.qkv_bias else ("weight",):
                 key_map[f"{ours}.self_attn.qkv_proj.{kind}"] = [
                     (f"{hf}.self_attn.q_proj.{kind}", queries),
                     (f"{hf}.self_attn.k_proj.{kind}", keys),
                     (f"{hf}.self_attn.v_proj.{kind}", keys),
                 ]
-                key_map[f"{ours}.self_attn.o_proj.{kind}"] = [(f"{hf}.self_attn.o_proj.{kind}", hidden)]
+                if kind == "weight" or bias:
+                    key_map[f"{ours}.self_attn.o_proj.{kind}"] = [(f"{hf}.self_attn.o_proj.{kind}", hidden)]
             for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
                 key_map[f"{ours}.{name}"] = [(f"{hf}.{name}", hidden)]
             if self.qk_norm:

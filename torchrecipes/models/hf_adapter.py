@@ -119,6 +119,10 @@ class HFAdapter:
         """Whether our parameter `name` belongs to the head, which a folder may lack."""
         return name.startswith("head.")
 
+    def is_constant(self, name: str) -> bool:  # noqa: ARG002
+        """Whether the tensor of this Hugging Face name is one that `split` adds, of values that never change."""
+        return False
+
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Our tensor as the tensors that are stored: views of it."""
         parts = self.parts(name)

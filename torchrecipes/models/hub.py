@@ -20,6 +20,7 @@ from torchrecipes.atomic_write import write_atomically
 from torchrecipes.errors import UserError
 from torchrecipes.manifest import verify
 from torchrecipes.model_folder import resolve_model_folder
+from torchrecipes.models.compatibility import max_positions
 from torchrecipes.models.config_json import config_from_dict, read_json
 from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
 from torchrecipes.models.stored_tensors import StoredTensor, open_tensors
@@ -31,9 +32,16 @@ if TYPE_CHECKING:
 # model_type of a foreign config.json -> the file in families/ that has `from_config` and `Adapter`.
 FAMILIES = {
     "bert": "bert",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+    "distilbert": "distilbert",
+    "modernbert": "modernbert",
     "eurobert": "neobert",
+    "neobert": "neobert",
     "gpt2": "gpt2",
     "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
     "olmoe": "olmoe",
@@ -228,7 +236,7 @@ def write_hf_config(model: nn.Module, folder: Path, tokenizer: "Tokenizer | None
     """Writes everything but the weights: the tokenizer, and with an `hf_adapter` `config.json` and its companions."""
     adapter = adapter_of(model)
     if tokenizer is not None:
-        tokenizer.save(folder, model_max_length=getattr(adapter.config, "max_position_embeddings", None))
+        tokenizer.save(folder, model_max_length=max_positions(model))
         if adapter.token_types:
             _add_input_name(folder / "tokenizer_config.json", "token_type_ids")
     config = hf_config(model, tokenizer)
@@ -291,7 +299,8 @@ def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
     with open_tensors(folder) as stored:
         found = {name: tensor.shape for name, tensor in stored.items()}
     problems = [f"{name} is not in the checkpoint" for name in expected if name not in found]
-    problems += [f"{name} is not in this model" for name in found if name not in expected]
+    unknown = [name for name in found if name not in expected and not adapter.is_constant(name)]
+    problems += [f"{name} is not in this model" for name in unknown]
     problems += [
         f"{name} is {list(found[name])} in the checkpoint and {list(shape)} in this model"
         for name, shape in expected.items()
@@ -334,6 +343,10 @@ def hf_config(model: nn.Module, tokenizer: "Tokenizer | None" = None) -> dict | 
             ids["eos"] = adapter.stop_ids
         if tokenizer.mask_id is not None and config["model_type"] == "eurobert":
             ids["mask"] = tokenizer.mask_id
+        if config["model_type"] == "modernbert":
+            ids |= {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id}
+    elif config["model_type"] == "modernbert":
+        ids |= {"cls": None, "sep": None}
     return config | {f"{kind}_token_id": value for kind, value in ids.items()}
 
 
@@ -364,6 +377,8 @@ def _expected_tensors(
     tops = {hf_name.partition(".")[0] for hf_name in (*known, tied_name)}
     for original, tensor in files.items():
         name = adapter.normalize_name(original)
+        if name is not None and adapter.is_constant(name):
+            continue
         if name is None or name.partition(".")[0] not in tops:
             dropped.append(original)
         elif name in stored and not stored[name].equals(tensor):

@@ -1,7 +1,7 @@
 """`Transformer`: the one network behind the families: embedding, blocks, final norm, head."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,9 @@ class Transformer(nn.Module):
             stream start smaller by `sqrt(2 L)`, as in GPT-2.
         norm: applied to the last block's output.
         rotary: whether positions are rotations of queries and keys, by `config.rope_theta` and `config.rope_scaling`.
+        windows: for every block, how far away from itself a token sees others (`attention`), or None: without bound.
+            None: no block has a window.
+        local_rope_theta: base of the rotary wavelengths of the blocks with a window. None: as in the others.
         embedding: of tokens; None: an `nn.Embedding`.
         position_embedding: added to it, or None.
         position_offset: rows of the table of positions before the one of position 0.
@@ -60,6 +63,8 @@ class Transformer(nn.Module):
         causal: bool,
         norm: nn.Module,
         rotary: bool = True,
+        windows: Sequence[int | None] | None = None,
+        local_rope_theta: float | None = None,
         embedding: BertEmbedding | None = None,
         position_embedding: nn.Embedding | None = None,
         position_offset: int = 0,
@@ -76,6 +81,8 @@ class Transformer(nn.Module):
         self.embedding = embedding or nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = position_embedding
         self.blocks = nn.ModuleList(blocks)
+        self.windows = tuple(windows or [None] * len(self.blocks))
+        self.local_rope_theta = local_rope_theta
         self.norm = norm
         words = self.embedding if embedding is None else embedding.word_embeddings
         self.head = LMHead(
@@ -134,35 +141,45 @@ class Transformer(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden_BSD = self._embed(input_ids, position_ids, token_type_ids)
         dtype = compute_dtype(hidden_BSD)
-        if cache is None:
-            caches = [None] * len(self.blocks)
-            backend = choose_attention_backend(
+        if cache is not None and not self.causal:
+            raise ValueError("an encoder has no cache: its tokens see later ones")
+        backends, caches = {}, [None] * len(self.blocks)
+        for window in set(self.windows):
+            if cache is not None:
+                backends[window], caches = cache.at(position_ids, dtype, window)
+                continue
+            backends[window] = choose_attention_backend(
                 tuple(input_ids.shape),
                 document_ids=document_ids,
                 cu_seqlens=cu_seqlens,
                 max_seqlen=max_seqlen,
                 causal=self.causal,
+                window=window,
                 dropout_p=self.attention_dropout if self.training else 0.0,
                 device=input_ids.device,
                 dtype=dtype,
             )
-        else:
-            if not self.causal:
-                raise ValueError("an encoder has no cache: its tokens see later ones")
-            backend, caches = cache.at(position_ids, dtype)
-        rotary = None
-        if self.rotary:
-            scaling = getattr(self.config, "rope_scaling", None)
-            rotary = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, dtype, scaling)
+        rotary = self._rotary(position_ids, dtype)
         routings = []
-        for block, layer_cache in zip(self.blocks, caches, strict=True):
-            hidden_BSD = block(hidden_BSD, rotary, backend, layer_cache)
+        for block, window, layer_cache in zip(self.blocks, self.windows, caches, strict=True):
+            hidden_BSD = block(hidden_BSD, rotary[window], backends[window], layer_cache)
             if isinstance(hidden_BSD, tuple):
                 hidden_BSD, routing = hidden_BSD
                 routings.append(routing)
         if routings:
             self._collect(routings, input_ids.numel())
         return self.norm(hidden_BSD)
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> dict[int | None, tuple[Tensor, Tensor] | None]:
+        """Window -> the rotation of the blocks that have it."""
+        if not self.rotary:
+            return dict.fromkeys(self.windows)
+        size, theta = self.config.head_dim, self.config.rope_theta
+        scaling = getattr(self.config, "rope_scaling", None)
+        if self.local_rope_theta is None or set(self.windows) <= {None}:
+            return dict.fromkeys(self.windows, rope_cos_sin(position_ids, size, theta, dtype, scaling))
+        local = rope_cos_sin(position_ids, size, self.local_rope_theta, dtype)
+        return dict.fromkeys(self.windows, local) | {None: rope_cos_sin(position_ids, size, theta, dtype, scaling)}
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         if isinstance(self.embedding, BertEmbedding):

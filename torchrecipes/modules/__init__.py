@@ -13,7 +13,7 @@ Tensors are named by the letters of their dimensions where that helps (`x_BSD`, 
 from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import KVCache
 from torchrecipes.modules.embedding import BertEmbedding
-from torchrecipes.modules.feed_forward import GeluMLP, SwiGLU
+from torchrecipes.modules.feed_forward import GeGLU, GeluMLP, SwiGLU
 from torchrecipes.modules.head import LMHead, MLMTransform
 from torchrecipes.modules.init import init_tensor, init_weights
 from torchrecipes.modules.moe import Experts, MoE, Router, Routing
@@ -26,6 +26,7 @@ __all__ = [
     "AttentionBackend",
     "BertEmbedding",
     "Experts",
+    "GeGLU",
     "GeluMLP",
     "KVCache",
     "LMHead",

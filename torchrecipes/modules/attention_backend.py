@@ -8,6 +8,7 @@
 |          | CUDA, fp32 or dropout; CPU, otherwise                | a mask over rows, or (CPU) over regrouped rows |
 | `math`   | CPU, bf16 and fp16, rows up to 1024 tokens; dropout  | the same                                       |
 | `tiled`  | CPU, causal rows up to 2048 tokens                   | the same                                       |
+| `banded` | CPU, windows that are shorter than a row             | a mask over the window, regrouped or not       |
 
 The choice on CUDA is from an H100, 2026-11-28, torch 2.11: 12 heads of 64, 32 rows of 1,024 tokens, forward plus
 backward in ms. Documents of 4 to 40 tokens: flex 0.82, varlen 2.24; of about 400 tokens: flex 1.21, varlen 1.29; rows
@@ -21,6 +22,9 @@ layer's other activations. The flash kernel of the CPU has no dropout either.
 `tiled` is `math` in tiles of queries that each look at the keys up to their last one only: half of the products, and a
 backward pass written by hand (`torchrecipes.modules.cpu.tiled_causal_attention`). Of the better of the other two it
 takes 0.35 to 0.9 of the time in bf16 at rows of 256 to 1024 tokens and 0.8 to 1.1 in fp32, and below as much as `math`.
+
+`banded` (`torchrecipes.modules.cpu.banded_attention`) does the same where a window hides most of a row: a tile of
+queries attends to the keys of its windows only, so that work grows with the length of a row and not with its square.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from torch import Tensor
 
 from torchrecipes.estimation import is_estimating, kernel_device
 from torchrecipes.modules.block_mask import document_block_mask
+from torchrecipes.modules.cpu import banded_attention
 from torchrecipes.modules.cpu.regroup import document_lengths, regroup
 from torchrecipes.modules.cpu.tiled_causal_attention import TILE
 
@@ -50,18 +55,18 @@ class AttentionBackend(NamedTuple):
     A tuple of tensors and constants, so that `torch.compile`, activation checkpointing and FSDP carry it along.
 
     Attributes:
-        name: `flex`, `varlen`, `sdpa`, `math` or `tiled`.
+        name: `flex`, `varlen`, `sdpa`, `math`, `tiled` or `banded`.
         causal: `sdpa` applies causality itself (dense rows); with a mask it is part of the mask.
         dropout_p: probability of dropping an attention weight.
         mask: what is added to the scores, 0 or -inf, in the dtype of q: `[B or 1, 1, S, S]`, or `[R, 1, L, L]` when
             documents are regrouped. None where every token of a row sees every other. For `tiled` and dense rows only
-            the `[1, 1, TILE, TILE]` of it that lies on the diagonal.
+            the `[1, 1, TILE, TILE]` of it that lies on the diagonal; for `banded` see `band_mask`.
         gather: `[R, L]` int64, the token in each slot of the regrouped rows (token 0 in an empty slot), or None.
         scatter: `[B, S]` int64, the slot of each token, or None.
         block_mask: for `flex`.
         cu_seqlens: `[documents + 1]` int32, for `varlen`.
         max_seqlen: upper bound on a document's length, for `varlen`.
-        window_size: tokens seen to the (left, right), -1 without bound, for `varlen`.
+        window_size: tokens seen to the (left, right), -1 without bound, for `varlen` and `banded`.
     """
 
     name: str
@@ -115,6 +120,8 @@ def choose_attention_backend(
         raise ValueError(f"window must be 0 or more, not {window}")
     if document_ids is not None and tuple(document_ids.shape) != tuple(shape):
         raise ValueError(f"document_ids has shape {list(document_ids.shape)}; rows of tokens have {list(shape)}")
+    if window is not None and window >= min(max_seqlen or row_len, row_len) - 1:
+        window = None  # no token of a document is further away
     if is_estimating() and kernel_device(device) == "cuda":
         # What these kernels keep: queries, keys, values and outputs, never the scores.
         return AttentionBackend("sdpa", causal=causal)
@@ -134,9 +141,15 @@ def choose_attention_backend(
         if cu_seqlens is None:
             cu_seqlens = _boundaries(document_ids)
         lengths = document_lengths(cu_seqlens, rows, row_len, max_seqlen)
+        if window is not None and window >= lengths.max() - 1:
+            window = None
         if len(lengths) > rows:  # else every row is one document
             segments, gather, scatter = regroup(lengths, rows, row_len)
             row_len = segments.shape[1]
+    if window is not None and not dropout_p and row_len > banded_attention.TILE + (1 if causal else 2) * window:
+        band = (window, 0 if causal else window)
+        mask = banded_attention.band_mask(segments, row_len, *band, device, dtype)
+        return AttentionBackend("banded", mask=mask, gather=gather, scatter=scatter, window_size=band)
     if causal and not dropout_p and row_len <= TILED_LONGEST_ROW:
         dense = segments is None and window is None
         mask = _mask(segments, min(row_len, TILE) if dense else row_len, True, window, device, dtype)
@@ -209,16 +222,21 @@ def masked_backend(
     return AttentionBackend("sdpa", dropout_p=dropout_p, mask=mask)
 
 
-def cached_attention_backend(position_ids: Tensor, num_keys: int, dtype: torch.dtype) -> AttentionBackend:
-    """How tokens attend to the slots of a `KVCache`: one at position p sees the slots 0 to p.
+def cached_attention_backend(
+    position_ids: Tensor, num_keys: int, dtype: torch.dtype, window: int | None = None
+) -> AttentionBackend:
+    """How tokens attend to the slots of a `KVCache`: one at position p sees the slots 0 to p, or the last of them.
 
     Args:
         position_ids: `[B, S]`.
         num_keys: slots looked at, the first ones.
         dtype: of the queries.
+        window: a token sees no token further away than this. None: no bound.
     """
-    slots = torch.arange(num_keys, device=position_ids.device)
-    unseen = slots > position_ids[:, None, :, None]
+    slots, positions = torch.arange(num_keys, device=position_ids.device), position_ids[:, None, :, None]
+    unseen = slots > positions
+    if window is not None:
+        unseen = unseen | (slots < positions - window)
     mask = torch.zeros(unseen.shape, dtype=dtype, device=position_ids.device).masked_fill_(unseen, float("-inf"))
     return AttentionBackend("sdpa" if position_ids.shape[1] > 1 else "math", mask=mask)
 

@@ -49,7 +49,9 @@ class KVCache:
         ]
         self._batch = batch
 
-    def at(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[AttentionBackend, list[LayerCache]]:
+    def at(
+        self, position_ids: Tensor, dtype: torch.dtype, window: int | None = None
+    ) -> tuple[AttentionBackend, list[LayerCache]]:
         """The attention backend of a forward pass, and each layer's part of the cache.
 
         Nothing waits for the device: on a CPU attention reads the slots in use, elsewhere all of them.
@@ -57,6 +59,7 @@ class KVCache:
         Args:
             position_ids: `[B, S]` or `[1, S]`, positions of the tokens of this pass, each below `max_len`.
             dtype: dtype of the queries.
+            window: a token sees no token further away than this. None: no bound.
 
         Raises:
             ValueError: CPU only: a position beyond `max_len`.
@@ -69,7 +72,7 @@ class KVCache:
         positions = position_ids.expand(self._batch, -1)
         rows = torch.arange(self._batch, device=positions.device)[:, None]
         layers = [LayerCache(keys, values, rows, positions, seen) for keys, values in self._memory]
-        return cached_attention_backend(positions, seen, dtype), layers
+        return cached_attention_backend(positions, seen, dtype, window), layers
 
 
 class LayerCache(NamedTuple):

@@ -24,6 +24,24 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class GeGLU(nn.Module):
+    """`down(gelu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202), with the exact GELU.
+
+    Parameters: those of `SwiGLU`.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.row_splits = {"gate_up_proj.weight": (intermediate_size, intermediate_size)}  # two matrices, for Muon
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x `[..., D]`."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.gelu(gate) * up)
+
+
 class GeluMLP(nn.Module):
     """`down(gelu(up(x)))` with biases.
 

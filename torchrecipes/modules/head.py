@@ -48,12 +48,19 @@ class LMHead(nn.Module):
 
 
 class MLMTransform(nn.Module):
-    """BERT's transform before the output layer: dense, exact GELU, LayerNorm."""
+    """BERT's transform before the output layer: dense, exact GELU, LayerNorm.
 
-    def __init__(self, hidden_size: int, *, eps: float):
+    Args:
+        hidden_size: D.
+        eps: epsilon of the LayerNorm.
+        bias: whether the dense layer has one.
+        norm_bias: whether the LayerNorm has one.
+    """
+
+    def __init__(self, hidden_size: int, *, eps: float, bias: bool = True, norm_bias: bool = True):
         super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.norm = LayerNorm(hidden_size, eps=eps)
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.norm = LayerNorm(hidden_size, eps=eps, bias=norm_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Args: hidden `[..., D]`."""

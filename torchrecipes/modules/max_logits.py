@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchrecipes.modules.attention_backend import AttentionBackend
+from torchrecipes.modules.cpu.banded_attention import band_tiles
 
 # Scores per product: fewer make it slow, on a GPU sooner than on a CPU; with more of them, more are masked.
 _SCORES, _SCORES_ON_GPU = 2**23, 2**26
@@ -46,7 +47,8 @@ def record_max_logits(largest: Tensor, q: Tensor, k: Tensor, backend: AttentionB
         right = 0
     if backend.cu_seqlens is not None:  # no key of the same document is further away
         left, right = (min(reach if reach >= 0 else backend.max_seqlen, backend.max_seqlen) for reach in (left, right))
-    _record(largest, q.detach(), k.detach(), backend.mask, backend.gather, backend.cu_seqlens, left, right)
+    masks = (backend.mask, backend.gather, backend.cu_seqlens)
+    _record(largest, q.detach(), k.detach(), *masks, left, right, backend.name == "banded")
 
 
 def raise_max_logits(largest: Tensor, max_scores_BNS: Tensor) -> None:
@@ -73,6 +75,7 @@ def _record(
     cu_seqlens: Tensor | None,
     left: int,
     right: int,
+    banded: bool,
 ) -> None:
     if gather is not None:
         q, k = (x.flatten(0, 1)[gather.flatten()].unflatten(0, gather.shape) for x in (q, k))
@@ -80,6 +83,16 @@ def _record(
     key_heads, num_keys = k.shape[2], k.shape[1]
     q = (q * size**-0.5).view(batch, length, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
     k = k.permute(0, 2, 3, 1)[:, :, None]  # [B, K, 1, H, S]
+    if banded:
+        found = torch.full_like(largest, float("-inf"))
+        for tokens, keys, columns in band_tiles(length, left, right):
+            scores = torch.matmul(q[:, :, :, tokens], k[..., keys])
+            of_tile = mask[:, :, tokens] if mask.shape[2] == length else mask[:, :, : scores.shape[3]]
+            found = torch.maximum(
+                found, (scores + of_tile[:, None, :, :, columns]).amax(dim=(0, 3, 4)).flatten().float()
+            )
+        largest.copy_(torch.where(found.isfinite(), torch.maximum(largest, found), largest))
+        return
     if mask is not None and mask.shape[-2:] != (length, num_keys):
         mask = None  # a tile on the diagonal, for causality only, which `right` expresses, too
     segments = None

@@ -36,9 +36,12 @@ class LayerNorm(nn.LayerNorm):
         shape, eager = self.normalized_shape, not torch.compiler.is_compiling()
         if eager and kernel_device(x.device) == "cuda":  # one kernel, which takes one dtype
             with torch.autocast(x.device.type, enabled=False):
-                return F.layer_norm(x, shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+                return F.layer_norm(x, shape, *self._weights(x.dtype), self.eps)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.layer_norm(x, shape, self.weight.to(dtype), self.bias.to(dtype), self.eps).to(x.dtype)
+        return F.layer_norm(x, shape, *self._weights(dtype), self.eps).to(x.dtype)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -24,6 +24,7 @@ from torch.torch_version import TorchVersion
 from torchrecipes.estimation import kernel_device
 from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import LayerCache
+from torchrecipes.modules.cpu.banded_attention import BandedAttention
 from torchrecipes.modules.cpu.tiled_causal_attention import CausalTiles
 from torchrecipes.modules.max_logits import raise_max_logits, record_max_logits
 from torchrecipes.modules.norm import RMSNorm, rms_norm
@@ -102,6 +103,8 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
     """Attention inside rows, `[B, S, N, H]`, with the backend's mask."""
     if backend.name == "tiled":
         return CausalTiles.apply(q, k, v, backend.mask)
+    if backend.name == "banded":
+        return BandedAttention.apply(q, k, v, backend.mask, *backend.window_size)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if backend.name == "sdpa":
         return _sdpa(q, k, v, backend).transpose(1, 2)
@@ -193,6 +196,7 @@ class SelfAttention(nn.Module):
         num_kv_heads: K, key and value heads; divides N. None: N.
         head_dim: H. None: D / N.
         bias: whether both projections have one.
+        o_bias: whether the projection of the output has one. None: as `bias` says.
         qk_norm: RMSNorm of queries and keys before the rotation: `head`, over each head (Qwen3), or `all`, over all
             heads together (OLMoE; Muennighoff et al. 2024, arXiv:2409.02060). None: no norm.
         norm_eps: of these norms.
@@ -206,6 +210,7 @@ class SelfAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
+        o_bias: bool | None = None,
         qk_norm: str | None = None,
         norm_eps: float = 1e-6,
     ):
@@ -223,7 +228,7 @@ class SelfAttention(nn.Module):
         rows = (num_heads, self.num_kv_heads, self.num_kv_heads)
         self.row_splits = {"qkv_proj.weight": tuple(n * self.head_dim for n in rows)}  # three matrices, for Muon
         self.max_logits: Tensor | None = None
-        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias if o_bias is None else o_bias)
         if qk_norm not in (None, "head", "all"):
             raise ValueError(f"qk_norm is {qk_norm!r}; it is 'head', 'all' or None")
         self.qk_norm = qk_norm

@@ -96,6 +96,7 @@ class PostNormBlock(nn.Module):
 
     Args:
         dropout_p: probability of dropping an element of what attention and feed-forward add, in training.
+        attention_dropout_p: the same for attention. None: `dropout_p`.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class PostNormBlock(nn.Module):
         attention_norm: nn.Module,
         mlp_norm: nn.Module,
         dropout_p: float = 0.0,
+        attention_dropout_p: float | None = None,
     ):
         super().__init__()
         self.self_attn = self_attn
@@ -113,6 +115,7 @@ class PostNormBlock(nn.Module):
         self.mlp = mlp
         self.mlp_norm = mlp_norm
         self.dropout_p = dropout_p
+        self.attention_dropout_p = dropout_p if attention_dropout_p is None else attention_dropout_p
 
     def forward(
         self,
@@ -122,6 +125,7 @@ class PostNormBlock(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Args: x_BSD; `rotary`, `backend` and `cache` as in `SelfAttention.forward`."""
-        attended = F.dropout(self.self_attn(x_BSD, rotary, backend, cache), self.dropout_p, self.training)
+        attended = self.self_attn(x_BSD, rotary, backend, cache)
+        attended = F.dropout(attended, self.attention_dropout_p, self.training)
         x_BSD = self.attention_norm(x_BSD + attended)
         return self.mlp_norm(x_BSD + F.dropout(self.mlp(x_BSD), self.dropout_p, self.training))

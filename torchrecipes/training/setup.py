@@ -73,10 +73,13 @@ def compile_model(model: nn.Module, device: torch.device, backend: str = "induct
             tokens in the order in which threads finish.
         backend: of `torch.compile`.
     """
+    import torch._dynamo.config
     import torch._functorch.config  # a part of dynamo, which only compiled models need
 
     # As without compile, where the backward pass runs outside of autocast: a router's gradient stays in fp32.
     torch._functorch.config.backward_pass_autocast = "off"
+    # Kinds of layers (global and local) times training and evaluation times shapes: all blocks share one limit.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for block in transformer_blocks(model):
         block.compile(backend=backend)
     for module in model.modules():

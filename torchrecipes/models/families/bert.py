@@ -5,7 +5,7 @@ Masked LM only, with the head tied to the token embedding: no next-sentence pred
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -61,12 +61,14 @@ class BertConfig:
             raise UserError(f"{problem}({self.num_attention_heads})", key="hidden_size", code="bad_size")
 
 
-# Beside base, the sizes of Turc et al. 2019, arXiv:1908.08962.
+# Beside base and large, the sizes of Turc et al. 2019, arXiv:1908.08962; minilm-l6 is that of all-MiniLM-L6-v2.
 SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
     "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
     "small": {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048},
     "base": {},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
 }
 
 
@@ -99,34 +101,12 @@ class Adapter(HFAdapter):
     @cached_property
     def key_map(self) -> KeyMap:
         """Our parameter name -> the tensors that it stacks."""
-        config = self.config
-        hidden, inner = config.hidden_size, config.intermediate_size
-        tables = {
-            "word_embeddings": config.vocab_size,
-            "position_embeddings": config.max_position_embeddings,
-            "token_type_embeddings": config.type_vocab_size,
-        }
-        key_map = {
-            f"embedding.{name}.weight": [(f"bert.embeddings.{name}.weight", rows)] for name, rows in tables.items()
-        }
+        hidden = self.config.hidden_size
+        key_map = encoder_key_map(self.config, "bert")
         for kind in ("weight", "bias"):
-            key_map[f"embedding.norm.{kind}"] = [(f"bert.embeddings.LayerNorm.{kind}", hidden)]
-            for i in range(config.num_hidden_layers):
-                ours, hf = f"blocks.{i}", f"bert.encoder.layer.{i}"
-                key_map |= {
-                    f"{ours}.self_attn.qkv_proj.{kind}": [
-                        (f"{hf}.attention.self.{part}.{kind}", hidden) for part in ("query", "key", "value")
-                    ],
-                    f"{ours}.self_attn.o_proj.{kind}": [(f"{hf}.attention.output.dense.{kind}", hidden)],
-                    f"{ours}.attention_norm.{kind}": [(f"{hf}.attention.output.LayerNorm.{kind}", hidden)],
-                    f"{ours}.mlp.up_proj.{kind}": [(f"{hf}.intermediate.dense.{kind}", inner)],
-                    f"{ours}.mlp.down_proj.{kind}": [(f"{hf}.output.dense.{kind}", hidden)],
-                    f"{ours}.mlp_norm.{kind}": [(f"{hf}.output.LayerNorm.{kind}", hidden)],
-                }
             key_map[f"head.transform.dense.{kind}"] = [(f"cls.predictions.transform.dense.{kind}", hidden)]
             key_map[f"head.transform.norm.{kind}"] = [(f"cls.predictions.transform.LayerNorm.{kind}", hidden)]
-        key_map["head.bias"] = [("cls.predictions.bias", config.vocab_size)]
-        return key_map
+        return key_map | {"head.bias": [("cls.predictions.bias", self.config.vocab_size)]}
 
     def normalize_name(self, name: str) -> str | None:
         """A stored tensor's name as `key_map` spells it; pooler and next-sentence head are not used."""
@@ -139,12 +119,40 @@ class Adapter(HFAdapter):
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
+def encoder_key_map(config: Any, prefix: str) -> KeyMap:
+    """The layout of everything but the head, under `prefix`: also RoBERTa's."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    tables = {
+        "word_embeddings": config.vocab_size,
+        "position_embeddings": config.max_position_embeddings,
+        "token_type_embeddings": config.type_vocab_size,
+    }
+    key_map = {
+        f"embedding.{name}.weight": [(f"{prefix}.embeddings.{name}.weight", rows)] for name, rows in tables.items()
+    }
+    for kind in ("weight", "bias"):
+        key_map[f"embedding.norm.{kind}"] = [(f"{prefix}.embeddings.LayerNorm.{kind}", hidden)]
+        for i in range(config.num_hidden_layers):
+            ours, hf = f"blocks.{i}", f"{prefix}.encoder.layer.{i}"
+            key_map |= {
+                f"{ours}.self_attn.qkv_proj.{kind}": [
+                    (f"{hf}.attention.self.{part}.{kind}", hidden) for part in ("query", "key", "value")
+                ],
+                f"{ours}.self_attn.o_proj.{kind}": [(f"{hf}.attention.output.dense.{kind}", hidden)],
+                f"{ours}.attention_norm.{kind}": [(f"{hf}.attention.output.LayerNorm.{kind}", hidden)],
+                f"{ours}.mlp.up_proj.{kind}": [(f"{hf}.intermediate.dense.{kind}", inner)],
+                f"{ours}.mlp.down_proj.{kind}": [(f"{hf}.output.dense.{kind}", hidden)],
+                f"{ours}.mlp_norm.{kind}": [(f"{hf}.output.LayerNorm.{kind}", hidden)],
+            }
+    return key_map
+
+
 def from_config(config: BertConfig, seed: int = 0) -> Transformer:
     """A BERT encoder; the defaults are BERT base without dropout."""
     sizes = (config.vocab_size, config.hidden_size, config.max_position_embeddings, config.type_vocab_size)
     return Transformer(
         config,
-        (_block(config) for _ in range(config.num_hidden_layers)),
+        (post_norm_block(config) for _ in range(config.num_hidden_layers)),
         Adapter(config),
         causal=False,
         norm=nn.Identity(),
@@ -158,7 +166,8 @@ def from_config(config: BertConfig, seed: int = 0) -> Transformer:
     )
 
 
-def _block(config: BertConfig) -> PostNormBlock:
+def post_norm_block(config: Any) -> PostNormBlock:
+    """A block by the config's keys: also RoBERTa's."""
     return PostNormBlock(
         self_attn=SelfAttention(config.hidden_size, config.num_attention_heads, bias=True),
         mlp=GeluMLP(config.hidden_size, config.intermediate_size),

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torchrecipes.models.builder import model_builder
-from torchrecipes.models.decoder import DecoderAdapter, complete_attention_keys, decoder, decoder_block
+from torchrecipes.models.decoder import (
+    DecoderAdapter,
+    complete_attention_keys,
+    decoder,
+    decoder_block,
+    without_sliding_window,
+)
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.modules import PreNormBlock, SwiGLU
 
@@ -95,15 +101,6 @@ class Adapter(DecoderAdapter):
     def read_keys(raw: dict) -> dict:
         """The keys without those that say that no layer has a sliding window."""
         return without_sliding_window(DecoderAdapter.read_keys(raw))
-
-
-def without_sliding_window(keys: dict) -> dict:
-    """The keys of a config.json whose `use_sliding_window` is false, without the window's other settings."""
-    if not keys.get("use_sliding_window", False):
-        full = set(keys.get("layer_types") or ()) <= {"full_attention"}
-        unused = {"sliding_window", "max_window_layers"} | ({"layer_types"} if full else set())
-        keys = {key: value for key, value in keys.items() if key not in unused}
-    return keys
 
 
 def from_config(config: Qwen3Config, seed: int = 0) -> Transformer:

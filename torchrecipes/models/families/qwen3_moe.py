@@ -6,9 +6,8 @@ from typing import ClassVar
 from torch import nn
 
 from torchrecipes.models.builder import model_builder
-from torchrecipes.models.decoder import decoder, decoder_block
+from torchrecipes.models.decoder import decoder, decoder_block, without_sliding_window
 from torchrecipes.models.experts import ExpertsAdapter, complete_experts_keys, has_experts
-from torchrecipes.models.families.qwen3 import without_sliding_window
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.modules import MoE, SwiGLU
 
