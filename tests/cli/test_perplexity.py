@@ -123,6 +123,8 @@ def test_figures_are_printed_for_people(folder, capsys):
     names = ["documents", "tokens", "loss", "perplexity", "bits per byte", "speed"]
     assert [line[:14].strip() for line in out.splitlines()[2:]] == names
     assert "windows of 32 tokens, stride 16" in out
+    assert main(["perplexity", str(folder), "--data", str(folder / "data.txt"), "--by-position"]) == 0
+    assert "loss/0-31" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

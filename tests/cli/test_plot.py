@@ -50,6 +50,19 @@ def test_several_runs_are_drawn_into_one_picture(tmp_path, figures):
     assert {f"{runs[0]}, training", f"{runs[1]}, training", "plain, training"} <= labels
 
 
+def test_the_loss_by_position_before_and_after_is_a_panel(tmp_path, figures):
+    run = write(tmp_path / "long")
+    for step, losses in ((0, (3.0, 5.0)), (10, (2.5, 3.5)), (20, (2.0, 2.5))):
+        line = {"step": step} | dict(zip(("eval/books/loss/0-63", "eval/books/loss/64-127"), losses, strict=True))
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert main(["plot", str(run)]) == 0
+    curves = {line.get_label(): line for line in figures[0].axes[4].get_lines()}
+    assert list(curves["long, books, before"].get_ydata()) == [3.0, 5.0]
+    assert list(curves["long, books, after"].get_ydata()) == [2.0, 2.5]
+    assert list(curves["long, books, after"].get_xdata()) == [31.5, 95.5]
+
+
 def test_a_truncated_line_is_skipped(tmp_path, figures, capsys):
     run = write(tmp_path / "run", end='{"step": 21, "lo')
     with (run / "metrics.jsonl").open("ab") as file:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from contextlib import nullcontext
@@ -53,8 +54,9 @@ def baseline():
     return UnigramBaseline((shares / shares.sum()).log().float(), most_frequent=VOCAB - 1)
 
 
-def evaluate(model, these):
-    return evaluate_causal(model, these, unpadded_vocab_size=REAL, baseline=baseline(), autocast=nullcontext)
+def evaluate(model, these, **options):
+    settings = {"unpadded_vocab_size": REAL, "baseline": baseline(), "autocast": nullcontext}
+    return evaluate_causal(model, these, **settings, **options)
 
 
 def test_scores_equal_a_loop_over_targets_in_float64():
@@ -75,6 +77,17 @@ def test_scores_equal_a_loop_over_targets_in_float64():
     assert scores["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
     assert scores["accuracy"] == pytest.approx(right / count)
     assert scores["unigram_loss"] == pytest.approx(unigram_loss / count, rel=1e-5)
+
+
+def test_ranges_of_positions_are_parts_of_the_whole():
+    model = Model()
+    scores = evaluate(model, batches(), position_edges=(0, 4, 12))
+    first = [dataclasses.replace(b, labels=b.labels.masked_fill(b.position_ids >= 4, -100)) for b in batches()]
+    first = [dataclasses.replace(b, num_targets=int((b.labels >= 0).sum())) for b in first]
+    assert scores["loss/0-3"] == pytest.approx(evaluate(model, first)["loss"], rel=1e-6)
+    counts = [sum(b.num_targets for b in these) for these in (first, list(batches()))]
+    rest = (scores["loss"] * counts[1] - scores["loss/0-3"] * counts[0]) / (counts[1] - counts[0])
+    assert scores["loss/4-11"] == pytest.approx(rest, rel=1e-6)
 
 
 def test_inert_tokens_are_never_predicted():
@@ -120,7 +133,8 @@ def test_nothing_of_the_training_is_touched():
 
 
 def test_ranks_with_different_numbers_of_targets_agree_with_one_process():
-    alone = evaluate(Model(), batches())
+    alone = evaluate(Model(), batches(), position_edges=(0, 4, 12, 20))
+    assert {"loss/0-3", "loss/4-11"} < alone.keys() and "loss/12-19" not in alone
     for out in ranks.run(Path(__file__), 2):
         assert json.loads(out) == pytest.approx(alone, rel=1e-6)
 
@@ -128,7 +142,7 @@ def test_ranks_with_different_numbers_of_targets_agree_with_one_process():
 def main():
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    print(json.dumps(evaluate(Model(), list(batches())[rank::size])))
+    print(json.dumps(evaluate(Model(), list(batches())[rank::size], position_edges=(0, 4, 12, 20))))
     torch.distributed.destroy_process_group()
 
 

@@ -54,14 +54,18 @@ def test_scores_equal_a_loop_over_targets_in_float64():
         model.embedding.weight.mul_(20)
     shares = torch.arange(1, VOCAB + 1).double()
     baseline = UnigramBaseline((shares / shares.sum()).log().float(), most_frequent=11)
-    scores = evaluate_mlm(model, batches(), unpadded_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
+    settings = {"unpadded_vocab_size": REAL, "baseline": baseline, "autocast": nullcontext}
+    scores = evaluate_mlm(model, batches(), **settings, position_edges=(0, 5, 12))
 
+    by_position = {"loss/0-4": [], "loss/5-11": []}
     loss, right, unigram_loss, unigram_right, count = 0.0, 0, 0.0, 0, 0
     for batch in batches():
         logits = model.head(model(batch.input_ids)).double().flatten(0, 1)
         for position, label in zip(batch.masked_positions.tolist(), batch.masked_labels.tolist(), strict=True):
             if label >= 0:
                 loss -= logits[position].log_softmax(-1)[label].item()
+                name = "loss/0-4" if position % 12 < 5 else "loss/5-11"
+                by_position[name].append(-logits[position].log_softmax(-1)[label].item())
                 right += logits[position, :REAL].argmax().item() == label
                 unigram_loss -= math.log(shares[label] / shares.sum())
                 unigram_right += label == 11
@@ -71,6 +75,8 @@ def test_scores_equal_a_loop_over_targets_in_float64():
     assert scores["accuracy"] == pytest.approx(right / count)
     assert scores["unigram_loss"] == pytest.approx(unigram_loss / count, rel=1e-5)
     assert scores["unigram_accuracy"] == pytest.approx(unigram_right / count)
+    for name, losses in by_position.items():
+        assert scores[name] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_inert_tokens_are_never_predicted():

@@ -81,6 +81,17 @@ def test_every_token_is_scored_once_with_enough_before_it(window, stride, rows):
     assert found.total_nll == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_loss_by_position_in_the_window():
+    given = documents(17, 9, 33)
+    found = perplexity(Counting(), iter(given), stride=16, position_edges=(0, 8, 16))
+    losses = {"loss/0-7": [], "loss/8-15": []}
+    for ids, _ in given:
+        for place, token in enumerate(ids[1:]):  # windows of 16 that do not overlap
+            name = "loss/0-7" if place % 16 < 8 else "loss/8-15"
+            losses[name].append(nats(place % 16 + 1, token))
+    assert found.by_position == pytest.approx({name: sum(all_) / len(all_) for name, all_ in losses.items()}, rel=1e-5)
+
+
 def test_windows_of_a_long_document():
     found = list(windows(list(range(10)), window=4, stride=2))
     assert found == [([0, 1, 2, 3, 4], 1), ([2, 3, 4, 5, 6], 3), ([4, 5, 6, 7, 8], 3), ([6, 7, 8, 9], 3)]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchrecipes.evaluation import loss_by_position
+from torchrecipes.evaluation import loss_by_position, position_edges
 
 
 def test_sums_are_those_of_a_loop():
@@ -28,3 +28,9 @@ def test_sums_are_those_of_a_loop():
 def test_edges_must_rise(edges):
     with pytest.raises(ValueError, match="edges"):
         loss_by_position(torch.ones(3), torch.arange(3), edges)
+
+
+def test_default_edges_double():
+    assert position_edges(1024) == [0, 64, 128, 256, 512, 1024]
+    assert position_edges(40) == [0, 40]
+    assert position_edges(300) == [0, 37, 75, 150, 300]

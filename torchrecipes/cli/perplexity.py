@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="windows per forward pass (default: as many as hold about 16,384 tokens)",
     )
+    parser.add_argument(
+        "--by-position", action="store_true", help="also the loss for ranges of positions in the window"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="documents to read (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -79,6 +82,7 @@ def _main(args: argparse.Namespace) -> None:
     source = files(args.data, text_column=args.text_column, sample_by=args.sample_by, on_bad_record=args.on_bad_record)
     folder, model, tokenizer, autocast = load_causal(args, "perplexity")
 
+    from torchrecipes.evaluation.position_loss import position_edges
     from torchrecipes.evaluation.text_perplexity import Tokens, encode_documents, perplexity
 
     window = _window(args, model.config.max_position_embeddings)
@@ -102,6 +106,7 @@ def _main(args: argparse.Namespace) -> None:
             rows=args.batch_size,
             autocast=autocast,
             on_progress=progress.add,
+            position_edges=position_edges(window) if args.by_position else (),
         )
     finally:
         progress.close()
@@ -128,6 +133,8 @@ def _main(args: argparse.Namespace) -> None:
         ("speed", f"{result.tokens / seconds:,.0f}", f"tokens per second, {seconds:.1f} s total"),
     ):
         print(f"{name:<14} {value:>14}  {said}")
+    for name, loss in result.by_position.items():
+        print(f"{name:<14} {loss:>14.4f}  nats per token at these positions")
     if unknown:
         print(f"{'unknown':<14} {unknown:>14,}  tokens for text that the tokenizer cannot encode: the figures flatter")
 

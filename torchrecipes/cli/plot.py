@@ -70,8 +70,14 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
-    (loss, accuracy), (rate, speed) = panels
+    by_position = {name: found for name, lines in runs.items() if (found := _by_position(lines))}
+    names = [["loss", "accuracy"], ["lr", "speed"]] + ([["positions"] * 2] if by_position else [])
+    figure, panels = pyplot.subplot_mosaic(names, figsize=(11, 3.5 * len(names)), layout="constrained")
+    loss, accuracy, rate, speed = (panels[name] for name in ("loss", "accuracy", "lr", "speed"))
+    for panel in (accuracy, rate, speed):
+        panel.sharex(loss)
+    for panel in (loss, accuracy):
+        panel.tick_params(labelbottom=False)
     for number, (name, lines) in enumerate(runs.items()):
         color = f"C{number}"
         loss.plot(*_series(lines, "loss"), color=color, alpha=0.45, linewidth=1.2, label=f"{name}, training")
@@ -83,14 +89,16 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
                 baseline = f"eval/{split}/unigram_{metric}"
                 if any(baseline in line for line in lines):
                     panel.plot(*_series(lines, baseline), color=GREY if len(runs) == 1 else color, linestyle=":")
+        for split, (before, after) in by_position.get(name, {}).items():
+            label, panel = f"{name}, {split}", panels["positions"]
+            panel.plot(*before, color=color, linestyle="--", marker="o", markersize=4, label=f"{label}, before")
+            panel.plot(*after, color=color, marker="o", markersize=4, label=f"{label}, after")
         rate.plot(*_series(lines, "lr"), color=color)
         speed.plot(*_series(lines, "tokens_per_second"), color=color)
-    for panel, title in zip(
-        (loss, accuracy, rate, speed),
-        ("loss (nats per token)", "accuracy", "learning rate", "tokens per second"),
-        strict=True,
-    ):
-        panel.set_title(title, loc="left", fontsize=10)
+    titles = {"loss": "loss (nats per token)", "accuracy": "accuracy", "lr": "learning rate"}
+    titles |= {"speed": "tokens per second", "positions": "loss by position in the document"}
+    for name, panel in panels.items():
+        panel.set_title(titles[name], loc="left", fontsize=10)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.has_data() and panel.get_legend_handles_labels()[0]:
@@ -105,6 +113,9 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
         panel.set_xlabel("step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylim(bottom=0)
+    if by_position:
+        panels["positions"].set_xlabel("position")
+        panels["positions"].set_xscale("log", base=2)
     speed.yaxis.set_major_formatter(EngFormatter())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +131,21 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
 def _series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
     points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _by_position(lines: list[dict]) -> dict[str, tuple[tuple[list[float], list[float]], ...]]:
+    """Split -> the losses for ranges of positions in its first evaluation and in its last: (middles, losses) each."""
+    found: dict[str, list] = {}
+    for line in lines:
+        curves: dict[str, list] = {}
+        for key, value in line.items():
+            if key.startswith("eval/") and key.count("/") == 3 and "/loss/" in key and value is not None:
+                split, positions = key.removeprefix("eval/").split("/loss/")
+                first, last = (int(position) for position in positions.split("-"))
+                curves.setdefault(split, []).append(((first + last) / 2, value))
+        for split, points in curves.items():
+            found.setdefault(split, []).append(tuple(zip(*sorted(points), strict=True)))
+    return {split: (curves[0], curves[-1]) for split, curves in found.items()}
 
 
 def _named(paths: list[str]) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from torchrecipes.evaluation.causal import evaluate_causal
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
 from torchrecipes.evaluation.mask_filling import fill_mask
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
-from torchrecipes.evaluation.position_loss import loss_by_position
+from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
 from torchrecipes.evaluation.text_perplexity import perplexity
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "generate_text",
     "loss_by_position",
     "perplexity",
+    "position_edges",
     "unigram_baseline",
 ]

@@ -1,6 +1,6 @@
 """The quality of a masked language model, beside a baseline of token frequencies."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchrecipes.evaluation.position_loss import add_sums, loss_by_position, means_by_position
 from torchrecipes.evaluation.running import evaluation_mode, means_over_ranks
 from torchrecipes.losses import linear_cross_entropy
 
@@ -54,6 +55,7 @@ def evaluate_mlm(
     unpadded_vocab_size: int,
     baseline: UnigramBaseline,
     autocast: Callable[[], AbstractContextManager],
+    position_edges: Sequence[int] = (),
 ) -> dict[str, float]:
     """Evaluates a masked language model on `batches`, without touching any random generator.
 
@@ -63,11 +65,12 @@ def evaluate_mlm(
         unpadded_vocab_size: ids from here on are padding of the vocabulary and are never predicted.
         baseline: of the same split.
         autocast: makes the context to compute in.
+        position_edges: of ranges of positions whose losses are computed, too: see `loss_by_position`.
 
     Returns:
         `loss` (nats per masked token), `perplexity`, `accuracy` (share of masked tokens that are the model's first
-        choice), and `unigram_loss`, `unigram_accuracy`: the same for the baseline. The same on all ranks; NaN where no
-        token is masked.
+        choice), and `unigram_loss`, `unigram_accuracy`: the same for the baseline; with `position_edges` `loss/0-511`,
+        ... for the ranges that have a target. The same on all ranks; NaN where no token is masked.
     """
     device = next(model.parameters()).device
     log_probability = baseline.log_probability.to(device)
@@ -75,19 +78,28 @@ def evaluate_mlm(
     zeros = torch.zeros(5, dtype=torch.float64, device=device)
     loss, correct, unigram_loss, unigram_correct, targets = zeros
     transform = getattr(model.head, "transform", nn.Identity())  # an nn.Linear has none
+    by_position: dict[str, torch.Tensor] = {}
     with evaluation_mode(model):
         for batch in batches:
             with autocast():
                 hidden = model(batch.input_ids, **batch.documents)
                 rows = hidden.flatten(0, 1).index_select(0, batch.masked_positions)
+                token_losses = []
                 for row, label in zip(rows.split(CHUNK_SIZE), batch.masked_labels.split(CHUNK_SIZE), strict=True):
                     row = transform(row)
-                    loss += linear_cross_entropy(row, model.head.weight, label, model.head.bias)
+                    found, token_loss = linear_cross_entropy(
+                        row, model.head.weight, label, model.head.bias, return_token_loss=True
+                    )
+                    loss += found
+                    token_losses.append(token_loss)
                     logits = F.linear(row, model.head.weight, model.head.bias)
                     correct += (logits[:, :unpadded_vocab_size].argmax(-1) == label).sum()
             labels = batch.masked_labels
+            if position_edges:
+                positions = batch.position_ids.flatten()[batch.masked_positions]
+                add_sums(by_position, loss_by_position(torch.cat(token_losses), positions, position_edges, labels))
             unigram_loss -= torch.where(labels >= 0, log_probability[labels.clamp(min=0)], 0).sum(dtype=torch.float64)
             unigram_correct += (labels == baseline.most_frequent).sum()
             targets += batch.num_targets
     sums = {"loss": loss, "accuracy": correct, "unigram_loss": unigram_loss, "unigram_accuracy": unigram_correct}
-    return means_over_ranks(sums, targets)
+    return means_over_ranks(sums, targets) | means_by_position(by_position)

@@ -1,10 +1,12 @@
-"""`loss_by_position`: how the loss depends on a token's position in its document."""
+"""How the loss depends on a token's position in its document."""
 
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from torchrecipes.distributed.collectives import all_reduce_sum_
 
 
 def loss_by_position(
@@ -44,3 +46,30 @@ def loss_by_position(
     for number, (first, end) in enumerate(itertools.pairwise(edges), start=1):
         result[f"loss/{first}-{end - 1}"], result[f"targets/{first}-{end - 1}"] = sums[:, number]
     return result
+
+
+def position_edges(seq_len: int) -> list[int]:
+    """Edges of ranges that double, down to 64 tokens: for 1,024 they are 0, 64, 128, 256, 512 and 1,024."""
+    edges = [seq_len]
+    while edges[0] > 64:
+        edges.insert(0, edges[0] // 2)
+    return [0, *edges]
+
+
+def add_sums(total: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+    """Adds what `loss_by_position` returned for a batch to `total`, in place."""
+    for name, value in sums.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def means_by_position(sums: dict[str, Tensor]) -> dict[str, float]:
+    """The mean loss of every range, `loss/0-511`, over all ranks; ranges without a target are left out.
+
+    Args:
+        sums: of `loss_by_position`, with the same edges on every rank.
+    """
+    if not sums:
+        return {}
+    totals = dict(zip(sums, all_reduce_sum_(torch.stack(list(sums.values()))).tolist(), strict=True))
+    ranges = [name.removeprefix("loss/") for name in sums if name.startswith("loss/")]
+    return {f"loss/{r}": totals[f"loss/{r}"] / totals[f"targets/{r}"] for r in ranges if totals[f"targets/{r}"]}

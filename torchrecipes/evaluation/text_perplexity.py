@@ -13,9 +13,9 @@ rows of all of a model's positions would be mostly padding where documents are s
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from torchrecipes.data.batching.batch import dense_fields, document_fields
 from torchrecipes.errors import UserError
+from torchrecipes.evaluation.position_loss import add_sums, loss_by_position, means_by_position
 from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.losses import linear_cross_entropy
 
@@ -48,12 +49,14 @@ class Perplexity:
         tokens: number of scored tokens.
         bytes: size of the documents' text in UTF-8.
         total_nll: sum of the scored tokens' negative log-probabilities, in nats.
+        by_position: the mean loss for ranges of positions in the window, as `loss/0-511`; empty unless asked for.
     """
 
     documents: int
     tokens: int
     bytes: int
     total_nll: float
+    by_position: dict[str, float] = field(default_factory=dict)
 
     @property
     def nll_per_token(self) -> float:
@@ -91,6 +94,7 @@ def perplexity(
     rows: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     on_progress: Callable[[int, int, int], None] | None = None,
+    position_edges: Sequence[int] = (),
 ) -> Perplexity:
     """Scores documents. No random generator is touched, and training modes are restored.
 
@@ -103,6 +107,8 @@ def perplexity(
             least one window.
         autocast: makes the context to compute in.
         on_progress: called now and then with the documents, bytes and scored tokens since the last call.
+        position_edges: of ranges of positions whose losses are computed, too: see `loss_by_position`. The position of a
+            predicted token is that of the token before it, of which the model makes the prediction.
 
     Raises:
         UserError: `window`, `stride` or `rows` is out of range, or an id is not in the model's vocabulary.
@@ -111,6 +117,7 @@ def perplexity(
     device = next(model.parameters()).device
     total_nll = torch.zeros((), dtype=torch.float64, device=device)
     total_documents = total_tokens = total_bytes = 0
+    by_position: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for group, num_documents, num_bytes in _collect(documents, window, stride, BATCHES_SORTED * at_once):
             capacity = max([min(window, ROW_LENGTH), *(len(piece.ids) - 1 for piece in group)])
@@ -121,7 +128,13 @@ def perplexity(
                 with autocast():
                     hidden = model(**inputs).flatten(0, 1).index_select(0, scored)
                     hidden = getattr(model.head, "transform", nn.Identity())(hidden)
-                    total_nll += linear_cross_entropy(hidden, model.head.weight, labels, model.head.bias)
+                    nll, token_loss = linear_cross_entropy(
+                        hidden, model.head.weight, labels, model.head.bias, return_token_loss=True
+                    )
+                    total_nll += nll
+                if position_edges:
+                    positions = inputs["position_ids"].expand_as(inputs["input_ids"]).flatten()[scored]
+                    add_sums(by_position, loss_by_position(token_loss, positions, position_edges))
                 tokens = sum(len(ids) - scored_from for row in pieces for ids, scored_from in row)
                 total_tokens += tokens
                 if on_progress:
@@ -129,7 +142,8 @@ def perplexity(
                     on_progress(num_documents if first + rows >= len(packed) else 0, now - before, tokens)
             total_documents += num_documents
             total_bytes += num_bytes
-    return Perplexity(total_documents, total_tokens, total_bytes, float(total_nll))
+    means = means_by_position(by_position)
+    return Perplexity(total_documents, total_tokens, total_bytes, float(total_nll), means)
 
 
 class Window(NamedTuple):
