@@ -147,3 +147,78 @@ def test_a_mixture_is_a_source_of_all_its_documents(tmp_path):
     assert [document.text for document in made] == [document.text for part in parts.values() for document in part]
     assert made.report.documents == 15 and made.num_bytes == sum(part.num_bytes for part in parts.values())
     assert made.fingerprint != mixture(dict(reversed(parts.items()))).fingerprint
+
+
+# Streams
+
+
+def stream_config(tmp_path, node, **data):
+    data = {"validation_fraction": 0.1, "cache_dir": str(tmp_path / "cache"), "block_rows": 10} | data
+    return config(tmp_path, node, mode="streaming", **data)
+
+
+def finish(rows):
+    while not rows.stream.finished:
+        rows.stream.wait()
+    return rows
+
+
+def test_a_stream_trains_on_the_documents_that_a_prepared_corpus_has(tmp_path):
+    node = source(tmp_path, "law")
+    prepared = load_text(config(tmp_path, node, validation_fraction=0.1), causal=True)
+    text = load_text(stream_config(tmp_path, node), causal=True)
+    assert list(text.eval_sets) == ["validation"]
+    # The text fits into one shard, which is one block.
+    assert finish(text.train).num_rows == prepared.train.num_rows
+    assert text.train.stream.corpus(0, 1).fingerprint == prepared.train.corpus.fingerprint
+    assert text.eval_sets["validation"].corpus.fingerprint == prepared.eval_sets["validation"].corpus.fingerprint
+    again = load_text(stream_config(tmp_path, node), causal=True)
+    assert again.train.stream.process is None and again.train.identity() == text.train.identity()
+
+
+def test_the_first_documents_or_another_split_are_held_out(tmp_path):
+    node = source(tmp_path, "law")
+    for make in (config, stream_config):
+        text = load_text(make(tmp_path / make.__name__, node, eval_samples=7), causal=True)
+        assert text.eval_sets["validation"].corpus.num_documents == 7
+    with pytest.raises(UserError) as error:
+        load_text(stream_config(tmp_path, node, eval_split="auto"), causal=True)
+    assert (error.value.code, error.value.key) == ("no_such_split", "data.eval_split")
+    assert "eval_samples" in error.value.hint
+
+
+@pytest.mark.parametrize("mode", ["prepare", "streaming"])
+@pytest.mark.parametrize("split", ["auto", "test"])
+def test_a_split_of_a_dataset_is_evaluated_on(tmp_path, mode, split):
+    datasets = pytest.importorskip("datasets")
+    rows = {name: [f"{name} {i} words of a text" for i in range(size)] for name, size in SIZES.items()}
+    splits = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    node = Component("torchrecipes.data.sources.hf_dataset", {"name": str(tmp_path / "saved")})
+    data = {"eval_split": split, "mode": mode, "cache_dir": str(tmp_path / "cache"), "block_rows": 10}
+    text = load_text(config(tmp_path, node, **data), causal=True)
+    assert text.eval_sets["validation"].corpus.num_documents == SIZES["validation" if split == "auto" else "test"]
+    train = finish(text.train).stream.corpus(0, 1) if mode == "streaming" else text.train.corpus
+    assert train.num_documents == SIZES["train"]
+    if split == "test" and mode == "prepare":
+        text = load_text(config(tmp_path / "few", node, **data, eval_samples=3), causal=True)
+        assert text.eval_sets["validation"].corpus.num_documents == 3
+
+
+SIZES = {"train": 40, "test": 9, "validation": 6}
+
+
+def test_a_mixture_of_streams_needs_weights(tmp_path):
+    for options, key in (({}, "weights"), ({"weights": {"law": 1, "code": 1}, "max_epochs": {"law": 1}}, "max_epochs")):
+        with pytest.raises(UserError) as error:
+            load_text(stream_config(tmp_path, mixed(tmp_path, **options)), causal=True)
+        assert (error.value.code, error.value.key) == ("unfinished_stream", f"data.source.{key}")
+    text = load_text(stream_config(tmp_path, mixed(tmp_path, weights={"law": 1, "code": 3})), causal=True)
+    assert text.train.source_names == ("law", "code") and list(text.eval_sets) == ["law", "code"]
+
+
+def test_a_stream_whose_first_block_has_nothing_to_evaluate_on_is_refused(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_text(stream_config(tmp_path, source(tmp_path, "law"), validation_fraction=1e-9), causal=True)
+    assert (error.value.code, error.value.key) == ("no_validation_text", "eval_every")
+    assert "eval_samples" in error.value.hint

@@ -55,6 +55,7 @@ MayChange = Annotated[T, MAY_CHANGE]
 
 Steps = Annotated[int, Range(1), Unit("optimizer steps")]
 Rows = Annotated[int, Range(1), Unit("rows")]
+Documents = Annotated[int, Range(1), Unit("documents")]
 Tokens = Annotated[int, Range(1), Unit("tokens")]
 Count = Annotated[int, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]

@@ -22,12 +22,14 @@ def check_shared_keys(config: Any) -> list[UserError]:
             )
     data = getattr(config, "data", None)
     has_keys = hasattr(config, "eval_every") and hasattr(data, "eval_sets")
-    if has_keys and config.eval_every and not data.validation_fraction and not data.eval_sets:
+    held_out = ("validation_fraction", "eval_split", "eval_samples", "eval_sets")
+    if has_keys and config.eval_every and not any(getattr(data, key, None) for key in held_out):
         problems.append(
             UserError(
                 "there is no text to evaluate on: data.validation_fraction is 0",
                 key="eval_every",
-                hint="Set eval_every=null, or hold text out",
+                hint="Set eval_every=null, or hold text out: data.validation_fraction, eval_split, eval_samples or "
+                "eval_sets",
                 code="no_validation_text",
             )
         )

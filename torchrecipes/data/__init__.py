@@ -8,21 +8,25 @@ text_data    `TextData` and `load_text`: all of it, from a recipe's config
 progress     a bar or lines for a long pass over data
 """
 
-from torchrecipes.data.batching import (
-    Batch,
-    CausalLMCollator,
-    Loader,
-    MixtureRows,
-    MLMCollator,
-    PackedDataset,
-    PaddedDataset,
-    Rows,
-    evaluation_batches,
-    rows_per_rank,
-)
-from torchrecipes.data.corpus import Corpus, open_corpus, prepare_corpus
-from torchrecipes.data.text_data import Text, TextData, load_text
-from torchrecipes.data.tokenizers import Tokenizer, load_tokenizer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchrecipes.data.batching import (
+        Batch,
+        CausalLMCollator,
+        Loader,
+        MixtureRows,
+        MLMCollator,
+        PackedDataset,
+        PaddedDataset,
+        Rows,
+        evaluation_batches,
+        rows_per_rank,
+    )
+    from torchrecipes.data.corpus import Corpus, open_corpus, prepare_corpus
+    from torchrecipes.data.text_data import Text, TextData, load_text
+    from torchrecipes.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch",
@@ -44,3 +48,13 @@ __all__ = [
     "prepare_corpus",
     "rows_per_rank",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is used: batches need torch, which takes seconds, and what tokenizes does without.
+    if name in __all__:
+        for module in ("tokenizers", "corpus", "batching", "text_data"):
+            exports = importlib.import_module(f"{__name__}.{module}")
+            if name in exports.__dict__:
+                return exports.__dict__[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

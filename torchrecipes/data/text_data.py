@@ -1,29 +1,37 @@
 """`load_text`: the tokenizer and the rows of a run; corpora are built where they are not there yet."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from torchrecipes.atomic_write import write_atomically
 from torchrecipes.config import Component, build, component
 from torchrecipes.config.components import resolve
-from torchrecipes.config.metadata import Count, Fraction, MayChange
+from torchrecipes.config.metadata import Count, Documents, Fraction, MayChange
+from torchrecipes.config.metadata import Rows as NumRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.loader import evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
 from torchrecipes.data.batching.rows import Rows
-from torchrecipes.data.corpus import check_corpus_dir, open_corpus, prepare_corpus
+from torchrecipes.data.batching.streamed import BLOCK_ROWS, StreamedRows
+from torchrecipes.data.corpus import Stream, check_corpus_dir, open_corpus, open_stream, prepare_corpus
+from torchrecipes.data.corpus.shard_writer import to_json
+from torchrecipes.data.sources.eval_split import split_for_evaluation
 from torchrecipes.data.sources.mixture import Mixture, mixture
 from torchrecipes.data.sources.records import Source
 from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.data.tokenizers.load import load_model_tokenizer
-from torchrecipes.distributed.collectives import rank0_first, world_size
+from torchrecipes.distributed.collectives import rank, rank0_first, world_size
 from torchrecipes.errors import UserError
 from torchrecipes.model_folder import resolve_model_folder
 
 VALIDATION = "validation"  # the evaluation set that is held out of the source
 EVAL_SETS = "eval_sets"  # their folder
+STREAMS_FILE = "streams.json"  # in the folder of corpora: the folder of the cache by part of the text
 
 
 @dataclass
@@ -31,9 +39,14 @@ class TextData:
     """The config group `data` of a pretraining recipe."""
 
     source: Component = component("torchrecipes.data.sources.files")  # where the text comes from
+    mode: Literal["prepare", "streaming"] = "prepare"  # streaming: tokenize while training, ahead of it
     validation_fraction: Fraction = 0.005  # share of the documents held out, chosen by a hash of their text
     eval_sets: dict[str, Component] = field(default_factory=dict)  # sources by name; `validation` replaces the fraction
+    eval_split: str | None = None  # a split of the source instead of a fraction; auto: validation, eval, test or dev
+    eval_samples: Documents | None = None  # the first documents instead of a fraction; of eval_split, where it is set
     corpus_dir: str | None = None  # folder of token shards, shared by runs; None: <output_dir>/corpus
+    cache_dir: MayChange[str | None] = None  # folder of streams, shared by runs; None: ~/.cache/torchrecipes
+    block_rows: NumRows = BLOCK_ROWS  # of a stream: rows are shuffled within blocks of so many
     tokenizer_threads: MayChange[Count | None] = None  # threads that tokenize; None: one per core
     packing: bool = True  # rows full of documents, attention within each; False: a document per row, padded
     shuffle: bool = True  # False: rows in the order of the corpus
@@ -63,6 +76,9 @@ def load_text(config: Any, *, causal: bool) -> Text:
     a set of the part's name. `data.eval_sets` adds sets; one of the same name replaces the held-out share, and all of
     that source is for training.
 
+    With `data.mode=streaming` a process tokenizes the source into a folder of `data.cache_dir` while the model is
+    trained. Documents held out are those of the first block.
+
     On several ranks the first does the work and the others wait.
 
     Args:
@@ -78,29 +94,54 @@ def load_text(config: Any, *, causal: bool) -> Text:
     source = _build_source("data.source", data.source)
     eval_sources = {name: _build_source(f"data.eval_sets.{name}", node) for name, node in data.eval_sets.items()}
     corpus_dir = Path(data.corpus_dir or Path(config.output_dir) / "corpus")
-    # Folder, source and held-out share of every corpus.
     parts = source.sources if isinstance(source, Mixture) else {VALIDATION: source}
-    corpora = [
-        (_folder(corpus_dir, source, name), part, 0 if name in eval_sources else data.validation_fraction)
-        for name, part in parts.items()
-    ]
-    corpora += [(corpus_dir / EVAL_SETS / name, eval_source, 0) for name, eval_source in eval_sources.items()]
+    if data.eval_split:
+        splits = {name: part for name, part in parts.items() if name not in eval_sources}
+        eval_sources |= {
+            name: split_for_evaluation(part, data.eval_split, data.eval_samples) for name, part in splits.items()
+        }
+    is_stream = data.mode == "streaming"
+    if is_stream and isinstance(source, Mixture) and (source.weights is None or source.max_epochs):
+        key = "weights" if source.weights is None else "max_epochs"
+        raise UserError(
+            "how long a stream is is not known before it has ended",
+            key=f"data.source.{key}",
+            hint="Give every source a weight, and no max_epochs; or set data.mode=prepare.",
+            code="unfinished_stream",
+        )
+    # What is held out of every part: a fraction, or a number of documents.
+    held_out = {name: (0.0, None) if name in eval_sources else _held_out(data) for name in parts}
     with rank0_first("tokenizer and corpus"):
-        for corpus in corpora:
-            check_corpus_dir(*corpus)
+        for name, part in parts.items():
+            if not is_stream:
+                check_corpus_dir(_folder(corpus_dir, source, name), part, *held_out[name])
+        for name, eval_source in eval_sources.items():
+            check_corpus_dir(corpus_dir / EVAL_SETS / name, eval_source)
         if config.tokenizer is None:
             made = load_model_tokenizer(resolve_model_folder(config.init_from), causal)
         else:
             made = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer", causal=causal)
-        for folder, part, held_out in corpora:
-            options = {"tokenizer_threads": data.tokenizer_threads, "seq_len": config.seq_len}
-            prepare_corpus(folder, part, made, held_out, **options)
-    train, eval_sets = open_rows(config, corpus_dir, made, lookahead=int(causal))
+        options: dict[str, Any] = {"tokenizer_threads": data.tokenizer_threads}
+        for name, eval_source in eval_sources.items():
+            prepare_corpus(corpus_dir / EVAL_SETS / name, eval_source, made, 0, seq_len=config.seq_len, **options)
+        streams = {}
+        for name, part in parts.items():
+            fraction, samples = held_out[name]
+            options |= {"validation_fraction": fraction, "eval_samples": samples}
+            if is_stream and rank() == 0:
+                streams[name] = str(open_stream(part, made, cache_dir=data.cache_dir, **options).folder.absolute())
+            elif not is_stream:
+                prepare_corpus(_folder(corpus_dir, source, name), part, made, seq_len=config.seq_len, **options)
+        if streams:
+            corpus_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(corpus_dir / STREAMS_FILE, [to_json(streams)])
+    train, eval_sets = open_rows(config, corpus_dir, made, lookahead=int(causal), wait=True)
     if config.eval_every and not eval_sets:
         raise UserError(
-            "there is no text to evaluate on",
+            "there is no text to evaluate on" + (": the first block holds no document for it" if is_stream else ""),
             key="eval_every",
-            hint="Set eval_every=null, or hold text out: data.validation_fraction or data.eval_sets.",
+            hint="Set eval_every=null, or hold text out: data.validation_fraction, data.eval_split, data.eval_samples "
+            "or data.eval_sets.",
             code="no_validation_text",
         )
     print(f"training text: {train}", flush=True)
@@ -108,7 +149,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
 
 
 def open_rows(
-    config: Any, corpus_dir: Path, tokenizer: Tokenizer | None = None, lookahead: int = 0
+    config: Any, corpus_dir: Path, tokenizer: Tokenizer | None = None, lookahead: int = 0, wait: bool = False
 ) -> tuple[Rows, dict[str, Rows]]:
     """Opens the training rows and the evaluation sets that `load_text` prepared in `corpus_dir`.
 
@@ -117,6 +158,7 @@ def open_rows(
         corpus_dir: folder of the corpora.
         tokenizer: if given, the corpora must have been made with it; it names the token of padding.
         lookahead: tokens that a row shows beyond its end.
+        wait: wait for the first block of a stream.
 
     Raises:
         UserError: a corpus is missing, unfinished or corrupt, or of another tokenizer.
@@ -124,25 +166,47 @@ def open_rows(
     data, pad_id = config.data, tokenizer.pad_id if tokenizer else 0
     kind = PackedDataset if data.packing else PaddedDataset
 
+    make_rows = partial(kind, seq_len=config.seq_len, pad_id=pad_id, lookahead=lookahead)
+
     def rows(folder: Path) -> Rows:
-        return kind(open_corpus(folder, tokenizer), seq_len=config.seq_len, pad_id=pad_id, lookahead=lookahead)
+        return make_rows(open_corpus(folder, tokenizer))
 
     source = _build_source("data.source", data.source) if is_mixture(data.source) else None
     names = list(source.sources) if source else [VALIDATION]
-    folders = {name: _folder(corpus_dir, source, name) for name in names}
-    train = {name: rows(folder / "train") for name, folder in folders.items()}
-    eval_sets = {
-        name: rows(folder / "validation")
-        for name, folder in folders.items()
-        if name not in data.eval_sets and data.validation_fraction
-    }
-    eval_sets |= {name: rows(corpus_dir / EVAL_SETS / name / "train") for name in data.eval_sets}
+    own_sets = [*data.eval_sets, *(names if data.eval_split else ())]
+    held_out = [name for name in names if name not in own_sets and any(_held_out(data))]
+    train: dict[str, Rows] = {}
+    eval_sets: dict[str, Rows] = {}
+    if data.mode == "streaming":
+        for name, folder in _stream_folders(corpus_dir, names).items():
+            stream = train[name] = StreamedRows(Stream(folder), make_rows, config.seq_len, data.block_rows, wait)
+            if name in held_out and (corpus := stream.held_out()) is not None:
+                eval_sets[name] = make_rows(corpus)
+    else:
+        folders = {name: _folder(corpus_dir, source, name) for name in names}
+        train = {name: rows(folder / "train") for name, folder in folders.items()}
+        eval_sets = {name: rows(folders[name] / "validation") for name in held_out}
+    eval_sets |= {name: rows(corpus_dir / EVAL_SETS / name / "train") for name in own_sets}
     return _mix(train, source, config.global_batch_size) if source else train[VALIDATION], eval_sets
 
 
 def _mix(parts: dict[str, Rows], source: Mixture, global_batch_size: int) -> MixtureRows:
     weights = source.weights and [(step * global_batch_size, shares) for step, shares in source.weights]
     return MixtureRows(parts, weights, alpha=source.alpha, max_epochs=source.max_epochs, added=source.added)
+
+
+def _held_out(data: TextData) -> tuple[float, int | None]:
+    """The fraction of the documents, or their number, that is for validation."""
+    return (0.0, data.eval_samples) if data.eval_samples else (data.validation_fraction, None)
+
+
+def _stream_folders(corpus_dir: Path, names: list[str]) -> dict[str, str]:
+    try:
+        folders = json.loads((corpus_dir / STREAMS_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        hint = "Run the recipe, which starts one."
+        raise UserError(f"{corpus_dir} names no stream", hint=hint, code="no_corpus") from None
+    return {name: folders[name] for name in names}
 
 
 def is_mixture(node: Component) -> bool:

@@ -62,13 +62,23 @@ def resolve_max_steps(
     steps = planned_steps(config, text.train, text.eval_sets, lambda: seconds_per_step(*objective, run, text.train))
     tokens_per_step = config.global_batch_size * text.train.tokens_per_row
     print(
-        f"duration: {steps:,} steps of {round(tokens_per_step):,} tokens, {round(steps * tokens_per_step):,} in total, "
-        f"{steps * config.global_batch_size / text.train.num_rows:.2f} epochs",
+        f"duration: {steps:,} steps of {round(tokens_per_step):,} tokens, {round(steps * tokens_per_step):,} in total"
+        f"{describe_epochs(text.train, steps * config.global_batch_size)}",
         flush=True,
     )
     if text.train.source_names:
         print(text.train.describe(steps * config.global_batch_size), flush=True)
     return steps
+
+
+def describe_epochs(train: Any, rows: int) -> str:
+    """How often `rows` rows go through the text: `, 1.50 epochs`; empty for a stream that has not ended."""
+    try:
+        return f", {rows / train.num_rows:.2f} epochs"
+    except UserError as error:
+        if error.code != "unfinished_stream":
+            raise
+        return ""
 
 
 def planned_steps(config: Any, train: Any, eval_sets: dict[str, Any], seconds: Callable[[], float]) -> int:

@@ -23,7 +23,7 @@ from torchrecipes.errors import UserError, format_user_error
 from torchrecipes.file_lock import lock_folder
 from torchrecipes.planning.component_checks import build_scheduler
 from torchrecipes.planning.dry_run import STEPS, DryRun, size
-from torchrecipes.planning.duration import planned_steps
+from torchrecipes.planning.duration import describe_epochs, planned_steps
 from torchrecipes.planning.run_estimate import estimate_run
 
 GIB = 2**30
@@ -311,8 +311,10 @@ def _duration(config: Any, train: Any, seconds: float) -> tuple[Check, int | Non
         build_scheduler(config, steps)
     except UserError as error:
         return Check("duration", "failed", str(error)), None
-    epochs = steps * config.global_batch_size / train.num_rows
     timed = "by the dry run's steps, about " if getattr(config, "max_minutes", None) else ""  # the run times its own
+    if not describe_epochs(train, 0):
+        return Check("duration", "passed", f"{timed}{steps:,} steps of a stream that has not ended"), steps
+    epochs = steps * config.global_batch_size / train.num_rows
     found = f"{timed}{steps:,} steps see the {train.num_rows:,} rows of the corpus {epochs:,.2f} times"
     if epochs > MANY_EPOCHS:
         found += f". Warning: more than {MANY_EPOCHS} times helps little; use more text or fewer steps"

@@ -198,9 +198,9 @@ def _steps(config: Any) -> int | None:
     corpus_dir = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus")
     try:
         rows, _ = open_rows(config, corpus_dir)
-        num_rows, tokens_per_row = rows.num_rows, rows.tokens_per_row
+        tokens_per_row, num_rows = rows.tokens_per_row, rows.num_rows
     except UserError as error:
-        if error.code not in ("no_corpus", "unfinished_corpus"):
+        if error.code not in ("no_corpus", "unfinished_corpus", "unfinished_stream"):
             raise
     if config.max_steps is not None:
         return config.max_steps

@@ -126,9 +126,6 @@ def test_the_order_is_the_same_while_the_stream_grows_and_after_its_end(written,
 def test_a_resumed_run_opens_only_the_block_that_it_continues_in(written, tmp_path, monkeypatch):
     grow(written, tmp_path, None)
     whole = rows_of(tmp_path)
-    whole.stream.is_writer = True
-    whole._known = []
-    whole._count_rows()
     opened = []
     inner = stream.open_shards
     monkeypatch.setattr(stream, "open_shards", lambda *of: opened.append(of[1:3]) or inner(*of))
@@ -152,10 +149,10 @@ def test_the_loader_waits_for_no_more_than_it_needs(written, tmp_path, monkeypat
 
 def test_documents_for_validation_are_those_of_the_first_block(written, tokenizer):
     rows = rows_of(written)
-    held_out = rows.stream.corpus(0, rows.stream.num_validation_shards(rows.num_first_shards), "validation")
+    held_out = rows.held_out()
     assert held_out.num_documents > 0
     # As many as `prepare_corpus` finds in the same text: all before the place where the first block ends.
-    train = rows.stream.corpus(0, rows.num_first_shards)
+    train = rows.stream.corpus(0, len(rows._blocks[0]))
     read = train.statistics.seen + held_out.statistics.seen
     expected = [d.text for d in topics()[:read] if build._hash(d.text.encode()) < build.HASHES // 10]
     starts, stops = held_out.spans(np.arange(held_out.num_documents))
@@ -309,5 +306,5 @@ def test_the_process_pauses_when_it_is_far_ahead(tmp_path):
 def test_a_folder_in_use_is_seen(tmp_path):
     held = use_folder(tmp_path)
     assert [entry.in_use for entry in list_entries(tmp_path.parent) if entry.key == tmp_path.name] == [True]
-    held[0].close()
+    os.close(held)
     assert [entry.in_use for entry in list_entries(tmp_path.parent) if entry.key == tmp_path.name] == [False]

@@ -25,6 +25,7 @@ from torchrecipes.data.batching.rows import RowBlock, Rows
 from torchrecipes.data.batching.shuffle import fold_in, permute
 from torchrecipes.data.corpus.corpus import Corpus
 from torchrecipes.data.corpus.stream import Stream
+from torchrecipes.data.progress import LINE_EVERY
 from torchrecipes.errors import UserError
 
 BLOCK_ROWS = 2**18
@@ -42,6 +43,7 @@ class StreamedRows:
         make_rows: makes the rows of a block, which is a corpus: a packing's class with its arguments; picklable.
         seq_len: S, tokens per row.
         block_rows: rows of a block, at least, where they are full.
+        wait: False: UserError (code `unfinished_corpus`) where the first block is not complete.
 
     Attributes:
         stream: as given.
@@ -52,7 +54,14 @@ class StreamedRows:
 
     source_names = ()
 
-    def __init__(self, stream: Stream, make_rows: Callable[[Corpus], Rows], seq_len: int, block_rows: int = BLOCK_ROWS):
+    def __init__(
+        self,
+        stream: Stream,
+        make_rows: Callable[[Corpus], Rows],
+        seq_len: int,
+        block_rows: int = BLOCK_ROWS,
+        wait: bool = True,
+    ):
         if block_rows < 1:
             raise UserError(f"{block_rows} is less than 1", key="data.block_rows", hint="Set 1 or more.")
         self.stream, self.make_rows, self.seq_len, self.block_rows = stream, make_rows, seq_len, block_rows
@@ -61,7 +70,10 @@ class StreamedRows:
         self._open: OrderedDict[int, Rows] = OrderedDict()
         stream.want(SHARDS_AHEAD)
         while not self._find_blocks():
-            stream.wait()
+            if not wait:
+                problem, hint = f"the first block of {stream.folder} is not complete", "Wait for it."
+                raise UserError(problem, hint=hint, code="unfinished_corpus")
+            stream.wait(show_every=LINE_EVERY)
         first = self._block(0)
         self.lookahead, self.pad_id, self.tokens_per_row = first.lookahead, first.pad_id, first.tokens_per_row
         self._kind = f"{type(first).__name__} of {seq_len} tokens in blocks of {block_rows}"
@@ -73,10 +85,13 @@ class StreamedRows:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": OrderedDict()}
 
-    @property
-    def num_first_shards(self) -> int:
-        """Shards in the first block."""
-        return len(self._blocks[0])
+    def held_out(self) -> Corpus | None:
+        """The documents of the first block that are for validation; None: there are none.
+
+        Those that come later in the source are neither trained on nor evaluated.
+        """
+        shards = self.stream.num_validation_shards(len(self._blocks[0]))
+        return self.stream.corpus(0, shards, "validation") if shards else None
 
     @property
     def num_rows(self) -> int:
@@ -181,7 +196,7 @@ class StreamedRows:
     def _count_rows(self) -> None:
         uncounted = range(len(self._known), len(self._blocks))
         self._known += [self._block(block).num_rows for block in uncounted]
-        if uncounted and self.stream.is_writer:
+        if uncounted:
             with suppress(OSError):  # it saves the time to count them again, no more
                 write_atomically(self._table, [json.dumps(self._known).encode()])
         self._sizes = np.array(self._known[: len(self._blocks)])

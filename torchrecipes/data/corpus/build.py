@@ -47,13 +47,18 @@ HASHES = 1 << 64  # number of values of a document's hash
 BATCH_CHARACTERS = 1 << 17  # tokenized at a time by one thread: encodings take 100 times as many bytes
 
 
-def check_corpus_dir(folder: str | Path, source: Source | None = None, validation_fraction: float = 0) -> None:
+def check_corpus_dir(
+    folder: str | Path,
+    source: Source | None = None,
+    validation_fraction: float = 0,
+    eval_samples: int | None = None,
+) -> None:
     """Checks, before a tokenizer is trained, that a corpus is in `folder` or can be built there.
 
     Args:
         folder: as for `prepare_corpus`.
         source: if given, it is read until there is one document for training and one for validation.
-        validation_fraction: as for `prepare_corpus`.
+        validation_fraction, eval_samples: as for `prepare_corpus`.
 
     Raises:
         UserError: the folder cannot be written (code `not_writable`); no documents; a single one, and a fraction of it
@@ -65,7 +70,7 @@ def check_corpus_dir(folder: str | Path, source: Source | None = None, validatio
             hashes: set[int] = set()
             for document in source:
                 hashes.add(_hash(_encode(document)))
-                if len(hashes) > 1 or not validation_fraction:
+                if len(hashes) > 1 or eval_samples or not validation_fraction:
                     return
             require_documents(source, source.report)
             raise _one_document()

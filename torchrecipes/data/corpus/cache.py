@@ -44,14 +44,14 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "torchrecipes")
 
 
-def use_folder(folder: Path) -> list:
-    """Keeps `remove_entries` from removing `folder` as long as the files in the returned list are open."""
-    file = (folder / USED_FILE).open("a+")
+def use_folder(folder: Path) -> int:
+    """Keeps `remove_entries` from removing `folder` until the returned file descriptor is closed."""
+    file = os.open(folder / USED_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     os.utime(folder / USED_FILE)
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks, or it is being removed
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return [file]
+    return file
 
 
 def list_entries(cache_dir: Path) -> list[CacheEntry]:

@@ -9,8 +9,10 @@
 """
 
 import json
+import math
 import os
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,17 +43,16 @@ class Stream:
         shards: counts of the complete shards of training text, in order.
         finished: the source has been read to its end.
         process: what writes, if this object started it.
-        is_writer: may this object write what saves others work? It is not a copy in a loader's process.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.settings: dict[str, Any] = json.loads((self.folder / SETTINGS_FILE).read_text("utf-8"))
         self.shards: list[Statistics] = []
-        self.finished = self._told = False
+        self.finished = False
         self.process: TokenizerProcess | None = None
-        self.is_writer = False
-        self._in_use: list = []
+        self._shown: float | None = None
+        weakref.finalize(self, os.close, use_folder(self.folder))
         self.refresh()
 
     def __reduce__(self) -> tuple:
@@ -65,8 +66,8 @@ class Stream:
             self.shards.append(Statistics(**json.loads(metadata["statistics"])))
         self.finished = finished
 
-    def wait(self) -> None:
-        """Waits a moment and refreshes; the first time, it says so.
+    def wait(self, show_every: float = math.inf) -> None:
+        """Waits a moment and refreshes; says so the first time, and again after `show_every` seconds.
 
         Raises:
             UserError: what ended the process that writes: a bad record, a full disk.
@@ -76,8 +77,8 @@ class Stream:
             if "bug" in failure:
                 raise RuntimeError(f"the tokenizer's process failed:\n{failure['bug']}")
             raise UserError.from_dict(failure)
-        if not self._told:
-            self._told = True
+        if self._shown is None or time.monotonic() - self._shown > show_every:
+            self._shown = time.monotonic()
             tokens = sum(shard.tokens for shard in self.shards)
             print(
                 f"waiting for the tokenizer, which has written {tokens:,} tokens to {self.folder} "
@@ -139,7 +140,6 @@ def open_stream(
             if not (folder / ABOUT_FILE).exists():
                 write_atomically(folder / ABOUT_FILE, [to_json({"source": source.name})])
     stream = Stream(folder)
-    stream._in_use, stream.is_writer = use_folder(folder), start
     if start and not stream.finished:
         (folder / FAILED_FILE).unlink(missing_ok=True)
         stream.process = TokenizerProcess(folder, source, tokenizer, settings, tokenizer_threads)

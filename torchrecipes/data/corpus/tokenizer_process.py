@@ -1,7 +1,5 @@
 """Tokenizes a source in a process of its own, beside the training.
 
-    python -m torchrecipes.data.corpus.tokenizer_process PARENT FOLDER  # the job is pickled on stdin
-
 1. The process ends with the one that started it, whichever way that ends: it looks at its parent.
 2. If it is killed, a thread of the parent starts it again. It continues after its last complete shard.
 3. If it fails, the reason is in the folder, where everyone who waits for a shard finds it.
@@ -30,6 +28,7 @@ FAILED_FILE, LOG_FILE, WANTED_FILE = "failed.json", "tokenizer.log", "wanted"
 RESTARTS = 5  # of a process that is killed again and again before it has written a shard
 PRIORITY = 10  # lower than the training's, which may need the same cores
 CHECK_EVERY = 0.2  # seconds
+START = f"import sys; from {__name__} import main; sys.exit(main())"
 
 
 class TokenizerProcess:
@@ -81,7 +80,7 @@ class TokenizerProcess:
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         with (self.folder / LOG_FILE).open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "torchrecipes.data.corpus.tokenizer_process", str(os.getpid()), self.folder],
+                [sys.executable, "-c", START, str(os.getpid()), self.folder],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -151,7 +150,10 @@ def _pause(folder: Path, shards: int) -> None:
 
 
 def main() -> int:
-    """Does the job that is pickled on stdin, and returns the exit code."""
+    """Does the job that is pickled on stdin, and returns the exit code.
+
+    Arguments of the command line: the number of the parent process, and the folder.
+    """
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(PRIORITY)
@@ -166,7 +168,3 @@ def main() -> int:
         _write_failure(folder, {"bug": traceback.format_exc()})
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

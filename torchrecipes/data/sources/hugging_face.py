@@ -101,6 +101,23 @@ class hf_dataset:
         self.report, self._cursor = ReadStats(), Cursor(position)
         return documents(self._read(), self.report, self.on_bad_record == "stop", self._cursor)
 
+    def splits(self) -> list[str]:
+        """Return the names of the splits that the dataset has.
+
+        Raises:
+            UserError: the dataset cannot be found.
+        """
+        import datasets
+
+        if self._is_saved:
+            found = datasets.load_from_disk(self.name)
+            return list(found) if isinstance(found, datasets.DatasetDict) else []
+        try:
+            options = {"data_files": self.data_files, "revision": self.revision}
+            return datasets.get_dataset_split_names(self.name, self.config, **options)
+        except Exception as error:
+            raise self._unreadable(error) from error
+
     def position(self) -> dict[str, Any]:
         """Return the position after the last document that was read: a row, and of a stream its `state_dict`."""
         return self._cursor.position
