@@ -20,9 +20,18 @@ def controller(**bands):
     made = ForgettingController(ForgettingConfig(**bands), sets={"general": "g", "domain": "d"})
     made.printed = []
     made.log_fn = made.printed.append
-    made.compare(0, "general", 2.0)
-    made.compare(0, "domain", 5.0)
+    compare(made, 0, general=2.0, domain=5.0)
     return made
+
+
+def compare(made, step, **losses):
+    results = made.compare(step, {name: {"loss": loss, "accuracy": 0.5} for name, loss in losses.items()})
+    assert all(values.pop("accuracy") == 0.5 for values in results.values())
+    return {name: {key: values[key] for key in values if key != "loss"} for name, values in results.items()}
+
+
+def judge(made, step, loss):
+    return made.judge(step, {"eval/general/loss": loss, "eval/domain/loss": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -41,10 +50,10 @@ def test_other_bands_are_refused(band):
 
 def test_the_change_is_against_step_0():
     made = controller()
-    change = made.compare(200, "general", 2.1)
-    assert change == pytest.approx({"change_percent": 5.0, "change_nats": 0.1})
-    assert made.compare(200, "domain", 4.0) == pytest.approx({"change_percent": -20.0, "change_nats": -1.0})
-    assert made.compare(200, "added later", 3.0) == {}
+    changes = compare(made, 200, general=2.1, domain=4.0, added_later=3.0)
+    assert changes["general"] == pytest.approx({"change_percent": 5.0, "change_nats": 0.1})
+    assert changes["domain"] == pytest.approx({"change_percent": -20.0, "change_nats": -1.0})
+    assert changes["added_later"] == {}
 
 
 def test_verdicts():
@@ -58,16 +67,16 @@ def test_verdicts():
 
 def test_a_planted_rise_warns_raises_the_replay_and_stops():
     made = controller(warn="3%", raise_replay="5%", stop="15%")
-    decisions = [made.judge(step, {"general": loss}) for step, loss in enumerate([2.0, 2.04, 2.08, 2.12, 2.4], 0)]
+    decisions = [judge(made, step, loss) for step, loss in enumerate([2.0, 2.04, 2.08, 2.12, 2.4], 0)]
     assert decisions == ["continue", "continue", "continue", "raise_replay", "stop"]
     verdicts = [next(word for word in ("kept", "drifting", "forgetting") if word in line) for line in made.printed]
     assert verdicts == ["kept", "drifting", "drifting", "forgetting"]
-    assert controller(warn="3%", stop=None).judge(9, {"general": 99.0}) == "continue"
-    assert ForgettingController(None).judge(9, {"general": 99.0}) == "continue"
+    assert judge(controller(warn="3%", stop=None), 9, 99.0) == "continue"
+    assert judge(ForgettingController(None), 9, 99.0) == "continue"
 
 
 def test_a_loss_that_is_not_a_number_stops():
-    assert controller().judge(5, {"general": math.nan}) == "stop"
+    assert judge(controller(), 5, math.nan) == "stop"
 
 
 def test_more_replay_leaves_the_others_in_proportion():
@@ -97,7 +106,7 @@ def test_there_must_be_replay_to_raise():
 def test_a_resumed_controller_has_the_baseline_of_step_0():
     resumed = ForgettingController(ForgettingConfig())
     resumed.load_state_dict(json.loads(json.dumps(controller().state_dict())))
-    assert resumed.compare(200, "general", 2.1)["change_nats"] == pytest.approx(0.1)
+    assert compare(resumed, 200, general=2.1)["general"]["change_nats"] == pytest.approx(0.1)
     assert resumed.state_dict() == controller().state_dict()
 
 
@@ -109,10 +118,11 @@ def test_the_baseline_of_the_first_run_is_passed_on(tmp_path):
 
     sets = {"general": "g", "domain": "other rows"}
     second = ForgettingController(ForgettingConfig(baseline="base"), base, sets)
-    assert second.compare(0, "general", 2.2)["change_percent"] == pytest.approx(10.0)
-    assert second.compare(0, "domain", 4.0)["change_nats"] == 0.0  # measured on other rows: a new baseline
+    changes = compare(second, 0, general=2.2, domain=4.0)
+    assert changes["general"]["change_percent"] == pytest.approx(10.0)
+    assert changes["domain"]["change_nats"] == 0.0  # measured on other rows: a new baseline
     fresh = ForgettingController(ForgettingConfig(baseline="start"), base, sets)
-    assert fresh.compare(0, "general", 2.2)["change_percent"] == 0.0
+    assert compare(fresh, 0, general=2.2)["general"]["change_percent"] == 0.0
 
 
 def test_bands_out_of_order_are_all_reported():

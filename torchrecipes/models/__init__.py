@@ -9,6 +9,7 @@
 | hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
 | hub               | loads and saves folders                                                      |
 | config_json       | reads a foreign config.json                                                  |
+| dropout           | `set_dropout`: another dropout than a checkpoint was trained with            |
 | longer_context    | `extend_context`: scaled RoPE, longer tables of positions                    |
 | stored_tensors    | reads safetensors lazily                                                     |
 | transformers_model| `from_transformers`: any causal or masked model of `transformers`            |
@@ -23,6 +24,7 @@ from torchrecipes.models.compatibility import (
     check_tokenizer_compatibility,
     max_positions,
 )
+from torchrecipes.models.dropout import set_dropout
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
 from torchrecipes.models.families.distilbert import distilbert
@@ -42,6 +44,7 @@ from torchrecipes.models.hub import (
     architecture_differences,
     hf_config,
     hf_state_dict,
+    is_decoder,
     load_hf,
     load_hf_weights,
     loading_hint,
@@ -78,6 +81,7 @@ __all__ = [
     "has_hf_config",
     "hf_config",
     "hf_state_dict",
+    "is_decoder",
     "llama",
     "load_hf",
     "load_hf_weights",
@@ -95,5 +99,6 @@ __all__ = [
     "resolve_model_folder",
     "roberta",
     "save_hf",
+    "set_dropout",
     "stop_token_ids",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchrecipes.atomic_write import write_atomically
 from torchrecipes.errors import UserError
 from torchrecipes.manifest import verify
-from torchrecipes.model_folder import resolve_model_folder
+from torchrecipes.model_folder import has_hf_config, resolve_model_folder
 from torchrecipes.models.compatibility import max_positions
 from torchrecipes.models.config_json import config_from_dict, read_json
 from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
@@ -121,6 +121,25 @@ def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = _print_
             model = module.from_config(config_from_dict(raw, file, module.Adapter, report))
     model.hf_adapter.companions, model.hf_adapter.stop_ids = _companions(folder), stop_token_ids(folder)
     return model
+
+
+def is_decoder(path: str | Path) -> bool:
+    """Whether the model that a folder's `config.json` describes predicts the next token, or else masked ones.
+
+    Args:
+        path: a Hugging Face folder, a checkpoint, or a run's folder.
+
+    Raises:
+        UserError: there is no config.json (code `unknown_objective`), or as `meta_model_from_hf`.
+    """
+    if not has_hf_config(path):
+        raise UserError(
+            f"{path} has no config.json that says what the model predicts",
+            key="objective",
+            hint="Set it to causal or masked.",
+            code="unknown_objective",
+        )
+    return bool(meta_model_from_hf(path).causal)
 
 
 def load_hf_weights(

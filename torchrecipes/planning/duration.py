@@ -122,7 +122,7 @@ def _steps_in(budget: float, seconds: float, config: Any, eval_sets: dict[str, A
     if config.eval_every:
         rows = sum(min(rows.num_rows, config.eval_sequences or rows.num_rows) for rows in eval_sets.values())
         evaluation = seconds * rows / config.global_batch_size / 3  # a forward pass is a third of a training step
-        evaluation, every = evaluation * (2 if config.ema else 1), config.eval_every
+        evaluation, every = evaluation * (2 if getattr(config, "ema", None) else 1), config.eval_every
     # One before the first step, one every `every` steps, one after the last.
     return max(1, math.floor((FOR_STEPS * budget - 2 * evaluation) / (seconds + evaluation / every)))
 
@@ -167,7 +167,7 @@ def _time_steps(objective: tuple, run: Run, train: Any) -> float:
     optimizer = build(config.optimizer, model=model, params=[p for p in model.parameters() if p.requires_grad])
     # It never ends its warm-up: a copy that diverges would choose its experts in another way.
     build(config.lr_scheduler, optimizer=optimizer, max_steps=UNKNOWN_LENGTH)
-    ema = build(config.ema, model=model)
+    ema = build(getattr(config, "ema", None), model=model)
 
     def train_steps(number: int) -> float:
         """Takes steps. Returns the seconds that they took on the slowest rank."""

@@ -77,9 +77,11 @@ def estimate_run(
     rank_rows = config.global_batch_size // world_size
     spread = {"strategy": strategy, "world_size": world_size, "local_world_size": local}
 
+    ema = getattr(config, "ema", None)
+
     def memory_of(rows: int) -> dict[str, int]:
         parts = rank_memory(trace, rows=rows, **spread)
-        return parts | {"ema": parts["weights"]} if config.ema else parts
+        return parts | {"ema": parts["weights"]} if ema else parts
 
     divisors = [rows for rows in range(1, rank_rows + 1) if rank_rows % rows == 0]
     largest = last_that_fits(divisors, lambda rows: sum(memory_of(rows).values()) <= USABLE * here.memory)
@@ -90,8 +92,8 @@ def estimate_run(
     flops = flops_per_token(*objective)
     tokens, steps = config.global_batch_size * config.seq_len, _steps(config)
     checkpoint = 4 * trace.parameters + trace.saved_bytes
-    if config.ema:  # the averages, and the model folder that is exported
-        checkpoint += 4 * trace.parameters * (2 if config.ema.args.get("export", True) else 1)
+    if ema:  # the averages, and the model folder that is exported
+        checkpoint += 4 * trace.parameters * (2 if ema.args.get("export", True) else 1)
     kept = config.checkpoint.keep_last + bool(config.checkpoint.keep_best) + 1
     is_known = steps is not None and here.peak is not None
     return {

@@ -106,8 +106,8 @@ class ForgettingController:
 
         controller = ForgettingController(ForgettingConfig(set="general", warn="3%", stop="15%"))
         ...  # at step 0, and after every evaluation
-        changes = controller.compare(step, "general", loss)
-        if controller.judge(step, {"general": loss}) == "stop":
+        results = controller.compare(step, {"general": {"loss": loss}})
+        if controller.judge(step, {"eval/general/loss": loss}) == "stop":
             ...
 
     All decisions follow from losses that are equal on all ranks, so all decide alike without communication. Its state
@@ -149,22 +149,30 @@ class ForgettingController:
             }
             self.baseline = {name: (loss, self.sets[name]) for name, loss in same.items()}
 
-    def compare(self, step: int, name: str, loss: float) -> dict[str, float]:
-        """The change of a set's loss against its baseline, which the evaluation of step 0 is.
+    def compare(self, step: int, results: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+        """Adds to an evaluation its change against the baseline, which the evaluation of step 0 is.
+
+        Args:
+            step: of the evaluation.
+            results: metrics by set, among them `loss`.
 
         Returns:
-            `change_percent` and `change_nats`; {} for a set without a baseline.
+            The same, with `change_percent` and `change_nats`, but for a set without a baseline.
         """
         if step == 0:
-            self.baseline.setdefault(name, (loss, self.sets.get(name, "")))
-        return loss_change(loss, self.baseline[name][0]) if name in self.baseline else {}
+            for name, values in results.items():
+                self.baseline.setdefault(name, (values["loss"], self.sets.get(name, "")))
+        return {
+            name: {**values, **(loss_change(values["loss"], self.baseline[name][0]) if name in self.baseline else {})}
+            for name, values in results.items()
+        }
 
-    def judge(self, step: int, losses: Mapping[str, float]) -> Literal["continue", "raise_replay", "stop"]:
+    def judge(self, step: int, metrics: Mapping[str, float]) -> Literal["continue", "raise_replay", "stop"]:
         """Prints the verdict on an evaluation, and returns what follows from it.
 
         Args:
             step: of the evaluation. Step 0 is not judged.
-            losses: by set.
+            metrics: as in metrics.jsonl: `eval/<set>/loss` is the one that counts.
 
         Returns:
             `raise_replay`: the caller sets the weights of the mixture to `raised(weights)`; `stop`: it ends the run.
@@ -172,7 +180,7 @@ class ForgettingController:
         bands = self.bands
         if bands is None or step == 0 or bands.set not in self.baseline:
             return "continue"
-        change = loss_change(losses[bands.set], self.baseline[bands.set][0])
+        change = loss_change(metrics[f"eval/{bands.set}/loss"], self.baseline[bands.set][0])
         text = f"step {step}: {bands.set} {change['change_percent']:+.1f} % ({change['change_nats']:+.3f} nats)"
         above = [name for name in ("stop", "raise_replay", "warn") if is_beyond(change, getattr(bands, name))]
         limit = f", above {above[0]} ({getattr(bands, above[0])})" if above else ""
@@ -187,6 +195,11 @@ class ForgettingController:
         more = f"{before:.1%} -> {raised[source]:.1%} from the next block of rows"
         self.log_fn(f"replay of {source}: {more if raised[source] > before else f'{before:.1%} stays, the maximum'}")
         return raised
+
+    def metrics(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """`replay_share`, of a mixture with these weights; {} where nothing is replayed."""
+        source = self.bands and (self.bands.replay_source or self.bands.set)
+        return {"replay_share": weights[source] / sum(weights.values())} if source in weights else {}
 
     def check_mixture(self, weights: Mapping[str, float] | None) -> None:
         """Checks that there is something to raise.

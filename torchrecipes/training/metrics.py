@@ -79,7 +79,7 @@ class MetricLogger:
         self.peak_flops = peak_flops and peak_flops * collectives.world_size()
         self.path = Path(run.output_dir) / "metrics.jsonl"
         self._open_file(first_step)
-        self._evaluated = set(collectives.run_on_rank0_and_broadcast(lambda: _evaluations(self.path)))
+        self._evaluations = dict(collectives.run_on_rank0_and_broadcast(lambda: _evaluations(self.path)))
         self.sums: dict[str, Tensor] = {}
         self.targets = torch.zeros((), device=run.device)
         self.first_step, self.begun = first_step, 0
@@ -200,6 +200,7 @@ class MetricLogger:
     def log_eval(self, step: int, results: dict[str, dict[str, float]], suffix: str = "") -> dict[str, float]:
         """Logs evaluations, by set, as `eval/<set><suffix>/<metric>`, and returns them under these names."""
         named = {f"eval/{name}{suffix}/{key}": results[name][key] for name in results for key in results[name]}
+        self._evaluations[step] = self.evaluation(step) | named
         self._record({"step": step} | named, step)  # one line: all sets or none, whenever the run is interrupted
         for name, values in results.items():
             scores = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
@@ -208,7 +209,11 @@ class MetricLogger:
 
     def is_evaluated(self, step: int, suffix: str = "") -> bool:
         """Whether a run before this one has logged evaluations with `suffix` at `step`; the same on all ranks."""
-        return any(done == step and name.endswith(suffix) for done, name in self._evaluated)
+        return any(name.split("/")[1].endswith(suffix) for name in self.evaluation(step))
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        """What `log_eval` has logged at `step`, also in a run before this one; {}: nothing. The same on all ranks."""
+        return self._evaluations.get(step, {})
 
     def log_samples(self, step: int, samples: Sequence[Any]) -> None:
         """Shows generated text (objects with `prompt` and `text`) and appends it to `<output_dir>/samples.jsonl`."""
@@ -307,10 +312,16 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
     write_atomically(path, kept)
 
 
-def _evaluations(path: Path) -> list[tuple[int, str]]:
-    """(Step, name) of the evaluations in the file."""
-    lines = map(json.loads, path.read_bytes().splitlines())
-    return sorted({(line["step"], key.split("/")[1]) for line in lines for key in line if key.startswith("eval/")})
+def _evaluations(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """(Step, metrics by name) of the evaluations in the file."""
+    found: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, path.read_bytes().splitlines()):
+        # A number that is not finite is null, beside its text.
+        values = {key: float(line.get(f"{key}_nonfinite", "nan")) if line[key] is None else line[key] for key in line}
+        named = {key: values[key] for key in values if key.startswith("eval/") and not key.endswith("_nonfinite")}
+        if named:
+            found.setdefault(line["step"], {}).update(named)
+    return list(found.items())
 
 
 def _clock(seconds: float) -> str:

@@ -136,6 +136,12 @@ class Loader:
         self.seek(self.step, self.rows_consumed)
         return self.step + (row - self.rows_consumed) // self._data.global_batch_size
 
+    @property
+    def source_weights(self) -> dict[str, float]:
+        """The weights of a mixture in the next block of which nothing has been read; {} where there is one source."""
+        dataset = self._data.dataset
+        return dataset.weights_at(self.rows_consumed) if isinstance(dataset, MixtureRows) else {}
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it means: the corpus, the order, the batch size, the weights of a mixture."""
         position = {"step": self.step, "rows_consumed": self.rows_consumed, "micro_batch_size": self.micro_batch_size}

@@ -173,6 +173,11 @@ class MixtureRows:
         self._set(sorted([*changes, (block, self._shares(weights))]))
         return block * BLOCK
 
+    def weights_at(self, first_row: int) -> dict[str, float]:
+        """The weights from a row of the run on, rounded up to a whole block."""
+        block = -(-first_row // BLOCK)
+        return self._by_name([shares for first, shares in self._changes if first <= block][-1])
+
     def state_dict(self) -> dict[str, Any]:
         """The weights of every block, those included that were changed while training."""
         return {"sources": list(self.parts), "weights": [[block, list(shares)] for block, shares in self._changes]}

@@ -3,7 +3,7 @@
 text_files          `files`: .txt, .md, .jsonl, .csv, .tsv and .parquet, plain or compressed
 file_slice          `text_span`: a slice of one text file as one document
 hugging_face        `hf_dataset`: the `datasets` library, streamed or not
-standard_library    `python_docs`: the documentation that ships with Python
+standard_library    `python_docs`, `python_source`: documentation and code that ship with Python
 mixture             `mixture`: several sources with weights
 part                `SourcePart`: one of several equal parts of a source
 records             `Source`, `Document`, `BadRecord`, `ReadStats`, and the checksum of a file's content
@@ -18,7 +18,7 @@ from torchrecipes.data.sources.hugging_face import hf_dataset
 from torchrecipes.data.sources.mixture import Mixture, mixture
 from torchrecipes.data.sources.part import SourcePart
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
-from torchrecipes.data.sources.standard_library import python_docs
+from torchrecipes.data.sources.standard_library import python_docs, python_source
 from torchrecipes.data.sources.text_files import files
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "hf_dataset",
     "mixture",
     "python_docs",
+    "python_source",
     "require_documents",
     "text_span",
 ]

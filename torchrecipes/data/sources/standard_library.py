@@ -1,4 +1,6 @@
-"""`python_docs`: the documentation in Python's standard library, a text that every machine has.
+"""`python_docs` and `python_source`: documentation and code of Python's standard library, which every machine has.
+
+The documentation:
 
 1. The language reference's topics, as `help("assert")` shows them.
 2. The docstrings of modules, classes and functions, in the order of their names.
@@ -55,21 +57,7 @@ class python_docs:
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        if self.limit_mb is not None and self.limit_mb <= 0:
-            hint = "Set megabytes, or null for all."
-            raise UserError(f"{self.limit_mb} is not above 0", key="limit_mb", hint=hint, code="invalid_value")
-        self.library = Path(sysconfig.get_path("stdlib"))
-        self.name = f"the standard library of Python {sys.version.split()[0]} in {self.library}"
-        self._sizes = {}  # bytes by file name
-        for folder, folders, names in os.walk(self.library):
-            folders[:] = [name for name in folders if name not in SKIPPED and name.isidentifier()]
-            for path in (Path(folder, name) for name in names if name.endswith(".py")):
-                if path.is_file():  # a link may lead nowhere
-                    self._sizes[path.relative_to(self.library).as_posix()] = path.stat().st_size
-        if not self._sizes:
-            hint = "Read text of your own with _component_=torchrecipes.data.sources.files path=..."
-            problem = f"{self.library} holds no Python files, so no documentation"
-            raise UserError(problem, hint=hint, code="no_documents")
+        self.library, self.name, self._sizes = _python_library(self.limit_mb)
 
     @property
     def num_bytes(self) -> int:
@@ -100,14 +88,124 @@ class python_docs:
 
     @cached_property
     def _items(self) -> tuple[Document | BadRecord, ...]:
-        items, size = [], 0
-        for item in _read_library(self.library, list(self._sizes)):
-            if isinstance(item, Document):
-                size += len(item.text.encode())
-                if self.limit_mb is not None and size > round(self.limit_mb * 1e6):
-                    break
-            items.append(item)
-        return tuple(items)
+        return tuple(_up_to(self.limit_mb, _read_library(self.library, list(self._sizes))))
+
+
+@dataclass
+class python_source:
+    """Code of the standard library of the running Python, without its docstrings and comments: a file is a document.
+
+    A domain beside `python_docs`, which has what is left out here. About 6 MB.
+
+    Args:
+        limit_mb: megabytes (10^6 bytes of UTF-8) of documents to stop after; None is all.
+
+    Raises:
+        UserError: `limit_mb` is not above 0; this Python comes without the source of its library.
+    """
+
+    limit_mb: float | None = None
+    report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
+    _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        self.library, self.name, self._sizes = _python_library(self.limit_mb)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the documents as UTF-8."""
+        return sum(len(item.text.encode()) for item in self._items if isinstance(item, Document))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of Python's version, the names and sizes of the library's files, and the limit."""
+        text = json.dumps(["source", READING, sys.version.split()[0], sorted(self._sizes.items()), self.limit_mb])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Document]:
+        """Yield the files in an order without meaning, with a new report; one that cannot be parsed is only counted.
+
+        Args:
+            position: what `position` returned; None: from the first one.
+        """
+        self.report, self._cursor = ReadStats(), Cursor(position)
+        return documents(self._items, self.report, cursor=self._cursor)
+
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last document that was read, for `read`."""
+        return self._cursor.position
+
+    @cached_property
+    def _items(self) -> tuple[Document | BadRecord, ...]:
+        # With a limit, files of all kinds: not only the packages whose names come first.
+        names = sorted(self._sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
+        return tuple(_up_to(self.limit_mb, _read_code(self.library, names)))
+
+
+def _python_library(limit_mb: float | None) -> tuple[Path, str, dict[str, int]]:
+    """The folder of the library, its title for people, and the size of each of its files."""
+    if limit_mb is not None and limit_mb <= 0:
+        hint = "Set megabytes, or null for all."
+        raise UserError(f"{limit_mb} is not above 0", key="limit_mb", hint=hint, code="invalid_value")
+    library = Path(sysconfig.get_path("stdlib"))
+    title = f"the standard library of Python {sys.version.split()[0]} in {library}"
+    sizes = {}  # bytes by file name
+    for folder, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in SKIPPED and name.isidentifier()]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            if path.is_file():  # a link may lead nowhere
+                sizes[path.relative_to(library).as_posix()] = path.stat().st_size
+    if not sizes:
+        hint = "Read text of your own with _component_=torchrecipes.data.sources.files path=..."
+        problem = f"{library} holds no Python files, so there is nothing to read"
+        raise UserError(problem, hint=hint, code="no_documents")
+    return library, title, sizes
+
+
+def _up_to(limit_mb: float | None, items: Iterator[Document | BadRecord]) -> Iterator[Document | BadRecord]:
+    """The items before the limit is passed."""
+    size = 0
+    for item in items:
+        if isinstance(item, Document):
+            size += len(item.text.encode())
+            if limit_mb is not None and size > round(limit_mb * 1e6):
+                return
+        yield item
+
+
+def _read_code(library: Path, names: list[str]) -> Iterator[Document | BadRecord]:
+    for name in names:
+        try:
+            source = (library / name).read_bytes()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an invalid escape in somebody's docstring
+                text = _code_of(source.decode("utf-8", "replace"), ast.parse(source))
+        except (SyntaxError, ValueError, RecursionError, OSError) as error:
+            yield BadRecord(name, "cannot be read as Python", str(error))
+            continue
+        if name != TOPICS and text.strip() and _can_be_encoded(text):
+            yield Document(text, name)
+
+
+def _code_of(source: str, tree: ast.Module) -> str:
+    """The lines that are no docstring, no comment and not blank."""
+    left_out: set[int] = set()
+    inside: set[int] = set()  # lines of other strings over several lines, where # is no comment
+    for node in ast.walk(tree):
+        if isinstance(node, DEFINITIONS) and ast.get_docstring(node) is not None:
+            left_out.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno > node.lineno:
+            inside.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(re.split(r"\r\n|\r|\n", source), 1)
+    kept = (
+        line
+        for number, line in lines
+        if number not in left_out and (number in inside or (line.strip() and not COMMENT.match(line)))
+    )
+    return "\n".join(kept)
 
 
 def _read_library(library: Path, names: list[str]) -> Iterator[Document | BadRecord]:
