@@ -41,6 +41,7 @@ GROUPS = {
         "prepare, check and measure text",
         {
             "import": ("torchrecipes.cli.data_import", "turn Markdown, RST, HTML and source code into documents"),
+            "clean": ("torchrecipes.cli.data_clean", "normalize, filter and remove duplicates of text"),
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
             "stats": ("torchrecipes.cli.data_stats", "describe a corpus: lengths of documents, fill of rows"),

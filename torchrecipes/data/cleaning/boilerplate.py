@@ -1,9 +1,9 @@
 """Lines that recur in many documents: menus, notices, licence headers.
 
-1. The first pass over the documents writes, for every piece, the sorted hashes of its lines and the number of its documents
-   that hold each.
-2. The counts of all pieces are added, one range of hashes after the other, so that memory does not grow with the corpus.
-   What is at or above the threshold is boilerplate.
+1. The first pass over the documents writes, for every piece, the sorted hashes of its lines and the number of its
+   documents that hold each.
+2. The counts of all pieces are added, one range of hashes after the other, so that memory does not grow with the
+   corpus. What is at or above the threshold is boilerplate.
 3. The second pass removes those lines.
 """
 
@@ -43,14 +43,14 @@ class BoilerplateLines:
 
     def hashes(self, text: str) -> list[int]:
         """Return the hashes of the different lines that are long enough."""
-        return [xxhash.xxh3_64_intdigest(line) for line in {line.strip() for line in text.split("\n")} if self._long(line)]
+        return [_hash(line) for line in {line.strip() for line in text.split("\n")} if self._long(line)]
 
     def remove(self, text: str, boilerplate: frozenset[int]) -> tuple[str | Removal, list[str]]:
         """Return the text without its boilerplate lines, or why it is removed; and those lines."""
         kept, removed = [], []
         for line in text.split("\n"):
             stripped = line.strip()
-            is_boilerplate = self._long(stripped) and xxhash.xxh3_64_intdigest(stripped) in boilerplate
+            is_boilerplate = self._long(stripped) and _hash(stripped) in boilerplate
             (removed if is_boilerplate else kept).append(line)
         if not removed:
             return text, removed
@@ -59,6 +59,10 @@ class BoilerplateLines:
 
     def _long(self, line: str) -> bool:
         return len(line) >= max(1, self.min_characters)
+
+
+def _hash(line: str) -> int:
+    return xxhash.xxh3_64_intdigest(line.encode())
 
 
 def count_lines(texts: Sequence[str], step: BoilerplateLines) -> tuple[np.ndarray, np.ndarray]:

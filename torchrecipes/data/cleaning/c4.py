@@ -1,7 +1,7 @@
 """Heuristics of C4 (Raffel et al. 2020, "Exploring the Limits of Transfer Learning", JMLR 21, section 2.2).
 
-Functions for single rules, and `C4`, which applies them as the paper does. They were made for English web pages: code has
-curly brackets, and headings end without a full stop.
+Functions for single rules, and `C4`, which applies them as the paper does. They were made for English web pages: code
+has curly brackets, and headings end without a full stop.
 """
 
 import re
@@ -27,7 +27,7 @@ _SENTENCE_END = re.compile(r"[.!?]+[\"'”’»)\]]*(?=\s|$)")
 
 
 def ends_in_punctuation(line: str) -> bool:
-    """Whether a line ends in a full stop, exclamation mark, question mark or closing quotation mark, not an ellipsis."""
+    """Whether a line ends in a full stop, exclamation or question mark or closing quotation mark; not an ellipsis."""
     line = line.rstrip()
     return line.endswith(TERMINAL_PUNCTUATION) and not line.endswith("...")
 
@@ -113,7 +113,9 @@ def _bad_words(file: str) -> re.Pattern:
         words = [word.strip().lower() for word in Path(file).read_text("utf-8").splitlines() if word.strip()]
     except (OSError, UnicodeDecodeError) as error:
         hint = "Give a text file with a word or phrase per line."
-        raise UserError(f"{file} cannot be read ({error})", key="c4.bad_words", hint=hint, code="unreadable_file") from None
+        raise UserError(
+            f"{file} cannot be read ({error})", key="c4.bad_words", hint=hint, code="unreadable_file"
+        ) from None
     if not words:
         raise UserError(f"{file} holds no words", key="c4.bad_words", code="invalid_value")
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")

@@ -1,13 +1,14 @@
 """Finds exact and near duplicates among documents whose hashes and signatures lie on disk.
 
-1. Documents are numbered in their order. The hashes, band keys and signatures of a piece of consecutive documents are in
-   files of their own, the first two sorted.
+1. Documents are numbered in their order. The hashes, band keys and signatures of a piece of consecutive documents are
+   in files of their own, the first two sorted.
 2. Exact duplicates: equal 128-bit hashes. One range of values after the other is read from all pieces and sorted.
-3. Near duplicates: for every band, one range of its keys after the other is read and sorted. Documents with an equal key are
-   compared by their signatures, which are read from disk when needed.
+3. Near duplicates: for every band, one range of its keys after the other is read and sorted. Documents with an equal
+   key are compared by their signatures, which are read from disk when needed.
 4. Documents are joined to clusters (union-find); the first one of a cluster is kept.
 
-Memory: 16 bytes per document for the clusters, and a fixed amount for the range that is sorted. Disk: 1.2 KB per document.
+Memory: 16 bytes per document for the clusters, and a fixed amount for the range that is sorted. Disk: 1.2 KB per
+    document.
 """
 
 import math
@@ -129,7 +130,7 @@ def _join_band(
 def _ranges(
     pieces: Sequence[PieceFiles], starts: np.ndarray, keys_file: str, order_file: str, rows: list[int]
 ) -> Iterator[list[np.ndarray]]:
-    """Yield documents and some rows of `keys_file`, for one range of the values of the first of these after the other."""
+    """Yield documents and rows of `keys_file`, for one range of the values of the first of these after the other."""
     count = max(1, math.ceil(int(starts[-1]) / PARTITION_ROWS))
     begins = [0] * len(pieces)
     for number in range(1, count + 1):
@@ -141,7 +142,8 @@ def _ranges(
                 end = int(np.searchsorted(keys[rows[0]], np.uint64(number * (1 << 64) // count)))
             begins[piece] = end
             found.append([order[rows[0], begin:end] + starts[piece], *(keys[row, begin:end] for row in rows)])
-        yield [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
+        if any(len(ids) for ids, *_ in found):
+            yield [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
 
 
 def _join_groups(

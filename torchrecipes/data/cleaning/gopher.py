@@ -76,7 +76,7 @@ def ngram_shares(words: Sequence[str]) -> tuple[dict[int, float], dict[int, floa
     """
     lengths = np.fromiter(map(len, words), np.int64, len(words))
     total = max(1, int(lengths.sum()))
-    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, words), np.uint64, len(words))
+    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, words)), np.uint64, len(words))
     top, duplicated, ngrams = {}, {}, hashes
     for n in range(2, max(DUPLICATE_NGRAMS) + 1):
         ngrams = ngrams[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[n - 1 :]

@@ -1,8 +1,10 @@
-"""MinHash signatures of documents and the keys of their bands (Broder 1997; Leskovec et al., "Mining of Massive Datasets", 3).
+"""MinHash signatures of documents and the keys of their bands.
 
-A document is the set of its word 5-grams. Permutation i of the 64-bit hashes h is `a_i * h + b_i` modulo 2^64 with an odd
-`a_i`, and position i of the signature is its minimum over the set. The share of equal positions of two signatures estimates
-the Jaccard similarity J of the sets, with a standard error of sqrt(J (1 - J) / 128), 0.035 at 0.8.
+Broder 1997, "On the resemblance and containment of documents"; Leskovec et al., "Mining of Massive Datasets", ch. 3.
+
+A document is the set of its word 5-grams. Permutation i of the 64-bit hashes h is `a_i * h + b_i` modulo 2^64 with an
+odd `a_i`, and position i of the signature is its minimum over the set. The share of equal positions of two signatures
+estimates the Jaccard similarity J of the sets, with a standard error of sqrt(J (1 - J) / 128), 0.035 at 0.8.
 
 Two documents are compared when all 6 positions of one of 21 bands agree, which happens with probability
 1 - (1 - J^6)^21: 0.998 at J = 0.8, 0.28 at 0.5, 0.015 at 0.3.

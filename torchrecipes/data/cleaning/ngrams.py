@@ -58,7 +58,7 @@ def hash_words(texts: Sequence[str]) -> Words:
 
 
 def ngram_hashes(words: Words, n: int) -> Words:
-    """Return the hashes of the n-grams of each text; a text of fewer than n words, but one, has one n-gram of them all."""
+    """Return the hashes of the n-grams of each text; all words of a text of fewer than n are one n-gram."""
     hashes, offsets = words
     counts = np.diff(offsets)
     factors = splitmix64(np.arange(1, n + 1, dtype=np.uint64)) | np.uint64(1)

@@ -11,10 +11,11 @@ from torchrecipes.data.cleaning.removal import Removal
 # NEL, line separator, paragraph separator.
 _LINE_BREAKS = dict.fromkeys(map(ord, "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"), "\n")
 _REMOVED = (
-    [*range(0x00, 0x09), *range(0x0E, 0x1C), 0x1F, *range(0x7F, 0x85), *range(0x86, 0xA0)]  # C0, DEL and C1
-    + [0x00AD, 0x200B, 0x2060, 0xFEFF]  # soft hyphen, zero-width space, word joiner, byte order mark
-    + [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # bidirectional embeddings, overrides and isolates
-    + [*range(0xFDD0, 0xFDF0), *(plane << 16 | last for plane in range(17) for last in (0xFFFE, 0xFFFF))]
+    *(*range(0x00, 0x09), *range(0x0E, 0x1C), 0x1F, *range(0x7F, 0x85), *range(0x86, 0xA0)),  # C0, DEL and C1
+    *(0x00AD, 0x200B, 0x2060, 0xFEFF),  # soft hyphen, zero-width space, word joiner, byte order mark
+    *(*range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # bidirectional embeddings, overrides and isolates
+    *range(0xFDD0, 0xFDF0),
+    *(plane << 16 | last for plane in range(17) for last in (0xFFFE, 0xFFFF)),
 )
 _TABLE = _LINE_BREAKS | dict.fromkeys(_REMOVED)
 _ANY = re.compile("[" + "".join(f"\\U{code:08x}" for code in _TABLE) + "]")
@@ -32,7 +33,8 @@ class Normalize:
 
     Args:
         form: the normal form (Unicode Standard Annex #15). NFC changes no visible character; NFKC also replaces
-            ligatures, full-width letters, superscripts and no-break spaces, which changes formulas and code. None: keep.
+            ligatures, full-width letters, superscripts and no-break spaces, which changes formulas and code. None:
+            keep.
         control_characters: remove control and zero-width characters.
     """
 

@@ -1,7 +1,7 @@
 """`CleaningSteps`: which steps clean a text, and their options; `read_steps` reads them from words and YAML files.
 
-The order is fixed. Steps that change a text come first, so that the others judge what remains; a text from which boilerplate
-is removed passes the steps before it again. So a cleaned corpus passes the same steps unchanged.
+The order is fixed. Steps that change a text come first, so that the others judge what remains; a text from which
+boilerplate is removed passes the steps before it again. So a cleaned corpus passes the same steps unchanged.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ class CleaningSteps:
         language: language identification.
         exact_duplicates: documents that are there twice.
         near_duplicates: documents that are nearly there twice.
-        exempt: patterns (`*`, `?`, `[]`) of sources, such as `*.py`, whose documents are only normalized and compared for
-            duplicates: the other steps are made for prose. `src/a.py:1` is compared with and without its `:1`.
+        exempt: patterns (`*`, `?`, `[]`) of sources, such as `*.py`, whose documents are only normalized and compared
+            for duplicates: the other steps are made for prose. `src/a.py:1` is compared with and without its `:1`.
     """
 
     normalize: Normalize | None = None
@@ -82,7 +82,9 @@ class CleaningSteps:
         name = source.rsplit(":", 1)[0]
         return any(fnmatchcase(source, pattern) or fnmatchcase(name, pattern) for pattern in self.exempt)
 
-    def apply(self, text: str, source: str, boilerplate: frozenset[int] | None = None) -> Iterator[tuple[str, str | Removal]]:
+    def apply(
+        self, text: str, source: str, boilerplate: frozenset[int] | None = None
+    ) -> Iterator[tuple[str, str | Removal]]:
         """Yield the name of every step that changed or removed the text, and what it returned; the last one counts.
 
         Args:
