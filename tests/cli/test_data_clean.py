@@ -24,7 +24,18 @@ def test_clean_prints_what_it_removed(here, capsys):
 
 
 def test_stages_steps_and_other_texts(here, capsys):
-    words = ["data", "clean", "--data", "a.jsonl", "--output", "out", "--steps", "exact_duplicates", "--num-shards", "2"]
+    words = [
+        "data",
+        "clean",
+        "--data",
+        "a.jsonl",
+        "--output",
+        "out",
+        "--steps",
+        "exact_duplicates",
+        "--num-shards",
+        "2",
+    ]
     words += ["--eval-sets", "a.jsonl"]
     for stage, index in (("filter", "1"), ("filter", "0"), ("merge", "0"), ("remove", "0"), ("remove", "1")):
         assert main([*words, "--stage", stage, "--shard-index", index]) == 0

@@ -1,6 +1,6 @@
 """Clusters of duplicates against exact Jaccard similarities and all pairs of signatures."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def corpus(rng, originals=120, copies=90):
         for _ in range(rng.integers(0, 4)):
             words[rng.integers(0, len(words))] = "changed"
         texts.append(" ".join(words[: len(words) - rng.integers(0, 4)]))
-    return texts + ["", "...", "!"]
+    return [*texts, "", "...", "!"]
 
 
 def clusters_of(pairs, count):
@@ -62,7 +62,7 @@ def test_near_duplicates_are_those_of_all_pairs(tmp_path, monkeypatch, limits):
     order = np.random.default_rng(1).permutation(len(texts))
     texts = [texts[number] for number in order]
     cuts = [0, 50, 50, 120, len(texts)]
-    pieces = [write_piece(tmp_path / str(n), texts[a:b]) for n, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))]
+    pieces = [write_piece(tmp_path / str(n), texts[a:b]) for n, (a, b) in enumerate(pairwise(cuts))]
     found = find_duplicates(pieces, exact=False, jaccard=0.8)
     signatures = minhash(texts)
     has_words = [any(character.isalnum() for character in text) for text in texts]
@@ -79,7 +79,7 @@ def test_near_duplicates_are_those_of_all_pairs(tmp_path, monkeypatch, limits):
 def test_recall_and_precision_against_exact_jaccard(tmp_path):
     texts = corpus(np.random.default_rng(2), 200, 200)
     ngrams, offsets = ngram_hashes(hash_words(texts), 5)
-    sets = [set(ngrams[a:b].tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
+    sets = [set(ngrams[a:b].tolist()) for a, b in pairwise(offsets)]
     exact = {}
     for one, other in combinations(range(len(texts)), 2):
         if sets[one] and (both := len(sets[one] & sets[other])):

@@ -1,4 +1,4 @@
-"""Gopher's and C4's heuristics: of every rule a text that passes and one that does not, the paper's thresholds, language."""
+"""Gopher's and C4's heuristics: of every rule a text that passes and one that does not; language identification."""
 
 import sys
 from collections import Counter
@@ -58,7 +58,7 @@ LINES = [words(12, seed) for seed in range(100)]
     ],
 )
 def test_gopher_repetition_of_lines_and_paragraphs(option, good, bad):
-    only = {name: None for name in GopherRepetition.__dataclass_fields__}
+    only = dict.fromkeys(GopherRepetition.__dataclass_fields__)
     for name, end in (("line", "\n"), ("paragraph", "\n\n")):
         name = option.replace("line", name)
         step = GopherRepetition(**{**only, name: getattr(GopherRepetition, name)})
