@@ -44,14 +44,33 @@ def test_it_writes_the_files_that_a_run_would(text):
 def test_a_config_says_what_is_read_and_how(text, capsys):
     (text / "run.yaml").write_text(
         "data:\n  source: {_component_: torchrecipes.data.sources.files, path: texts, sample_by: paragraph}\n"
-        "  validation_source: {_component_: torchrecipes.data.sources.files, path: more.txt}\n"
+        "  eval_sets: {validation: {_component_: torchrecipes.data.sources.files, path: more.txt}}\n"
         "tokenizer: {_component_: torchrecipes.data.tokenizers.train_wordpiece, vocab_size: 200}\n"
         "an_unknown_key: 1\n"
     )
     assert tokenize("--config", "run.yaml", "--objective", "mlm", "-o", "corpus") == 0, capsys.readouterr().err
     assert open_corpus("corpus/train").num_documents == 24
-    assert open_corpus("corpus/validation").num_documents == 1
+    assert open_corpus("corpus/eval_sets/validation/train").num_documents == 1
+    assert not (text / "corpus" / "validation").exists()
     assert load_tokenizer("corpus/tokenizer").mask_id is not None
+
+
+def test_a_mixture_has_a_corpus_for_every_source_and_so_have_its_parts(text, capsys):
+    source = "{_component_: torchrecipes.data.sources.files, path: %s, sample_by: line}"
+    (text / "run.yaml").write_text(
+        "data:\n  validation_fraction: 0\n  source:\n    _component_: torchrecipes.data.sources.mixture\n    sources:\n"
+        f"      one: {source % 'texts'}\n      two: {source % 'more2.txt'}\n"
+        f"  eval_sets: {{three: {source % 'more.txt'}}}\n"
+    )
+    (text / "more2.txt").write_text("one\ntwo\nthree\n")
+    assert tokenize("--config", "run.yaml", *TRAIN, "-o", "corpus") == 0, capsys.readouterr().err
+    sizes = {"one/train": 24, "two/train": 3, "eval_sets/three/train": 1}
+    assert {name: open_corpus(f"corpus/{name}").num_documents for name in sizes} == sizes
+    for job in ("1", "0"):
+        words = ("--config", "run.yaml", "--tokenizer", "corpus/tokenizer", "--objective", "causal", "-o", "jobs")
+        assert tokenize(*words, "--shard-index", job, "--num-shards", "2") == 0, capsys.readouterr().err
+    assert tokenize("--merge", "-o", "jobs") == 0, capsys.readouterr().err
+    assert {name: open_corpus(f"jobs/{name}").num_documents for name in sizes} == sizes
 
 
 def test_the_same_command_again_changes_nothing(text):

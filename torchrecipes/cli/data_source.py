@@ -60,27 +60,35 @@ def source_from(args: argparse.Namespace) -> Any:
         raise UserError(error.problem, key=option, hint=error.hint, code=error.code) from None
 
 
-def source_from_config(name: str, overrides: Sequence[str] = (), key: str = "source") -> Any:
-    """Return what the `data.source` (or another key of `data`) of a config builds.
+def source_from_config(name: str, overrides: Sequence[str] = ()) -> Any:
+    """Return what the `data.source` of a config builds.
 
     The other keys of the config are not checked: they belong to a recipe.
 
     Args:
         name: a shipped config, or a file.
         overrides: `data.source.path=...`, as for a recipe.
-        key: the key under `data`.
 
     Raises:
         UserError: there is no such config, this part of it is invalid, or there is none (code `no_source`).
     """
-    node = config_parts(name, overrides, [f"data.{key}"])[0]
+    node = config_parts(name, overrides, ["data.source"])[0]
     if node is None:
         hint = "Name one there, or give --data PATH."
-        raise UserError(f"{name} names no source of text", key=f"data.{key}", hint=hint, code="no_source")
+        raise UserError(f"{name} names no source of text", key="data.source", hint=hint, code="no_source")
+    return build_source("data.source", node)
+
+
+def build_source(key: str, node: Component) -> Any:
+    """Return the source that a component at `key` of a config builds.
+
+    Raises:
+        UserError: its arguments are not valid; the key is part of the error's.
+    """
     try:
         return build(node)
     except UserError as error:
-        raise error.under(f"data.{key}") from None
+        raise error.under(key) from None
 
 
 def config_parts(name: str, overrides: Sequence[str], keys: Sequence[str]) -> list[Any]:
@@ -150,7 +158,7 @@ def checked_component(key: str, path: str, settings: Sequence[str]) -> Any:
 @dataclass
 class _Data:
     source: Component | None = None
-    validation_source: Component | None = None
+    eval_sets: dict[str, Component] = field(default_factory=dict)
     validation_fraction: float | None = None
 
 

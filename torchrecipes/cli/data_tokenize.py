@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torchrecipes.cli.data_source import add_source_arguments, config_parts, source_from, source_from_config
+from torchrecipes.cli.data_source import add_source_arguments, build_source, config_parts, source_from
 from torchrecipes.cli.tokenizer_choice import add_objective, make_tokenizer, tokenizer_component
 from torchrecipes.errors import UserError
 
@@ -54,43 +54,43 @@ def main(args: argparse.Namespace) -> None:
     if args.objective is None:
         hint = "Give --objective causal for a model that predicts the next token, or --objective mlm."
         raise UserError("missing", key="--objective", hint=hint, code="missing_option")
-    component, fraction, validation = _settings(args)
+    component, fraction, eval_sources = _settings(args)
     source = source_from(args)
     if source is None:
         hint = "Give --data PATH... or --config CONFIG."
         raise UserError("there is no text to tokenize", key="--data", hint=hint, code="missing_option")
 
-    from torchrecipes.data.corpus import check_corpus_dir, part_folder, prepare_corpus
-    from torchrecipes.data.sources import SourcePart
+    from torchrecipes.data.corpus import check_corpus_dir, prepare_corpus
 
-    folder = output = Path(args.output)
+    output = Path(args.output)
     try:
+        corpora = _corpora(args, source, fraction, eval_sources)
         if args.num_shards is not None:
             _refuse_training(component)
-            source = SourcePart(source, args.shard_index, args.num_shards)
-            folder = part_folder(output, args.shard_index, args.num_shards)
-        check_corpus_dir(folder, source, 0 if validation else fraction)
+        for corpus in corpora:
+            check_corpus_dir(*corpus)
         tokenizer = make_tokenizer(component, args.objective == "causal", source, output / "tokenizer")
-        corpora = prepare_corpus(folder, source, tokenizer, fraction, validation, args.threads)
+        for folder, part, held_out in corpora:
+            made = [
+                corpus for corpus in prepare_corpus(folder, part, tokenizer, held_out, None, args.threads) if corpus
+            ]
+            tokens, shards = sum(corpus.num_tokens for corpus in made), sum(len(corpus.shards) for corpus in made)
+            print(f"{folder}: complete, {tokens:,} tokens in {shards:,} shards")
     except UserError as error:
         raise _with_option(error) from None
-    made = [corpus for corpus in corpora if corpus is not None]
-    tokens, shards = sum(corpus.num_tokens for corpus in made), sum(len(corpus.shards) for corpus in made)
-    print(f"{folder}: complete, {tokens:,} tokens in {shards:,} shards")
     save_copy(tokenizer, output / "tokenizer")
     if args.num_shards is not None:
         print(f"When all {args.num_shards} parts are complete: tune-style data tokenize --merge -o {output}")
 
 
-def _settings(args: argparse.Namespace) -> tuple[Any, float, Any]:
-    """The tokenizer's component, the validation fraction and the validation source."""
-    component, fraction, validation = None, FRACTION, None
+def _settings(args: argparse.Namespace) -> tuple[Any, float, dict[str, Any]]:
+    """The tokenizer's component, the validation fraction and the sources of evaluation sets."""
+    component, fraction, eval_sources = None, FRACTION, {}
     if args.config is not None:
-        keys = ["data.validation_fraction", "data.validation_source"]
-        stated, validation = config_parts(args.config, args.overrides, keys)
+        keys = ["data.validation_fraction", "data.eval_sets"]
+        stated, eval_sets = config_parts(args.config, args.overrides, keys)
         fraction = FRACTION if stated is None else stated
-        if validation is not None:
-            validation = source_from_config(args.config, args.overrides, "validation_source")
+        eval_sources = {name: build_source(f"data.eval_sets.{name}", node) for name, node in eval_sets.items()}
         if args.tokenizer is None:
             (component,) = config_parts(args.config, args.overrides, ["tokenizer"])
     if args.tokenizer is not None:
@@ -99,8 +99,28 @@ def _settings(args: argparse.Namespace) -> tuple[Any, float, Any]:
         hint = "Give a tokenizer's folder, or one to train: --tokenizer train_bpe."
         raise UserError("missing", key="--tokenizer", hint=hint, code="missing_option")
     if args.validation_fraction is not None:
-        fraction, validation = args.validation_fraction, None
-    return component, fraction, validation
+        fraction = args.validation_fraction
+    return component, fraction, eval_sources
+
+
+def _corpora(
+    args: argparse.Namespace, source: Any, fraction: float, eval_sources: dict[str, Any]
+) -> list[tuple[Path, Any, float]]:
+    """Folder, source and held-out share of every corpus that a run would make; of a job, its part of them."""
+    from torchrecipes.data.corpus import part_folder
+    from torchrecipes.data.sources import Mixture, SourcePart
+    from torchrecipes.data.text_data import EVAL_SETS, VALIDATION
+
+    output = Path(args.output)
+    parts = source.sources if isinstance(source, Mixture) else {VALIDATION: source}
+    folders = {name: output / name if isinstance(source, Mixture) else output for name in parts}
+    corpora = [(folders[name], part, 0 if name in eval_sources else fraction) for name, part in parts.items()]
+    if args.num_shards is not None:
+        job = (args.shard_index, args.num_shards)
+        corpora = [(part_folder(folder, *job), SourcePart(part, *job), share) for folder, part, share in corpora]
+    if args.shard_index in (None, 0):  # evaluation sets are small: the first job makes them
+        corpora += [(output / EVAL_SETS / name, part, 0) for name, part in eval_sources.items()]
+    return corpora
 
 
 def _refuse_training(component: Any) -> None:
@@ -116,9 +136,13 @@ def _refuse_training(component: Any) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from torchrecipes.data.corpus import merge_parts
 
-    for corpus in merge_parts(args.output):
-        corpus.verify()
-        print(corpus.summary())
+    output = Path(args.output)
+    # Those of a mixture are one level down.
+    folders = [path.parent for pattern in ("parts", "*/parts") for path in sorted(output.glob(pattern))]
+    for folder in folders or [output]:
+        for corpus in merge_parts(folder):
+            corpus.verify()
+            print(corpus.summary())
 
 
 def save_copy(tokenizer: Any, folder: Path) -> None:

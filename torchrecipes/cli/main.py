@@ -48,6 +48,14 @@ GROUPS = {
             "verify": ("torchrecipes.cli.data_verify", "check every byte of a corpus against its checksums"),
         },
     ),
+    "tokenizer": (
+        "train, inspect and extend tokenizers",
+        {
+            "train": ("torchrecipes.cli.tokenizer_train", "train a tokenizer on text"),
+            "inspect": ("torchrecipes.cli.tokenizer_inspect", "describe a tokenizer, and measure it on text"),
+            "extend": ("torchrecipes.cli.tokenizer_extend", "add tokens to a model's tokenizer and to the model"),
+        },
+    ),
 }
 
 

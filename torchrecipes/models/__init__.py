@@ -11,6 +11,7 @@
 | config_json       | reads a foreign config.json                                                  |
 | dropout           | `set_dropout`: another dropout than a checkpoint was trained with            |
 | longer_context    | `extend_context`: scaled RoPE, longer tables of positions                    |
+| extend_vocabulary | `extend_vocabulary`: rows for new tokens in a folder's embedding and head     |
 | stored_tensors    | reads safetensors lazily                                                     |
 | transformers_model| `from_transformers`: any causal or masked model of `transformers`            |
 | compatibility     | checks that model, tokenizer, row length and objective fit                   |
@@ -25,6 +26,7 @@ from torchrecipes.models.compatibility import (
     max_positions,
 )
 from torchrecipes.models.dropout import set_dropout
+from torchrecipes.models.extend_vocabulary import extend_vocabulary
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
 from torchrecipes.models.families.distilbert import distilbert
@@ -76,6 +78,7 @@ __all__ = [
     "check_tokenizer_compatibility",
     "distilbert",
     "extend_context",
+    "extend_vocabulary",
     "from_transformers",
     "gpt2",
     "has_hf_config",

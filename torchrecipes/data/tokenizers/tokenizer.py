@@ -23,7 +23,15 @@ import xxhash
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from torchrecipes.atomic_write import write_atomically
-from torchrecipes.data.tokenizers.tokenizer_files import CHAT_TEMPLATE, PADDING, ROLES, begin_with, between
+from torchrecipes.data.tokenizers.tokenizer_files import (
+    CHAT_TEMPLATE,
+    IDS_KEY,
+    PADDING,
+    ROLES,
+    begin_with,
+    between,
+    ids_checksum,
+)
 from torchrecipes.errors import UserError
 
 
@@ -135,6 +143,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{f"{role}_token": self.backend.id_to_token(i) for role, i in ids.items() if i is not None},
             "clean_up_tokenization_spaces": False,
+            IDS_KEY: ids_checksum(self.backend, self.unpadded_vocab_size),
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import xxhash
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from torchrecipes.data.tokenizers.sentencepiece_model import load_sentencepiece
@@ -39,6 +40,7 @@ PADDING = re.compile(r"<\|inert_\d+\|>")  # names of vocabulary padding
 SLOW_FILES = "vocab.json merges.txt tokenizer.model spiece.model sentencepiece.bpe.model tiktoken.model".split()
 
 CHAT_TEMPLATE = "chat_template.jinja"
+IDS_KEY = "ids_xxh3"  # in tokenizer_config.json: how many ids there were when it was saved, and a checksum of the names
 # Keys of tokenizer_config.json with which `transformers` would change what tokenizer.json says, or that name files.
 REBUILD_KEYS = set(
     "add_bos_token add_eos_token add_prefix_space added_tokens_decoder auto_map backend clean_up_tokenization_spaces "
@@ -46,7 +48,7 @@ REBUILD_KEYS = set(
     "name_or_path never_split pad_to_multiple_of sp_model_kwargs special_tokens_map_file split_special_tokens stride "
     "strip_accents tokenize_chinese_chars tokenizer_class tokenizer_file tokenizer_padding tokenizer_truncation "
     "trim_offsets truncation_strategy vocab vocab_file".split()
-) | {f"{role}_token" for role in ROLES}
+) | {IDS_KEY, *(f"{role}_token" for role in ROLES)}
 
 
 @dataclass
@@ -75,7 +77,8 @@ def read_tokenizer(path: Path, causal: bool = False) -> TokenizerFiles:
 
     Raises:
         UserError: there is no tokenizer (code `no_tokenizer`), a file cannot be read (`unreadable_tokenizer`), or its
-            ids are not unique (`duplicate_ids`) or would change (`moved_ids`).
+            ids are not unique (`duplicate_ids`), would change (`moved_ids`) or have changed since it was saved
+            (`changed_ids`).
     """
     if not path.exists():
         raise _no_tokenizer(
@@ -89,6 +92,7 @@ def read_tokenizer(path: Path, causal: bool = False) -> TokenizerFiles:
         files = _read_vocab_txt(path)
     elif path.suffix == ".json":
         backend = read_json(path)
+        _check_unchanged(path, backend)
         files = TokenizerFiles(backend, _roles(path, backend))
     elif path.suffix == ".model":
         files = _read_sentencepiece(path, causal)
@@ -187,6 +191,30 @@ def _check_ids(path: Path, stated: dict[str, int], backend: tokenizers.Tokenizer
     if moved:
         hint = "Added tokens come after the vocabulary, without a gap; number them so."
         raise UserError(f"{path}: {_some(moved)}", hint=hint, code="moved_ids")
+
+
+def ids_checksum(backend: tokenizers.Tokenizer, count: int) -> str:
+    """The number of ids and the xxh3-128 (hex) of their tokens' names in order: what must not change after training."""
+    names = [""] * count
+    for name, i in backend.get_vocab(with_added_tokens=True).items():
+        if i < count:
+            names[i] = name
+    return f"{count}-{xxhash.xxh3_128_hexdigest(chr(0).join(names).encode('utf-8', 'surrogatepass'))}"
+
+
+def _check_unchanged(path: Path, backend: tokenizers.Tokenizer) -> None:
+    """Checks the ids of a tokenizer that `Tokenizer.save` wrote; tokens that were added later do not matter."""
+    stated = _config(path).get(IDS_KEY) if path.name == "tokenizer.json" else None
+    if not isinstance(stated, str) or not (count := stated.partition("-")[0]).isdecimal():
+        return
+    if ids_checksum(backend, int(count)) != stated:
+        raise UserError(
+            f"the first {int(count):,} tokens of {path} are not those that were saved: their ids have changed, and a "
+            "model that was trained with them would read other words",
+            hint=f"Restore the file. If it is meant to be another tokenizer, remove {IDS_KEY} from "
+            "tokenizer_config.json.",
+            code="changed_ids",
+        )
 
 
 def _some(items: list[str]) -> str:
