@@ -159,6 +159,8 @@ def checked_component(key: str, path: str, settings: Sequence[str]) -> Any:
 class _Data:
     source: Component | None = None
     eval_sets: dict[str, Component] = field(default_factory=dict)
+    eval_split: str | None = None
+    eval_samples: int | None = None
     validation_fraction: float | None = None
 
 

@@ -54,26 +54,27 @@ def main(args: argparse.Namespace) -> None:
     if args.objective is None:
         hint = "Give --objective causal for a model that predicts the next token, or --objective mlm."
         raise UserError("missing", key="--objective", hint=hint, code="missing_option")
-    component, fraction, eval_sources = _settings(args)
     source = source_from(args)
     if source is None:
         hint = "Give --data PATH... or --config CONFIG."
         raise UserError("there is no text to tokenize", key="--data", hint=hint, code="missing_option")
+    component = _tokenizer(args)
 
     from torchrecipes.data.corpus import check_corpus_dir, prepare_corpus
 
     output = Path(args.output)
     try:
-        corpora = _corpora(args, source, fraction, eval_sources)
+        corpora = _corpora(args, source)
         if args.num_shards is not None:
             _refuse_training(component)
         for corpus in corpora:
             check_corpus_dir(*corpus)
         tokenizer = make_tokenizer(component, args.objective == "causal", source, output / "tokenizer")
-        for folder, part, held_out in corpora:
-            made = [
-                corpus for corpus in prepare_corpus(folder, part, tokenizer, held_out, None, args.threads) if corpus
-            ]
+        for folder, part, fraction, samples in corpora:
+            prepared = prepare_corpus(
+                folder, part, tokenizer, fraction, eval_samples=samples, tokenizer_threads=args.threads
+            )
+            made = [corpus for corpus in prepared if corpus is not None]
             tokens, shards = sum(corpus.num_tokens for corpus in made), sum(len(corpus.shards) for corpus in made)
             print(f"{folder}: complete, {tokens:,} tokens in {shards:,} shards")
     except UserError as error:
@@ -83,43 +84,56 @@ def main(args: argparse.Namespace) -> None:
         print(f"When all {args.num_shards} parts are complete: tune-style data tokenize --merge -o {output}")
 
 
-def _settings(args: argparse.Namespace) -> tuple[Any, float, dict[str, Any]]:
-    """The tokenizer's component, the validation fraction and the sources of evaluation sets."""
-    component, fraction, eval_sources = None, FRACTION, {}
-    if args.config is not None:
-        keys = ["data.validation_fraction", "data.eval_sets"]
-        stated, eval_sets = config_parts(args.config, args.overrides, keys)
-        fraction = FRACTION if stated is None else stated
-        eval_sources = {name: build_source(f"data.eval_sets.{name}", node) for name, node in eval_sets.items()}
-        if args.tokenizer is None:
-            (component,) = config_parts(args.config, args.overrides, ["tokenizer"])
+def _tokenizer(args: argparse.Namespace) -> Any:
+    """The component of the tokenizer, the option's or the config's."""
+    component = None
     if args.tokenizer is not None:
         component = tokenizer_component(args.tokenizer)
+    elif args.config is not None:
+        (component,) = config_parts(args.config, args.overrides, ["tokenizer"])
     if component is None:
         hint = "Give a tokenizer's folder, or one to train: --tokenizer train_bpe."
         raise UserError("missing", key="--tokenizer", hint=hint, code="missing_option")
-    if args.validation_fraction is not None:
-        fraction = args.validation_fraction
-    return component, fraction, eval_sources
+    return component
 
 
-def _corpora(
-    args: argparse.Namespace, source: Any, fraction: float, eval_sources: dict[str, Any]
-) -> list[tuple[Path, Any, float]]:
-    """Folder, source and held-out share of every corpus that a run would make; of a job, its part of them."""
+def _corpora(args: argparse.Namespace, source: Any) -> list[tuple[Path, Any, float, int | None]]:
+    """Folder, source, held-out share and number of documents of every corpus that a run would make (`load_text`).
+
+    Of a job they are its part of the text; evaluation sets are small, and the first job makes them.
+    """
     from torchrecipes.data.corpus import part_folder
     from torchrecipes.data.sources import Mixture, SourcePart
+    from torchrecipes.data.sources.eval_split import split_for_evaluation
     from torchrecipes.data.text_data import EVAL_SETS, VALIDATION
 
-    output = Path(args.output)
+    output, fraction, samples, eval_sources = Path(args.output), FRACTION, None, {}
     parts = source.sources if isinstance(source, Mixture) else {VALIDATION: source}
-    folders = {name: output / name if isinstance(source, Mixture) else output for name in parts}
-    corpora = [(folders[name], part, 0 if name in eval_sources else fraction) for name, part in parts.items()]
-    if args.num_shards is not None:
-        job = (args.shard_index, args.num_shards)
-        corpora = [(part_folder(folder, *job), SourcePart(part, *job), share) for folder, part, share in corpora]
-    if args.shard_index in (None, 0):  # evaluation sets are small: the first job makes them
-        corpora += [(output / EVAL_SETS / name, part, 0) for name, part in eval_sources.items()]
+    if args.config is not None:
+        keys = ("validation_fraction", "eval_sets", "eval_split", "eval_samples")
+        stated, eval_sets, split, samples = config_parts(args.config, args.overrides, [f"data.{key}" for key in keys])
+        fraction = FRACTION if stated is None else stated
+        eval_sources = {name: build_source(f"data.eval_sets.{name}", node) for name, node in eval_sets.items()}
+        if split:
+            others = {name: part for name, part in parts.items() if name not in eval_sources}
+            eval_sources |= {name: split_for_evaluation(part, split, samples) for name, part in others.items()}
+    if args.validation_fraction is not None:
+        fraction, samples = args.validation_fraction, None
+    held_out = (0.0, samples) if samples else (fraction, None)
+    corpora = []
+    for name, part in parts.items():
+        folder = output / name if isinstance(source, Mixture) else output
+        share = (0.0, None) if name in eval_sources else held_out
+        if args.num_shards is not None:
+            if share[1]:
+                hint = "Hold out a fraction (--validation-fraction), or name evaluation sets."
+                problem = "the first documents are in the first part only"
+                raise UserError(problem, key="data.eval_samples", hint=hint, code="eval_samples")
+            folder = part_folder(folder, args.shard_index, args.num_shards)
+            part = SourcePart(part, args.shard_index, args.num_shards)
+        corpora.append((folder, part, *share))
+    if args.shard_index in (None, 0):
+        corpora += [(output / EVAL_SETS / name, part, 0.0, None) for name, part in eval_sources.items()]
     return corpora
 
 
