@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import random
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 
@@ -77,6 +77,11 @@ def content(kind, rng):
     elif kind == "csv":
         fields = [line.replace('"', '""') for line in lines]
         rows = [f'1,"{field}\n{field}"'.encode() for field in fields] + [b'2,"never closed', b"3", b"4,\xff", b"5,ok"]
+    elif kind == "json":
+        rows = [json.dumps({"text": line}, indent=rng.choice([None, 1])) for line in lines]
+        rows += ["17", '{"body": 1}', json.dumps({"text": "long " * rng.randrange(500)})]
+        rng.shuffle(rows)
+        return ("[" + rng.choice([",", ",\n", "\r\n,"]).join(rows) + rng.choice(["]", "", "oops]"])).encode()
     else:
         rows = [f"{line}\t1".replace("\tinside", "").encode() for line in lines] + [b"no fields", b"\xff\t1", b""]
     rng.shuffle(rows)
@@ -89,21 +94,20 @@ def content(kind, rng):
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "tsv"])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_rest_is_exact_from_every_position(here, monkeypatch, kind, seed):
     rng = random.Random(f"{kind}{seed}")
     monkeypatch.setattr(line_reader, "BLOCK", rng.choice([16, 100, 700, 1 << 20]))
     for number, suffix in enumerate(rng.sample([*PACK, ""], 3)):
         (here / f"{number}.{kind}{suffix}").write_bytes(PACK[suffix](content(kind, rng)))
-    for sample_by in ["document", "paragraph", "line"] if kind == "txt" else ["document"]:
-        for limit in (100, 1000):
-            rest_from_everywhere(
-                lambda limit=limit, sample_by=sample_by: files(
-                    ".", on_bad_record="skip", max_document_chars=limit, sample_by=sample_by
-                ),
-                every=3,
-            )
+    monkeypatch.setattr(text_files, "BLOCK", line_reader.BLOCK)
+    options = [{}]
+    if kind == "txt":
+        options = [{"sample_by": unit} for unit in ("document", "paragraph", "line")]
+        options += [{"separator": "word"}, {"separator": "a\n"}]
+    for option, limit in product(options, (100, 1000)):
+        rest_from_everywhere(lambda: files(".", on_bad_record="skip", max_document_chars=limit, **option), every=5)  # noqa: B023
 
 
 @pytest.mark.parametrize("seed", range(3))

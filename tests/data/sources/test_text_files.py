@@ -345,7 +345,7 @@ def test_a_json_line_too_long_for_memory_is_a_bad_record(here, monkeypatch):
     for name, number in (("a.jsonl", 2), ("a.csv", 3)):
         source = files(name, on_bad_record="skip")
         assert [document.source for document in source] == [f"{name}:{number - 1}", f"{name}:{number + 1}"]
-        assert source.report.examples == {"a line of more than 256 MiB": [f"{name}:{number}"]}
+        assert source.report.examples == {line_reader.TOO_LONG: [f"{name}:{number}"]}
 
 
 # --- fingerprint

@@ -14,9 +14,8 @@ from torchrecipes.data.converting.from_html import html_to_text
 from torchrecipes.data.converting.from_markdown import markdown_to_text
 from torchrecipes.data.converting.from_rst import rst_to_text
 from torchrecipes.data.converting.licenses import license_of_header
-from torchrecipes.data.sources.line_reader import UnreadableFile, not_utf8, open_blocks
+from torchrecipes.data.sources.line_reader import NOT_UTF8, UnreadableFile, not_utf8, open_blocks
 from torchrecipes.data.sources.records import EMPTY_TEXT, EXAMPLES_PER_REASON, BadRecord, ReadStats
-from torchrecipes.data.sources.text_and_jsonl import NOT_UTF8
 from torchrecipes.data.sources.text_files import files
 from torchrecipes.errors import UserError
 

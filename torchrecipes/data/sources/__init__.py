@@ -9,8 +9,12 @@ part                `SourcePart`: one of several equal parts of a source
 records             `Source`, `Document`, `BadRecord`, `ReadStats`, and the checksum of a file's content
 resolve_paths       from paths, folders and patterns to a list of files
 line_reader         from the bytes of a file to numbered lines; recognizes other formats
-text_and_jsonl      from lines to documents: plain text and JSON lines
+plain_text          from lines to documents: plain text
+json_records        from lines to documents: JSON lines, and one JSON array
 tables              from rows to documents: CSV, TSV, Parquet
+text_column         what of a record is its text
+chat_template       from a list of chat messages to a text
+pieces              cuts long texts
 """
 
 from torchrecipes.data.sources.file_slice import text_span

@@ -21,7 +21,8 @@ from torchrecipes.data.sources.records import (
     content_checksum,
     documents,
 )
-from torchrecipes.data.sources.text_and_jsonl import text_field
+from torchrecipes.data.sources.tables import column_values
+from torchrecipes.data.sources.text_column import TextColumn, text_column
 from torchrecipes.errors import UserError
 
 BATCH = 1_000  # rows read at once
@@ -36,7 +37,9 @@ class hf_dataset:
         config: the configuration, where the dataset has several: FineWeb's `sample-10BT`.
         split: also a part of one, as in `train[:10%]` (not with `streaming`, nor for a folder of `save_to_disk`).
         streaming: read rows as they arrive instead of downloading all of them first.
-        text_column: the column that holds the text.
+        text_column: the column that holds the text; `data.text` is a field of a column of structs.
+        messages_column: column of chat messages in place of a text, see `files`.
+        chat_template: folder of a tokenizer that has one, or a Jinja file.
         data_files: some files of the dataset, see `datasets.load_dataset`.
         revision: a commit of the dataset on the hub, so that it is the same tomorrow.
         on_bad_record: "stop" raises at a row without a text; "skip" counts and reports it. Empty texts are always
@@ -54,6 +57,8 @@ class hf_dataset:
     split: str = "train"
     streaming: bool = False
     text_column: str = "text"
+    messages_column: str | None = None
+    chat_template: str | None = None
     data_files: str | list[str] | None = None
     revision: str | None = None
     on_bad_record: str = "stop"
@@ -62,17 +67,16 @@ class hf_dataset:
     num_bytes: int = field(default=0, init=False)  # not known before the rows are read
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
+    _column: TextColumn = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        check_options(self.on_bad_record, self.max_document_chars)
-        if self.max_documents is not None and self.max_documents < 1:
-            raise _error("max_documents", f"{self.max_documents} is less than 1", "Set 1 or more, or null for all.")
+        check_options(self.on_bad_record, self.max_document_chars, self.max_documents)
+        limit = self.max_document_chars
+        self._column = text_column(self.text_column, self.messages_column, self.chat_template, limit)
         self._check()
         rows = self._open()
-        columns = rows.column_names
-        if columns and self.text_column not in columns:
-            hint = did_you_mean(self.text_column, columns, "Its columns are")
-            raise _error("text_column", f"{self.name} has no column '{self.text_column}'", hint, "no_such_column")
+        if rows.column_names:
+            self._path(rows)
         if not self.streaming and not len(rows):
             raise _error("name", f"{self._label} is empty", None, "no_documents")
         self.fingerprint = self._fingerprint(rows)
@@ -133,7 +137,7 @@ class hf_dataset:
                 return
             except Exception as error:
                 raise self._unreadable(error) from error
-            yield from text_field(text, f"{self._label}:{number}", self.max_document_chars)
+            yield from self._column.documents(text, f"{self._label}:{number}")
 
     def _texts(self, rows: Any, first: int) -> Iterator[Any]:
         if self.streaming:
@@ -141,16 +145,36 @@ class hf_dataset:
             if first:
                 rows.load_state_dict(self._cursor.place["state"])
             for number, row in enumerate(rows, first):
-                yield row.get(self.text_column)
+                try:
+                    yield self._column.of(row)
+                except KeyError:
+                    yield None
                 if (number + 1) % BATCH == 0:  # a copy of the state takes longer than a row
                     self._cursor.at(row=number + 1, state=rows.state_dict())
             return
         rows = rows.select(range(first, min(len(rows), self.max_documents or len(rows))))
-        batches = rows.select_columns(self.text_column).with_format("arrow").iter(batch_size=BATCH)
+        column, *fields = self._path(rows)
+        batches = rows.select_columns(column).with_format("arrow").iter(batch_size=BATCH)
         for batch in batches:
             self._cursor.at(row=first)
-            yield from batch.column(self.text_column).to_pylist()
+            yield from column_values(batch.column(column), fields)
             first += len(batch)
+
+    def _path(self, rows: Any) -> list[str]:
+        """Return the names of the column and of the struct fields in it that lead to the text.
+
+        Raises:
+            UserError: there is no such column (code `no_such_column`).
+        """
+        name, columns = self._column.name, rows.column_names
+        if name in columns:
+            return [name]
+        for dot in (index for index, character in enumerate(name) if character == "."):
+            if name[:dot] in columns:
+                return [name[:dot], *name[dot + 1 :].split(".")]
+        key = "text_column" if self._column.template is None else "messages_column"
+        hint = did_you_mean(name, columns, "Its columns are")
+        raise _error(key, f"{self.name} has no column '{name}'", hint, "no_such_column")
 
     def _check(self) -> None:
         # Options that `datasets` ignores silently, or refuses without saying what to do.
@@ -221,6 +245,8 @@ class hf_dataset:
         # Of a folder its content, wherever it is; of a dataset on the hub what is known without reading it.
         described = [self.config, self.split, self.text_column, self.data_files, self.revision]
         described += [self.max_document_chars, self.max_documents]
+        if self._column.template is not None:
+            described += [self._column.name, self._column.template.fingerprint]
         folder = Path(self.name)
         if folder.is_dir():
             # Hidden folders hold what tools note on their downloads.

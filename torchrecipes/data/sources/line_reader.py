@@ -14,13 +14,19 @@ not UTF-8 without its line, or hold a long line in memory.
 import gzip
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from itertools import chain
 from typing import BinaryIO, NamedTuple
 
+from torchrecipes.data.sources.records import BadRecord
+
 BLOCK = 1 << 20  # bytes read at a time
 HEAD = 4096  # bytes that tell what a file is
+LONGEST_RECORD = 256 << 20  # bytes of a record that must be in memory to be parsed: JSON, a row of a table
+
+NOT_UTF8 = "not UTF-8"
+TOO_LONG = f"a record of more than {LONGEST_RECORD >> 20} MiB"
 
 UNPACK = "unpack it first"
 EXPORT = "export its text to .txt, .jsonl, .csv or .parquet first"
@@ -174,6 +180,43 @@ def read_lines(blocks: Iterator[Block], longest: int, first: int = 1, separator:
     yield from fragments(0)
     if tail:
         yield Lines(first, _decode(tail), start)
+
+
+def numbered_lines(
+    line_groups: Iterable[Lines],
+    name: str,
+    on_group: Callable[..., None],
+    begin: int = 0,
+    keep_blank: bool = False,
+) -> Iterator[tuple[int, str | BadRecord]]:
+    """Yield lines with their numbers; one that is not UTF-8, or too long for memory, is a bad record.
+
+    Args:
+        line_groups: the lines of the file.
+        name: file name for messages.
+        on_group: called with `byte` and `line` before the lines that start there, and `row`, if some are not yielded.
+        begin: number of the first line to yield.
+        keep_blank: yield blank lines, too.
+    """
+    too_long = False
+    for number, lines, byte, is_fragment in line_groups:
+        if not too_long:
+            on_group(byte=byte, line=number, **({"row": begin} if number < begin else {}))
+        if number < begin:
+            lines, number = lines[begin - number :], min(begin, number + len(lines))
+            if not lines:
+                continue
+        if is_fragment or too_long:
+            if not too_long:
+                yield number, BadRecord(f"{name}:{number}", TOO_LONG)
+            too_long = is_fragment
+            lines, number = lines[1:], number + (not is_fragment)
+        for line in lines:
+            if type(line) is bytes:
+                yield number, BadRecord(f"{name}:{number}", NOT_UTF8, not_utf8(line))
+            elif keep_blank or (line and not line.isspace()):
+                yield number, line
+            number += 1
 
 
 def not_utf8(line: bytes) -> str:

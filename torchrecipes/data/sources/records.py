@@ -196,7 +196,9 @@ def require_documents(source: Source, report: ReadStats) -> None:
         raise UserError("\n  ".join([f"no documents in {source.name}", *skipped]), code="no_documents")
 
 
-def check_options(on_bad_record: str, max_document_chars: int, **choices: tuple[str, tuple[str, ...]]) -> None:
+def check_options(
+    on_bad_record: str, max_document_chars: int, max_documents: int | None, **choices: tuple[str, tuple[str, ...]]
+) -> None:
     """Check the arguments that sources share; `choices` maps further arguments to (value, valid values).
 
     Raises:
@@ -206,6 +208,11 @@ def check_options(on_bad_record: str, max_document_chars: int, **choices: tuple[
         if value not in valid:
             hint = did_you_mean(str(value), valid, "Valid values")
             raise UserError(f"'{value}' is not a valid value", key=key, hint=hint, code="invalid_value")
+    if max_documents is not None and max_documents < 1:
+        raise UserError(
+            f"{max_documents} is less than 1", key="max_documents", hint="Set 1 or more, or null for all.",
+            code="invalid_value",
+        )  # fmt: skip
     if max_document_chars < 100:
         raise UserError(
             f"{max_document_chars} is less than 100", key="max_document_chars", hint="Set 100 or more.",

@@ -12,10 +12,17 @@ CSV is read with Python's `csv` and not with `pyarrow.csv`: that one gives no li
 import csv
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, decode_or_keep
+from torchrecipes.data.sources.line_reader import (
+    LONGEST_RECORD,
+    Lines,
+    UnreadableFile,
+    decode_or_keep,
+    numbered_lines,
+)
 from torchrecipes.data.sources.records import BadRecord, Cursor, Document
-from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, numbered_lines, text_field
+from torchrecipes.data.sources.text_column import TextColumn
 
 FIELD_COUNT = "a row with another number of fields than there are columns"
 BAD_QUOTES = "a quote that is not closed, or in the wrong place"
@@ -26,20 +33,18 @@ PARQUET_ROWS = 256  # per batch
 def read_csv(
     line_groups: Iterable[Lines],
     name: str,
-    text_column: str,
-    limit: int,
-    tabs: bool,
+    column: TextColumn,
+    delimiter: str,
     columns: list[str] | None = None,
     cursor: Cursor | None = None,
 ) -> Iterator[Document | BadRecord]:
-    """Yield the field in the column `text_column` of every row.
+    """Yield the field in the text column of every row.
 
     Args:
         line_groups: the lines of the file.
         name: file name for messages.
-        text_column: name of the column.
-        limit: characters of a document.
-        tabs: fields are separated by tabs, and quotes are characters like any other.
+        column: the text column.
+        delimiter: the character between fields. Where it is a tab, quotes are characters like any other.
         columns: names of the columns, for a file without a header line.
         cursor: where rows start.
 
@@ -49,36 +54,41 @@ def read_csv(
     cursor = cursor or Cursor()
     if header := cursor.place.pop("columns", None):  # of a file that is read from the middle
         cursor.inside["columns"] = columns = header
-    rows = _tab_rows(line_groups, name, cursor) if tabs else _quoted_rows(line_groups, name, cursor)
-    index = None if columns is None else _column(columns, text_column, "the columns in the config are")
+    if delimiter == "\t":
+        rows = _tab_rows(line_groups, name, cursor)
+    else:
+        rows = _quoted_rows(line_groups, name, delimiter, cursor)
+    index = None if columns is None else _column(columns, column.name, "the columns in the config are")
     for number, row in rows:
         source = f"{name}:{number}"
         if isinstance(row, BadRecord):
             yield row
         elif index is None:
-            columns = [column.strip() for column in row]
+            columns = [field.strip() for field in row]
             hint = "a file without a header line needs columns=[...]; the first line, which names the columns, is"
-            index = _column(columns, text_column, hint)
+            other = next((sign for sign in ";\t|," if len(columns) == 1 and sign in columns[0]), None)
+            if other:
+                hint = f"fields may be separated by {other!r}, which delimiter says; the first line is"
+            index = _column(columns, column.name, hint)
             cursor.inside["columns"] = columns
             cursor.at(**{**cursor.place, "row": number + 1})
         elif len(row) != len(columns):
             yield BadRecord(source, FIELD_COUNT, f"{len(row)}, not {len(columns)}")
         else:
-            yield from text_field(row[index], source, limit)
+            yield from column.documents(row[index], source)
 
 
 def read_parquet(
-    path: str, name: str, text_column: str, limit: int, cursor: Cursor | None = None
+    path: str, name: str, column: TextColumn, cursor: Cursor | None = None
 ) -> Iterator[Document | BadRecord]:
-    """Yield the value in the column `text_column` of every row.
+    """Yield the value in the text column of every row.
 
     A corrupt row group is one bad record, at the row where the damage begins; the next groups are read all the same.
 
     Args:
         path: the file.
         name: file name for messages; the source of a document is `name:row`, counted from 1.
-        text_column: name of a column of any Arrow string type.
-        limit: characters of a document.
+        column: of any Arrow string type, or of lists of messages; also a field of a struct.
         cursor: the row group and the row in it to start at, and where batches start.
 
     Raises:
@@ -88,63 +98,95 @@ def read_parquet(
 
     cursor = cursor or Cursor()
     first_group, skip = cursor.place.get("row_group", 0), cursor.place.get("row", 0)
-    with _open_parquet(path, text_column) as file:
+    with _open_parquet(path) as file:
+        names = column_path(file.schema_arrow, column)
+        stated = [names[0] if any("." in name for name in names) else ".".join(names)]
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         for group in range(first_group, len(rows)):
             first = row = 1 + sum(rows[:group])
             try:
                 # One thread: for one column others gain nothing, and processes forked later would inherit their pool.
-                batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[text_column], use_threads=False)
+                batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=stated, use_threads=False)
                 for batch in batches:
                     if skip:
                         skip -= len(batch)
                         row += len(batch)
                         continue
                     cursor.at(row_group=group, row=row - first)
-                    for text in column_texts(batch.column(0)):
-                        yield from text_field(text, f"{name}:{row}", limit)
+                    for value in column_values(batch.column(0), names[1:]):
+                        yield from column.documents(value, f"{name}:{row}")
                         row += 1
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 yield BadRecord(f"{name}:{row}", "corrupt Parquet data", _first_line(error))
 
 
-def is_text(kind) -> bool:
-    """Return whether an Arrow type holds strings: string, large_string, string_view, or a dictionary of them."""
+def column_path(schema: Any, column: TextColumn) -> list[str]:
+    """Return the name of the column and of the struct fields in it that lead to the text.
+
+    Args:
+        schema: an Arrow schema.
+        column: the text column.
+
+    Raises:
+        UnreadableFile: there is no such column, or it holds neither strings nor lists of messages.
+    """
     from pyarrow import types
 
+    names, kind = _struct_path(schema, column.name) or (None, None)
+    if names is None:
+        _column(schema.names, column.name, "its columns are")
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if not is_text and not (column.template and (types.is_list(kind) or types.is_large_list(kind))):
+        raise UnreadableFile(f"the column '{column.name}' holds no strings", f"but {kind}")
+    return names
 
 
-def column_texts(column) -> list[str | bytes | None]:
-    """Return the values of an Arrow string array; one that is not UTF-8 is bytes."""
+def column_values(column: Any, fields: list[str]) -> list[Any]:
+    """Return the values of an Arrow array, or of a field in its structs; a string that is not UTF-8 is bytes."""
     import pyarrow
+    import pyarrow.compute
 
+    if fields:
+        column = pyarrow.compute.struct_field(column, fields)
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
         if pyarrow.types.is_dictionary(column.type):
             column = column.dictionary_decode()
+        if pyarrow.types.is_nested(column.type):
+            raise
         values = column.cast(pyarrow.large_binary()).to_pylist()
         return [value if value is None else decode_or_keep(value) for value in values]
 
 
+def _struct_path(fields: Any, name: str) -> tuple[list[str], Any] | None:
+    """Return the names from a schema or struct to a field, and its type; None where there is no such field."""
+    from pyarrow import types
+
+    kinds = {field.name: field.type for field in fields}
+    if name in kinds:
+        return [name], kinds[name]
+    for dot in (index for index, character in enumerate(name) if character == "."):
+        inner = kinds.get(name[:dot])
+        if inner is not None and types.is_struct(inner) and (rest := _struct_path(inner, name[dot + 1 :])):
+            return [name[:dot], *rest[0]], rest[1]
+    return None
+
+
 @contextmanager
-def _open_parquet(path: str, text_column: str):
+def _open_parquet(path: str):
     import pyarrow
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path, pre_buffer=False)
-        schema = file.schema_arrow
+        _ = file.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
             raise
         raise UnreadableFile("not a Parquet file, or a corrupt one", _first_line(error)) from error
     with file:
-        kind = schema.field(_column(schema.names, text_column, "its columns are")).type
-        if not is_text(kind):
-            raise UnreadableFile(f"the column '{text_column}' holds no strings", f"but {kind}")
         yield file
 
 
@@ -165,7 +207,7 @@ def _tab_rows(line_groups: Iterable[Lines], name: str, cursor: Cursor) -> Iterat
 
 
 def _quoted_rows(
-    line_groups: Iterable[Lines], name: str, cursor: Cursor
+    line_groups: Iterable[Lines], name: str, delimiter: str, cursor: Cursor
 ) -> Iterator[tuple[int, list[str] | BadRecord]]:
     # The limit is the process's, and far below the length of a document; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD))
@@ -194,7 +236,7 @@ def _quoted_rows(
         taken.clear()
         is_new = not again
         try:
-            row = next(csv.reader(feed(), strict=True), None)
+            row = next(csv.reader(feed(), strict=True, delimiter=delimiter), None)
             problem = None
         except csv.Error as error:
             row, problem = None, str(error)

@@ -1,8 +1,8 @@
 """`files`: text files, JSON lines and tables on disk as a source of documents.
 
 1. `resolve_paths` turns the paths of a config into a list of files and reports what it skips.
-2. `line_reader` gives the lines of a file in constant memory; `text_and_jsonl` and `tables` give its documents and bad
-   records.
+2. `line_reader` gives the lines of a file in constant memory; `plain_text`, `json_records` and `tables` give its
+   documents and bad records.
 3. With `on_bad_record="stop"` the first bad record raises; with `"skip"` the source's report counts it.
 
 Another source is any class with the attributes of `Source`.
@@ -14,9 +14,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
-from torchrecipes.data.sources.line_reader import BLOCK, Block, UnreadableFile, open_blocks, read_lines
+from torchrecipes.data.sources.json_records import ARRAY, read_json_array, read_json_lines
+from torchrecipes.data.sources.line_reader import (
+    BLOCK,
+    LONGEST_RECORD,
+    Block,
+    UnreadableFile,
+    open_blocks,
+    read_lines,
+)
+from torchrecipes.data.sources.plain_text import read_separated, read_text
 from torchrecipes.data.sources.records import (
     BadRecord,
     Cursor,
@@ -28,7 +38,7 @@ from torchrecipes.data.sources.records import (
 )
 from torchrecipes.data.sources.resolve_paths import FoundFile, find_files
 from torchrecipes.data.sources.tables import read_csv, read_parquet
-from torchrecipes.data.sources.text_and_jsonl import LONGEST_RECORD, read_json_lines, read_text
+from torchrecipes.data.sources.text_column import TextColumn, text_column
 from torchrecipes.errors import UserError
 
 READING = 2  # raise it when the same files give other documents than before: it enters the fingerprint
@@ -36,7 +46,7 @@ READING = 2  # raise it when the same files give other documents than before: it
 
 @dataclass
 class files:
-    """Documents of files: plain text, .jsonl/.ndjson/.json (an object per line), .csv, .tsv, .parquet.
+    """Documents of files: plain text, .jsonl/.ndjson/.json (an object per line, or one array), .csv, .tsv, .parquet.
 
     All but Parquet may be compressed (.gz, .xz, .zst). Text is UTF-8. Line ends are `\\n`, `\\r\\n` and `\\r`, nothing
     else, in all of them, and `\\n` in the documents.
@@ -44,13 +54,21 @@ class files:
     Args:
         path: a file, a folder (with sub-folders, in the order of the names; hidden and unknown files are skipped), a
             pattern with `*`, `**`, `?` or `[]`, or a list of those.
-        text_column: key of JSON lines or column of tables that holds the text.
+        text_column: key of JSON objects or column of tables that holds the text; `data.text` is a key in an object.
         sample_by: what a document of plain text is: "document" (a file), "paragraph" (blank lines between) or "line",
             as in the text loader of `datasets`. Blank lines are no documents.
+        separator: what stands between the documents of a plain text file, such as `<|endoftext|>`, in a line or as one;
+            line ends around it are left out. With a line end at its start or end, it counts as a whole line only.
         columns: names of the columns of CSV and TSV files that have no header line. None: the first line names them.
+        delimiter: the character between the fields of .csv files.
+        messages_column: key or column of chat messages, a list of objects with `role` and `content`, which
+            `chat_template` makes a text of; in place of `text_column`. What a template writes are the names of special
+            tokens: the tokenizer's `special_tokens: honor` makes them tokens.
+        chat_template: folder of a tokenizer that has one, or a Jinja file.
         on_bad_record: "stop" raises at a record without a text (not JSON, not UTF-8, no such key, null, a row with
             missing fields, a corrupt file); "skip" counts and reports it. Empty texts are always counted and skipped.
         max_document_chars: a longer text becomes several documents, cut at white space where there is any.
+        max_documents: documents to read at most, from the first; None: all.
 
     Raises:
         UserError: a path that matches nothing, an invalid value; and, when the source is read, what `on_bad_record`
@@ -60,21 +78,45 @@ class files:
     path: str | list[str]
     text_column: str = "text"
     sample_by: str = "document"
+    separator: str | None = None
     columns: list[str] | None = None
+    delimiter: str = ","
+    messages_column: str | None = None
+    chat_template: str | None = None
     on_bad_record: str = "stop"
     max_document_chars: int = 1_000_000
+    max_documents: int | None = None
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
+    _column: TextColumn = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         sample_by = (self.sample_by, ("document", "paragraph", "line"))
-        check_options(self.on_bad_record, self.max_document_chars, sample_by=sample_by)
+        check_options(self.on_bad_record, self.max_document_chars, self.max_documents, sample_by=sample_by)
+        self._check_separators()
+        limit = self.max_document_chars
+        self._column = text_column(self.text_column, self.messages_column, self.chat_template, limit)
         self.columns = None if self.columns is None else list(self.columns)
-        if self.columns is not None and self.text_column not in self.columns:
-            problem = f"{self.columns} have no '{self.text_column}'"
-            hint = f"Name the column of the text '{self.text_column}' in columns, or set text_column to one of them."
+        if self.columns is not None and self._column.name not in self.columns:
+            problem = f"{self.columns} have no '{self._column.name}'"
+            hint = f"Name the column of the text '{self._column.name}' in columns, or set text_column to one of them."
             raise UserError(problem, key="columns", hint=hint, code="invalid_value")
         self.found, self.skipped = find_files([self.path] if isinstance(self.path, str) else list(self.path))
+
+    def _check_separators(self) -> None:
+        self.delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # as a shell passes it
+        if len(self.delimiter) != 1 or self.delimiter in '"\n\r':
+            hint = "Set one character, such as ';'."
+            raise UserError(f"{self.delimiter!r} is no delimiter", key="delimiter", hint=hint, code="invalid_value")
+        if self.separator is None:
+            return
+        if not self.separator.strip("\n") or "\n" in self.separator.strip("\n") or len(self.separator) > 100:
+            problem = f"{self.separator!r} is no separator"
+            hint = "Set up to 100 characters of one line. For blank lines between documents, set sample_by: paragraph."
+            raise UserError(problem, key="separator", hint=hint, code="invalid_value")
+        if self.sample_by != "document":
+            problem = f"separator and sample_by: {self.sample_by} both say where documents end"
+            raise UserError(problem, key="separator", hint="Leave one of them out.", code="invalid_value")
 
     @property
     def name(self) -> str:
@@ -84,8 +126,8 @@ class files:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files in bytes as stored."""
-        return sum(file.size for file in self.found)
+        """Size of all files in bytes as stored; 0 where some documents are left out."""
+        return sum(file.size for file in self.found) if self.max_documents is None else 0
 
     @property
     def fingerprint(self) -> str:
@@ -97,7 +139,11 @@ class files:
 
     @cached_property
     def _content(self) -> str:
-        options = [READING, self.text_column, self.sample_by, self.columns, self.max_document_chars]
+        options = [READING, self._column.name, self.sample_by, self.columns, self.max_document_chars]
+        template = self._column.template
+        added = [self.separator, self.delimiter, self.max_documents, template and template.fingerprint]
+        if added != [None, ",", None, None]:  # so that corpora of earlier versions stay valid
+            options += added
         try:
             described = [(file.format, file.compression, content_checksum(file.path)) for file in self.found]
         except OSError as error:
@@ -121,7 +167,8 @@ class files:
         if position is None:
             for record in self.skipped:
                 self.report.add(record)
-        return documents(self._records(), self.report, self.on_bad_record == "stop", self._cursor)
+        stop = self.on_bad_record == "stop"
+        return documents(self._records(), self.report, stop, self._cursor, self.max_documents)
 
     def position(self) -> dict[str, Any]:
         """Return the position after the last document that was read: its file and a byte, line or row group there."""
@@ -142,8 +189,7 @@ class files:
                 hint = "Start again when it is complete."
                 raise UserError(f"{file.name} has changed since this run started", hint=hint, code="file_changed")
             if file.format == "parquet":
-                limit = self.max_document_chars
-                yield from read_parquet(file.path, file.name, self.text_column, limit, self._cursor)
+                yield from read_parquet(file.path, file.name, self._column, self._cursor)
             else:
                 with open_blocks(file.path, file.compression, self._cursor.place.get("byte", 0)) as blocks:
                     yield from self._read_lines(file, blocks)
@@ -154,13 +200,21 @@ class files:
 
     def _read_lines(self, file: FoundFile, blocks: Iterator[Block]) -> Iterator[Document | BadRecord]:
         name, limit, cursor = file.name, self.max_document_chars, self._cursor
-        longest = max(4 * limit, BLOCK) if file.format == "text" else LONGEST_RECORD
-        lines = read_lines(blocks, longest, cursor.place.get("line", 1))
+        first = cursor.place.get("line", 1)
         if file.format == "text":
-            return read_text(lines, name, limit, self.sample_by, cursor)
+            longest = max(4 * limit, BLOCK)
+            if self.separator is None:
+                return read_text(read_lines(blocks, longest, first), name, limit, self.sample_by, cursor)
+            lines = read_lines(blocks, longest, first, self.separator.encode())
+            return read_separated(lines, name, limit, self.separator, cursor)
         if file.format == "jsonl":
-            return read_json_lines(lines, name, self.text_column, limit, cursor)
-        return read_csv(lines, name, self.text_column, limit, file.format == "tsv", self.columns, cursor)
+            head = next(blocks, None)
+            blocks = blocks if head is None else chain([head], blocks)
+            if "chars" in cursor.place or (head and not cursor.place.get("byte") and ARRAY.match(head.data)):
+                return read_json_array(read_lines(blocks, BLOCK, first), name, self._column, cursor)
+            return read_json_lines(read_lines(blocks, LONGEST_RECORD, first), name, self._column, cursor)
+        delimiter = "\t" if file.format == "tsv" else self.delimiter
+        return read_csv(read_lines(blocks, LONGEST_RECORD, first), name, self._column, delimiter, self.columns, cursor)
 
 
 def _unreadable(name: str, error: OSError) -> UserError:
