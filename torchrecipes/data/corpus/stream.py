@@ -113,8 +113,7 @@ def open_stream(
     validation_fraction: float = 0.005,
     eval_samples: int | None = None,
     tokenizer_threads: int | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-    start: bool = True,
+    shard_tokens: int | None = None,
 ) -> Stream:
     """Opens a source as a stream, and starts the process that tokenizes it unless it has been read to its end.
 
@@ -122,25 +121,27 @@ def open_stream(
         source: the documents; it must be picklable, since another process reads it.
         tokenizer: makes the tokens.
         cache_dir: the folder that holds the folders of all streams. None: `default_cache_dir()`.
-        validation_fraction, eval_samples, tokenizer_threads, shard_tokens: see `prepare_corpus`. No document is looked
-            for ahead of the others, so there may be none for validation.
-        start: False: another process, rank 0, has done this before.
+        validation_fraction, eval_samples, tokenizer_threads: see `prepare_corpus`. No document is looked for ahead of
+            the others, so there may be none for validation.
+        shard_tokens: maximum tokens of a shard. None: 4Mi.
+
+    Of several ranks one calls this, the others open `Stream(folder)`.
 
     Raises:
         UserError: the folder cannot be written, or the source cannot be pickled (code `not_picklable`).
     """
-    settings = corpus_settings(source, tokenizer, validation_fraction, None, eval_samples, shard_tokens)
+    size = shard_tokens or SHARD_TOKENS
+    settings = corpus_settings(source, tokenizer, validation_fraction, None, eval_samples, size)
     folder = Path(cache_dir or default_cache_dir()) / cache_key(settings)
-    if start:
-        check_writable(folder, key="data.cache_dir")
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / SETTINGS_FILE).exists():
-                write_atomically(folder / SETTINGS_FILE, [to_json(settings)])
-            if not (folder / ABOUT_FILE).exists():
-                write_atomically(folder / ABOUT_FILE, [to_json({"source": source.name})])
+    check_writable(folder, key="data.cache_dir")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / SETTINGS_FILE).exists():
+            write_atomically(folder / SETTINGS_FILE, [to_json(settings)])
+        if not (folder / ABOUT_FILE).exists():
+            write_atomically(folder / ABOUT_FILE, [to_json({"source": source.name})])
     stream = Stream(folder)
-    if start and not stream.finished:
+    if not stream.finished:
         (folder / FAILED_FILE).unlink(missing_ok=True)
         stream.process = TokenizerProcess(folder, source, tokenizer, settings, tokenizer_threads)
         stream.process.start()
