@@ -44,6 +44,7 @@ GROUPS = {
             "clean": ("torchrecipes.cli.data_clean", "normalize, filter and remove duplicates of text"),
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
+            "cache": ("torchrecipes.cli.data_cache", "list or remove what streams have tokenized"),
             "stats": ("torchrecipes.cli.data_stats", "describe a corpus: lengths of documents, fill of rows"),
             "verify": ("torchrecipes.cli.data_verify", "check every byte of a corpus against its checksums"),
         },

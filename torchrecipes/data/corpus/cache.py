@@ -45,7 +45,7 @@ def default_cache_dir() -> Path:
 
 
 def use_folder(folder: Path) -> int:
-    """Keeps `remove_entries` from removing `folder` until the returned file descriptor is closed."""
+    """Keeps `remove_entry` from removing `folder` until the returned file descriptor is closed."""
     file = os.open(folder / USED_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     os.utime(folder / USED_FILE)
     if fcntl is not None:
@@ -56,14 +56,19 @@ def use_folder(folder: Path) -> int:
 
 def list_entries(cache_dir: Path) -> list[CacheEntry]:
     """What is in a cache, the last used first."""
-    folders = [folder for folder in cache_dir.glob("*") if (folder / USED_FILE).exists()]
+    folders = [folder for folder in cache_dir.glob("[!.]*") if (folder / USED_FILE).exists()]
     return sorted(map(_describe, folders), key=lambda entry: -entry.last_used)
 
 
-def remove_entries(cache_dir: Path, keys: list[str]) -> None:
-    """Removes folders of a cache."""
-    for key in keys:
-        shutil.rmtree(cache_dir / key)
+def remove_entry(folder: Path) -> bool:
+    """Removes a folder of the cache, unless it is in use. Returns whether it did."""
+    with (folder / USED_FILE).open("a+") as file:
+        if fcntl is not None and (not _try(fcntl.flock, file) or _is_written(folder)):
+            return False
+        # Under another name first: a run that starts now makes a folder of its own.
+        removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
+    shutil.rmtree(removed)
+    return True
 
 
 def _describe(folder: Path) -> CacheEntry:
@@ -71,6 +76,8 @@ def _describe(folder: Path) -> CacheEntry:
     for path in (folder / "train").glob("shard-*.safetensors"):
         shard, _ = open_shard(path, 0, 0)
         tokens += len(shard.tokens)
+    with (folder / USED_FILE).open("a+") as file:
+        is_read = fcntl is not None and not _try(fcntl.flock, file)
     try:
         source = json.loads((folder / "about.json").read_text("utf-8"))["source"]
     except (OSError, ValueError, KeyError):
@@ -82,13 +89,8 @@ def _describe(folder: Path) -> CacheEntry:
         num_tokens=tokens,
         finished=(folder / "train" / "corpus.json").exists(),
         last_used=(folder / USED_FILE).stat().st_mtime,
-        in_use=_is_read(folder) or _is_written(folder),
+        in_use=is_read or _is_written(folder),
     )
-
-
-def _is_read(folder: Path) -> bool:
-    with (folder / USED_FILE).open("a+") as file:
-        return fcntl is not None and not _try(fcntl.flock, file)
 
 
 def _is_written(folder: Path) -> bool:
