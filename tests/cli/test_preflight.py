@@ -63,7 +63,7 @@ def rows(output):
 
 def test_a_run_that_is_ready_passes_and_leaves_nothing_but_its_corpus(config, tmp_path, capsys):
     output_dir = tmp_path / "my run"
-    preflight(config, f"output_dir={output_dir}", "data.num_workers=1", "data.packing=false", "epochs=1", *ONE, code=0)
+    preflight(config, f"output_dir={output_dir}", "data.num_workers=1", "data.packing=none", "epochs=1", *ONE, code=0)
     out = capsys.readouterr().out
     found = rows(out)
     assert {name: status for name, (status, _) in found.items()} == {

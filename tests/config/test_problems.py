@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pytest
 
 from torchrecipes.config import MISSING, Component, MayChange, Range, Steps, component, load
+from torchrecipes.config.metadata import Formerly
 from torchrecipes.errors import UserError
 
 
@@ -337,3 +338,17 @@ def test_a_best_checkpoint_needs_an_evaluation():
     with pytest.raises(UserError) as caught:
         load(WithCheckpoint, None, ["eval_every=null"])
     assert [(error.key, error.code) for error in caught.value.problems] == [("checkpoint.keep_best", "no_evaluation")]
+
+
+@dataclass
+class Packed:
+    packing: Annotated[Literal["concat", "none"], Formerly(((True, "concat"), (False, "none")))] = "concat"
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "concat"), ("false", "none")])
+def test_a_value_of_an_earlier_version_is_refused_with_the_one_to_write(old, new):
+    assert load(Packed, None, [f"packing={new}"]).packing == new
+    with pytest.raises(UserError) as caught:
+        load(Packed, None, [f"packing={old}"])
+    (error,) = caught.value.problems
+    assert (error.key, error.code) == ("packing", "wrong_type") and new in error.hint

@@ -164,7 +164,7 @@ def test_a_logger_whose_package_is_missing(tmp_path):
 
 def test_experts_are_not_trained_on_padding(tmp_path):
     moe = "model={_component_: torchrecipes.models.qwen3_moe, size: tiny}"
-    assert problems(tmp_path, moe, "data.packing=false", recipe=CAUSAL) == [("data.packing", "padded_experts")]
+    assert problems(tmp_path, moe, "data.packing=none", recipe=CAUSAL) == [("data.packing", "padded_experts")]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adamw_4bit", "adamw_cpu_offload", "muon"])

@@ -234,7 +234,7 @@ SMALL = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_posi
         (["optimizer.lr=-1"], "optimizer.lr"),
         (["model.num_attention_heads=3"], "model"),
         ([f"model={{_component_: torchrecipes.models.bert, {SMALL}}}"], "model"),
-        ([f"model={MODELS['qwen3_moe']}", "data.packing=false"], "data.packing"),
+        ([f"model={MODELS['qwen3_moe']}", "data.packing=none"], "data.packing"),
         ([f"model={MODELS['qwen3_moe']}", "model.num_experts_per_tok=9"], "model"),
         (["optimizer={_component_: torchrecipes.optim.muon, lr: 0.02, scale: big}"], "optimizer.scale"),
         (["guard.max_skips=0"], "guard.max_skips"),

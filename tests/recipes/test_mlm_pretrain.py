@@ -277,7 +277,7 @@ def test_two_evaluations_of_one_model_give_one_number(train):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
-@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "none"])
 def test_accumulation_changes_nothing(train, micro_batch_size, packing):
     one = losses(train("one", f"data.packing={packing}"))
     many = losses(train("many", f"data.packing={packing}", f"micro_batch_size={micro_batch_size}"))
@@ -301,7 +301,7 @@ def test_what_trades_memory_for_time_gives_the_same_losses(train, override):
         ["epochs=0.5", "max_steps=null"],
         ["total_tokens=2k", "max_steps=null"],
         ["max_grad_norm=null", "lr_scheduler._component_=torchrecipes.optim.constant"],
-        [*BERT, "data.packing=false"],
+        [*BERT, "data.packing=none"],
         [
             "tokenizer._component_=torchrecipes.data.tokenizers.train_bpe",
             "tokenizer.vocab_size=400",

@@ -25,7 +25,7 @@ from torchrecipes.config.merge import (
     format_key,
     leaves,
 )
-from torchrecipes.config.metadata import Range
+from torchrecipes.config.metadata import Formerly, Range
 from torchrecipes.config.shared_keys import check_shared_keys
 from torchrecipes.config.suggest import closest, did_you_mean
 from torchrecipes.errors import UserError
@@ -209,6 +209,11 @@ def _to_value(
         return INVALID
     if typing.get_origin(annotation) is Annotated:
         plain, *metadata = typing.get_args(annotation)
+        for former in metadata:
+            for old, new in former.values if isinstance(former, Formerly) else ():
+                if type(value) is type(old) and value == old:
+                    problem = f"{coerce.describe_value(value)} is a value of earlier versions"
+                    return checker.add_error(key_path, problem, f"Write {new}")
         result = _to_value(checker, value, plain, key_path, component_spec)
         for bounds in metadata:
             is_number = isinstance(result, int | float) and not isinstance(result, bool)

@@ -43,6 +43,13 @@ class Unit:
     name: str
 
 
+@dataclass(frozen=True)
+class Formerly:
+    """Values of earlier versions that are refused, each with the one to write instead: ((old, new), ...)."""
+
+    values: tuple[tuple[bool | int | float | str, str], ...]
+
+
 class _MayChange:
     """Marks a key that a resumed run may change: it affects how a run is watched, stored or distributed."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchrecipes.data.batching import (
         Batch,
+        BestFitDataset,
         CausalLMCollator,
         Loader,
         MixtureRows,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         PaddedDataset,
         Rows,
         evaluation_batches,
+        make_rows,
         rows_per_rank,
     )
     from torchrecipes.data.corpus import Corpus, open_corpus, prepare_corpus
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "BestFitDataset",
     "CausalLMCollator",
     "Corpus",
     "Loader",
@@ -44,6 +47,7 @@ __all__ = [
     "evaluation_batches",
     "load_text",
     "load_tokenizer",
+    "make_rows",
     "open_corpus",
     "prepare_corpus",
     "rows_per_rank",

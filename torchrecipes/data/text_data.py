@@ -15,7 +15,7 @@ from torchrecipes.config.metadata import Rows as NumRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.loader import evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.packing import Packing, make_rows
 from torchrecipes.data.batching.rows import Rows
 from torchrecipes.data.batching.streamed import BLOCK_ROWS, StreamedRows
 from torchrecipes.data.corpus import Stream, check_corpus_dir, open_corpus, open_stream, prepare_corpus
@@ -48,7 +48,7 @@ class TextData:
     cache_dir: MayChange[str | None] = None  # folder of streams, shared by runs; None: ~/.cache/torchrecipes
     block_rows: NumRows = BLOCK_ROWS  # of a stream: rows are shuffled within blocks of so many
     tokenizer_threads: MayChange[Count | None] = None  # threads that tokenize; None: one per core
-    packing: bool = True  # rows full of documents, attention within each; False: a document per row, padded
+    packing: Packing = "concat"  # concat: rows are full; best_fit: no document is cut that fits; none: one in each row
     shuffle: bool = True  # False: rows in the order of the corpus
     num_workers: MayChange[Count] = 0  # loader processes; 0: in this process, which is fast enough for most models
 
@@ -164,12 +164,10 @@ def open_rows(
         UserError: a corpus is missing, unfinished or corrupt, or of another tokenizer.
     """
     data, pad_id = config.data, tokenizer.pad_id if tokenizer else 0
-    kind = PackedDataset if data.packing else PaddedDataset
-
-    make_rows = partial(kind, seq_len=config.seq_len, pad_id=pad_id, lookahead=lookahead)
+    rows_of = partial(make_rows, data.packing, seq_len=config.seq_len, pad_id=pad_id, lookahead=lookahead)
 
     def rows(folder: Path) -> Rows:
-        return make_rows(open_corpus(folder, tokenizer))
+        return rows_of(open_corpus(folder, tokenizer))
 
     source = _build_source("data.source", data.source) if is_mixture(data.source) else None
     names = list(source.sources) if source else [VALIDATION]
@@ -179,9 +177,9 @@ def open_rows(
     eval_sets: dict[str, Rows] = {}
     if data.mode == "streaming":
         for name, folder in _stream_folders(corpus_dir, names).items():
-            stream = train[name] = StreamedRows(Stream(folder), make_rows, config.seq_len, data.block_rows, wait)
+            stream = train[name] = StreamedRows(Stream(folder), rows_of, config.seq_len, data.block_rows, wait)
             if name in held_out and (corpus := stream.held_out()) is not None:
-                eval_sets[name] = make_rows(corpus)
+                eval_sets[name] = rows_of(corpus)
     else:
         folders = {name: _folder(corpus_dir, source, name) for name in names}
         train = {name: rows(folder / "train") for name, folder in folders.items()}

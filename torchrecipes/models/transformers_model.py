@@ -231,7 +231,7 @@ class TransformersModel(nn.Module):
             raise UserError(
                 f"the attention of {self.config.model_type} cannot separate the documents of a packed row",
                 key="data.packing",
-                hint="Set data.packing=false",
+                hint="Set data.packing=none",
                 code="no_packing",
             )
         return (number == 0).long()

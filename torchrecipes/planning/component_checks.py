@@ -87,9 +87,11 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
         attempt("seq_len", lambda: check_positions(model, config.seq_len))
         # In bf16: check_shared_keys compares it with the precision.
         attempt("compute", lambda: set_residual_dtype(model, config.compute.residual, torch.bfloat16))
-        if not config.data.packing and any(isinstance(module, MoE) for module in model.modules()):
-            problem = "false pads rows, and the routers of experts would learn from padding"
-            problems.append(UserError(problem, key="data.packing", hint="Set it to true", code="padded_experts"))
+        if config.data.packing == "none" and any(isinstance(module, MoE) for module in model.modules()):
+            problem = "none pads rows, and the routers of experts would learn from padding"
+            problems.append(
+                UserError(problem, key="data.packing", hint="Set concat or best_fit", code="padded_experts")
+            )
         if _is_buildable(config, "optimizer", problems):
             optimizer = attempt("optimizer", lambda: build_optimizer(config, model))
     if _is_buildable(config, "lr_scheduler", problems):
@@ -181,7 +183,7 @@ def _tokenizer(config: Any) -> Any:
 def _max_steps(config: Any) -> int:
     if config.max_steps:
         return config.max_steps
-    if config.total_tokens and config.data.packing:
+    if config.total_tokens and config.data.packing != "none":
         return -(-config.total_tokens // (config.global_batch_size * config.seq_len))
     return UNKNOWN_LENGTH
 

@@ -1,5 +1,7 @@
 """Labels, positions and boundaries of causal batches, against plain loops over the documents."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import tokenizers
@@ -8,7 +10,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.packing import BestFitDataset, PackedDataset, PaddedDataset
 from torchrecipes.data.corpus.corpus import prepare_corpus
 from torchrecipes.data.sources.text_files import files
 from torchrecipes.data.tokenizers.tokenizer import make_tokenizer
@@ -77,6 +79,22 @@ def test_every_token_predicts_the_next_of_its_document(made, kind, row_len):
     assert batch.input_ids.flatten().tolist() == expected_tokens + [eos] * row_len
     assert batch.labels.flatten().tolist() == expected_labels + [-100] * row_len
     assert batch.num_targets == sum(label != -100 for label in expected_labels)
+
+
+@pytest.mark.parametrize("row_len", [4, 7, 16, 64, 1000])
+def test_every_token_predicts_the_next_of_its_document_in_best_fit_rows(made, row_len):
+    batch, eos, documents = batch_of_all(made, BestFitDataset, row_len, cross=False)
+    expected = []
+    for document in documents:
+        labels, starts = labels_of(document, eos), range(0, len(document), row_len)
+        expected += [(tuple(document[i : i + row_len]), tuple(labels[i : i + row_len])) for i in starts]
+    lengths = batch.cu_seqlens.diff().tolist()
+    tokens, labels = (tensor.flatten().split(lengths) for tensor in (batch.input_ids, batch.labels))
+    found = [(tuple(piece.tolist()), tuple(label.tolist())) for piece, label in zip(tokens, labels, strict=True)]
+    padding = Counter(found) - Counter(expected)
+    assert not Counter(expected) - Counter(found)
+    assert all(set(piece) == {eos} and set(label) == {-100} for piece, label in padding)
+    assert padding.total() <= len(batch.input_ids)  # one at the end of a row
 
 
 @pytest.mark.parametrize("row_len", [4, 7, 64])

@@ -6,7 +6,7 @@ import torch
 
 from torchrecipes.data.batching.loader import Loader, evaluation_batches
 from torchrecipes.data.batching.mlm import MLMCollator
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.packing import BestFitDataset, PackedDataset, PaddedDataset
 from torchrecipes.data.corpus.corpus import prepare_corpus
 from torchrecipes.data.sources.text_files import files
 from torchrecipes.data.tokenizers.load import train_wordpiece
@@ -46,7 +46,7 @@ def step_rows(batches):
     return rows
 
 
-@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
+@pytest.mark.parametrize("kind", [PackedDataset, BestFitDataset, PaddedDataset])
 def test_a_step_is_the_same_on_any_number_of_ranks_and_micro_batches(parts, kind):
     whole = loader(parts, kind)
     splits = [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)]
@@ -189,7 +189,8 @@ def test_a_rollback_continues_with_later_rows(parts, workers):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"global_batch_size": 4}, {"seed": 2}, {"shuffle": False}, {"kind": PaddedDataset}]
+    "changes",
+    [{"global_batch_size": 4}, {"seed": 2}, {"shuffle": False}, {"kind": PaddedDataset}, {"kind": BestFitDataset}],
 )
 def test_a_state_of_other_rows_is_refused(parts, changes):
     state = loader(parts).state_dict()

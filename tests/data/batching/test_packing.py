@@ -1,13 +1,22 @@
+import itertools
 import pickle
 
 import numpy as np
 import pytest
 
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.best_fit import best_fit_decreasing, plan_rows
+from torchrecipes.data.batching.packing import (
+    BestFitDataset,
+    PackedDataset,
+    PaddedDataset,
+    documents_cut,
+    make_rows,
+)
 from torchrecipes.data.corpus.corpus import prepare_corpus
 from torchrecipes.data.sources.text_files import files
 from torchrecipes.data.tokenizers.load import train_wordpiece
 
+KINDS = [PackedDataset, BestFitDataset, PaddedDataset]
 ROW_LENGTHS = [4, 7, 16, 64, 1000]
 
 
@@ -63,7 +72,92 @@ def test_document_rows_hold_every_document_whole_and_nothing_else(made, row_len)
     assert block.boundaries.tolist() == sorted(starts + pads)
 
 
-@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
+def slow_best_fit(lengths, seq_len):
+    """The rows as lists of pieces, placed one by one into the row with the least space that is enough."""
+    rows, queues = [], {}
+    for piece in sorted((n for n in range(len(lengths)) if lengths[n]), key=lambda n: -lengths[n]):
+        space = min((s for s, queue in queues.items() if queue and s >= lengths[piece]), default=None)
+        if space is None:
+            rows.append([])
+            row, space = len(rows) - 1, seq_len
+        else:
+            row = queues[space].pop(0)
+        rows[row].append(piece)
+        queues.setdefault(space - lengths[piece], []).append(row)
+    return rows
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 33])
+def test_the_plan_is_that_of_best_fit_decreasing(seq_len):
+    rng = np.random.default_rng(seq_len)
+    for count in (0, 1, 3, 20, 150, 400):
+        skew = rng.choice([0.3, 1, 3])
+        lengths = np.floor(rng.random(count) ** skew * (seq_len + 1)).astype(np.int64)
+        row_of, order = best_fit_decreasing(lengths, seq_len)
+        found = [order[row_of == row].tolist() for row in range(max(row_of, default=-1) + 1)]
+        assert found == slow_best_fit(lengths.tolist(), seq_len)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("row_len", ROW_LENGTHS)
+def test_best_fit_rows_hold_every_token_once_and_cut_only_documents_that_do_not_fit(made, row_len, lookahead):
+    corpus, tokenizer, documents = made
+    rows = BestFitDataset(corpus, row_len, tokenizer.pad_id, lookahead)
+    block = rows.rows(np.arange(rows.num_rows))
+    found = []
+    for row, (tokens, length) in enumerate(zip(block.tokens.tolist(), block.lengths.tolist(), strict=True)):
+        starts = block.boundaries[block.boundaries // (row_len + lookahead) == row] % (row_len + lookahead)
+        assert tokens[length:] == [tokenizer.pad_id] * (row_len + lookahead - length)
+        assert length in starts or length == row_len + lookahead
+        ends = [*starts[starts < length].tolist(), length]
+        assert length <= row_len or len(ends) == 2  # the next token is there where a document continues
+        found += [(tokens[a : min(b, row_len)], tokens[row_len:b]) for a, b in itertools.pairwise(ends)]
+    expected = []
+    for document in documents:
+        pieces = [document[i : i + row_len] for i in range(0, len(document), row_len)]
+        expected += [(piece, following[:lookahead]) for piece, following in itertools.pairwise([*pieces, []])]
+    assert sorted(found) == sorted(expected)
+    assert rows.tokens_per_row * rows.num_rows == pytest.approx(corpus.num_tokens)
+
+
+def test_a_document_of_whole_rows_leaves_nothing_to_pack():
+    plan = plan_rows(np.array([0, 8, 12, 24]), 4)
+    assert plan.num_full_rows == 5 and plan.num_rows == 6 and plan.pieces.tolist() == [1]
+    alone = plan_rows(np.array([0, 8]), 4)
+    assert alone.num_rows == 2 and len(alone.pieces) == 0
+
+
+def test_a_plan_is_full_and_small():
+    lengths = np.random.default_rng(0).lognormal(5, 1, 50_000).astype(np.int64) + 1
+    plan = plan_rows(np.concatenate([[0], np.cumsum(lengths)]), 512)
+    assert lengths.sum() / (plan.num_rows * 512) > 0.999
+    is_long = lengths > 512
+    assert sum(array.nbytes for array in plan) <= 4 * (len(lengths) + plan.num_rows + 1) + 12 * is_long.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_share_of_documents_that_are_cut(made, kind):
+    corpus, tokenizer, documents = made
+    rows = kind(corpus, 64, tokenizer.pad_id)
+    start, cut = 0, 0
+    for document in documents:
+        stop = start + len(document)
+        cut += len(document) > 64 if kind is not PackedDataset else start // 64 != (stop - 1) // 64
+        start = stop
+    assert documents_cut(rows) == cut / len(documents)
+    assert f"{cut / len(documents):.1%}" in str(rows)
+
+
+@pytest.mark.parametrize(
+    ("packing", "kind"), [("concat", PackedDataset), ("best_fit", BestFitDataset), ("none", PaddedDataset)]
+)
+def test_rows_by_the_name_of_their_packing(made, packing, kind):
+    corpus, tokenizer, _ = made
+    rows = make_rows(packing, corpus, 16, tokenizer.pad_id, lookahead=1)
+    assert type(rows) is kind and (rows.seq_len, rows.pad_id, rows.lookahead) == (16, tokenizer.pad_id, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row_len", ROW_LENGTHS)
 def test_rows_are_the_same_alone_and_in_any_company(made, kind, row_len):
     corpus, tokenizer, _ = made
@@ -75,7 +169,7 @@ def test_rows_are_the_same_alone_and_in_any_company(made, kind, row_len):
     assert together == alone
 
 
-@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
+@pytest.mark.parametrize("kind", KINDS)
 def test_row_minus_one_is_padding(made, kind):
     corpus, tokenizer, _ = made
     rows = kind(corpus, 16, tokenizer.pad_id)
@@ -90,7 +184,7 @@ def test_it_says_what_it_holds(made):
     assert "150 documents" in text and "rows of 16" in text and "tokens used per row" in text
 
 
-@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_process_opens_the_corpus_by_its_path(made, kind):
     corpus, tokenizer, _ = made
     rows = kind(corpus, 16, tokenizer.pad_id, lookahead=1)

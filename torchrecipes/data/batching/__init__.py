@@ -1,7 +1,8 @@
 """From a corpus to batches: rows, their order, targets, micro-batches.
 
 rows      `Rows`: what a loader reads
-packing   `PackedDataset`, `PaddedDataset`: rows of equal length from documents
+packing   `PackedDataset`, `BestFitDataset`, `PaddedDataset`: rows of equal length from documents
+best_fit  the plan of `BestFitDataset`
 mixture   `MixtureRows`: rows of several sources in exact proportions
 streamed  `StreamedRows`: rows of a corpus that is still being written
 shuffle   the order of the rows as arithmetic: a permutation without a list
@@ -16,12 +17,13 @@ from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.mlm import MLMCollator
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.packing import BestFitDataset, PackedDataset, PaddedDataset, make_rows
 from torchrecipes.data.batching.rows import RowBlock, Rows
 from torchrecipes.data.batching.streamed import StreamedRows
 
 __all__ = [
     "Batch",
+    "BestFitDataset",
     "CausalLMCollator",
     "Loader",
     "MLMCollator",
@@ -32,5 +34,6 @@ __all__ = [
     "Rows",
     "StreamedRows",
     "evaluation_batches",
+    "make_rows",
     "rows_per_rank",
 ]

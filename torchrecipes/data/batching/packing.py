@@ -1,17 +1,38 @@
-"""Rows of equal length from a corpus of documents, packed or one document each.
+"""Rows of equal length from a corpus of documents, packed in one of three ways.
 
-The datasets are `Rows` (rows.py). Nothing is truncated: a document that is longer than what is left of its row
-continues in another row, as a document of its own.
+`concat` fills every row and cuts documents at its end, `best_fit` keeps those whole that fit into a row and leaves a
+few positions empty, `none` gives each document a row. The datasets are `Rows` (rows.py). Nothing is truncated: what is
+cut off a document is in another row, as a document of its own.
 """
 
 import math
+from typing import Annotated, Literal
 
 import numpy as np
 
+from torchrecipes.config.metadata import Formerly
+from torchrecipes.data.batching.best_fit import plan_rows
 from torchrecipes.data.batching.rows import RowBlock
 from torchrecipes.data.batching.shuffle import row_indices
 from torchrecipes.data.corpus.corpus import Corpus
 from torchrecipes.errors import UserError
+
+Packing = Annotated[Literal["concat", "best_fit", "none"], Formerly(((True, "concat"), (False, "none")))]
+SAMPLED_SHARDS = 32  # in which documents that are cut are counted
+
+
+def make_rows(packing: Packing, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0) -> "PackedRows":
+    """Makes rows of a corpus.
+
+    Args:
+        packing: `concat` (`PackedDataset`), `best_fit` (`BestFitDataset`) or `none` (`PaddedDataset`).
+        corpus: the documents.
+        seq_len: tokens per row.
+        pad_id: the padding token.
+        lookahead: tokens after a row that `rows` returns with it: 1 for a model that predicts the next token.
+    """
+    kinds = {"concat": PackedDataset, "best_fit": BestFitDataset, "none": PaddedDataset}
+    return kinds[packing](corpus, seq_len, pad_id, lookahead)
 
 
 class PackedDataset:
@@ -106,6 +127,102 @@ class PackedDataset:
         return _describe(self)
 
 
+class BestFitDataset:
+    """Documents that fit into a row are never cut (best_fit.py); longer ones fill rows, and their ends are packed.
+
+    The plan is made when the rows are opened, at millions of documents a second. It takes 4 bytes of memory for every
+    document and packed row, and 12 more for a document longer than a row. Workers make it for themselves. Without
+    shuffling, rows come in the order of the plan: those of a shard's long documents first, then its longest pieces.
+
+    Arguments and attributes are those of `PackedDataset`.
+    """
+
+    source_names = ()
+    num_available = math.inf
+
+    def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
+        self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
+        self._open()
+        self.num_rows = int(self._first_row[-1])
+        self.tokens_per_row = corpus.num_tokens / self.num_rows
+
+    def _open(self) -> None:
+        self._shards = [(np.asarray(shard.tokens), np.asarray(shard.document_offsets)) for shard in self.corpus.shards]
+        self._plans = [plan_rows(offsets, self.seq_len) for _, offsets in self._shards]
+        self._first_row = np.cumsum([0, *(plan.num_rows for plan in self._plans)])
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shards", "_plans", "_first_row")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def rows(self, numbers: np.ndarray) -> RowBlock:
+        """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
+        row_len = self.seq_len + self.lookahead
+        tokens = np.full((len(numbers), row_len), self.pad_id, dtype=np.int64)
+        lengths = np.zeros(len(numbers), dtype=np.int64)
+        row_starts = np.arange(len(numbers)) * row_len
+        boundaries = [row_starts]
+        of_shard = self._first_row.searchsorted(numbers, "right") - 1
+        for index in np.unique(of_shard[numbers >= 0]).tolist():
+            where = ((of_shard == index) & (numbers >= 0)).nonzero()[0]
+            ids, _ = self._shards[index]
+            row, start, length = self._pieces(index, numbers[where] - self._first_row[index])
+            row = where[row]
+            before = np.cumsum(length) - length  # tokens of all pieces before a piece
+            within = before - before[np.searchsorted(row, row)]  # tokens of its row before it
+            target = row * row_len + within
+            steps = np.arange(int(length.sum()))
+            read = ids[steps + np.repeat(start - before, length)]
+            tokens.reshape(-1)[steps + np.repeat(target - before, length)] = read
+            lengths[where] = np.bincount(row, length, len(numbers))[where]
+            boundaries.append(target[within > 0])
+        padded = (lengths > 0) & (lengths < row_len)
+        boundaries.append((row_starts + lengths)[padded])
+        return RowBlock(tokens, np.sort(np.concatenate(boundaries)), lengths)
+
+    def _pieces(self, index: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces of rows of a shard, row by row: which of `numbers` they are in, start in the shard and length."""
+        plan, (_, offsets) = self._plans[index], self._shards[index]
+        is_full = numbers < plan.num_full_rows
+        packed = numbers - plan.num_full_rows
+        count = np.ones_like(numbers)
+        count[~is_full] = plan.row_starts[packed[~is_full] + 1] - plan.row_starts[packed[~is_full]]
+        row = np.repeat(np.arange(len(numbers)), count)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        start, length = np.empty_like(row), np.empty_like(row)
+
+        full = is_full[row]
+        long = plan.full_rows.searchsorted(numbers[is_full], "right")
+        part = numbers[is_full] - np.where(long > 0, plan.full_rows[long - 1], 0)
+        document = plan.long_documents[long]
+        start[full] = offsets[document] + part * self.seq_len
+        length[full] = np.minimum(offsets[document + 1] - start[full], self.seq_len + self.lookahead)
+
+        document = plan.pieces[plan.row_starts[packed[row[~full]]] + place[~full]]
+        whole = offsets[document + 1] - offsets[document]
+        length[~full] = np.where(whole > self.seq_len, whole % self.seq_len, whole)
+        start[~full] = offsets[document + 1] - length[~full]
+        return row, start, length
+
+    def identity(self) -> dict[str, int | float | bool | str]:
+        """What the rows and their order depend on."""
+        return _identity(self)
+
+    def check_trainable(self) -> None:
+        """Raises UserError (code `too_little_text`) where the text does not fill one row."""
+        _check_fills_a_row(self)
+
+    def locate(self, positions: np.ndarray, seed: int, shuffle: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and epochs of the rows at positions counted from a run's start (see `Rows`)."""
+        return row_indices(positions, self.num_rows, seed, shuffle)
+
+    def __str__(self) -> str:
+        return _describe(self)
+
+
 class PaddedDataset:
     """Every row begins with a document and is filled with padding; a longer document takes several rows.
 
@@ -168,12 +285,30 @@ class PaddedDataset:
         return _describe(self)
 
 
-def _identity(rows: PackedDataset | PaddedDataset) -> dict[str, int | float | bool | str]:
+PackedRows = PackedDataset | BestFitDataset | PaddedDataset
+
+
+def documents_cut(rows: PackedRows) -> float:
+    """The share of the documents that are in more than one row. Counted in some shards of a corpus that has many."""
+    shards = rows.corpus.shards[:: -(-len(rows.corpus.shards) // SAMPLED_SHARDS)]
+    cut = total = 0
+    for shard in shards:
+        ends = np.asarray(shard.document_offsets)
+        if isinstance(rows, PackedDataset):
+            ends = ends + shard.token_offset
+            cut += int(((ends[1:] - 1) // rows.seq_len > ends[:-1] // rows.seq_len).sum())
+        else:
+            cut += int((np.diff(ends) > rows.seq_len).sum())
+        total += len(ends) - 1
+    return cut / total
+
+
+def _identity(rows: PackedRows) -> dict[str, int | float | bool | str]:
     kind = f"{type(rows).__name__}, {rows.num_rows} of {rows.seq_len} tokens"
     return {"corpus": rows.corpus.fingerprint, "rows": kind}
 
 
-def _check_fills_a_row(rows: PackedDataset | PaddedDataset) -> None:
+def _check_fills_a_row(rows: PackedRows) -> None:
     if rows.corpus.num_tokens < rows.seq_len:
         raise UserError(
             f"{rows.corpus.folder}: {rows.corpus.num_tokens} tokens do not fill one row of seq_len={rows.seq_len}",
@@ -183,8 +318,9 @@ def _check_fills_a_row(rows: PackedDataset | PaddedDataset) -> None:
         )
 
 
-def _describe(rows: PackedDataset | PaddedDataset) -> str:
+def _describe(rows: PackedRows) -> str:
     return (
         f"{rows.corpus.num_documents:,} documents, {rows.corpus.num_tokens:,} tokens, {rows.num_rows:,} rows of "
-        f"{rows.seq_len}, {rows.tokens_per_row:.1f} tokens used per row ({rows.tokens_per_row / rows.seq_len:.1%})"
+        f"{rows.seq_len}, {rows.tokens_per_row:.1f} tokens used per row ({rows.tokens_per_row / rows.seq_len:.1%}), "
+        f"{documents_cut(rows):.1%} of the documents cut"
     )
