@@ -4,6 +4,8 @@ import json
 import pickle
 import random
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +65,26 @@ def test_spans_are_the_documents(corpus):
     for document, start, stop in zip(chosen, starts, stops, strict=True):
         assert np.array_equal(corpus.read(int(start), int(stop)), documents[document])
     assert [len(one) for one in corpus.spans(np.array([], np.int64))] == [0, 0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+def test_more_shards_than_a_process_may_usually_open(tmp_path):
+    make(tmp_path / "c", [1] * 200, 1)
+    program = (
+        "import resource, sys\n"
+        "from torchrecipes.data.corpus import open_corpus\n"
+        "soft, hard = map(int, sys.argv[2:])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+        "try: print(len(open_corpus(sys.argv[1]).shards))\n"
+        "except Exception as error: print(error.code)\n"
+    )
+
+    def opened(soft, hard):
+        words = [sys.executable, "-c", program, str(tmp_path / "c"), str(soft), str(hard)]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert opened(100, 300) == "200"
+    assert opened(100, 100) == "too_many_files"
 
 
 def test_numbers(corpus):

@@ -5,7 +5,10 @@ what the shard was made from, its statistics, and how far the source had been re
 continued after the last shard.
 """
 
+import contextlib
+import errno
 import json
+import os
 import struct
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +17,12 @@ import numpy as np
 import xxhash
 
 from torchrecipes.atomic_write import write_atomically
+from torchrecipes.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 FORMAT = "torchrecipes-corpus-2"
 DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
@@ -108,8 +117,9 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
 
     Raises:
         OSError, ValueError, KeyError, TypeError: there is no such file, or it is no complete shard.
+        UserError: more shards are open than a process may open files (code `too_many_files`).
     """
-    content = np.memmap(path, np.uint8, "r")
+    content = _map(path)
     size = len(content)
     header_size = int(content[:8].view("<u8")[0]) if size >= 8 else size
     if header_size > size - 8:
@@ -133,6 +143,27 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
         document_offsets=np.ndarray(count, OFFSETS, content, first),
     )
     return shard, header["__metadata__"]
+
+
+def _map(path: Path) -> np.ndarray:
+    # A map keeps its file open, and a process may usually open 1,024: as many shards as 64 billion tokens take. The
+    # limit may be raised without asking, up to another one, which is rarely below 4,096.
+    try:
+        with path.open("rb") as file:
+            if resource is not None:
+                soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+                next_free = os.dup(file.fileno())
+                os.close(next_free)
+                if soft != hard and next_free > 0.75 * soft:
+                    with contextlib.suppress(ValueError, OSError):  # where no limit is none that can be set
+                        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            return np.memmap(file, np.uint8, "r")
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        problem = f"{path} cannot be opened: this process may not open more files, and every shard is one"
+        hint = "Raise the limit: ulimit -n 65536, or LimitNOFILE of a service."
+        raise UserError(problem, hint=hint, code="too_many_files") from error
 
 
 def checksums(path: Path) -> tuple[str, str]:
