@@ -56,3 +56,13 @@ def test_mistakes_are_one_message(here, capsys, words, shown):
     assert main(["data", "clean", "--data", "a.jsonl", "--output", "out", *words]) == 2
     message = capsys.readouterr().err
     assert shown in message and "Traceback" not in message
+
+
+def test_decontaminate_prints_what_it_found(here, capsys):
+    words = ["data", "decontaminate", "--data", "a.jsonl", "--eval-sets", "a.jsonl", "-o", "out", "-n", "5"]
+    assert main([*words, "--action", "remove"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0].startswith("4 documents overlap") and "4 of 6 documents" in lines[1]
+    assert lines[2] == "kept 2 of 6 documents (33.3%)"
+    assert main([*words, "--action", "delete"]) == 2
+    assert "cut" in capsys.readouterr().err

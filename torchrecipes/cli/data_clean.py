@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder that `clean` and `decontaminate` write to."""
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="for the documents and the report")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for the documents and the report")
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, stages: str) -> None:

@@ -42,6 +42,7 @@ GROUPS = {
         {
             "import": ("torchrecipes.cli.data_import", "turn Markdown, RST, HTML and source code into documents"),
             "clean": ("torchrecipes.cli.data_clean", "normalize, filter and remove duplicates of text"),
+            "decontaminate": ("torchrecipes.cli.data_decontaminate", "remove from text what occurs in evaluation sets"),
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
             "cache": ("torchrecipes.cli.data_cache", "list or remove what streams have tokenized"),

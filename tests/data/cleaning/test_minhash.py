@@ -69,7 +69,7 @@ def test_signatures_do_not_depend_on_the_batch(monkeypatch):
     assert np.array_equal(minhash(texts), apart)
     module = sys.modules[minhash.__module__]  # the package has a function of the same name
     monkeypatch.setattr(module, "_TILE", 64)
-    monkeypatch.setattr(module, "_CHARACTERS", 500)
+    monkeypatch.setattr("torchrecipes.data.cleaning.ngrams.BATCH_CHARACTERS", 500)
     assert np.array_equal(minhash(texts), apart)
     assert (apart[texts.index("")] == NOTHING).all() and minhash([]).shape == (0, 128)
 

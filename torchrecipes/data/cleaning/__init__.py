@@ -1,6 +1,7 @@
 """Cleaning of text: normalization, filters, duplicates, overlap with evaluation sets; documents in, documents out.
 
 clean               `clean`: all stages of a job
+decontaminate       `decontaminate`: overlap with evaluation sets
 steps               `CleaningSteps`, `read_steps`: which steps, with which options
 normalization       `Normalize`: Unicode normal forms, control and zero-width characters
 gopher, c4          the heuristics of these papers
@@ -16,6 +17,7 @@ output, report      the output folder; what was removed and why
 from torchrecipes.data.cleaning.boilerplate import BoilerplateLines
 from torchrecipes.data.cleaning.c4 import C4
 from torchrecipes.data.cleaning.clean import clean
+from torchrecipes.data.cleaning.decontaminate import decontaminate
 from torchrecipes.data.cleaning.duplicates import Clusters, find_duplicates
 from torchrecipes.data.cleaning.gopher import GopherQuality, GopherRepetition
 from torchrecipes.data.cleaning.language import Language
@@ -38,6 +40,7 @@ __all__ = [
     "Removal",
     "band_keys",
     "clean",
+    "decontaminate",
     "estimated_jaccard",
     "find_duplicates",
     "minhash",

@@ -28,7 +28,7 @@ from torchrecipes.data.cleaning import pieces as cut
 from torchrecipes.data.cleaning.boilerplate import count_lines, frequent_lines
 from torchrecipes.data.cleaning.duplicates import Clusters, PieceFiles, find_duplicates, sort_keys
 from torchrecipes.data.cleaning.minhash import band_keys, estimated_jaccard, minhash
-from torchrecipes.data.cleaning.output import Output, read_lines, write_lines
+from torchrecipes.data.cleaning.output import Output, check_shards, read_lines, run_stages, write_lines
 from torchrecipes.data.cleaning.pieces import Input, Piece, add_skipped, finished_pieces, process_pieces, save_array
 from torchrecipes.data.cleaning.removal import Removal
 from torchrecipes.data.cleaning.report import Tally
@@ -83,43 +83,19 @@ def clean(
     if job.output.open(job.settings):
         print(f"{output_dir} is complete: nothing is left to do", file=sys.stderr, flush=True)
         return job.output.read_report()
-    stages = job.stages if stage is None else [stage]
-    try:
-        for one in stages:
-            with job.output.locked(f"{one}-{shard_index}-of-{num_shards}"):
-                if one == "lines":
-                    job.count_lines(shard_index, num_shards, workers)
-                elif one == "filter":
-                    job.filter(shard_index, num_shards, workers)
-                elif one == "merge":
-                    job.merge()
-                else:
-                    job.remove(shard_index, num_shards)
-    except KeyboardInterrupt:
-        done = len(list(job.output.work.glob("*/*.json")))
-        print(f"\nInterrupted. {done} finished pieces are kept; run the same command to continue.", file=sys.stderr)
-        raise
+    shard = {"shard_index": shard_index, "num_shards": num_shards}
+    run_stages(
+        job.output,
+        {
+            "lines": lambda: job.count_lines(workers=workers, **shard),
+            "filter": lambda: job.filter(workers=workers, **shard),
+            "merge": job.merge,
+            "remove": lambda: job.remove(**shard),
+        },
+        job.stages if stage is None else [stage],
+        f"{shard_index}-of-{num_shards}",
+    )
     return job.output.read_report() if stage is None else None
-
-
-def check_shards(shard_index: int, num_shards: int, stage: str | None, stages: Sequence[str]) -> None:
-    """Check the arguments of one of several jobs.
-
-    Raises:
-        UserError: a number is out of range (code `out_of_range`), several jobs without a stage (`missing_stage`), or a
-            stage that these steps do not have (`unknown_stage`).
-    """
-    order = ", then ".join(stages)
-    if not 0 <= shard_index < num_shards:
-        problem = f"{shard_index} is not the number of one of {num_shards} jobs"
-        raise UserError(problem, key="--shard-index", hint="Jobs are numbered from 0.", code="out_of_range")
-    if stage is None and num_shards > 1:
-        hint = f"Run {order}; each when all jobs of the one before have ended, merge as one job."
-        raise UserError("several jobs do one stage after the other", key="--stage", hint=hint, code="missing_stage")
-    if stage is not None and stage not in stages:
-        raise UserError(
-            f"these steps have no stage '{stage}'", key="--stage", hint=f"Run {order}.", code="unknown_stage"
-        )
 
 
 def _inputs(source: Source, against: Sequence[Source], eval_sets: Sequence[Source]) -> list[Input]:
@@ -165,19 +141,14 @@ class _Job:
     def lines(self) -> Path:
         return self.output.work / "lines"
 
-    def count_lines(self, shard_index: int, num_shards: int, workers: int | None) -> None:
+    def count_lines(self, **job: int | None) -> None:
         cleaned = [one for one in self.inputs if not one.is_reference]
-        process_pieces(
-            "counting lines", cleaned, self.lines, _CountLines(self.steps, self.lines),
-            shard_index=shard_index, num_shards=num_shards, workers=workers,
-        )  # fmt: skip
+        process_pieces("counting lines", cleaned, self.lines, _CountLines(self.steps, self.lines), **job)
 
-    def filter(self, shard_index: int, num_shards: int, workers: int | None) -> None:
+    def filter(self, **job: int | None) -> None:
         inputs = self.inputs if self.steps.removes_duplicates else self.inputs[-1:]
         work = _Filter(self.steps, self.filtered, self.texts, self._boilerplate())
-        process_pieces(
-            "filtering", inputs, self.filtered, work, shard_index=shard_index, num_shards=num_shards, workers=workers
-        )
+        process_pieces("filtering", inputs, self.filtered, work, **job)
 
     def _boilerplate(self) -> Path | None:
         """Return the file of the hashes of boilerplate lines, which the first job that asks for it makes."""

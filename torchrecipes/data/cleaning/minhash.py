@@ -15,11 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchrecipes.data.batching.shuffle import splitmix64
-from torchrecipes.data.cleaning.ngrams import hash_words, ngram_hashes
+from torchrecipes.data.cleaning.ngrams import hash_words, in_batches, ngram_hashes
 
 NGRAM, PERMUTATIONS, BANDS, ROWS = 5, 128, 21, 6
 NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)  # fills the signature of a document without words
-_CHARACTERS = 1 << 18  # of the texts hashed at once
 _TILE = 1 << 15  # n-grams per pass: 256 KiB stay in a core's cache
 _MULTIPLIERS = splitmix64(np.arange(1, PERMUTATIONS + 1, dtype=np.uint64)) | np.uint64(1)
 _ADDENDS = splitmix64(np.arange(PERMUTATIONS + 1, 2 * PERMUTATIONS + 1, dtype=np.uint64))
@@ -32,14 +31,9 @@ def minhash(texts: Sequence[str]) -> np.ndarray:
         uint64 `[texts, 128]`; a text without words has a row of `NOTHING`.
     """
     signatures = np.full((len(texts), PERMUTATIONS), NOTHING, np.uint64)
-    first = characters = 0
-    for number, text in enumerate(texts):
-        characters += len(text)
-        if characters >= _CHARACTERS or number + 1 == len(texts):
-            words = hash_words(texts[first : number + 1])
-            ngrams, offsets = ngram_hashes(words, NGRAM)
-            _minima(ngrams, offsets, signatures[first : number + 1])
-            first, characters = number + 1, 0
+    for batch in in_batches(texts):
+        ngrams, offsets = ngram_hashes(hash_words(texts[batch]), NGRAM)
+        _minima(ngrams, offsets, signatures[batch])
     return signatures
 
 

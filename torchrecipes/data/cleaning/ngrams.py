@@ -10,7 +10,7 @@ Comparing ignores case, punctuation and white space; the texts themselves are no
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from torchrecipes.data.batching.shuffle import splitmix64
 
+BATCH_CHARACTERS = 1 << 18
 NO_WORD, PART_OF_A_WORD, A_WORD = 0, 1, 2
 _BASE = 0x5851F42D4C957F2D  # odd, so that it has an inverse modulo 2^64
 _NO_BLANKS = (  # first and last code point of scripts that put no blanks between words
@@ -32,10 +33,31 @@ class Words(NamedTuple):
     Attributes:
         hashes: uint64 `[words]`.
         offsets: int64 `[texts + 1]`: text i has the words from `offsets[i]` to `offsets[i + 1]`.
+        starts: int64 `[words]`: the character of its text with which a word begins.
+        stops: int64 `[words]`: the character after its last one.
     """
 
     hashes: np.ndarray
     offsets: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+
+class NGrams(NamedTuple):
+    """The n-grams of several texts: uint64 hashes, and int64 `[texts + 1]` offsets as in `Words`."""
+
+    hashes: np.ndarray
+    offsets: np.ndarray
+
+
+def in_batches(texts: Sequence[str]) -> Iterator[slice]:
+    """Yield slices of `texts` that are hashed at once: of about 2^18 characters, or one long text."""
+    first = characters = 0
+    for number, text in enumerate(texts):
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or number + 1 == len(texts):
+            yield slice(first, number + 1)
+            first, characters = number + 1, 0
 
 
 def hash_words(texts: Sequence[str]) -> Words:
@@ -54,12 +76,14 @@ def hash_words(texts: Sequence[str]) -> Words:
     np.cumsum(values[codes] * powers[: len(codes)], out=sums[1:])
     hashes = splitmix64((sums[stops] - sums[starts]) * inverses[starts])
     text_starts = np.concatenate([[0], np.cumsum([len(text) + 1 for text in texts])])
-    return Words(hashes, np.searchsorted(starts, text_starts))
+    offsets = np.searchsorted(starts, text_starts)
+    origin = np.repeat(text_starts[:-1], np.diff(offsets))
+    return Words(hashes, offsets, starts - origin, stops - origin)
 
 
-def ngram_hashes(words: Words, n: int) -> Words:
+def ngram_hashes(words: Words, n: int) -> NGrams:
     """Return the hashes of the n-grams of each text; all words of a text of fewer than n are one n-gram."""
-    hashes, offsets = words
+    hashes, offsets = words.hashes, words.offsets
     counts = np.diff(offsets)
     factors = splitmix64(np.arange(1, n + 1, dtype=np.uint64)) | np.uint64(1)
     padded = np.concatenate([hashes, np.zeros(n, np.uint64)])
@@ -77,7 +101,7 @@ def ngram_hashes(words: Words, n: int) -> Words:
     begins = left >= n
     begins[first] = True
     per_text = np.concatenate([[0], np.cumsum(np.where(counts < n, counts > 0, counts - n + 1))])
-    return Words(splitmix64(sums[begins]), per_text)
+    return NGrams(splitmix64(sums[begins]), per_text)
 
 
 @cache

@@ -8,7 +8,8 @@ cleaning.json                  the settings, and whether all is done
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,3 +125,33 @@ def read_lines(file: Path) -> list[bytes]:
         return []
     with pyarrow.input_stream(str(file), compression="zstd") as stream:
         return stream.read().split(b"\n")[:-1]
+
+
+def check_shards(shard_index: int, num_shards: int, stage: str | None, stages: Sequence[str]) -> None:
+    """Check the arguments of one of several jobs.
+
+    Raises:
+        UserError: a number is out of range (code `out_of_range`), several jobs without a stage (`missing_stage`), or a
+            stage that the work does not have (`unknown_stage`).
+    """
+    order = ", then ".join(stages)
+    if not 0 <= shard_index < num_shards:
+        problem = f"{shard_index} is not the number of one of {num_shards} jobs"
+        raise UserError(problem, key="--shard-index", hint="Jobs are numbered from 0.", code="out_of_range")
+    if stage is None and num_shards > 1:
+        hint = f"Run {order}; each when all jobs of the one before have ended, merge as one job."
+        raise UserError("several jobs do one stage after the other", key="--stage", hint=hint, code="missing_stage")
+    if stage is not None and stage not in stages:
+        raise UserError(f"there is no stage '{stage}' here", key="--stage", hint=f"Run {order}.", code="unknown_stage")
+
+
+def run_stages(output: Output, work: dict[str, Callable[[], None]], stages: Sequence[str], job: str) -> None:
+    """Do the work of some stages, one after the other, while no other process does the same job's."""
+    try:
+        for stage in stages:
+            with output.locked(f"{stage}-{job}"):
+                work[stage]()
+    except KeyboardInterrupt:
+        done = len(list(output.work.glob("*/*.json")))
+        print(f"\nInterrupted. {done} finished pieces are kept; run the same command to continue.", file=sys.stderr)
+        raise
