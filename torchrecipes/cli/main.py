@@ -46,6 +46,7 @@ GROUPS = {
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
             "cache": ("torchrecipes.cli.data_cache", "list or remove what streams have tokenized"),
+            "score": ("torchrecipes.cli.data_score", "find bad data: the loss of every document under a model"),
             "stats": ("torchrecipes.cli.data_stats", "describe a corpus: lengths of documents, fill of rows"),
             "verify": ("torchrecipes.cli.data_verify", "check every byte of a corpus against its checksums"),
         },

@@ -1,4 +1,4 @@
-"""Finds and loads a trained model for `generate`, `perplexity` and `fill-mask`."""
+"""Finds and loads a trained model for `generate`, `perplexity`, `fill-mask` and `data score`."""
 
 import argparse
 import sys
@@ -57,6 +57,27 @@ def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Ca
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=True)
     model.to_empty(device=device)
     load_hf_weights(model, folder, report=report, require_head=True)
+    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    return folder, model, tokenizer, partial(autocast, device, torch.bfloat16 if half else torch.float32)
+
+
+def load_trained(args: argparse.Namespace) -> tuple[Path, Any, Any, Callable[[], AbstractContextManager]]:
+    """Return what `load_causal` does, for a model of either kind: `model.causal` says which.
+
+    Raises:
+        UserError: no model there, one without its head (code `no_head`), no such device.
+    """
+    folder = newest_valid_checkpoint(args.run)
+
+    import torch
+
+    from torchrecipes.data.tokenizers.load import load_tokenizer
+    from torchrecipes.models import load_hf
+    from torchrecipes.training.precision import autocast
+
+    device = _device(args.device)
+    model = load_hf(folder, report=partial(print, file=sys.stderr), require_head=True).to(device)
+    tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=model.causal)
     half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     return folder, model, tokenizer, partial(autocast, device, torch.bfloat16 if half else torch.float32)
 
