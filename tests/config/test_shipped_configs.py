@@ -4,6 +4,7 @@ The configs are found by recursion, so that one that is added is tested; each re
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from torchrecipes.cli.run import load_recipe
-from torchrecipes.config import load, to_yaml
+from torchrecipes.config import load, read_stages, to_yaml
 from torchrecipes.config.catalog import BuiltinConfig, builtin_configs, builtin_recipes, find_recipe
 from torchrecipes.config.check import annotations, to_tree
 from torchrecipes.config.coerce import is_nested, split
@@ -27,6 +28,18 @@ CONFIGS = {config.name: config for config in builtin_configs()}
 @cache
 def schema_of(recipe: str) -> type:
     return load_recipe(find_recipe(recipe)).Config
+
+
+@cache
+def path_of(config: BuiltinConfig) -> Path:
+    """The config's file; of one with stages, which stand at its end, a copy without them."""
+    text, stages, _ = config.path.read_text().partition("\nstages:\n")
+    if not stages:
+        return config.path
+    path = Path(tempfile.mkdtemp()) / config.path.name
+    start = "" if "\ninit_from:" in text else "\ninit_from: another"  # the stages start from each other
+    path.write_text(f"{text}{start}\n")
+    return path
 
 
 def left_to_the_user(config: BuiltinConfig) -> list[str]:
@@ -96,13 +109,21 @@ def test_every_config_names_its_recipe_and_its_purpose():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_is_valid(name):
-    assert problems(CONFIGS[name], CONFIGS[name].path) == []
+    assert problems(CONFIGS[name], path_of(CONFIGS[name])) == []
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if path_of(CONFIGS[name]) != CONFIGS[name].path])
+def test_the_stages_of_a_shipped_config_are_valid(name):
+    given = left_to_the_user(CONFIGS[name])
+    for stage in read_stages(CONFIGS[name].path, given).values():
+        recipe, config = stage.recipe or CONFIGS[name].recipe, stage.config or CONFIGS[name].path
+        load(schema_of(recipe), config, [] if stage.config else given, stage=stage, init_from="another")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_config_that_a_run_stores_loads_as_the_same_config(name, tmp_path):
     config = CONFIGS[name]
-    instance = load(schema_of(config.recipe), config.path, left_to_the_user(config))
+    instance = load(schema_of(config.recipe), path_of(config), left_to_the_user(config))
     (tmp_path / "config.yaml").write_text(to_yaml(instance))
     assert load(schema_of(config.recipe), tmp_path / "config.yaml") == instance
 
@@ -110,7 +131,7 @@ def test_the_config_that_a_run_stores_loads_as_the_same_config(name, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_misspelt_key_is_refused_at_its_line_with_the_right_suggestion(name, tmp_path):
     config = CONFIGS[name]
-    text = config.path.read_text()
+    text = path_of(config).read_text()
     path = tmp_path / "misspelt.yaml"
     nodes = list(key_nodes(yaml.compose(text)))
     # Keys of scalars all at once; one that opens a section or names a component would hide others.
@@ -132,7 +153,7 @@ def test_every_misspelt_key_is_refused_at_its_line_with_the_right_suggestion(nam
 def test_every_misspelt_argument_of_a_component_is_refused_with_the_right_suggestion(name):
     config = CONFIGS[name]
     schema = schema_of(config.recipe)
-    instance = load(schema, config.path, left_to_the_user(config))
+    instance = load(schema, path_of(config), left_to_the_user(config))
     injected = dict(injected_names(schema))
     meant = {}
     for place, path in components(to_tree(instance)):
@@ -151,7 +172,7 @@ def test_every_key_of_the_recipe_misspelt_on_the_command_line_is_refused(name):
 
 def check_suggestions(config: BuiltinConfig, meant: dict[str, str]) -> None:
     """Each of the overrides is refused, with the name that was meant in its hint."""
-    found = problems(config, config.path, *meant)
+    found = problems(config, path_of(config), *meant)
     assert meant
     for override, name in meant.items():
         assert any(f"'{override}'" in line and f"'{name}'" in hint for line, hint in found), (override, found)

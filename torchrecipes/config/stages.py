@@ -9,9 +9,11 @@
 A stage is a name and the keys in which it differs, nested or with dots. Four keys are its own: `from`, a stage above;
 `from_checkpoint`, best or last; `recipe`, where it is not the command's; and `config`, another config that the stage is
 made of. Its folder is `<output_dir>/<name>`; `${output_dir}` is that of all stages. Settings on the command line apply
-to every stage without a `config`; `stages.branch.max_steps=100` applies to one.
+to every stage without a `config`; `stages.branch.max_steps=100` applies to one. The keys of a stage with a `config` may
+refer to those of the config that lists it: `data.source.path: ${data.source.sources.general.path}`.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,6 +90,7 @@ def read_stages(config: str | Path | None, overrides: Sequence[str] = ()) -> dic
         return {}
     unread = Problems()
     add_overrides(merged, list(overrides), unread)
+    texts = copy.deepcopy(merged.tree[KEY])
     interpolate(merged, unread)
     listed, root = merged.tree[KEY], merged.tree.get("output_dir")
     if not isinstance(listed, dict) or not listed:
@@ -99,6 +102,10 @@ def read_stages(config: str | Path | None, overrides: Sequence[str] = ()) -> dic
         problems.add(merged.nearest(()), "missing key", key="output_dir", hint=hint, code="missing_key")
     stages: dict[str, Stage] = {}
     for name, tree in listed.items():
+        # What the environment gives is resolved by `load`, which keeps it out of files.
+        is_secret = any(key_path[:2] == (KEY, name) for key_path in merged.interpolations)
+        is_other = isinstance(tree, dict) and tree.get("config") is not None
+        tree = tree if is_other and not is_secret else texts[name]
         stages[name] = _read_stage(merged, name, tree, str(root), list(stages), problems)
     problems.raise_all(format_key_path(path))
     return stages
