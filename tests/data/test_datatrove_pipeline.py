@@ -1,13 +1,21 @@
 """The steps for datatrove give what our own tools give."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from torchrecipes.data import load_tokenizer, prepare_corpus
+from torchrecipes.data.cleaning import clean, read_steps
 from torchrecipes.data.corpus import open_corpus
-from torchrecipes.data.datatrove_pipeline import MergeCorpus, ReadDocuments, WriteCorpus
+from torchrecipes.data.datatrove_pipeline import (
+    CleanDocuments,
+    CleanStage,
+    MergeCorpus,
+    ReadDocuments,
+    WriteCorpus,
+)
 from torchrecipes.data.sources import files
 from torchrecipes.data.tokenizers import train_bpe
 from torchrecipes.errors import UserError
@@ -98,3 +106,27 @@ def test_a_task_that_was_killed_while_tokenizing_does_not_read_again(texts, tmp_
     write(iter(()), 0, 1)
     MergeCorpus(tmp_path / "corpus")()
     assert open_corpus(tmp_path / "corpus" / "train").num_documents == 200
+
+
+def test_documents_are_cleaned_one_by_one(texts, tmp_path):
+    source = files(str(texts))
+    step = CleanDocuments(
+        ["normalize", "gopher_repetition=null", "gopher_quality.min_words=20", "gopher_quality.min_stop_words=null"]
+    )
+    kept = [document.text for document in step(ReadDocuments(source)(None, 1, 2), 1, 2)]
+    assert 0 < len(kept) < 100 and all(len(text.split()) >= 20 for text in kept)
+    with pytest.raises(UserError) as caught:
+        CleanDocuments(["near_duplicates"])
+    assert caught.value.code == "needs_all_documents"
+
+
+def test_the_stages_give_the_documents_of_clean(texts, tmp_path):
+    shutil.copy(texts / "0.jsonl", texts / "9.jsonl")
+    source = files(str(texts))
+    clean(source, tmp_path / "own", read_steps(), workers=0)
+    executor = None
+    for stage, tasks in (("filter", 2), ("merge", 1), ("remove", 2)):
+        logs = tmp_path / f"logs-{stage}"
+        executor = run([CleanStage(stage, source, tmp_path / "cleaned")], logs, tasks, executor)
+    texts_of = [[one.text for one in files(str(tmp_path / name / "documents"))] for name in ("own", "cleaned")]
+    assert texts_of[0] == texts_of[1] and len(texts_of[0]) == 200

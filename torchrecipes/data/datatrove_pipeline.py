@@ -5,20 +5,24 @@ of its own (readers, filters, writers) may stand between ours:
 
 1. `ReadDocuments` yields a part of one of our sources; the parts of files are consecutive, so tasks one after the other
    have the order of the source.
-2. `WriteCorpus` tokenizes what reaches it into one part of a corpus per task, and `MergeCorpus`, a task of its own
+2. `CleanDocuments` applies the steps of cleaning that judge a document by itself. `CleanStage` runs one stage of
+   `torchrecipes.data.cleaning.clean`, whose duplicates are found among the documents of all tasks.
+3. `WriteCorpus` tokenizes what reaches it into one part of a corpus per task, and `MergeCorpus`, a task of its own
    after them, joins the parts.
 
-The result is that of `tune-style data tokenize`.
+The result is that of `tune-style data clean` and `tune-style data tokenize`.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 
+from torchrecipes.data.cleaning import Removal, clean, read_steps
+from torchrecipes.data.cleaning.steps import DEFAULT_STEPS
 from torchrecipes.data.corpus import merge_parts, part_folder, prepare_corpus
 from torchrecipes.data.sources import SourcePart, files
 from torchrecipes.data.sources.records import Source
@@ -46,6 +50,79 @@ class ReadDocuments:
         yield from data or ()
         for text, place in SourcePart(self.source, rank, world_size):
             yield document(text=text, id=place)
+
+
+class CleanDocuments:
+    """Applies steps of cleaning that need no other document.
+
+    Args:
+        steps: as for `read_steps`: names, options `STEP.OPTION=VALUE`, YAML files.
+
+    Raises:
+        UserError: an invalid step; one that compares documents (code `needs_all_documents`).
+    """
+
+    def __init__(self, steps: Sequence[str]):
+        self.steps = read_steps(steps)
+        if self.steps.removes_duplicates or self.steps.boilerplate_lines is not None:
+            problem = "duplicates and boilerplate lines are found among all documents, and a task sees its own only"
+            hint = "Leave these steps to CleanStage."
+            raise UserError(problem, key="steps", hint=hint, code="needs_all_documents")
+
+    def __call__(self, data: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterator[Any]:  # noqa: ARG002
+        """Yield the documents that are kept, with the text as the steps leave it."""
+        for document in data:
+            results = [result for _, result in self.steps.apply(document.text, document.id, frozenset())]
+            last = results[-1] if results else document.text  # nothing changed
+            if not isinstance(last, Removal):
+                document.text = last
+                yield document
+
+
+class CleanStage:
+    """Runs one stage of `clean` for a task: a job of its array. It reads the source itself and yields nothing.
+
+    The stages are `lines` (only where boilerplate lines are removed), `filter`, `merge` (one task) and `remove` (only
+    where duplicates are), each in a pipeline that depends on the one before.
+
+    Args:
+        stage: its name.
+        source: the documents.
+        output: the folder of the result: documents and report.
+        steps: as for `read_steps`.
+        against: sources whose documents, and what duplicates them, are not wanted.
+        eval_sets: the same, for evaluation sets.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        source: Source,
+        output: str | Path,
+        steps: Sequence[str] = DEFAULT_STEPS,
+        against: Sequence[Source] = (),
+        eval_sets: Sequence[Source] = (),
+    ):
+        self.stage, self.source, self.output = stage, source, Path(output).absolute()
+        self.steps, self.against, self.eval_sets = read_steps(steps), tuple(against), tuple(eval_sets)
+
+    def __call__(self, _data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Run the stage as job `rank` of `world_size`.
+
+        Raises:
+            UserError: what `clean` raises.
+        """
+        clean(
+            self.source,
+            self.output,
+            self.steps,
+            against=self.against,
+            eval_sets=self.eval_sets,
+            stage=self.stage,
+            shard_index=rank,
+            num_shards=world_size,
+            workers=0,
+        )
 
 
 class WriteCorpus:
