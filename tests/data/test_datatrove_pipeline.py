@@ -110,9 +110,8 @@ def test_a_task_that_was_killed_while_tokenizing_does_not_read_again(texts, tmp_
 
 def test_documents_are_cleaned_one_by_one(texts, tmp_path):
     source = files(str(texts))
-    step = CleanDocuments(
-        ["normalize", "gopher_repetition=null", "gopher_quality.min_words=20", "gopher_quality.min_stop_words=null"]
-    )
+    options = "min_words=20 min_stop_words=null min_alphabetic_words=null".split()
+    step = CleanDocuments(["normalize", *(f"gopher_quality.{option}" for option in options)])
     kept = [document.text for document in step(ReadDocuments(source)(None, 1, 2), 1, 2)]
     assert 0 < len(kept) < 100 and all(len(text.split()) >= 20 for text in kept)
     with pytest.raises(UserError) as caught:
