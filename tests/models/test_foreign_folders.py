@@ -24,6 +24,7 @@ from torchrecipes.models import (
     load_hf_weights,
     loading_hint,
     meta_model_from_hf,
+    modernbert,
     resolve_model_folder,
     save_hf,
     stop_token_ids,
@@ -78,9 +79,20 @@ def test_chat_template_generation_config_and_stop_ids_travel(tmp_path):
     save_hf(load_hf(tmp_path / "first"), tmp_path / "second")
     assert (tmp_path / "second" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert stop_token_ids(tmp_path / "second") == [2, 5]
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (tmp_path / "first" / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    save_hf(load_hf(tmp_path / "first"), tmp_path / "second")
+    assert (tmp_path / "second" / "chat_template.jinja").read_text() == "plain"
     (tmp_path / "first" / "chat_template.jinja").write_text("newer")
     save_hf(load_hf(tmp_path / "first"), tmp_path / "second")
     assert (tmp_path / "second" / "chat_template.jinja").read_text() == "newer"
+    tokenizer = train_wordpiece([Document("a few words for a tokenizer " * 3, "here")], vocab_size=60)
+    (tmp_path / "first" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config | {"eos_token_id": [17, 5]}))
+    for source, target in (("first", "fourth"), ("fourth", "fifth")):
+        save_hf(load_hf(tmp_path / source), tmp_path / target, tokenizer)
+    assert stop_token_ids(tmp_path / "fifth") == [17, 5, tokenizer.sep_id]
     assert stop_token_ids(write_config(tmp_path / "third", LLAMA | {"eos_token_id": 7})) == [7]
     assert stop_token_ids(write_config(tmp_path / "third", LLAMA | {"eos_token_id": None})) == []
 
@@ -256,13 +268,19 @@ hard_exit(0)
 """.replace("ROOT", repr(str(Path(__file__).parents[2])))
 
 
-@pytest.mark.parametrize(("family", "kind"), [(gpt2, "ours"), (bert, "transformers"), (llama, "transformers")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [(gpt2, "ours"), (modernbert, "ours"), (bert, "transformers"), (llama, "transformers")]
+)
 def test_sharded_models_load_the_same_weights(tmp_path, family, kind):
     from torchrecipes.models.transformers_model import from_transformers
 
     save_hf(family(**SIZES, seed=3), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    headless = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lm_head.", "cls."))}
+    headless = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(("lm_head.", "cls.", "head.", "decoder."))
+    }
     save_file(headless, tmp_path / "model.safetensors")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -58,6 +58,21 @@ def test_decoders_match_the_closed_form_with_half_of_the_scores(family):
     assert flops == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "family", "window", "keys"),
+    [
+        ("mlm_pretrain", "modernbert", "model.local_attention=16", (128 + 2 * 17) / 3),  # every third layer is global
+        ("causal_pretrain", "mistral", "model.sliding_window=16", 16),
+        ("causal_pretrain", "mistral", "model.sliding_window=500", 64),
+    ],
+)
+def test_windows_count_the_keys_that_a_token_sees(recipe, family, window, keys):
+    flops, model = counted(recipe, family, window)
+    whole, _ = counted(recipe, family, "model.local_attention=500" if family == "modernbert" else "seq_len=128")
+    per_key = attention_flops(model, 1)
+    assert whole - flops == pytest.approx(per_key * ((128 if family == "modernbert" else 64) - keys), rel=0.01)
+
+
 def test_activation_checkpointing_does_not_count():
     plain, _ = counted("mlm_pretrain", "neobert")
     again, _ = counted("mlm_pretrain", "neobert", "compute.activation_checkpointing=full")

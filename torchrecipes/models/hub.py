@@ -358,8 +358,9 @@ def hf_config(model: nn.Module, tokenizer: "Tokenizer | None" = None) -> dict | 
             "bos": tokenizer.cls_id if tokenizer.bos_id is None else tokenizer.bos_id,
             "eos": tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id,
         }
-        if ids["eos"] in adapter.stop_ids and len(adapter.stop_ids) > 1:
-            ids["eos"] = adapter.stop_ids
+        if len(adapter.stop_ids) > 1:  # a chat model's list goes along, with the tokenizer's own token
+            extra = [] if ids["eos"] is None or ids["eos"] in adapter.stop_ids else [ids["eos"]]
+            ids["eos"] = [*adapter.stop_ids, *extra]
         if tokenizer.mask_id is not None and config["model_type"] == "eurobert":
             ids["mask"] = tokenizer.mask_id
         if config["model_type"] == "modernbert":
@@ -447,6 +448,8 @@ def _companions(folder: Path) -> dict[str, bytes]:
     tokenizer_config = folder / "tokenizer_config.json"
     if COMPANIONS[0] not in found and tokenizer_config.is_file():
         template = read_json(tokenizer_config).get("chat_template")
+        if isinstance(template, list):  # of templates with names
+            template = next((item["template"] for item in template if item.get("name") == "default"), None)
         if isinstance(template, str):
             found[COMPANIONS[0]] = template.encode()
     return found

@@ -66,7 +66,7 @@ class AttentionBackend(NamedTuple):
         block_mask: for `flex`.
         cu_seqlens: `[documents + 1]` int32, for `varlen`.
         max_seqlen: upper bound on a document's length, for `varlen`.
-        window_size: tokens seen to the (left, right), -1 without bound, for `varlen` and `banded`.
+        window_size: tokens seen to the (left, right), -1 without bound, for `varlen`, `banded` and estimates.
     """
 
     name: str
@@ -124,7 +124,8 @@ def choose_attention_backend(
         window = None  # no token of a document is further away
     if is_estimating() and kernel_device(device) == "cuda":
         # What these kernels keep: queries, keys, values and outputs, never the scores.
-        return AttentionBackend("sdpa", causal=causal)
+        reach = (-1, -1) if window is None else (window, 0 if causal else window)
+        return AttentionBackend("sdpa", causal=causal and window is None, window_size=reach)
     if cu_seqlens is not None and len(cu_seqlens) == rows + 1 and device.type != "cpu":
         document_ids = cu_seqlens = None  # as many documents as rows
     half = dtype in (torch.bfloat16, torch.float16)

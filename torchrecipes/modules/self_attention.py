@@ -122,6 +122,8 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
     options = {"attn_mask": backend.mask, "dropout_p": backend.dropout_p, "is_causal": backend.causal}
+    if backend.window_size != (-1, -1):  # an estimate: as many keys as a query sees
+        k, v = (x[:, :, : 1 + sum(backend.window_size)] for x in (k, v))
     if k.shape[1] != q.shape[1]:
         if kernel_device(q.device) == "cuda" and backend.mask is None:
             options["enable_gqa"] = True
