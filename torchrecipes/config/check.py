@@ -256,6 +256,9 @@ def _to_value(
         wanted = arguments[1] if len(arguments) == 2 else Any
         pairs = {key: _to_value(checker, item, wanted, (*key_path, key), component_spec) for key, item in value.items()}
         return INVALID if any(item is INVALID for item in pairs.values()) else pairs
+    is_class = isinstance(kind, type) and kind not in (*coerce.LISTS, *coerce.MAPPINGS)
+    if component_spec and isinstance(value, dict) and is_class and any(closest(key, [PATH_KEY]) for key in value):
+        return _add_no_component(checker, value, key_path)  # an object of a class, whose `_component_` is misspelt
     try:
         return coerce.to_scalar(value, annotation)
     except coerce.WrongType as error:
