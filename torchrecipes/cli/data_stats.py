@@ -103,8 +103,15 @@ def _none(_corpus: Any, lengths: Any, seq_len: int) -> tuple[int, int]:
     return int(rows), int(lengths.counts[lengths.values > seq_len].sum())
 
 
+def _best_fit(corpus: Any, lengths: Any, seq_len: int) -> tuple[int, int]:
+    from torchrecipes.data.batching import make_rows
+
+    rows = make_rows("best_fit", corpus, seq_len, pad_id=0).num_rows
+    return rows, int(lengths.counts[lengths.values > seq_len].sum())
+
+
 # Of each packing, the rows of the corpus and the documents that do not lie in one row.
-PACKINGS = {"concat": _concat, "none": _none}
+PACKINGS = {"concat": _concat, "best_fit": _best_fit, "none": _none}
 
 
 def _example(corpus: Any, number: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torchrecipes.config import Component, build, component
 from torchrecipes.config.components import resolve
 from torchrecipes.config.metadata import Count, Documents, Fraction, MayChange
 from torchrecipes.config.metadata import Rows as NumRows
+from torchrecipes.data.batching.appended import rows_of_corpus
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.loader import evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
@@ -182,7 +183,10 @@ def open_rows(
                 eval_sets[name] = rows_of(corpus)
     else:
         folders = {name: _folder(corpus_dir, source, name) for name in names}
-        train = {name: rows(folder / "train") for name, folder in folders.items()}
+        if source:  # an addition to a part of a mixture makes another corpus of it
+            train = {name: rows(folder / "train") for name, folder in folders.items()}
+        else:
+            train = {VALIDATION: rows_of_corpus(open_corpus(corpus_dir / "train", tokenizer), rows_of)}
         eval_sets = {name: rows(folders[name] / "validation") for name in held_out}
     eval_sets |= {name: rows(corpus_dir / EVAL_SETS / name / "train") for name in own_sets}
     return _mix(train, source, config.global_batch_size) if source else train[VALIDATION], eval_sets

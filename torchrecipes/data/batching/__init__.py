@@ -4,6 +4,7 @@ rows      `Rows`: what a loader reads
 packing   `PackedDataset`, `BestFitDataset`, `PaddedDataset`: rows of equal length from documents
 best_fit  the plan of `BestFitDataset`
 mixture   `MixtureRows`: rows of several sources in exact proportions
+appended  `AppendedRows`: rows of a corpus that text has been added to, also during a run
 streamed  `StreamedRows`: rows of a corpus that is still being written
 shuffle   the order of the rows as arithmetic: a permutation without a list
 mlm       `MLMCollator`: masked tokens
@@ -12,6 +13,7 @@ batch     `Batch`: what a model and a loss get
 loader    `Loader`: from a step's number to its micro-batches
 """
 
+from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
@@ -22,6 +24,7 @@ from torchrecipes.data.batching.rows import RowBlock, Rows
 from torchrecipes.data.batching.streamed import StreamedRows
 
 __all__ = [
+    "AppendedRows",
     "Batch",
     "BestFitDataset",
     "CausalLMCollator",

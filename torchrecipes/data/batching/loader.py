@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset
 
+from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.mixture import MixtureRows, exhausted
@@ -147,20 +148,25 @@ class Loader:
         position = {"step": self.step, "rows_consumed": self.rows_consumed, "micro_batch_size": self.micro_batch_size}
         dataset = self._data.dataset
         mixture = {"mixture": dataset.state_dict()} if isinstance(dataset, MixtureRows) else {}
-        return position | self._data.identity() | mixture
+        segments = {"segments": dataset.state_dict()} if isinstance(dataset, AppendedRows) else {}
+        return position | self._data.identity() | mixture | segments
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken.
 
-        Rows that this loader has consumed beyond that (before a rollback) are not seen again.
+        Rows that this loader has consumed beyond that (before a rollback) are not seen again. Over a corpus that text
+        has been added to since, a new epoch begins, and a line says so.
 
         Raises:
             UserError: the state is of another corpus, order or batch size (code `other_data`).
         """
         now, dataset = self._data.identity(), self._data.dataset
-        if isinstance(dataset, MixtureRows):
+        if isinstance(dataset, MixtureRows | AppendedRows):
             now = {key: value for key, value in now.items() if key not in dataset.free_to_differ(state)}
         differing = [f"{key} (saved {state.get(key)}, current {now[key]})" for key in now if state.get(key) != now[key]]
+        lineage = dataset.corpus.lineage if isinstance(dataset, AppendedRows) else [state.get("corpus")]
+        if unknown := [fingerprint for _, fingerprint in state.get("segments", []) if fingerprint not in lineage]:
+            differing.append(f"the corpus as it was before additions (saved {', '.join(unknown)}, current unknown)")
         if differing:
             raise UserError(
                 f"the checkpoint was trained on other rows: {', '.join(differing)}",
@@ -171,11 +177,19 @@ class Loader:
             )
         if self.micro_batch_size == "auto":
             self.micro_batch_size = state["micro_batch_size"]
+        is_rollback = self.rows_consumed > state["rows_consumed"]
+        row = max(self.rows_consumed, state["rows_consumed"])
         if isinstance(dataset, MixtureRows):
-            is_rollback = self.rows_consumed > state["rows_consumed"]
-            row = max(self.rows_consumed, state["rows_consumed"])
             dataset.load_state_dict(state["mixture"], row, rollback=is_rollback)
-        self.seek(state["step"], max(self.rows_consumed, state["rows_consumed"]))
+        if isinstance(dataset, AppendedRows):
+            added = dataset.load_state_dict(state, row, rollback=is_rollback)
+            if added and row and self._data.first_row == 0:
+                print(
+                    f"{added:,} documents were added to the corpus since this checkpoint: from step {state['step']:,} "
+                    f"on, rows come from all {dataset.corpus.num_documents:,} documents, in a new epoch",
+                    flush=True,
+                )
+        self.seek(state["step"], row)
 
     def _start(self) -> Iterator[list[Batch]]:
         # On first use, not before: workers are processes.
