@@ -64,7 +64,7 @@ def write_corpus(
         content[ends - 1] = tokenizer.sep_id
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writer = ShardWriter({"train": folder}, {"dtype": dtype, "shard_tokens": 1 << 26, "made_from": f"seed {seed}"})
-    counts = np.stack([4 * lengths, 4 * lengths, 0 * lengths], axis=1)
+    counts = np.stack([4 * lengths, 4 * lengths, 0 * lengths, 0 * lengths], axis=1)
     writer.add(Tokenized(content.astype(dtype), lengths, counts))
     writer.finish(ReadStats(), tokenizer)
     return open_corpus(folder)

@@ -22,7 +22,7 @@ from torchrecipes.errors import UserError
 class Maker:
     """Stands for a tokenizer in what is written about one."""
 
-    fingerprint, vocab_size = "f" * 32, 1000
+    fingerprint, vocab_size, special_tokens = "f" * 32, 1000, "text"
 
 
 def make(folder, lengths, shard_tokens, dtype="uint16", seed=0, source="source-1"):
@@ -31,7 +31,7 @@ def make(folder, lengths, shard_tokens, dtype="uint16", seed=0, source="source-1
     documents = [draw.integers(0, 60_000, length).astype(dtype) for length in lengths]
     writer = ShardWriter({"train": folder}, {"dtype": dtype, "shard_tokens": shard_tokens, "source": source})
     sizes = np.array(lengths)
-    writer.add(Tokenized(np.concatenate(documents), sizes, np.stack([sizes, sizes, sizes * 0], 1)))
+    writer.add(Tokenized(np.concatenate(documents), sizes, np.stack([sizes, sizes, sizes * 0, sizes * 0], 1)))
     writer.finish(ReadStats(), Maker)
     return open_corpus(folder), documents
 

@@ -249,7 +249,7 @@ def _tokenize_source(
     start, backend = writer.position, tokenizer.text_backend
     try:
         results = _in_order(
-            lambda batch: _tokenize(batch.documents, backend, tokenizer.unknown_id, writer.dtype),
+            lambda batch: _tokenize(batch.documents, backend, tokenizer, writer.dtype),
             _batches(source, start, samples),
             threads,
         )
@@ -316,15 +316,18 @@ def _add_skipped(start: SourcePosition, report: ReadStats) -> ReadStats:
     return skipped
 
 
-def _tokenize(documents: list[tuple[str, int]], backend: Any, unknown_id: int | None, dtype: np.dtype) -> Tokenized:
+def _tokenize(documents: list[tuple[str, int]], backend: Any, tokenizer: Tokenizer, dtype: np.dtype) -> Tokenized:
     ids = [encoding.ids for encoding in backend.encode_batch_fast([text for text, _ in documents])]
     around = backend.num_special_tokens_to_add(is_pair=False)
     ids = [one if len(one) > around else [] for one in ids]
     lengths = np.array([len(one) for one in ids], np.int64)
     tokens = np.concatenate([np.array(one, dtype) for one in ids] or [np.empty(0, dtype)])
-    counts = np.array([(len(text), num_bytes, 0) for text, num_bytes in documents], np.int64).reshape(-1, 3)
-    if unknown_id is not None:
-        before = np.concatenate([[0], np.cumsum(tokens == unknown_id)])[np.concatenate([[0], np.cumsum(lengths)])]
+    rows = [(len(text), num_bytes, 0, tokenizer.count_special_names(text)) for text, num_bytes in documents]
+    counts = np.array(rows, np.int64).reshape(-1, 4)
+    if tokenizer.unknown_id is not None:
+        before = np.concatenate([[0], np.cumsum(tokens == tokenizer.unknown_id)])[
+            np.concatenate([[0], np.cumsum(lengths)])
+        ]
         counts[:, 2] = np.diff(before)
     return Tokenized(tokens, lengths, counts)
 

@@ -157,6 +157,16 @@ class Corpus:
                 "never crosses from one to another. If they are lines or paragraphs of longer texts, set sample_by to "
                 "document"
             )
+        if numbers.special_names:
+            remedy = (
+                "characters like others; if they are meant as tokens, set tokenizer.special_tokens=honor, and if they "
+                "stand between documents, the separator of the source"
+            )
+            is_honored = self.account["tokenizer"].get("special_tokens") == "honor"
+            lines.append(
+                f"  {numbers.special_names:,} names of special tokens in {numbers.documents_with_special_names:,} "
+                f"documents are {'the tokens' if is_honored else remedy}"
+            )
         if numbers.empty:
             lines.append(f"  skipped {numbers.empty:,}: documents that have no tokens of their own")
         return "\n".join([*lines, *(f"  {line}" for line in self.account["skipped"])])

@@ -35,7 +35,7 @@ class Tokenized:
     Attributes:
         tokens: `[N]`, of all documents.
         lengths: int64 `[D]`, tokens of each document; 0: it has none of its own, and is counted only.
-        counts: int64 `[D, 3]`: characters, bytes and unknown tokens of each document.
+        counts: int64 `[D, 4]`: characters, bytes, unknown tokens and names of special tokens in each document.
         splits: `[D]`, the place of each document's split in `ShardWriter.folders`. None: the first.
     """
 
@@ -152,7 +152,11 @@ class ShardWriter:
             account = {
                 "format": FORMAT,
                 "split": name,
-                "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+                "tokenizer": {
+                    "fingerprint": tokenizer.fingerprint,
+                    "vocab_size": tokenizer.vocab_size,
+                    "special_tokens": tokenizer.special_tokens,
+                },
                 "settings": self.settings,
                 "source_position": asdict(self.position),
                 "statistics": asdict(self.statistics(name)),
@@ -237,7 +241,7 @@ class ShardWriter:
                 continue
             own_lengths = lengths[own]
             kept = own_lengths[own_lengths > 0]
-            characters, num_bytes, unknown = counts[own].sum(0).tolist()
+            characters, num_bytes, unknown, special_names = counts[own].sum(0).tolist()
             split.tokens.append(tokens if own.all() else tokens[np.repeat(own, lengths)])
             split.lengths.append(kept)
             split.pending += Statistics(
@@ -248,6 +252,8 @@ class ShardWriter:
                 characters=characters,
                 bytes=num_bytes,
                 unknown=unknown,
+                special_names=special_names,
+                documents_with_special_names=int((counts[own, 3] > 0).sum()),
                 shortest=int(kept.min()) if len(kept) else 0,
                 longest=int(kept.max(initial=0)),
             )

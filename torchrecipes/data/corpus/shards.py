@@ -35,6 +35,7 @@ class Statistics:
 
     `seen` counts the documents of the source that were read for it, `documents` those that are in it; `empty` ones
     have no token but the special ones around a document. `shortest` and `longest` are in tokens, special ones included.
+    `special_names` counts the names of special tokens in the text, such as `[MASK]`.
     """
 
     seen: int = 0
@@ -44,6 +45,8 @@ class Statistics:
     characters: int = 0
     bytes: int = 0
     unknown: int = 0
+    special_names: int = 0
+    documents_with_special_names: int = 0
     shortest: int = 0
     longest: int = 0
 

@@ -134,7 +134,7 @@ def _extension(
     decoder = tokenizer.backend.get_added_tokens_decoder()
     ids = {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
     roles: dict[str, AddedToken] = {role: decoder[i] for role, i in ids.items() if i is not None}
-    made = make_tokenizer(backend, roles, multiple)
+    made = make_tokenizer(backend, roles, multiple, special_tokens=tokenizer.special_tokens)
     first = tokenizer.unpadded_vocab_size
     after = made.backend.get_vocab(with_added_tokens=True)
     moved = [name for name, i in tokenizer.backend.get_vocab(with_added_tokens=True).items() if after.get(name) != i]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from torchrecipes.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, special_tokens
+from torchrecipes.data.tokenizers.tokenizer import IN_DOCUMENTS, Tokenizer, make_tokenizer, special_names
 from torchrecipes.data.tokenizers.tokenizer_files import ROLES, USUAL_NAMES, read_tokenizer
 from torchrecipes.data.tokenizers.train import train_bpe, train_char, train_unigram, train_wordpiece
 from torchrecipes.errors import UserError
@@ -15,7 +15,11 @@ __all__ = ["Tokenizer", "load_tokenizer", "train_bpe", "train_char", "train_unig
 
 
 def load_tokenizer(
-    path: str | Path, pad_vocab_to_multiple_of: int = 64, required: Sequence[str] | None = None, causal: bool = False
+    path: str | Path,
+    pad_vocab_to_multiple_of: int = 64,
+    required: Sequence[str] | None = None,
+    causal: bool = False,
+    special_tokens: str | None = None,
 ) -> Tokenizer:
     """Reads a tokenizer from disk.
 
@@ -28,6 +32,8 @@ def load_tokenizer(
             `("eos",)` with `causal`.
         causal: for a model that predicts the next token. Whatever the tokenizer's own form of a document is, it becomes
             `eos text`, or `bos text eos` where there are both. The eos token pads where there is no padding token.
+        special_tokens: what the names of special tokens are in documents: "text", characters like others, or "honor",
+            the tokens. None: what the tokenizer was saved with, else "text".
 
     Raises:
         UserError: there is no tokenizer, ids of the file would change, or a required special token is missing (code
@@ -41,7 +47,7 @@ def load_tokenizer(
     roles = files.roles
     for role in required:
         if role not in roles:
-            names = ", ".join(special_tokens(files.backend).values()) or "none"
+            names = ", ".join(special_names(files.backend).values()) or "none"
             raise UserError(
                 f"the tokenizer in {path} has no {role} token, which this model needs (special tokens: {names})",
                 hint=f'Name one in tokenizer_config.json beside tokenizer.json, as in "{role}_token": '
@@ -51,7 +57,8 @@ def load_tokenizer(
             )
     if causal:
         roles = {"bos": roles["eos"], "pad": roles["eos"], **roles}
-    tokenizer = make_tokenizer(files.backend, roles, pad_vocab_to_multiple_of, causal)
+    special_tokens = special_tokens or files.config.get(IN_DOCUMENTS, "text")
+    tokenizer = make_tokenizer(files.backend, roles, pad_vocab_to_multiple_of, causal, special_tokens)
     return replace(tokenizer, config=files.config, chat_template=files.chat_template)
 
 

@@ -3,8 +3,8 @@
 1. The vocabulary is padded to a multiple of `pad_vocab_to_multiple_of` with tokens `<|inert_0|>`, ... that no text
    contains and no model predicts: matrix products are faster if the embedding has a round number of rows. The padding
    is part of the saved tokenizer, so that a token added later, here or in `transformers`, gets an id after it.
-2. A document is text and nothing else: a literal `[MASK]` or `</s>` in it is tokenized as characters (`encode`). Only
-   in a prompt are the names of special tokens the tokens themselves (`encode_prompt`).
+2. A document is text and nothing else: a literal `[MASK]` or `</s>` in it is tokenized as characters (`encode`), unless
+   `special_tokens` is "honor". In a prompt the names of special tokens are always the tokens (`encode_prompt`).
 """
 
 import json
@@ -34,6 +34,9 @@ from torchrecipes.data.tokenizers.tokenizer_files import (
 )
 from torchrecipes.errors import UserError
 
+SPECIAL_TOKENS = ("text", "honor")
+IN_DOCUMENTS = "special_tokens_in_documents"  # key of tokenizer_config.json; others ignore it
+
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -47,6 +50,8 @@ class Tokenizer:
         special_ids: all special tokens, vocabulary padding included.
         append_eos: whether a document ends with `eos_id`, which a prompt never does.
         fingerprint: xxh3-128 (hex) of the tokenizer without vocabulary padding. Equal fingerprints mean equal ids.
+        special_tokens: "text": the names of special tokens in a document are characters like others; "honor": they are
+            the tokens.
         config: further keys of `tokenizer_config.json`, which `save` keeps.
         chat_template: content of `chat_template.jinja`, which `save` keeps.
     """
@@ -64,12 +69,13 @@ class Tokenizer:
     special_ids: list[int]
     append_eos: bool
     fingerprint: str
+    special_tokens: str = "text"
     config: dict[str, Any] = field(default_factory=dict)
     chat_template: bytes | None = None
 
     def __getstate__(self) -> dict:
         # Pickling a backend loses `encode_special_tokens`: the text backend is made anew where it is needed.
-        return {name: value for name, value in self.__dict__.items() if name != "text_backend"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("text_backend", "_name_finders")}
 
     @property
     def unknown_id(self) -> int | None:
@@ -79,12 +85,17 @@ class Tokenizer:
 
     @cached_property
     def text_backend(self) -> tokenizers.Tokenizer:
-        """The backend for documents: as `backend`, but no text gives a special token (other than the unknown one)."""
+        """The backend for documents.
+
+        As `backend`, but unless special tokens are honored, no text gives one (other than the unknown one).
+        """
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.encode_special_tokens = True
         if self.append_eos:
             bos, eos = (backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
             backend.post_processor = between(backend, bos, eos)
+        if self.special_tokens == "honor":
+            return backend
+        backend.encode_special_tokens = True
         names = [self.backend.id_to_token(i) for i in self.special_ids]
         # A model whose own vocabulary has the name, such as Unigram, finds it nevertheless: there the name is cut after
         # its first character before the model sees it.
@@ -99,6 +110,19 @@ class Tokenizer:
             cutter = pre_tokenizers.Split(cut, behavior="merged_with_previous")
             backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cutter])
         return backend
+
+    @cached_property
+    def _name_finders(self) -> list[tuple[str, re.Pattern]]:
+        """The first characters of special tokens' names, each with a pattern of the names that begin so."""
+        names = {self.backend.id_to_token(i) for i in self.special_ids}
+        names = sorted((name for name in names if len(name) > 1 and not PADDING.fullmatch(name)), key=len, reverse=True)
+        starts = sorted({name[:2] for name in names})
+        return [(s, re.compile("|".join(re.escape(name) for name in names if name.startswith(s)))) for s in starts]
+
+    def count_special_names(self, text: str) -> int:
+        """How often the name of a special token stands in a text."""
+        # To look for two characters is a hundred times faster than for many names.
+        return sum(sum(1 for _ in names.finditer(text)) for start, names in self._name_finders if start in text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a document, with the special tokens that the tokenizer puts around it (`[CLS]` and `[SEP]`)."""
@@ -145,6 +169,9 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             IDS_KEY: ids_checksum(self.backend, self.unpadded_vocab_size),
         }
+        config.pop(IN_DOCUMENTS, None)
+        if self.special_tokens != "text":
+            config[IN_DOCUMENTS] = self.special_tokens
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         stated = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -155,7 +182,11 @@ class Tokenizer:
 
 
 def make_tokenizer(
-    backend: tokenizers.Tokenizer, roles: dict[str, AddedToken], pad_vocab_to_multiple_of: int, causal: bool = False
+    backend: tokenizers.Tokenizer,
+    roles: dict[str, AddedToken],
+    pad_vocab_to_multiple_of: int,
+    causal: bool = False,
+    special_tokens: str = "text",
 ) -> Tokenizer:
     """Makes a `Tokenizer` around `backend`, which is changed: tokens of `roles` that it lacks and padding are added.
 
@@ -165,22 +196,28 @@ def make_tokenizer(
         pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this.
         causal: for a model that predicts the next token. A document is `bos text eos`, or `eos text` where both are one
             token: it begins a document and is the last target of the one before. A prompt is the same without the end.
+        special_tokens: "text" or "honor", see `Tokenizer`.
 
     Raises:
-        UserError: ids between 0 and the largest belong to no token, and tokens must be added (code `holes`).
+        UserError: ids between 0 and the largest belong to no token, and tokens must be added (code `holes`);
+            `special_tokens` is something else (`invalid_value`).
     """
     if pad_vocab_to_multiple_of < 1:
         raise UserError(
             f"{pad_vocab_to_multiple_of} is less than 1", key="pad_vocab_to_multiple_of", hint="64 is a good choice."
         )
+    if special_tokens not in SPECIAL_TOKENS:
+        problem, hint = f"'{special_tokens}' is not a valid value", f"Set one of {', '.join(SPECIAL_TOKENS)}."
+        raise UserError(problem, key="special_tokens", hint=hint, code="invalid_value")
     before = backend.get_vocab(with_added_tokens=True)
-    special = special_tokens(backend)
+    special = special_names(backend)
     backend.add_special_tokens([token for token in roles.values() if token.content not in special.values()])
     end = ""
     if causal:
         backend.post_processor = begin_with(backend, roles["bos"].content)
         end = roles["eos"].content if roles["eos"].content != roles["bos"].content else ""
-    fingerprint = xxhash.xxh3_128_hexdigest(_canonical(backend) + end.encode())
+    honored = "\0honor" if special_tokens == "honor" else ""
+    fingerprint = xxhash.xxh3_128_hexdigest(_canonical(backend) + (end + honored).encode())
     unpadded_vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     vocab_size = -(-unpadded_vocab_size // pad_vocab_to_multiple_of) * pad_vocab_to_multiple_of
     unused = (name for i in count() if (name := f"<|inert_{i}|>") not in before)
@@ -193,13 +230,14 @@ def make_tokenizer(
         **ids,
         vocab_size=vocab_size,
         unpadded_vocab_size=unpadded_vocab_size,
-        special_ids=sorted(special_tokens(backend)),
+        special_ids=sorted(special_names(backend)),
         append_eos=bool(end),
         fingerprint=fingerprint,
+        special_tokens=special_tokens,
     )
 
 
-def special_tokens(backend: tokenizers.Tokenizer) -> dict[int, str]:
+def special_names(backend: tokenizers.Tokenizer) -> dict[int, str]:
     """The names of the special tokens by id."""
     return {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
 

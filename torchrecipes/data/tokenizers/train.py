@@ -8,11 +8,13 @@ own trainer adds them up in a fixed order, and is faster).
 
 import io
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import xxhash
@@ -21,7 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from torchrecipes.atomic_write import check_writable, write_atomically
 from torchrecipes.data.progress import Progress, waiting_for
-from torchrecipes.data.sources.records import Source, require_documents
+from torchrecipes.data.sources.records import Document, Source, require_documents
 from torchrecipes.data.tokenizers.sentencepiece_model import load_sentencepiece
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, one_thread
 from torchrecipes.data.tokenizers.tokenizer_files import USUAL_NAMES, bert_wordpiece, between, read_json, special_token
@@ -39,6 +41,7 @@ def train_wordpiece(
     pad_vocab_to_multiple_of: int = 64,
     sample_fraction: float = 1.0,
     folder: str | Path | None = None,
+    special_tokens: str = "text",
 ) -> Tokenizer:
     """Trains BERT's tokenizer: words and parts of words (`##ing`), as in Devlin et al. 2018.
 
@@ -52,13 +55,15 @@ def train_wordpiece(
             few GB are enough, and take memory in proportion.
         folder: where the tokenizer is saved; one that is there is loaded if it came from the same source and settings.
             None: not saved.
+        special_tokens: what the names of special tokens are in documents: "text", characters like others, or "honor",
+            the tokens, which the vocabulary is then not made from.
 
     Raises:
         UserError: no documents (code `no_documents`); `vocab_size` cannot hold the characters; `folder` holds another
             tokenizer (`other_tokenizer`) or cannot be written.
     """
 
-    def train() -> tokenizers.Tokenizer:
+    def train(source: Source) -> tokenizers.Tokenizer:
         blank = bert_wordpiece(dict.fromkeys(SPECIAL, 0), lowercase)  # for its normalizer and its words
         anywhere: Counter[str] = Counter()
         inside: Counter[str] = Counter()
@@ -92,7 +97,7 @@ def train_wordpiece(
 
     settings = {"type": "wordpiece", "vocab_size": vocab_size, "lowercase": lowercase, "limit_alphabet": limit_alphabet}
     settings["sample_fraction"] = sample_fraction
-    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, False, special_tokens)
 
 
 def train_bpe(
@@ -102,6 +107,7 @@ def train_bpe(
     pad_vocab_to_multiple_of: int = 64,
     sample_fraction: float = 1.0,
     folder: str | Path | None = None,
+    special_tokens: str = "text",
 ) -> Tokenizer:
     """Trains a byte-level BPE tokenizer like GPT-2's (Radford et al. 2019).
 
@@ -113,13 +119,13 @@ def train_bpe(
         causal: for a model that predicts the next token: the only special token is `<|endoftext|>`, and documents are
             `<|endoftext|> text`. False: the special tokens of BERT, and `[CLS] text [SEP]`.
         pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this.
-        sample_fraction, folder: as for `train_wordpiece`.
+        sample_fraction, folder, special_tokens: as for `train_wordpiece`.
 
     Raises:
         UserError: as for `train_wordpiece`.
     """
 
-    def train() -> tokenizers.Tokenizer:
+    def train(source: Source) -> tokenizers.Tokenizer:
         alphabet, special = sorted(pre_tokenizers.ByteLevel.alphabet()), (END,) if causal else SPECIAL
         if vocab_size < len(special) + len(alphabet):
             least = len(special) + len(alphabet)
@@ -140,7 +146,7 @@ def train_bpe(
         return backend
 
     settings = {"type": "bpe", "vocab_size": vocab_size, "sample_fraction": sample_fraction}
-    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal, special_tokens)
 
 
 def train_unigram(
@@ -151,6 +157,7 @@ def train_unigram(
     pad_vocab_to_multiple_of: int = 64,
     sample_fraction: float = 1.0,
     folder: str | Path | None = None,
+    special_tokens: str = "text",
 ) -> Tokenizer:
     """Trains a Unigram tokenizer (Kudo 2018) with SentencePiece, on text in Unicode's NFKC form.
 
@@ -160,13 +167,13 @@ def train_unigram(
         lowercase: lower-cases the text.
         causal: as for `train_bpe`; `<unk>` is a special token, too.
         pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this.
-        sample_fraction, folder: as for `train_wordpiece`.
+        sample_fraction, folder, special_tokens: as for `train_wordpiece`.
 
     Raises:
         UserError: as for `train_wordpiece`.
     """
 
-    def train() -> tokenizers.Tokenizer:
+    def train(source: Source) -> tokenizers.Tokenizer:
         normalizer = normalizers.Sequence([normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])])
         words: Counter[str] = Counter()
         for chunk, count in _count_words(source, sample_fraction).items():
@@ -208,7 +215,7 @@ def train_unigram(
         return backend
 
     settings = {"type": "unigram", "vocab_size": vocab_size, "lowercase": lowercase, "sample_fraction": sample_fraction}
-    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal, special_tokens)
 
 
 # SentencePiece's names for its special pieces; an id of -1 is none.
@@ -229,6 +236,7 @@ def train_char(
     pad_vocab_to_multiple_of: int = 1,
     sample_fraction: float = 1.0,
     folder: str | Path | None = None,
+    special_tokens: str = "text",
 ) -> Tokenizer:
     """Makes a tokenizer whose tokens are characters (code points): line ends and blanks are characters like others.
 
@@ -238,13 +246,13 @@ def train_char(
         causal: as for `train_bpe`; `<unk>` is a special token, too.
         pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this. The default adds nothing: padding
             would be a large part of so few ids.
-        sample_fraction, folder: as for `train_wordpiece`.
+        sample_fraction, folder, special_tokens: as for `train_wordpiece`.
 
     Raises:
         UserError: as for `train_wordpiece`.
     """
 
-    def train() -> tokenizers.Tokenizer:
+    def train(source: Source) -> tokenizers.Tokenizer:
         counts: Counter[str] = Counter()
         for text in _texts(source, sample_fraction, "counting characters"):
             counts.update(text)
@@ -258,16 +266,17 @@ def train_char(
         return backend
 
     settings = {"type": "char", "limit_alphabet": limit_alphabet, "sample_fraction": sample_fraction}
-    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal)
+    return _load_or_train(folder, settings, source, train, pad_vocab_to_multiple_of, causal, special_tokens)
 
 
 def _load_or_train(
     folder: str | Path | None,
     settings: dict,
     source: Source,
-    train: Callable[[], tokenizers.Tokenizer],
+    train: Callable[[Source], tokenizers.Tokenizer],
     pad_vocab_to_multiple_of: int,
     causal: bool = False,
+    special_tokens: str = "text",
 ) -> Tokenizer:
     """Loads the tokenizer in `folder`, or trains one and saves it there."""
     if causal:
@@ -281,15 +290,15 @@ def _load_or_train(
             roles["mask"] = special_token("[MASK]", lstrip=True)
 
     def made() -> Tokenizer:
-        backend = train()
+        backend = train(WithoutNames(source, roles) if special_tokens == "honor" else source)
         if not causal:
             backend.post_processor = between(backend, "[CLS]", "[SEP]")
-        return make_tokenizer(backend, roles, pad_vocab_to_multiple_of, causal)
+        return make_tokenizer(backend, roles, pad_vocab_to_multiple_of, causal, special_tokens)
 
     if folder is None:
         return made()
     folder = Path(folder)
-    settings = {**settings, "causal": causal, "source": source.fingerprint}
+    settings = {**settings, "causal": causal, "source": source.fingerprint, "special_tokens": special_tokens}
     record = folder / "training.json"
     if not record.exists():
         check_writable(folder)
@@ -297,7 +306,7 @@ def _load_or_train(
         tokenizer.save(folder)
         write_atomically(record, [(json.dumps(settings, indent=2) + "\n").encode()])  # last: the tokenizer is complete
         return tokenizer
-    saved = json.loads(record.read_text("utf-8"))
+    saved = {"special_tokens": "text"} | json.loads(record.read_text("utf-8"))
     differ = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in settings.items() if saved.get(key) != value]
     if differ:
         raise UserError(
@@ -305,7 +314,22 @@ def _load_or_train(
             hint="Use another output_dir or data.corpus_dir, or delete that folder and the corpus made with it.",
             code="other_tokenizer",
         )
-    return make_tokenizer(read_json(folder / "tokenizer.json"), roles, pad_vocab_to_multiple_of, causal)
+    backend = read_json(folder / "tokenizer.json")
+    return make_tokenizer(backend, roles, pad_vocab_to_multiple_of, causal, special_tokens)
+
+
+class WithoutNames:
+    """A source whose documents lack the names of special tokens, so that their characters make no vocabulary."""
+
+    def __init__(self, source: Source, roles: dict[str, tokenizers.AddedToken]):
+        self.source = source
+        self.names = re.compile("|".join(re.escape(token.content) for token in roles.values()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __iter__(self) -> Iterator[Document]:
+        return (document._replace(text=self.names.sub(" ", document.text)) for document in self.source)
 
 
 def _train(backend: tokenizers.Tokenizer, source: Source, sample_fraction: float, trainer: trainers.Trainer) -> None:
