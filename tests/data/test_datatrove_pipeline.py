@@ -1,7 +1,9 @@
 """The steps for datatrove give what our own tools give."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +131,19 @@ def test_the_stages_give_the_documents_of_clean(texts, tmp_path):
         executor = run([CleanStage(stage, source, tmp_path / "cleaned")], logs, tasks, executor)
     texts_of = [[one.text for one in files(str(tmp_path / name / "documents"))] for name in ("own", "cleaned")]
     assert texts_of[0] == texts_of[1] and len(texts_of[0]) == 200
+
+
+def test_the_script_of_the_docs_makes_a_corpus(texts, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "data-at-scale.md").read_text(encoding="utf-8")
+    script = re.search(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    texts.rename(tmp_path / "raw")
+    monkeypatch.chdir(tmp_path)
+    # All of it in this process; what was cleaned is one file, so it is tokenized by one task.
+    script = (
+        script.replace("workers=16", "workers=1")
+        .replace(', "tokenize", 64)', ', "tokenize", 1)')
+        .replace(", 64", ", 2")
+    )
+    exec(compile(script, "prepare.py", "exec"), {"__name__": "__main__"})
+    corpus = open_corpus("corpus/train", load_tokenizer("tokenizer", causal=True))
+    assert 150 < corpus.num_documents < 200
