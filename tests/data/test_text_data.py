@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from torchrecipes.config import Component, component
+from torchrecipes.data import text_data
 from torchrecipes.data.sources import Document, Mixture, files, mixture
 from torchrecipes.data.text_data import TextData, load_text, open_rows
 from torchrecipes.errors import UserError
@@ -165,7 +166,7 @@ def finish(rows):
 
 def test_a_stream_trains_on_the_documents_that_a_prepared_corpus_has(tmp_path):
     node = source(tmp_path, "law")
-    prepared = load_text(config(tmp_path, node, validation_fraction=0.1), causal=True)
+    prepared = load_text(config(tmp_path / "prepared", node, validation_fraction=0.1), causal=True)
     text = load_text(stream_config(tmp_path, node), causal=True)
     assert list(text.eval_sets) == ["validation"]
     # The text fits into one shard, which is one block.
@@ -206,6 +207,30 @@ def test_a_split_of_a_dataset_is_evaluated_on(tmp_path, mode, split):
 
 
 SIZES = {"train": 40, "test": 9, "validation": 6}
+
+
+def test_a_tokenizer_is_trained_on_the_beginning_of_a_stream(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("abc\n" * 50 + "xyz\n" * 500)
+    node = Component("torchrecipes.data.sources.files", {"path": str(path), "sample_by": "line"})
+    monkeypatch.setattr(text_data, "TOKENIZER_CHARACTERS", 60)
+    for number, one in enumerate((node, Component(mixture_path, {"sources": {"p": node, "q": node}, "weights": HALF}))):
+        run = stream_config(tmp_path / str(number), one, validation_fraction=0, eval_samples=3)
+        vocabulary = load_text(run, causal=True).tokenizer.backend.get_vocab()
+        assert "a" in vocabulary and "x" not in vocabulary
+
+
+HALF = {"p": 1, "q": 1}
+mixture_path = "torchrecipes.data.sources.mixture"
+
+
+def test_other_ranks_read_what_the_first_one_started(tmp_path, monkeypatch):
+    text = load_text(stream_config(tmp_path, source(tmp_path, "law")), causal=True)
+    monkeypatch.setattr(text_data, "rank", lambda: 1)
+    monkeypatch.setattr(text_data, "open_stream", lambda *_, **__: pytest.fail("starts a process"))
+    other = load_text(stream_config(tmp_path, source(tmp_path, "law")), causal=True)
+    assert other.train.identity() == text.train.identity()
+    assert other.eval_sets["validation"].identity() == text.eval_sets["validation"].identity()
 
 
 def test_a_mixture_of_streams_needs_weights(tmp_path):

@@ -21,6 +21,7 @@ from torchrecipes.data.batching.rows import Rows
 from torchrecipes.data.batching.streamed import BLOCK_ROWS, StreamedRows
 from torchrecipes.data.corpus import Stream, check_corpus_dir, open_corpus, open_stream, prepare_corpus
 from torchrecipes.data.corpus.shard_writer import to_json
+from torchrecipes.data.sources.beginning import beginning_of
 from torchrecipes.data.sources.eval_split import split_for_evaluation
 from torchrecipes.data.sources.mixture import Mixture, mixture
 from torchrecipes.data.sources.records import Source
@@ -32,6 +33,7 @@ from torchrecipes.model_folder import resolve_model_folder
 
 VALIDATION = "validation"  # the evaluation set that is held out of the source
 EVAL_SETS = "eval_sets"  # their folder
+TOKENIZER_CHARACTERS = 200_000_000  # of a stream: what a tokenizer is trained on before the stream starts
 STREAMS_FILE = "streams.json"  # in the folder of corpora: the folder of the cache by part of the text
 
 
@@ -78,7 +80,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
     that source is for training.
 
     With `data.mode=streaming` a process tokenizes the source into a folder of `data.cache_dir` while the model is
-    trained. Documents held out are those of the first block.
+    trained; a tokenizer is trained on the beginning of the text. Documents held out are those of the first block.
 
     On several ranks the first does the work and the others wait.
 
@@ -121,7 +123,8 @@ def load_text(config: Any, *, causal: bool) -> Text:
         if config.tokenizer is None:
             made = load_model_tokenizer(resolve_model_folder(config.init_from), causal)
         else:
-            made = build(config.tokenizer, source=source, folder=corpus_dir / "tokenizer", causal=causal)
+            text = beginning_of(source, TOKENIZER_CHARACTERS) if is_stream else source
+            made = build(config.tokenizer, source=text, folder=corpus_dir / "tokenizer", causal=causal)
         options: dict[str, Any] = {"tokenizer_threads": data.tokenizer_threads}
         for name, eval_source in eval_sources.items():
             prepare_corpus(corpus_dir / EVAL_SETS / name, eval_source, made, 0, seq_len=config.seq_len, **options)

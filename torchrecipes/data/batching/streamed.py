@@ -213,6 +213,7 @@ class StreamedRows:
         return self._open[number]
 
     def __str__(self) -> str:
+        self._refresh()
         tokens = sum(shard.tokens for shard in self.stream.shards)
         state = "" if self.stream.finished else " so far"
         return (
