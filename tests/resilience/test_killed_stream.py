@@ -63,7 +63,8 @@ config, runs, kills, seed = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3
 draw, path = random.Random(seed), find_recipe("mlm_pretrain")
 recipe = load_recipe(path)
 stream.SHARD_TOKENS = 10_000
-streamed.SHARDS_AHEAD = streamed.BLOCKS_AHEAD = 1  # so that the tokenizer works as long as the training does
+# So that the tokenizer works as long as the training does.
+stream.SHARDS_AHEAD = streamed.SHARDS_AHEAD = streamed.BLOCKS_AHEAD = 1
 
 def start(output_dir):
     child = os.fork()

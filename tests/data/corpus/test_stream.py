@@ -303,6 +303,16 @@ def test_the_process_pauses_when_it_is_far_ahead(tmp_path):
         assert (folder / "wanted").read_text() == str(wanted)
 
 
+def test_a_block_may_have_more_shards_than_the_process_writes_ahead(tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "SHARDS_AHEAD", 1)
+    opened = open_stream(files(str(text)), tokenizer, cache_dir=tmp_path, shard_tokens=200)
+    opened.want(1)
+    make_rows = partial(PackedDataset, seq_len=SEQ_LEN, pad_id=0)
+    rows = StreamedRows(opened, make_rows, SEQ_LEN, block_rows=100)
+    rows.locate(np.arange(300), seed=0)
+    assert len(rows._blocks[0]) > 3 and len(rows._blocks) > 2
+
+
 def test_a_folder_in_use_is_seen(tmp_path):
     held = use_folder(tmp_path)
     assert [entry.in_use for entry in list_entries(tmp_path.parent) if entry.key == tmp_path.name] == [True]

@@ -24,14 +24,13 @@ from torchrecipes.atomic_write import write_atomically
 from torchrecipes.data.batching.rows import RowBlock, Rows
 from torchrecipes.data.batching.shuffle import fold_in, permute
 from torchrecipes.data.corpus.corpus import Corpus
-from torchrecipes.data.corpus.stream import Stream
+from torchrecipes.data.corpus.stream import SHARDS_AHEAD, Stream
 from torchrecipes.data.progress import LINE_EVERY
 from torchrecipes.errors import UserError
 
 BLOCK_ROWS = 2**18
 OPEN_BLOCKS = 2
 BLOCKS_AHEAD = 2  # that the tokenizer writes beyond the one that is read
-SHARDS_AHEAD = 64  # at least
 ORDER_OF_BLOCKS = 2**34  # takes the place of a block in what their order is drawn from
 
 
@@ -68,7 +67,6 @@ class StreamedRows:
         self._blocks: list[range] = []  # the shards of every complete block
         self._known: list[int] = []  # rows of blocks, those of an earlier run first
         self._open: OrderedDict[int, Rows] = OrderedDict()
-        stream.want(SHARDS_AHEAD)
         while not self._find_blocks():
             if not wait:
                 problem, hint = f"the first block of {stream.folder} is not complete", "Wait for it."

@@ -31,6 +31,7 @@ from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
 SHARD_TOKENS = 4 * 2**20
+SHARDS_AHEAD = 64  # that the tokenizer writes beyond those that are read, at least
 POLL = 0.05  # seconds between two looks at the folder
 ABOUT_FILE = "about.json"
 
@@ -85,6 +86,7 @@ class Stream:
                 "(data_wait_fraction counts it)",
                 flush=True,
             )
+        self.want(len(self.shards) + SHARDS_AHEAD)
         time.sleep(POLL)
         self.refresh()
 
