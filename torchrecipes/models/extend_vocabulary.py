@@ -19,7 +19,7 @@ from torchrecipes.models.stored_tensors import open_tensors
 # What embeddings and heads are called in the folders of `transformers` and of this library.
 _VOCABULARY = re.compile(
     r"(^|\.)(wte|embed_tokens|word_embeddings|tok_embeddings|embed_in|embed_out|lm_head|decoder|predictions|"
-    r"vocab_projector|head)\.(weight|bias)$"
+    r"vocab_projector|head|encoder)\.(weight|bias)$"
 )
 
 

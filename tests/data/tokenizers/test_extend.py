@@ -145,6 +145,26 @@ def test_what_cannot_be_added():
     assert caught.value.code == "nothing_to_add"
 
 
+def test_a_vocabulary_with_holes_learns_words_but_gets_no_added_tokens(tmp_path):
+    TRAINERS["wordpiece"]().save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] += 5
+    content["added_tokens"] = [token for token in content["added_tokens"] if "inert" not in token["content"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(tmp_path, pad_vocab_to_multiple_of=1, required=())
+    with pytest.raises(UserError) as caught:
+        extend_tokenizer(tokenizer, ["<|a|>"])
+    assert caught.value.code == "holes"
+    extension = learn_tokens(tokenizer, Texts(DOMAIN), 3)
+    extension.tokenizer.save(tmp_path / "new")
+    loaded = vocabulary(load_tokenizer(tmp_path / "new", 1, ()))
+    assert loaded == vocabulary(tokenizer) | {
+        name: max(vocab.values()) + 1 + i for i, name in enumerate(extension.names)
+    }
+
+
 def swap(content):
     vocab = content["model"]["vocab"]
     a, b = sorted(vocab, key=vocab.get)[-2:]

@@ -61,7 +61,8 @@ def extend_tokenizer(
         pad_vocab_to_multiple_of: the new vocabulary is padded to a multiple of this.
 
     Raises:
-        UserError: a token is blank (code `blank_token`), or all of them are there already (`nothing_to_add`).
+        UserError: a token is blank (code `blank_token`), all of them are there already (`nothing_to_add`), or the
+            vocabulary has holes that they would fill (`holes`).
     """
     if blank := [token for token in tokens if not token.strip()]:
         hint = "Leave it out: white space is told apart by the tokenizer itself."
@@ -137,9 +138,19 @@ def _extension(
     made = make_tokenizer(backend, roles, multiple, special_tokens=tokenizer.special_tokens)
     first = tokenizer.unpadded_vocab_size
     after = made.backend.get_vocab(with_added_tokens=True)
-    moved = [name for name, i in tokenizer.backend.get_vocab(with_added_tokens=True).items() if after.get(name) != i]
-    moved = [name for name in moved if not PADDING.fullmatch(name)]
-    assert not moved and [after[name] for name in names] == list(range(first, first + len(names))), "ids moved"
+    expected = {
+        name: i
+        for name, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()
+        if i < first or not PADDING.fullmatch(name)
+    }
+    expected |= {name: first + number for number, name in enumerate(names)}
+    if moved := [name for name, i in expected.items() if after.get(name) != i]:
+        raise UserError(
+            f"{moved[0]!r} would get the id {after.get(moved[0])}, not {expected[moved[0]]}: the vocabulary has holes, "
+            "which `tokenizers` fills when it numbers added tokens",
+            hint="Give these ids to tokens first: tune-style tokenizer inspect lists them.",
+            code="holes",
+        )
     made = replace(made, config=tokenizer.config, chat_template=tokenizer.chat_template)
     return Extension(made, first, names, pieces)
 
