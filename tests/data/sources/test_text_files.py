@@ -152,17 +152,13 @@ def test_a_folder_of_save_to_disk_names_the_source_that_reads_it(here, splits):
     assert "hf_dataset" in str(error.value)
 
 
-def test_a_dataset_folder_with_held_out_files_is_refused_until_the_files_are_named(here):
-    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"):
+def test_a_folder_with_training_files_alone_is_read_whole_without_its_card(here):
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "more.jsonl"):
         write(here / "repo/data" / name, json.dumps({"text": name}))
     write(here / "repo/README.md", "---\nlicense: mit\n---\n# A card\n")
-    with pytest.raises(UserError) as error:
-        files("repo")
-    assert error.value.code == "held_out_files" and "repo/**/train*" in error.value.hint
-    assert texts(files("repo/**/train*")) == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
-    (here / "repo/data/test-00000-of-00001.jsonl").unlink()
     source = files("repo")
-    assert len(texts(source)) == 2 and source.skipped == [BadRecord("repo/README.md", resolve_paths.CARD)]
+    assert len(texts(source)) == 3 and source.skipped == [BadRecord("repo/README.md", resolve_paths.CARD)]
+    assert source.splits() == []
     write(here / "notes/README.md", "---\ntitle: x\n---\n")
     assert len(texts(files("notes"))) == 1, "a folder of texts alone has no card"
 

@@ -7,6 +7,7 @@ standard_library    `python_docs`, `python_source`: documentation and code that 
 mixture             `mixture`: several sources with weights
 part                `SourcePart`: one of several equal parts of a source
 records             `Source`, `Document`, `BadRecord`, `ReadStats`, and the checksum of a file's content
+dataset_repository  the splits and subsets of a cloned dataset repository
 resolve_paths       from paths, folders and patterns to a list of files
 line_reader         from the bytes of a file to numbered lines; recognizes other formats
 plain_text          from lines to documents: plain text

@@ -2,8 +2,8 @@
 
 1. A path is a file, a folder (with its sub-folders), a pattern with `*`, `**`, `?` or `[]`, or a list of those.
 2. A folder gives its files in the order of their names, so that every run and every machine reads the same order.
-3. What a folder or pattern holds and is not read is reported with the reason. A folder that another tool wrote
-   (`save_to_disk`; a dataset with training and test files) is refused with the setting that reads it.
+3. What a folder or pattern holds and is not read is reported with the reason. Of a dataset repository one split is read
+   (dataset_repository.py); what `save_to_disk` wrote is refused with the setting that reads it.
 
 The name of a file decides its format. A file that is named, or that a pattern names by its extension (`logs/*.log`), is
 read as plain text if the extension is unknown; one that only lies in a folder is skipped.
@@ -11,12 +11,12 @@ read as plain text if the extension is unknown; one that only lies in a folder i
 
 import glob
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torchrecipes.config.suggest import closest
+from torchrecipes.config.suggest import closest, did_you_mean
+from torchrecipes.data.sources.dataset_repository import find_repository
 from torchrecipes.data.sources.line_reader import COMPRESSIONS
 from torchrecipes.data.sources.records import BadRecord
 from torchrecipes.errors import UserError
@@ -36,10 +36,6 @@ NO_FILE = "not a file that can be read"
 CARD = "the card of a dataset; name it to read it"
 MANIFEST = "the manifest of an import, which says where the documents are from"
 TWICE = "named twice"
-TRAINING, HELD_OUT = (
-    re.compile(rf"({names})([-._]\d+(-of-\d+)?)?\.[a-z]+(\.(gz|xz|zst))?")
-    for names in ("train", "test|validation|valid|dev")
-)
 
 
 @dataclass(frozen=True)
@@ -54,20 +50,32 @@ class FoundFile:
     modified_ns: int
 
 
-def find_files(paths: list[str]) -> tuple[list[FoundFile], list[BadRecord]]:
-    """Return the files that `paths` stand for, in their order, and what was found there and is skipped.
+def find_files(
+    paths: list[str], split: str = "train", subset: str | None = None
+) -> tuple[list[FoundFile], list[BadRecord], list[str]]:
+    """Return the files that `paths` stand for, in their order.
+
+    Args:
+        paths: files, folders and patterns.
+        split: of a folder that is a dataset repository, what is read.
+        subset: one of a repository's, where it has several.
+
+    Returns:
+        The files, what was found there and is skipped, and the names of all splits (none without a repository).
 
     Raises:
         UserError: a path that matches nothing (code `no_such_file`; names the closest one), no file to read in any
-            (`no_files`), or a folder that another source reads (`saved_dataset`, `held_out_files`).
+            (`no_files`), a folder that another source reads (`saved_dataset`), no such split (`no_such_split`) or
+            subset (`no_such_subset`, `several_subsets`).
     """
     if not paths or not all(isinstance(path, str) and path for path in paths):
         hint = "Give a file, a folder, a pattern like texts/*.txt, or a list of these."
         raise UserError("no file is named", key="path", hint=hint, code="no_files")
     found: dict[str, FoundFile] = {}
     skipped = []
+    splits: dict[str, None] = {}
     for path in paths:
-        for item in _search(path):
+        for item in _search(path, split, subset, splits):
             if isinstance(item, BadRecord):
                 skipped.append(item)
             elif item.path in found:
@@ -78,16 +86,20 @@ def find_files(paths: list[str]) -> tuple[list[FoundFile], list[BadRecord]]:
         seen = "".join(f"\n  {record}" for record in skipped[:20]) or " (nothing is there)"
         places = ", ".join(map(os.path.abspath, paths))
         raise UserError(f"no file to read in {places}{seen}", key="path", code="no_files")
-    return list(found.values()), skipped
+    if not splits and (split != "train" or subset is not None):
+        key = "split" if subset is None else "subset"
+        problem = f"{', '.join(paths)}: no folder with several splits, as a dataset repository has"
+        raise UserError(problem, key=key, hint=f"Leave {key} out, or give its folder.", code=f"no_such_{key}")
+    return list(found.values()), skipped, list(splits)
 
 
-def _search(path: str) -> Iterator[FoundFile | BadRecord]:
+def _search(path: str, split: str, subset: str | None, splits: dict[str, None]) -> Iterator[FoundFile | BadRecord]:
     if "://" in path:
         hint = "Download it, then give the path of the file."
         raise UserError(f"{path} is an address", key="path", hint=hint, code="no_such_file")
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        yield from _folder(path)
+        yield from _folder(path, split, subset, splits)
     elif os.path.lexists(path):
         yield _file(path, named=True)
     elif glob.has_magic(path):
@@ -97,12 +109,11 @@ def _search(path: str) -> Iterator[FoundFile | BadRecord]:
         raise _no_such_file(f"there is no file or folder {path}", path)
 
 
-def _folder(folder: str) -> Iterator[FoundFile | BadRecord]:
+def _folder(folder: str, split: str, subset: str | None, splits: dict[str, None]) -> Iterator[FoundFile | BadRecord]:
     unreadable: list[OSError] = []
     entries = []
     for parent, folders, names in os.walk(folder, onerror=unreadable.append):
         _refuse_saved_dataset(parent, names)
-        _refuse_held_out_files(folder, parent, names)
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         hidden = [name for name in folders if name.startswith(".") and name not in links]
         folders[:] = [name for name in folders if name not in hidden and name not in links]
@@ -112,11 +123,23 @@ def _folder(folder: str) -> Iterator[FoundFile | BadRecord]:
     entries += [(error.filename, f"cannot be listed ({error.strerror})") for error in unreadable]
     has_tables = any(FORMATS.get(os.path.splitext(path)[1], "text") != "text" for path, _ in entries)
     # By the parts of the path, so that the order is that of a tree and independent of the separator and the locale.
-    for path, reason in sorted(entries, key=lambda entry: entry[0].split(os.sep)):
+    entries.sort(key=lambda entry: entry[0].split(os.sep))
+    readable = [path for path, reason in entries if not reason and _format(path)]
+    repository = find_repository(folder, readable, subset)
+    if repository:
+        splits.update(dict.fromkeys(repository.splits))
+        if split not in repository.splits:
+            problem, hint = f"{folder} has no split '{split}'", did_you_mean(split, splits, "Its splits are")
+            raise UserError(problem, key="split", hint=hint, code="no_such_split")
+    for path, reason in entries:
         if reason:
             yield BadRecord(path, reason)
-        elif has_tables and path == os.path.join(folder, "README.md") and _is_card(path):
+        elif path == os.path.join(folder, "README.md") and (repository or (has_tables and _is_card(path))):
             yield BadRecord(path, CARD)
+        elif repository and _format(path) and path not in repository.splits[split]:
+            name = next((name for name, files in repository.splits.items() if path in files), None)
+            what = f"the split '{name}'" if name else repository.others.get(path)
+            yield BadRecord(path, f"of {what}, not of '{split}'" if what else "of no split of the dataset")
         elif os.path.basename(path) == "manifest.json" and _is_manifest(path):
             yield BadRecord(path, MANIFEST)
         else:
@@ -130,19 +153,6 @@ def _refuse_saved_dataset(folder: str, names: list[str]) -> None:
             key="path",
             hint=f"Read it with _component_=torchrecipes.data.sources.hf_dataset name={folder} instead of path.",
             code="saved_dataset",
-        )
-
-
-def _refuse_held_out_files(folder: str, parent: str, names: list[str]) -> None:
-    training = sorted(name for name in names if TRAINING.fullmatch(name))
-    held_out = sorted(name for name in names if HELD_OUT.fullmatch(name))
-    if training and held_out:
-        raise UserError(
-            f"{parent} holds training files and files that are meant to be held out ({training[0]}, {held_out[0]})",
-            key="path",
-            hint=f"Give '{os.path.join(folder, '**', 'train*')}' to read the training files, or "
-            f"'{os.path.join(folder, '**', '*')}' to read all.",
-            code="held_out_files",
         )
 
 
@@ -184,11 +194,8 @@ def _file(path: str, named: bool) -> FoundFile | BadRecord:
     base = os.path.basename(path)
     if base.startswith(".") and not named:
         return BadRecord(path, HIDDEN)
-    stem, suffix = os.path.splitext(base.lower())
-    compression = COMPRESSIONS.get(suffix)
-    if compression:
-        suffix = os.path.splitext(stem)[1]
-    form = FORMATS.get(suffix, "text" if named else None)
+    compression = COMPRESSIONS.get(os.path.splitext(base.lower())[1])
+    form = _format(path) or ("text" if named else None)
     try:
         status = os.stat(path)
     except OSError as error:
@@ -200,6 +207,11 @@ def _file(path: str, named: bool) -> FoundFile | BadRecord:
     if form is None:
         return BadRecord(path, UNKNOWN)
     return FoundFile(os.path.abspath(path), path, form, compression, status.st_size, status.st_mtime_ns)
+
+
+def _format(path: str) -> str | None:
+    stem, suffix = os.path.splitext(os.path.basename(path).lower())
+    return FORMATS.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
 
 
 def _refuse(path: str, detail: str, named: bool) -> BadRecord:

@@ -69,6 +69,9 @@ class files:
             missing fields, a corrupt file); "skip" counts and reports it. Empty texts are always counted and skipped.
         max_document_chars: a longer text becomes several documents, cut at white space where there is any.
         max_documents: documents to read at most, from the first; None: all.
+        split: what is read of a folder that is a dataset repository (training and test files, or a card that names
+            them): one of its splits. The report lists what is left out. Other folders are read whole.
+        subset: the configuration in the card, where there are several, or a sub-folder.
 
     Raises:
         UserError: a path that matches nothing, an invalid value; and, when the source is read, what `on_bad_record`
@@ -86,6 +89,8 @@ class files:
     on_bad_record: str = "stop"
     max_document_chars: int = 1_000_000
     max_documents: int | None = None
+    split: str = "train"
+    subset: str | None = None
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
     _column: TextColumn = field(init=False, repr=False, compare=False)
@@ -101,7 +106,12 @@ class files:
             problem = f"{self.columns} have no '{self._column.name}'"
             hint = f"Name the column of the text '{self._column.name}' in columns, or set text_column to one of them."
             raise UserError(problem, key="columns", hint=hint, code="invalid_value")
-        self.found, self.skipped = find_files([self.path] if isinstance(self.path, str) else list(self.path))
+        paths = [self.path] if isinstance(self.path, str) else list(self.path)
+        self.found, self.skipped, self._splits = find_files(paths, self.split, self.subset)
+
+    def splits(self) -> list[str]:
+        """Return the names of all splits of a dataset repository; none for other files."""
+        return self._splits
 
     def _check_separators(self) -> None:
         self.delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # as a shell passes it
