@@ -34,6 +34,7 @@ NOTICE = "Subscribe to our newsletter and never miss a word of it."
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_DOCUMENTS", 12)
     monkeypatch.setattr(pieces, "PART_BYTES", 20_000)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # pieces are many here, and disks slow
 
 
 def sentence(rng):

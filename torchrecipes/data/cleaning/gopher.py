@@ -44,7 +44,7 @@ def ellipsis_line_share(lines: Sequence[str]) -> float:
 
 def alphabetic_word_share(words: Sequence[str]) -> float:
     """Return the share of words with at least one letter."""
-    return sum(_LETTER.search(word) is not None for word in words) / max(1, len(words))
+    return sum(word.isalpha() or _LETTER.search(word) is not None for word in words) / max(1, len(words))
 
 
 def count_stop_words(words: Sequence[str], stop_words: Sequence[str] = STOP_WORDS) -> int:
@@ -77,16 +77,23 @@ def ngram_shares(words: Sequence[str]) -> tuple[dict[int, float], dict[int, floa
     lengths = np.fromiter(map(len, words), np.int64, len(words))
     total = max(1, int(lengths.sum()))
     hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, words)), np.uint64, len(words))
-    top, duplicated, ngrams = {}, {}, hashes
-    for n in range(2, max(DUPLICATE_NGRAMS) + 1):
+    shares = dict.fromkeys((*TOP_NGRAMS, *DUPLICATE_NGRAMS), 0.0)
+    ngrams = hashes
+    for n in shares:
         ngrams = ngrams[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[n - 1 :]
-        _, number, counts = np.unique(ngrams, return_inverse=True, return_counts=True)
-        repeated = counts > 1
+        order = np.argsort(ngrams)
+        is_next = np.diff(ngrams[order]) != 0
+        firsts = np.flatnonzero(np.concatenate([[True], is_next]))
+        counts = np.diff(firsts, append=len(ngrams))
+        if counts.max() <= 1:
+            break  # no longer n-gram is repeated
+        wanted = counts > 1
         if n in TOP_NGRAMS:
-            repeated &= np.arange(len(counts)) == (counts.argmax() if len(counts) else 0)
-        share = _covered(repeated[number], lengths, n) / total
-        (top if n in TOP_NGRAMS else duplicated)[n] = share
-    return top, duplicated
+            wanted = np.arange(len(counts)) == counts.argmax()
+        repeated = np.empty(len(ngrams), bool)
+        repeated[order] = np.repeat(wanted, counts)
+        shares[n] = _covered(repeated, lengths, n) / total
+    return {n: shares[n] for n in TOP_NGRAMS}, {n: shares[n] for n in DUPLICATE_NGRAMS}
 
 
 def _covered(starts: np.ndarray, lengths: np.ndarray, n: int) -> int:

@@ -26,7 +26,7 @@ class Language:
 
     keep: tuple[str, ...] = ("en",)
     min_probability: Fraction = 0.0
-    max_characters: Count | None = 5_000
+    max_characters: Count | None = 1_000
 
     def check(self) -> list[UserError]:
         """Return what is wrong with `keep`."""

@@ -92,20 +92,23 @@ class CleaningSteps:
             source: its source.
             boilerplate: hashes of lines; None: end before the boilerplate is removed.
         """
-        first, then = ("normalize", "c4"), ("gopher_quality", "gopher_repetition", "language")
+        before, after = ["normalize", "c4"], ["gopher_quality", "gopher_repetition", "language"]
         if self.is_exempt(source):
             names = ["normalize"]
         elif boilerplate is None:
-            names = [*first]
+            names = before
         else:
-            names = [*first, "boilerplate_lines", *first, *then] if self.boilerplate_lines else [*first, *then]
-        for name in names:
+            names = [*before, "boilerplate_lines", *after]
+        while names:
+            name, *names = names
             step = getattr(self, name)
             if step is None:
                 continue
             result = step.remove(text, boilerplate)[0] if name == "boilerplate_lines" else step(text)
             if result != text:
                 yield name, result
+                if name == "boilerplate_lines":
+                    names = [*before, *names]
             if isinstance(result, Removal):
                 return
             text = result
