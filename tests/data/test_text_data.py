@@ -1,5 +1,6 @@
 """`load_text`: what corpora and evaluation sets a config gives."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,6 +205,16 @@ def test_a_split_of_a_dataset_is_evaluated_on(tmp_path, mode, split):
     if split == "test" and mode == "prepare":
         text = load_text(config(tmp_path / "few", node, **data, eval_samples=3), causal=True)
         assert text.eval_sets["validation"].corpus.num_documents == 3
+
+
+def test_a_split_of_a_dataset_repository_is_evaluated_on(tmp_path):
+    for name, size in SIZES.items():
+        lines = [json.dumps({"text": f"{name} {i} words of a text"}) for i in range(size)]
+        (tmp_path / f"{name}-00000-of-00001.jsonl").write_text("\n".join(lines))
+    node = Component("torchrecipes.data.sources.files", {"path": str(tmp_path)})
+    text = load_text(config(tmp_path / "run", node, eval_split="auto", eval_samples=4), causal=True)
+    assert text.eval_sets["validation"].corpus.num_documents == 4
+    assert text.train.corpus.num_documents == SIZES["train"]
 
 
 SIZES = {"train": 40, "test": 9, "validation": 6}
