@@ -17,7 +17,7 @@ from torchrecipes.config import MISSING, Component, Fraction, MayChange, NonNega
 from torchrecipes.config import build, component, parse, to_yaml
 from torchrecipes.data import Batch, CausalLMCollator, Loader, MLMCollator, TextData, Tokenizer, load_text
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
-from torchrecipes.evaluation import evaluate_causal, evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation import evaluate_causal, evaluate_mlm, position_edges, unigram_baseline
 from torchrecipes.losses import by_source, causal_lm_loss, masked_lm_loss
 from torchrecipes.models import check_causal, is_decoder, loading_hint, meta_model_from_hf, set_dropout
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
@@ -158,16 +158,16 @@ def main(config: Config) -> None:
         first_step=step + 1,
     )
     evaluate, left_out = (evaluate_causal, ()) if causal else (evaluate_mlm, tokenizer.special_ids)
-    vocabulary = (left_out, tokenizer.vocab_size)
-    unigrams = {name: unigram_baseline(rows.corpus, *vocabulary) for name, rows in text.eval_sets.items()}
+    unigrams = {k: unigram_baseline(rows.corpus, left_out, tokenizer.vocab_size) for k, rows in text.eval_sets.items()}
+    edges = position_edges(config.seq_len) if config.longer_context else ()  # the loss by position, before and after
 
     def is_due() -> bool:
         return bool(config.eval_every) and (step % config.eval_every == 0 or step == max_steps)
 
     def evaluate_all() -> dict[str, float]:
         sets = text.eval_batches(collator, loader.micro_batch_size, config.eval_sequences, **run.placement)
-        options = {"unpadded_vocab_size": tokenizer.unpadded_vocab_size, "autocast": run.autocast}
-        results = {name: evaluate(model, sets[name], baseline=unigrams[name], **options) for name in sets}
+        options = {"autocast": run.autocast, "position_edges": edges}
+        results = {k: evaluate(model, sets[k], tokenizer.unpadded_vocab_size, unigrams[k], **options) for k in sets}
         return metrics.log_eval(step, forgetting.compare(step, results))
 
     def judge() -> str:

@@ -264,6 +264,7 @@ def test_longer_rows_dropout_and_frozen_parameters(adapt, base):
     run = adapt("run", *settings, "freeze=[embed*]", "max_steps=4")
     config = json.loads((run / "checkpoints" / "step-00000004" / "config.json").read_text())
     assert config["n_positions"] == 128
+    assert {"eval/general/loss/0-63"} <= lines(run)[0].keys() & lines(run)[-1].keys()  # before and after
     before, after = load_file(start), load_file(run / "checkpoints" / "step-00000004" / "model.safetensors")
     assert torch.equal(before["transformer.wte.weight"], after["transformer.wte.weight"])
     assert not torch.equal(before["transformer.h.0.mlp.c_fc.weight"], after["transformer.h.0.mlp.c_fc.weight"])

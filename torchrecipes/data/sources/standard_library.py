@@ -95,7 +95,7 @@ class python_docs:
 class python_source:
     """Code of the standard library of the running Python, without its docstrings and comments: a file is a document.
 
-    A domain beside `python_docs`, which has what is left out here. About 6 MB.
+    A domain beside `python_docs`, which has what is left out here. About 8 MB.
 
     Args:
         limit_mb: megabytes (10^6 bytes of UTF-8) of documents to stop after; None is all.
