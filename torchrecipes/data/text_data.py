@@ -127,7 +127,8 @@ def load_text(config: Any, *, causal: bool) -> Text:
             made = build(config.tokenizer, source=text, folder=corpus_dir / "tokenizer", causal=causal)
         options: dict[str, Any] = {"tokenizer_threads": data.tokenizer_threads}
         for name, eval_source in eval_sources.items():
-            prepare_corpus(corpus_dir / EVAL_SETS / name, eval_source, made, 0, seq_len=config.seq_len, **options)
+            folder = corpus_dir / EVAL_SETS / name
+            prepare_corpus(folder, eval_source, made, 0, seq_len=config.seq_len, name=name, **options)
         streams = {}
         for name, part in parts.items():
             fraction, samples = held_out[name]
@@ -135,7 +136,8 @@ def load_text(config: Any, *, causal: bool) -> Text:
             if is_stream and rank() == 0:
                 streams[name] = str(open_stream(part, made, cache_dir=data.cache_dir, **options).folder.absolute())
             elif not is_stream:
-                prepare_corpus(_folder(corpus_dir, source, name), part, made, seq_len=config.seq_len, **options)
+                options |= {"seq_len": config.seq_len, "name": name if len(parts) > 1 else None}
+                prepare_corpus(_folder(corpus_dir, source, name), part, made, **options)
         if streams:
             corpus_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(corpus_dir / STREAMS_FILE, [to_json(streams)])

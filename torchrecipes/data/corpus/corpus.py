@@ -127,15 +127,16 @@ class Corpus:
         if corrupt:
             raise _corrupt(self.folder, f"{', '.join(corrupt)}: wrong checksum")
 
-    def summary(self, seq_len: int | None = None) -> str:
+    def summary(self, seq_len: int | None = None, name: str | None = None) -> str:
         """Describes the content in a few lines, with warnings about what makes training or its evaluation poor.
 
         Args:
             seq_len: tokens per row. If given, documents that are much shorter are reported.
+            name: of the text; None: that of the split.
         """
         numbers, split = self.statistics, self.account["split"]
         lines = [
-            f"{split}: {numbers.documents:,} documents, {numbers.tokens:,} tokens "
+            f"{name or split}: {numbers.documents:,} documents, {numbers.tokens:,} tokens "
             f"({numbers.tokens / numbers.documents:,.1f} per document, {numbers.shortest:,} to {numbers.longest:,}), "
             f"{numbers.bytes / numbers.tokens:.2f} bytes of text per token, "
             f"{numbers.unknown / numbers.tokens:.3%} unknown tokens"
@@ -258,6 +259,7 @@ def prepare_corpus(
     shard_tokens: int = 64 * 2**20,
     seq_len: int | None = None,
     eval_samples: int | None = None,
+    name: str | None = None,
 ) -> tuple[Corpus, Corpus | None]:
     """Tokenizes a source into the corpora `folder/train` and `folder/validation`, or opens them if that is done.
 
@@ -275,6 +277,7 @@ def prepare_corpus(
         shard_tokens: maximum tokens of a shard (a longer document has a shard of its own). 64Mi are 128 MiB of uint16.
         seq_len: tokens per row, for the warning of `Corpus.summary`.
         eval_samples: the first documents, so many, are for validation, instead of a fraction.
+        name: of the text, for messages.
 
     Returns:
         Train and validation; None for the latter if there is none.
@@ -295,7 +298,8 @@ def prepare_corpus(
     if made:
         for corpus in corpora:
             corpus.verify()
-            print(corpus.summary(seq_len), flush=True)
+            of_split = name and (name if corpus is corpora[0] else f"{name}, validation")
+            print(corpus.summary(seq_len, of_split), flush=True)
     return corpora[0], corpora[1] if len(corpora) > 1 else None
 
 
