@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchrecipes.config import Component, component
@@ -258,3 +259,39 @@ def test_a_stream_whose_first_block_has_nothing_to_evaluate_on_is_refused(tmp_pa
         load_text(stream_config(tmp_path, source(tmp_path, "law"), validation_fraction=1e-9), causal=True)
     assert (error.value.code, error.value.key) == ("no_validation_text", "eval_every")
     assert "eval_samples" in error.value.hint
+
+
+def tokens(tmp_path, name: str, documents: int) -> Component:
+    """Ids of two documents' worth of letters in nanoGPT's format."""
+    path = tmp_path / f"{name}.bin"
+    np.tile(np.array([5, 6, 7, 4, 3], "<u2"), documents).tofile(path)
+    return Component("torchrecipes.data.token_files.nanogpt_tokens", {"path": str(path), "eos_id": 3})
+
+
+def test_tokens_of_another_tool_are_read_where_they_lie(tmp_path):
+    trained = config(tmp_path, source(tmp_path, "law"))
+    load_text(trained, causal=True)
+    tokenizer = Component(
+        "torchrecipes.data.tokenizers.load_tokenizer", {"path": str(tmp_path / "run" / "corpus" / "tokenizer")}
+    )
+    data = {"eval_sets": {"validation": tokens(tmp_path, "val", 20)}, "corpus_dir": str(tmp_path / "other")}
+    made = config(tmp_path, tokens(tmp_path, "train", 100), **data)
+    made.tokenizer = tokenizer
+    text = load_text(made, causal=True)
+    assert text.train.corpus.num_documents == 100 and text.eval_sets["validation"].corpus.num_documents == 20
+    assert not list((tmp_path / "other").rglob("shard-*"))
+
+    made.data.eval_sets, made.data.eval_samples = {}, 10
+    text = load_text(made, causal=True)
+    assert text.train.corpus.num_documents == 90 and text.eval_sets["validation"].corpus.num_documents == 10
+
+    made.data.eval_samples = None
+    with pytest.raises(UserError) as error:  # a fraction is the default
+        load_text(made, causal=True)
+    assert (error.value.code, error.value.key) == ("tokens_not_split", "data.validation_fraction")
+
+    parts = {"old": tokens(tmp_path, "train", 100), "new": source(tmp_path, "code")}
+    mixed = Component("torchrecipes.data.sources.mixture", {"sources": parts, "weights": {"old": 1, "new": 1}})
+    made.data.source, made.data.eval_sets = mixed, {"old": tokens(tmp_path, "val", 20)}
+    text = load_text(made, causal=True)
+    assert set(text.eval_sets) == {"old", "new"} and text.train.source_names == ("old", "new")

@@ -1,6 +1,7 @@
 """From text to batches.
 
 sources      files, tables, Hugging Face datasets: iterators over documents
+token_files  corpora that other tools have tokenized
 tokenizers   load one, or train one on the text
 corpus       tokenized documents on disk, read by memory map
 batching     rows, their order, targets, micro-batches

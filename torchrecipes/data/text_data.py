@@ -1,6 +1,7 @@
 """`load_text`: the tokenizer and the rows of a run; corpora are built where they are not there yet."""
 
 import json
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from torchrecipes.data.sources.beginning import beginning_of
 from torchrecipes.data.sources.eval_split import split_for_evaluation
 from torchrecipes.data.sources.mixture import Mixture, mixture
 from torchrecipes.data.sources.records import Source
+from torchrecipes.data.token_files.source import TokenSource
 from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.data.tokenizers.load import load_model_tokenizer
 from torchrecipes.distributed.collectives import rank, rank0_first, world_size
@@ -114,11 +116,22 @@ def load_text(config: Any, *, causal: bool) -> Text:
         )
     # What is held out of every part: a fraction, or a number of documents.
     held_out = {name: (0.0, None) if name in eval_sources else _held_out(data) for name in parts}
+    for name in _tokens(parts):
+        if held_out[name][0]:
+            raise UserError(
+                f"{parts[name].name} holds tokens, of which no fraction is held out by a hash of the text",
+                key="data.validation_fraction",
+                hint="Set data.eval_samples to hold out the first documents, or name a set in data.eval_sets; or "
+                "data.validation_fraction=0 eval_every=null.",
+                code="tokens_not_split",
+            )
+    texts = {name: part for name, part in parts.items() if name not in _tokens(parts)}
+    eval_texts = {name: part for name, part in eval_sources.items() if name not in _tokens(eval_sources)}
     with rank0_first("tokenizer and corpus"):
-        for name, part in parts.items():
+        for name, part in texts.items():
             if not is_stream:
                 check_corpus_dir(_folder(corpus_dir, source, name), part, *held_out[name])
-        for name, eval_source in eval_sources.items():
+        for name, eval_source in eval_texts.items():
             check_corpus_dir(corpus_dir / EVAL_SETS / name, eval_source)
         if config.tokenizer is None:
             made = load_model_tokenizer(resolve_model_folder(config.init_from), causal)
@@ -126,11 +139,11 @@ def load_text(config: Any, *, causal: bool) -> Text:
             text = beginning_of(source, TOKENIZER_CHARACTERS) if is_stream else source
             made = build(config.tokenizer, source=text, folder=corpus_dir / "tokenizer", causal=causal)
         options: dict[str, Any] = {"tokenizer_threads": data.tokenizer_threads}
-        for name, eval_source in eval_sources.items():
+        for name, eval_source in eval_texts.items():
             folder = corpus_dir / EVAL_SETS / name
             prepare_corpus(folder, eval_source, made, 0, seq_len=config.seq_len, name=name, **options)
         streams = {}
-        for name, part in parts.items():
+        for name, part in texts.items():
             fraction, samples = held_out[name]
             options |= {"validation_fraction": fraction, "eval_samples": samples}
             if is_stream and rank() == 0:
@@ -171,30 +184,40 @@ def open_rows(
     """
     data, pad_id = config.data, tokenizer.pad_id if tokenizer else 0
     rows_of = partial(make_rows, data.packing, seq_len=config.seq_len, pad_id=pad_id, lookahead=lookahead)
-
-    def rows(folder: Path) -> Rows:
-        return rows_of(open_corpus(folder, tokenizer))
-
-    source = _build_source("data.source", data.source) if is_mixture(data.source) else None
-    names = list(source.sources) if source else [VALIDATION]
-    own_sets = [*data.eval_sets, *(names if data.eval_split else ())]
-    held_out = [name for name in names if name not in own_sets and any(_held_out(data))]
+    # Sources are built where what is in them is not in `corpus_dir` alone.
+    is_built = is_mixture(data.source) or _is_tokens(data.source)
+    source = _build_source("data.source", data.source) if is_built else None
+    parts = source.sources if isinstance(source, Mixture) else {VALIDATION: source}
+    own_sets = [*data.eval_sets, *(parts if data.eval_split else ())]
     train: dict[str, Rows] = {}
     eval_sets: dict[str, Rows] = {}
-    if data.mode == "streaming":
-        for name, folder in _stream_folders(corpus_dir, names).items():
+    for name, part in parts.items():
+        folder, is_split = _folder(corpus_dir, source, name), name not in own_sets and any(_held_out(data))
+        held_out = None
+        if isinstance(part, TokenSource):
+            samples = data.eval_samples if is_split else None
+            train[name] = rows_of(part.open(tokenizer, samples or 0))
+            held_out = part.open(tokenizer, 0, samples) if samples else None
+        elif data.mode == "streaming":
+            folder = _stream_folder(corpus_dir, name)
             stream = train[name] = StreamedRows(Stream(folder), rows_of, config.seq_len, data.block_rows, wait)
-            if name in held_out and (corpus := stream.held_out()) is not None:
-                eval_sets[name] = rows_of(corpus)
-    else:
-        folders = {name: _folder(corpus_dir, source, name) for name in names}
-        if source:  # an addition to a part of a mixture makes another corpus of it
-            train = {name: rows(folder / "train") for name, folder in folders.items()}
+            held_out = stream.held_out() if is_split else None
         else:
-            train = {VALIDATION: rows_of_corpus(open_corpus(corpus_dir / "train", tokenizer), rows_of)}
-        eval_sets = {name: rows(folders[name] / "validation") for name in held_out}
-    eval_sets |= {name: rows(corpus_dir / EVAL_SETS / name / "train") for name in own_sets}
-    return _mix(train, source, config.global_batch_size) if source else train[VALIDATION], eval_sets
+            corpus = open_corpus(folder / "train", tokenizer)
+            # An addition to a part of a mixture makes another corpus of it.
+            train[name] = rows_of(corpus) if len(parts) > 1 else rows_of_corpus(corpus, rows_of)
+            held_out = open_corpus(folder / "validation", tokenizer) if is_split else None
+        if held_out is not None:
+            eval_sets[name] = rows_of(held_out)
+    for name in own_sets:
+        node = data.eval_sets.get(name)
+        if node and _is_tokens(node):
+            eval_sets[name] = rows_of(_build_source(f"data.eval_sets.{name}", node).open(tokenizer))
+        else:
+            eval_sets[name] = rows_of(open_corpus(corpus_dir / EVAL_SETS / name / "train", tokenizer))
+    if isinstance(source, Mixture):
+        return _mix(train, source, config.global_batch_size), eval_sets
+    return train[VALIDATION], eval_sets
 
 
 def _mix(parts: dict[str, Rows], source: Mixture, global_batch_size: int) -> MixtureRows:
@@ -207,13 +230,24 @@ def _held_out(data: TextData) -> tuple[float, int | None]:
     return (0.0, data.eval_samples) if data.eval_samples else (data.validation_fraction, None)
 
 
-def _stream_folders(corpus_dir: Path, names: list[str]) -> dict[str, str]:
+def _stream_folder(corpus_dir: Path, name: str) -> str:
     try:
-        folders = json.loads((corpus_dir / STREAMS_FILE).read_text("utf-8"))
+        return json.loads((corpus_dir / STREAMS_FILE).read_text("utf-8"))[name]
     except FileNotFoundError:
         hint = "Run the recipe, which starts one."
         raise UserError(f"{corpus_dir} names no stream", hint=hint, code="no_corpus") from None
-    return {name: folders[name] for name in names}
+
+
+def _tokens(sources: dict[str, Any]) -> list[str]:
+    return [name for name, source in sources.items() if isinstance(source, TokenSource)]
+
+
+def _is_tokens(node: Component) -> bool:
+    """Whether a source of a config gives tokens: the function that it names says so in its signature."""
+    try:
+        return typing.get_type_hints(resolve(node.path)).get("return") is TokenSource
+    except (NameError, TypeError):  # annotations that only type checkers can read
+        return False
 
 
 def is_mixture(node: Component) -> bool:

@@ -147,7 +147,7 @@ class BestFitDataset:
         self.tokens_per_row = corpus.num_tokens / self.num_rows
 
     def _open(self) -> None:
-        self._shards = [(np.asarray(shard.tokens), np.asarray(shard.document_offsets)) for shard in self.corpus.shards]
+        self._shards = [(shard.tokens, shard.document_offsets) for shard in self.corpus.shards]
         self._plans = [plan_rows(offsets, self.seq_len) for _, offsets in self._shards]
         self._first_row = np.cumsum([0, *(plan.num_rows for plan in self._plans)])
 
