@@ -16,7 +16,7 @@ from torchrecipes.config.catalog import find_recipe
 from torchrecipes.data import load_text
 from torchrecipes.errors import UserError
 from torchrecipes.planning import duration
-from torchrecipes.planning.duration import planned_steps, seconds_per_step
+from torchrecipes.planning.duration import describe_epochs, planned_steps, seconds_per_step
 from torchrecipes.training import start_run
 
 TRAIN = SimpleNamespace(num_rows=1000, tokens_per_row=250.0)
@@ -46,6 +46,21 @@ def must_not_be_timed():
 )
 def test_a_budget_is_rounded_up(budget, steps):
     assert planned_steps(config(**budget), TRAIN, {}, must_not_be_timed) == steps
+
+
+def test_epochs_of_a_stream_that_has_not_ended_are_refused():
+    class Stream:
+        tokens_per_row = 4.0
+
+        @property
+        def num_rows(self):
+            raise UserError("not known", key="epochs", code="unfinished_stream")
+
+    assert planned_steps(config(total_tokens=4001), Stream(), {}, must_not_be_timed) > 1
+    assert describe_epochs(Stream(), 100) == "" and "1.50" in describe_epochs(SimpleNamespace(num_rows=10), 15)
+    with pytest.raises(UserError) as error:
+        planned_steps(config(epochs=1), Stream(), {}, must_not_be_timed)
+    assert error.value.code == "unfinished_stream"
 
 
 @pytest.mark.parametrize(
