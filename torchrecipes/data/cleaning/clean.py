@@ -157,9 +157,10 @@ class _Job:
         file = self.output.work / "boilerplate.npy"
         with self.output.locked("boilerplate", wait=True):
             if not file.exists():
-                found = finished_pieces(self.inputs[-1:], self.lines)
-                names = [(self.lines / f"{name}.lines.npy", self.lines / f"{name}.counts.npy") for name, _ in found]
-                documents = sum(record["compared"] for _, record in found)
+                names, documents = [], 0
+                for name, record in finished_pieces(self.inputs[-1:], self.lines):
+                    names.append((self.lines / f"{name}.lines.npy", self.lines / f"{name}.counts.npy"))
+                    documents += record["compared"]
                 save_array(file, frequent_lines(names, self.steps.boilerplate_lines.threshold(documents)))
         return file
 
@@ -168,9 +169,9 @@ class _Job:
         if (self.output.work / MERGED).exists():  # `remove` may have begun
             return
         inputs = self.inputs if self.steps.removes_duplicates else self.inputs[-1:]
-        found = finished_pieces(inputs, self.filtered)
-        tally, skipped, references = Tally(), ReadStats(), {}
-        for name, record in found:
+        tally, skipped, references, found = Tally(), ReadStats(), {}, []
+        for name, record in finished_pieces(inputs, self.filtered):
+            found.append((name, record["kept"]))
             if name.startswith("part-"):
                 add_skipped(skipped, record)
                 skipped.documents += record["documents"]
@@ -201,8 +202,8 @@ class _Job:
         if not self.steps.removes_duplicates:
             self.output.finish(self.settings)
 
-    def _merge_duplicates(self, found: list[tuple[str, dict[str, Any]]], tally: Tally) -> None:
-        files = [PieceFiles(record["kept"], self.filtered / name) for name, record in found]
+    def _merge_duplicates(self, found: list[tuple[str, int]], tally: Tally) -> None:
+        files = [PieceFiles(kept, self.filtered / name) for name, kept in found]
         starts = np.cumsum([0, *(piece.documents for piece in files)])
         near = self.steps.near_duplicates
         progress = Progress("finding duplicates")
@@ -230,7 +231,7 @@ class _Job:
 
     def _count_removed(
         self,
-        found: list[tuple[str, dict[str, Any]]],
+        found: list[tuple[str, int]],
         files: list[PieceFiles],
         starts: np.ndarray,
         clusters: Clusters,
@@ -263,10 +264,13 @@ class _Job:
         if not (self.output.work / MERGED).exists():
             hint = "Run --stage merge first."
             raise UserError("the duplicates are not known yet", key="--stage", hint=hint, code="unfinished_stage")
-        found = finished_pieces(self.inputs[-1:], self.filtered)
-        progress = Progress("writing", sum(record["characters"] for _, record in found) // num_shards)
+        sizes = [
+            (name, record["kept"], record["characters"])
+            for name, record in finished_pieces(self.inputs[-1:], self.filtered)
+        ]
+        progress = Progress("writing", sum(characters for *_, characters in sizes) // num_shards)
         try:
-            for number, (name, record) in enumerate(found):
+            for number, (name, documents, characters) in enumerate(sizes):
                 text, keep = self.filtered / f"{name}.jsonl.zst", self.output.work / "keep" / f"{name}.npy"
                 if number % num_shards == shard_index and text.exists():
                     kept = self.output.documents / text.name
@@ -276,7 +280,7 @@ class _Job:
                         text.unlink()
                     else:
                         text.rename(kept)
-                    progress.add(record["kept"], record["characters"])
+                    progress.add(documents, characters)
         finally:
             progress.close()
         if not any(self.filtered.glob("part-*.jsonl.zst")):

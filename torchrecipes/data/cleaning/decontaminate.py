@@ -172,9 +172,8 @@ class _Job:
         return file
 
     def merge(self) -> None:
-        found = finished_pieces([self.input], self.filtered)
         tally, skipped, overlapping, written = Tally(), ReadStats(), 0, 0
-        for _, record in found:
+        for _, record in finished_pieces([self.input], self.filtered):
             add_skipped(skipped, record)
             skipped.documents += record["documents"]
             tally.add_record(record)

@@ -7,7 +7,7 @@
    key are compared by their signatures, which are read from disk when needed.
 4. Documents are joined to clusters (union-find); the first one of a cluster is kept.
 
-Memory: 16 bytes per document for the clusters, and a fixed amount for the range that is sorted. Disk: 1.2 KB per
+Memory: 33 bytes per document for the clusters, and a fixed amount for the range that is sorted. Disk: 1.2 KB per
     document.
 """
 

@@ -114,13 +114,12 @@ def process_pieces(
         progress.close()
 
 
-def finished_pieces(inputs: Iterable[Input], records: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the name and the record of every piece, in the order of the documents.
+def finished_pieces(inputs: Iterable[Input], records: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the record of every piece, in the order of the documents.
 
     Raises:
         UserError: some are not finished (code `unfinished_stage`).
     """
-    found = []
     for one in inputs:
         for part in range(len(_parts(one.source))):
             is_last, number = False, 0
@@ -131,9 +130,8 @@ def finished_pieces(inputs: Iterable[Input], records: Path) -> list[tuple[str, d
                     problem = f"the piece {name} is not finished"
                     hint = "Run all jobs of the earlier stages to their end first, with the same inputs and steps."
                     raise UserError(problem, key="--stage", hint=hint, code="unfinished_stage")
-                found.append((name, record))
+                yield name, record
                 is_last, number = record["is_last"], number + 1
-    return found
 
 
 def read_record(records: Path, name: str) -> dict[str, Any] | None:
