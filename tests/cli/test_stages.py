@@ -233,3 +233,28 @@ def test_two_processes_take_a_stage_together(staged, tmp_path):
     assert done.returncode == 4, done.stderr
     assert names([json.loads(line) for line in (staged.out / "log.jsonl").read_text().splitlines()]) == ["only"]
     assert json.loads((staged.out / "only" / "stage.json").read_text())["status"] == "ended"
+
+
+def test_an_estimate_has_every_stage_also_those_whose_start_has_not_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["estimate", "domain_adapt", "--config", "domain_adapt/quickstart", "--json", "max_steps=7"]) == 0
+    estimates = json.loads(capsys.readouterr().out)
+    assert list(estimates) == ["base", "replay_0", "replay_20"]
+    assert len({estimate["parameters"]["total"] for estimate in estimates.values()}) == 1
+    assert [estimate["steps"] for estimate in estimates.values()] == [None, 7, 7]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_with_a_config_refers_to_the_one_that_lists_it(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("seed: 1\n")
+    config = tmp_path / "tree.yaml"
+    config.write_text(
+        "output_dir: out\ninit_from: ${oc.env:PLACE}\ndata: {path: texts}\nstages:\n"
+        f"  a: {{config: {tmp_path}/base.yaml, seed: '${{data.path}}'}}\n"
+        f"  b: {{config: {tmp_path}/base.yaml, init_from: '${{init_from}}'}}\n  c: {{seed: '${{data.path}}'}}\n"
+    )
+    monkeypatch.setenv("PLACE", "secret")
+    stages = read_stages(config, ["data.path=more"])
+    assert stages["a"].tree == {"seed": "more"}
+    assert stages["b"].tree == {"init_from": "${init_from}"}  # what the environment gives is not written to a file
+    assert stages["c"].tree == {"seed": "${data.path}"}  # `load` resolves it

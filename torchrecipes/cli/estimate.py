@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,15 +57,28 @@ def main(args: argparse.Namespace) -> None:
 def _print_stages(args: argparse.Namespace) -> None:
     from torchrecipes.cli.stages import load_stages
 
-    estimates = {}
-    for name, (stage, recipe, config) in load_stages(args).items():
-        is_known = config.model or Path(config.init_from).exists()
-        estimates[name] = _estimate(args, recipe, config) if is_known else None
-        if not args.json:
-            unknown = f"its model is that of the stage {stage.start}, which is not there yet"
-            print(f"\nstage {name}\n{table(estimates[name]) if is_known else unknown}")
+    estimates: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        loaded: dict[str, tuple[ModuleType, Any]] = {}
+        for name, (stage, recipe, config) in load_stages(args).items():
+            if stage.start and not Path(config.init_from).exists():
+                config = _with_model_of(*loaded[stage.start], config, Path(folder, name))
+            loaded[name] = (recipe, config)
+            estimates[name] = _estimate(args, recipe, config)
+            if not args.json:
+                print(f"\nstage {name}\n{table(estimates[name])}")
     if args.json:
         print(json.dumps(estimates, indent=2))
+
+
+def _with_model_of(recipe: ModuleType, start: Any, config: Any, folder: Path) -> Any:
+    """`config` with a start that has not run yet: what it would save but for the weights is written into `folder`."""
+    from torchrecipes.models.hub import write_hf_config
+    from torchrecipes.planning.fake_model import meta_model, tokenizer_for
+
+    folder.mkdir()
+    write_hf_config(meta_model(start, tokenizer_for(start), recipe.build_model), folder)
+    return replace(config, init_from=str(folder), tokenizer=start.tokenizer)
 
 
 def _estimate(args: argparse.Namespace, recipe: ModuleType, config: Any) -> dict[str, Any]:
