@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests import ranks
 from torchrecipes.checkpoint import verify
 
-STEPS = 40
+STEPS = 24
 SETTINGS = f"""
 tokenizer: {{_component_: torchrecipes.data.tokenizers.train_char}}
 data:
@@ -44,7 +44,7 @@ log:
 checkpoint:
   save_every: 3
   keep_last: 2
-eval_every: 10
+eval_every: 8
 eval_sequences: 16
 """
 # Forks the training, which costs milliseconds where starting Python and torch costs seconds, and kills it at random.
@@ -138,7 +138,7 @@ def test_every_restart_continues_and_the_end_is_the_same_to_the_last_bit(tmp_pat
     draw = random.Random(0)
     words = "the cat dog fox owl sees hears finds likes a river house garden and goes home".split()
     with (tmp_path / "text.jsonl").open("w") as file:
-        for _ in range(4000):
+        for _ in range(2000):
             file.write(json.dumps({"text": " ".join(draw.choices(words, k=draw.randint(3, 40)))}) + "\n")
     config, driver, runs = tmp_path / "config.yaml", tmp_path / "driver.py", tmp_path / "runs"
     config.write_text(SETTINGS.replace("TEXT", str(tmp_path / "text.jsonl")))
