@@ -162,6 +162,7 @@ class BestFitDataset:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
         row_len = self.seq_len + self.lookahead
         tokens = np.full((len(numbers), row_len), self.pad_id, dtype=np.int64)
+        flat = tokens.reshape(-1)
         lengths = np.zeros(len(numbers), dtype=np.int64)
         row_starts = np.arange(len(numbers)) * row_len
         boundaries = [row_starts]
@@ -174,9 +175,8 @@ class BestFitDataset:
             before = np.cumsum(length) - length  # tokens of all pieces before a piece
             within = before - before[np.searchsorted(row, row)]  # tokens of its row before it
             target = row * row_len + within
-            steps = np.arange(int(length.sum()))
-            read = ids[steps + np.repeat(start - before, length)]
-            tokens.reshape(-1)[steps + np.repeat(target - before, length)] = read
+            for to, at, size in zip(target.tolist(), start.tolist(), length.tolist(), strict=True):
+                flat[to : to + size] = ids[at : at + size]
             lengths[where] = np.bincount(row, length, len(numbers))[where]
             boundaries.append(target[within > 0])
         padded = (lengths > 0) & (lengths < row_len)
