@@ -96,7 +96,7 @@ class PostNormBlock(nn.Module):
 
     Args:
         dropout_p: probability of dropping an element of what attention and feed-forward add, in training.
-        attention_dropout_p: the same for attention. None: `dropout_p`.
+        drop_attention: whether elements of what attention adds are dropped, too.
     """
 
     def __init__(
@@ -107,15 +107,14 @@ class PostNormBlock(nn.Module):
         attention_norm: nn.Module,
         mlp_norm: nn.Module,
         dropout_p: float = 0.0,
-        attention_dropout_p: float | None = None,
+        drop_attention: bool = True,
     ):
         super().__init__()
         self.self_attn = self_attn
         self.attention_norm = attention_norm
         self.mlp = mlp
         self.mlp_norm = mlp_norm
-        self.dropout_p = dropout_p
-        self.attention_dropout_p = dropout_p if attention_dropout_p is None else attention_dropout_p
+        self.dropout_p, self.drop_attention = dropout_p, drop_attention
 
     def forward(
         self,
@@ -126,6 +125,7 @@ class PostNormBlock(nn.Module):
     ) -> Tensor:
         """Args: x_BSD; `rotary`, `backend` and `cache` as in `SelfAttention.forward`."""
         attended = self.self_attn(x_BSD, rotary, backend, cache)
-        attended = F.dropout(attended, self.attention_dropout_p, self.training)
+        if self.drop_attention:
+            attended = F.dropout(attended, self.dropout_p, self.training)
         x_BSD = self.attention_norm(x_BSD + attended)
         return self.mlp_norm(x_BSD + F.dropout(self.mlp(x_BSD), self.dropout_p, self.training))

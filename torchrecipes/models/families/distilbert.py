@@ -154,8 +154,8 @@ def _block(config: DistilBertConfig) -> PostNormBlock:
         mlp=GeluMLP(config.hidden_size, config.intermediate_size),
         attention_norm=LayerNorm(config.hidden_size, eps=EPS),
         mlp_norm=LayerNorm(config.hidden_size, eps=EPS),
-        attention_dropout_p=0.0,  # of what attention adds; BERT's has one
         dropout_p=config.dropout,
+        drop_attention=False,  # BERT has it, DistilBERT not
     )
 
 
