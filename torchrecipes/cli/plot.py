@@ -1,6 +1,7 @@
 """`tune-style plot`: plots loss, evaluation, learning rate and throughput of one or more runs."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
         panel.sharex(loss)
     for panel in (loss, accuracy):
         panel.tick_params(labelbottom=False)
+    keys = {key for lines in runs.values() for line in lines for key in line if key.startswith("eval/")}
+    markers = dict(zip(sorted({key.split("/")[1] for key in keys}), itertools.cycle("os^Dv")))
     for number, (name, lines) in enumerate(runs.items()):
         color = f"C{number}"
         loss.plot(*_series(lines, "loss"), color=color, alpha=0.45, linewidth=1.2, label=f"{name}, training")
@@ -85,14 +88,17 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
             _, split, metric = key.split("/")
             panel = {"loss": loss, "accuracy": accuracy}.get(metric)
             if panel is not None:
-                panel.plot(*_series(lines, key), color=color, marker="o", markersize=4, label=f"{name}, {split}")
+                panel.plot(
+                    *_series(lines, key), color=color, marker=markers[split], markersize=4, label=f"{name}, {split}"
+                )
                 baseline = f"eval/{split}/unigram_{metric}"
                 if any(baseline in line for line in lines):
                     panel.plot(*_series(lines, baseline), color=GREY if len(runs) == 1 else color, linestyle=":")
         for split, (before, after) in by_position.get(name, {}).items():
             label, panel = f"{name}, {split}", panels["positions"]
-            panel.plot(*before, color=color, linestyle="--", marker="o", markersize=4, label=f"{label}, before")
-            panel.plot(*after, color=color, marker="o", markersize=4, label=f"{label}, after")
+            style = {"color": color, "marker": markers[split], "markersize": 4}
+            panel.plot(*before, linestyle="--", label=f"{label}, before", **style)
+            panel.plot(*after, label=f"{label}, after", **style)
         rate.plot(*_series(lines, "lr"), color=color)
         speed.plot(*_series(lines, "tokens_per_second"), color=color)
     titles = {"loss": "loss (nats per token)", "accuracy": "accuracy", "lr": "learning rate"}
