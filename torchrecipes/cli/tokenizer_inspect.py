@@ -59,7 +59,10 @@ def open_tokenizer(path: str) -> Any:
         from torchrecipes.model_folder import resolve_model_folder
 
         folder = resolve_model_folder(folder, warn=True)
-    return load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=())
+    try:
+        return load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=())
+    except UserError as error:  # its key is an argument of the function
+        raise UserError(error.problem, hint=error.hint, code=error.code) from None
 
 
 def _with_progress(source: Any, limit: int | None) -> Any:
