@@ -135,6 +135,24 @@ def test_wrong_input_is_one_message_that_names_the_option(text, capsys, words, n
     assert not (text / "c" / "train").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "option"), [('{"body": "a"}', "--text-column, or count and skip such records with --on-bad-record skip"),
+    ("[", "--on-bad-record skip")]
+)  # fmt: skip
+def test_a_bad_record_names_the_options_that_help(text, capsys, line, option):
+    (text / "bad.jsonl").write_text(line + "\n")
+    assert tokenize("--data", "bad.jsonl", *TRAIN, "-o", "c") == 2
+    assert option in capsys.readouterr().err
+
+
+def test_token_files_of_a_config_are_left_as_they_are(text, capsys):
+    (text / "tokens.bin").write_bytes(bytes(64))
+    tokens = "{_component_: torchrecipes.data.token_files.nanogpt_tokens, path: tokens.bin}"
+    (text / "run.yaml").write_text(f"data:\n  source: {tokens}\n")
+    assert tokenize("--config", "run.yaml", *TRAIN, "-o", "c") == 2
+    assert "tokenized already" in capsys.readouterr().err
+
+
 def test_a_causal_tokenizer_for_masked_models_points_to_the_objective(text, capsys):
     train_bpe(files(["texts"]), vocab_size=300, causal=True, folder="t")
     assert tokenize("--data", "texts", "--tokenizer", "t", "--objective", "mlm", "-o", "c") == 2

@@ -106,9 +106,14 @@ def _corpora(args: argparse.Namespace, source: Any) -> list[tuple[Path, Any, flo
     from torchrecipes.data.sources import Mixture, SourcePart
     from torchrecipes.data.sources.eval_split import split_for_evaluation
     from torchrecipes.data.text_data import EVAL_SETS, VALIDATION
+    from torchrecipes.data.token_files.source import TokenSource
 
     output, fraction, samples, eval_sources = Path(args.output), FRACTION, None, {}
     parts = source.sources if isinstance(source, Mixture) else {VALIDATION: source}
+    parts = {name: part for name, part in parts.items() if not isinstance(part, TokenSource)}
+    if not parts:
+        hint = "Train on it as it is."
+        raise UserError(f"{source.name} is tokenized already", key="data.source", hint=hint, code="no_text")
     if args.config is not None:
         keys = ("validation_fraction", "eval_sets", "eval_split", "eval_samples")
         stated, eval_sets, split, samples = config_parts(args.config, args.overrides, [f"data.{key}" for key in keys])

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 
 from torchrecipes import __version__
-from torchrecipes.errors import format_user_error
+from torchrecipes.errors import UserError, format_user_error
 
 VERBS = {
     "ls": ("torchrecipes.cli.ls", "list the recipes and their configs"),
@@ -119,7 +119,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 1
-        message = format_user_error(error)
+        message = format_user_error(_in_options(error) if hasattr(args, "on_bad_record") else error)
         if _is_one_of_many():
             from torchrecipes.distributed.error_file import report_error
 
@@ -139,6 +139,14 @@ def _no_command(command: str, verb: str, verbs: Iterable[str]) -> int:
 
     print(f"{command} has no command '{verb}'. {did_you_mean(verb, verbs, 'The commands are')}", file=sys.stderr)
     return 2
+
+
+def _in_options(error: Exception) -> Exception:
+    # A source of text names its arguments, which a config sets with `=` and these verbs with options.
+    if not isinstance(error, UserError) or not error.hint:
+        return error
+    hint = error.hint.replace("on_bad_record=skip", "--on-bad-record skip").replace("text_column", "--text-column")
+    return UserError(error.problem, key=error.key, hint=hint, code=error.code, problems=error.problems)
 
 
 def _is_one_of_many() -> bool:
