@@ -27,10 +27,12 @@ INDENTED = re.compile(r"(?: {4}| {0,3}\t)")
 DEFINITION = re.compile(
     r""" {0,3}\[(?!\^)([^\[\]]{1,999})\]:[ \t]*\S+(?:[ \t]+(?:"[^"]*"|'[^']*'|\([^()]*\)))?[ \t]*$"""
 )
-HIDDEN = re.compile(r"<!--|<(script|style)\b", re.IGNORECASE)
 PRE = re.compile(r"<pre\b[^<>]*>", re.IGNORECASE)
 END_OF_PRE = re.compile(r"</pre\s*>", re.IGNORECASE)
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(?s:.+?)(?<!`)\1(?!`)")
+SPAN_OR_HIDDEN = re.compile(
+    r"(?P<span>(?<!`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))|<!--|<(?P<element>script|style)\b", re.IGNORECASE
+)
 ESCAPED = re.compile(r"\\[!-/:-@\[-`{-~]")
 KEPT = re.compile(r"\x00(\d+)\x00")
 # A link's text may hold one level of brackets, those of an image; its address one level of parentheses.
@@ -139,23 +141,23 @@ def _paragraph(lines: list[str]) -> Iterator[tuple[bool, str]]:
 
 def _visible(line: str, hidden: str) -> tuple[str, str]:
     """Returns a line without comments, scripts and styles, and what ends the one that is open after it."""
-    shown = []
-    while True:
+    shown, place = [], 0
+    while place < len(line) or not shown:
         if hidden:
-            end = re.search(re.escape(hidden), line, re.IGNORECASE)
+            end = re.compile(re.escape(hidden), re.IGNORECASE).search(line, place)
             if not end:
                 return "".join(shown).rstrip(), hidden
-            line = line[end.end() :]
-            line = line[line.find(">") + 1 :] if hidden != "-->" else line
+            place = end.end() if hidden == "-->" else line.find(">", end.end()) + 1 or len(line)
             hidden = ""
-        spans = [match.span() for match in CODE_SPAN.finditer(line)]
-        starts = (match for match in HIDDEN.finditer(line) if not any(a <= match.start() < b for a, b in spans))
+        starts = (match for match in SPAN_OR_HIDDEN.finditer(line, place) if not match["span"])
         start = next(starts, None)
         if start is None:
-            return ("".join([*shown, line]).rstrip() if shown else line), ""
-        shown.append(line[: start.start()])
-        hidden = f"</{start[1]}" if start[1] else "-->"
-        line = line[start.end() :]
+            rest = line[place:]
+            return ("".join([*shown, rest]).rstrip() if shown else rest), ""
+        shown.append(line[place : start.start()])
+        hidden = f"</{start['element']}" if start["element"] else "-->"
+        place = start.end()
+    return "".join(shown).rstrip(), hidden
 
 
 def _inline(text: str, defined: set[str]) -> str | None:
