@@ -85,7 +85,7 @@ def test_a_folder_gives_documents_and_says_what_it_skipped(tmp_path):
     counts = [line for line in source["skipped"] if line.startswith("skipped")]
     assert {line.split(": ")[1].split(" (")[0]: int(line.split()[1].rstrip(":")) for line in counts} == {
         "hidden": 2,
-        "vendored": 1,
+        "vendored or built": 1,
         "minified": 3,
         "generated": 2,
         "a table or JSON; name the file to read its texts": 1,
@@ -265,6 +265,7 @@ def test_another_import_is_not_overwritten(tmp_path, two, capsys):
         (["--source", "a", "--text-format", "pdf"], "--text-format", "invalid_value"),
         (["--source", "a", "--exclude-from", "none"], "--exclude-from", "unreadable_file"),
         (["--source", "a", "--exclude", "*"], "--source", "no_documents"),
+        (["--source", "a", "--tokenizer", "none"], "--tokenizer", "no_tokenizer"),
     ],
 )
 def test_mistakes_on_the_command_line(words, key, code, tmp_path, two, monkeypatch):

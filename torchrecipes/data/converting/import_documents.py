@@ -326,7 +326,10 @@ def _convert_batch(
 @cache
 def _tokenizer(path: str) -> Any:
     # Only its lengths are used, so that it does not matter which special tokens it has for which model.
-    return load_tokenizer(path, required=())
+    try:
+        return load_tokenizer(path, required=())
+    except UserError as error:
+        raise UserError(error.problem, key="--tokenizer", hint=error.hint, code=error.code) from None
 
 
 def _pool(stack: ExitStack, workers: int | None) -> ProcessPoolExecutor | None:
