@@ -379,10 +379,14 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
         lines = [f"{key}: {made_with.get(key)} saved, {settings[key]} current" for key in differ]
         if "source" in differ or ("validation" in differ and "source" in settings["validation"]):
             lines.append("(a source changes with the content and order of its files, and with how they are read)")
+        hint = f"Give another folder, or delete {folder}."
+        saved = dict(made_with.get("validation") or {})
+        if differ == ["validation"] and saved.keys() == settings["validation"].keys() == {"fraction"}:
+            hint = f"Set data.validation_fraction={saved['fraction']}, or give another folder."
         raise UserError(
             "\n  ".join([f"{folder} holds a corpus that was built from something else:", *lines]),
             key="data.corpus_dir",
-            hint=f"Give another folder, or delete {folder}.",
+            hint=hint,
             code="other_corpus",
         )
     return True
