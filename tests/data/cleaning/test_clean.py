@@ -5,6 +5,9 @@ import json
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -171,6 +174,18 @@ def test_a_job_that_dies_at_any_write_goes_on_from_there(tmp_path, raw):
     assert len(codes) > 5 and set(codes) == {0, 9}
     assert contents(tmp_path / "killed") == contents(tmp_path / "one")
     assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def test_worker_processes_end_with_a_parent_that_is_killed():
+    code = (
+        "import os, signal\n"
+        "from torchrecipes.data.cleaning.pieces import _in_workers\n"
+        "next(_in_workers(abs, iter([-1, -2, -3, -4]), 2))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # Returns when the last process that has its standard output is gone.
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_what_is_finished_is_not_read_again(tmp_path, raw, monkeypatch):

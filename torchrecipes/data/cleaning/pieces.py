@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -254,6 +256,15 @@ def _read_pieces(
     yield piece(is_last=True)
 
 
+def _end_with_parent() -> None:
+    # A pool's worker would wait for ever for a parent that was killed.
+    def watch() -> None:
+        wait([parent_process().sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def _in_workers(work: Callable[[Piece], Any], pieces: Iterator[Piece], workers: int) -> Iterator[Any]:
     if workers == 0:
         yield from map(work, pieces)
@@ -261,7 +272,7 @@ def _in_workers(work: Callable[[Piece], Any], pieces: Iterator[Piece], workers: 
     # Not forked from this process, which may have threads; and each worker is a copy of one that has imported all.
     context = get_context("forkserver")
     context.set_forkserver_preload(["torchrecipes.data.cleaning"])
-    pool = ProcessPoolExecutor(workers, context)
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
     try:
         ahead: deque = deque()
         for piece in pieces:
