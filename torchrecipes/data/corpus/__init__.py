@@ -7,7 +7,6 @@ lengths        the lengths of documents and their distribution
 stream         `open_stream`: a corpus that is read while a process writes it
 tokenizer_process   that process
 cache          the folders of streams: `default_cache_dir`
-tokenized_elsewhere   corpora of other tools as a `Corpus`
 shards         the file format of a shard
 shard_writer   writes the shards and `corpus.json` of one split
 """

@@ -36,10 +36,8 @@ from torchrecipes.data.corpus.shard_writer import (
     writing,
 )
 from torchrecipes.data.corpus.shards import FORMAT
-from torchrecipes.data.corpus.tokenized_elsewhere import prepare_tokenized
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, Document, ReadStats, Source, require_documents
-from torchrecipes.data.sources.tokenized import tokenized
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, one_thread
 from torchrecipes.errors import UserError
 from torchrecipes.file_lock import lock_folder
@@ -68,7 +66,7 @@ def check_corpus_dir(
     """
     if not (Path(folder) / "train" / CORPUS_FILE).exists():
         check_writable(folder, key="data.corpus_dir")
-        if source is not None and not isinstance(source, tokenized):
+        if source is not None:
             hashes: set[int] = set()
             for document in source:
                 hashes.add(_hash(_encode(document)))
@@ -152,9 +150,6 @@ def build_corpus(
                 write_atomically(folder / SETTINGS_FILE, [to_json(settings)])
         elif complete():
             return False  # another process built it while this one waited
-        if isinstance(source, tokenized):
-            prepare_tokenized(folder, source, tokenizer, settings)
-            return True
         threads = tokenizer_threads
         if threads is None:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -364,7 +359,7 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
         UserError: it holds one with other settings (code `other_corpus`).
     """
     file = folder / SETTINGS_FILE
-    if not any(folder.glob("*/shard-*.safetensors")) and not any(folder.glob("*/documents-*.npy")):
+    if not any(folder.glob("*/shard-*.safetensors")):
         return False
     try:
         made_with = dict(json.loads(file.read_text("utf-8")))

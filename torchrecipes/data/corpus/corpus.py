@@ -21,7 +21,6 @@ import xxhash
 from torchrecipes.data.corpus.build import build_corpus, corpus_settings
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
 from torchrecipes.data.corpus.shards import FORMAT, Shard, Statistics, checksums, open_shard
-from torchrecipes.data.corpus.tokenized_elsewhere import check_reference, open_reference
 from torchrecipes.data.sources.records import Source
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
@@ -123,7 +122,7 @@ class Corpus:
         corrupt = [
             shard.path.name
             for shard, stated in zip(self.shards, self.account["shards"], strict=True)
-            if not (check_reference(stated) if "reference" in stated else checksums(shard.path)[0] == stated["xxh3"])
+            if checksums(shard.path)[0] != stated["xxh3"]
         ]
         if corrupt:
             raise _corrupt(self.folder, f"{', '.join(corrupt)}: wrong checksum")
@@ -139,12 +138,8 @@ class Corpus:
         lines = [
             f"{name or split}: {numbers.documents:,} documents, {numbers.tokens:,} tokens "
             f"({numbers.tokens / numbers.documents:,.1f} per document, {numbers.shortest:,} to {numbers.longest:,}), "
-            + (
-                f"{numbers.bytes / numbers.tokens:.2f} bytes of text per token, "
-                f"{numbers.unknown / numbers.tokens:.3%} unknown tokens"
-                if numbers.bytes
-                else f"read where they lie: {self.account['shards'][0]['file']}"
-            )
+            f"{numbers.bytes / numbers.tokens:.2f} bytes of text per token, "
+            f"{numbers.unknown / numbers.tokens:.3%} unknown tokens"
         ]
         if numbers.unknown > MUCH_UNKNOWN * numbers.tokens:
             lines.append(
@@ -335,10 +330,7 @@ def _open_shards(folder: Path, account: dict[str, Any]) -> list[Shard]:
         try:
             if path.stat().st_size != stated["size"]:
                 raise ValueError(f"{path.stat().st_size:,} bytes, not {stated['size']:,}")
-            if "reference" in stated:
-                shard = open_reference(folder, stated, tokens, documents)
-            else:
-                shard, _ = open_shard(path, tokens, documents)
+            shard, _ = open_shard(path, tokens, documents)
             if (len(shard.tokens), len(shard.document_offsets)) != (stated["tokens"], stated["documents"] + 1):
                 raise ValueError(f"not the number of tokens or documents in {CORPUS_FILE}")
         except FileNotFoundError:

@@ -27,7 +27,6 @@ from torchrecipes.data.corpus.shard_writer import CORPUS_FILE, to_json, writing
 from torchrecipes.data.corpus.shards import Shard, Statistics, open_shard, shard_name
 from torchrecipes.data.corpus.tokenizer_process import FAILED_FILE, WANTED_FILE, TokenizerProcess
 from torchrecipes.data.sources.records import Source
-from torchrecipes.data.sources.tokenized import tokenized
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
@@ -133,8 +132,6 @@ def open_stream(
     Raises:
         UserError: the folder cannot be written, or the source cannot be pickled (code `not_picklable`).
     """
-    if isinstance(source, tokenized):
-        source.read()  # which says that there is no text
     size = shard_tokens or SHARD_TOKENS
     settings = corpus_settings(source, tokenizer, validation_fraction, None, eval_samples, size)
     folder = Path(cache_dir or default_cache_dir()) / cache_key(settings)

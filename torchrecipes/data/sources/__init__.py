@@ -4,7 +4,6 @@ text_files          `files`: .txt, .md, .jsonl, .csv, .tsv and .parquet, plain o
 file_slice          `text_span`: a slice of one text file as one document
 hugging_face        `hf_dataset`: the `datasets` library, streamed or not
 standard_library    `python_docs`, `python_source`: documentation and code that ship with Python
-tokenized           `tokenized`: corpora of nanoGPT, Megatron, datatrove and MDS, read where they lie
 mixture             `mixture`: several sources with weights
 part                `SourcePart`: one of several equal parts of a source
 records             `Source`, `Document`, `BadRecord`, `ReadStats`, and the checksum of a file's content
@@ -26,7 +25,6 @@ from torchrecipes.data.sources.part import SourcePart
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
 from torchrecipes.data.sources.standard_library import python_docs, python_source
 from torchrecipes.data.sources.text_files import files
-from torchrecipes.data.sources.tokenized import tokenized
 
 __all__ = [
     "BadRecord",
@@ -42,5 +40,4 @@ __all__ = [
     "python_source",
     "require_documents",
     "text_span",
-    "tokenized",
 ]
