@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torchrecipes.atomic_write import check_writable, write_atomically
 from torchrecipes.config.suggest import did_you_mean
 from torchrecipes.data.converting.convert_file import ConvertedFile, ImportedDocument, convert_file, merge
 from torchrecipes.data.converting.find_inputs import InputFile, find_inputs
-from torchrecipes.data.converting.git_origin import git_origin
+from torchrecipes.data.converting.manifest import ESTIMATE, UNKNOWN, SourceCounts, describe_source, skipped_lines
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import ReadStats
 from torchrecipes.data.tokenizers import load_tokenizer
@@ -43,28 +43,8 @@ from torchrecipes.file_lock import lock_folder
 FORMAT = "torchrecipes-import-1"
 MANIFEST = "manifest.json"
 POSITIONS = ".positions.json"  # of a call that has not ended
-UNKNOWN = "unknown"
-ESTIMATE = "characters / 4"
 BATCH_FILES, BATCH_BYTES = 32, 1 << 20  # converted by one process at a time
 TEXT_FORMATS = "text", "markdown", "rst", "html"
-
-
-@dataclass
-class SourceCounts:
-    """What a source has given so far, and the position after it: a file, and the documents taken of that file."""
-
-    file: int = 0
-    taken: int = 0
-    documents: int = 0
-    characters: int = 0
-    tokens: int = 0
-    inputs: int = 0  # files that were converted
-    input_bytes: int = 0
-    inputs_xxh3: str = ""  # of the names and contents of these files, in order
-    licenses: dict[str, int] = field(default_factory=dict)  # documents by licence
-    languages: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)  # by reason, as in ReadStats
-    examples: dict[str, list[str]] = field(default_factory=dict)
 
 
 def import_documents(
@@ -168,7 +148,7 @@ def import_documents(
         total = sum(count.documents for count in counts.values())
         if not total:
             lines = [f"no documents in {', '.join(sources)}"]
-            lines += [f"{name}: {line}" for name, count in counts.items() for line in _skipped_lines(count)]
+            lines += [f"{name}: {line}" for name, count in counts.items() for line in skipped_lines(count)]
             raise UserError("\n  ".join(lines), key="--source", code="no_documents")
         writer.write()
         manifest = {
@@ -178,7 +158,7 @@ def import_documents(
             "characters": sum(count.characters for count in counts.values()),
             "tokens": sum(count.tokens for count in counts.values()),
             "sources": {
-                name: _describe(count, sources[name], license_files[name], len(files[name]), targets.get(name))
+                name: describe_source(count, sources[name], license_files[name], len(files[name]), targets.get(name))
                 for name, count in counts.items()
             },
             "shards": shards,
@@ -187,26 +167,6 @@ def import_documents(
         for name in (POSITIONS, ".lock"):  # complete: nobody has to wait for anything
             (output / name).unlink(missing_ok=True)
         return manifest
-
-
-def summary(manifest: Mapping[str, Any]) -> str:
-    """Describes an import in lines: per source its documents, tokens, licences, and what was skipped."""
-    lines = []
-    counted = "estimated tokens (characters / 4)" if manifest["settings"]["tokens"] == ESTIMATE else "tokens"
-    for name, source in manifest["sources"].items():
-        size = f"{source['documents']:,} documents, {source['characters']:,} characters, {source['tokens']:,} {counted}"
-        read = f"{source['files']:,} of {source['files_found']:,} files, to the {source['ended_with']}"
-        lines.append(f"{name}: {size}; {read}")
-        for what in ("licenses", "languages"):
-            if source[what]:
-                ordered = sorted(source[what].items(), key=lambda item: (-item[1], item[0]))
-                more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
-                lines.append(f"  {what}: {', '.join(f'{key} {count:,}' for key, count in ordered[:8])}{more}")
-        if source["licenses"].get(UNKNOWN):
-            unknown = source["licenses"][UNKNOWN]
-            lines.append(f"  warning: no licence was found for {unknown:,} documents: say it with --license")
-        lines += [f"  {line}" for line in source["skipped"]]
-    return "\n".join(lines)
 
 
 def _take(
@@ -415,35 +375,6 @@ def _read(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, Any] |
         problem = f"{folder} holds an import of other settings: {what} changed"
         raise UserError(problem, key="--output", hint=hint, code="other_import")
     return content
-
-
-def _describe(
-    count: SourceCounts, paths: Sequence[str], license_files: dict[str, str | None], found: int, target: int | None
-) -> dict[str, Any]:
-    if target is not None and count.tokens >= target:
-        ended_with = "target"
-    else:
-        ended_with = "last file" if count.file == found else "target of all sources"
-    return {
-        "paths": [os.path.abspath(os.path.expanduser(path)) for path in paths],
-        "origins": [origin for path in paths if (origin := git_origin(path))],
-        "documents": count.documents,
-        "characters": count.characters,
-        "tokens": count.tokens,
-        "files": count.inputs,
-        "files_found": found,
-        "ended_with": ended_with,
-        "input_bytes": count.input_bytes,
-        "inputs_xxh3": count.inputs_xxh3,
-        "licenses": dict(sorted(count.licenses.items())),
-        "license_files": {file: license or UNKNOWN for file, license in sorted(license_files.items())},
-        "languages": dict(sorted(count.languages.items())),
-        "skipped": _skipped_lines(count),
-    }
-
-
-def _skipped_lines(count: SourceCounts) -> list[str]:
-    return ReadStats(skipped=count.skipped, examples=count.examples).lines()[1:]
 
 
 def _fingerprint(files: Sequence[InputFile]) -> str:
