@@ -21,6 +21,7 @@ from torchrecipes.models import (
     roberta,
 )
 from torchrecipes.modules import KVCache
+from torchrecipes.modules.attention_backend import flex_backend, masked_backend
 
 ROW_LEN = 256
 # Rows of 256 of different documents, then one with padding at its end; the last entries repeat.
@@ -88,6 +89,28 @@ def test_packed_is_one_by_one(family, row_len):
     assert set(found) == set(expected)
     for name in found:
         assert (found[name] - expected[name]).abs().max() <= 1e-5 * max(1, expected[name].abs().max()), name
+
+
+@pytest.mark.parametrize("family", ["modernbert", "mistral"])
+@pytest.mark.parametrize("kernel", ["flex", "sdpa", "math"])
+def test_windows_are_the_same_in_every_kernel(monkeypatch, family, kernel):
+    """The CPU's choice is a band of keys; a GPU takes a block mask, or with fp32 a mask over rows."""
+
+    def chosen(shape, *, document_ids, cu_seqlens, causal, window, device, dtype, **_):
+        if kernel == "flex":
+            return flex_backend(shape, document_ids, cu_seqlens, causal=causal, window=window, device=device)
+        masked = masked_backend(shape, document_ids, cu_seqlens, causal, window, 0.0, device, dtype)
+        return masked._replace(name=kernel)
+
+    model, _ = model_of(family)
+    input_ids, position_ids, bounds, _ = packed()
+    with torch.no_grad():
+        expected = model(input_ids, position_ids, cu_seqlens=bounds)
+        monkeypatch.setattr("torchrecipes.models.transformer.choose_attention_backend", chosen)
+        found = model(input_ids, position_ids, cu_seqlens=bounds)
+        assert (found - expected).abs().max() <= 1e-5
+        model.windows = (None,) * len(model.windows)
+        assert (model(input_ids, position_ids, cu_seqlens=bounds) - expected).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)
