@@ -201,10 +201,18 @@ class BestFitDataset:
         start[full] = offsets[document] + part * self.seq_len
         length[full] = np.minimum(offsets[document + 1] - start[full], self.seq_len + self.lookahead)
 
-        document = plan.pieces[plan.row_starts[packed[row[~full]]] + place[~full]]
-        whole = offsets[document + 1] - offsets[document]
-        length[~full] = np.where(whole > self.seq_len, whole % self.seq_len, whole)
-        start[~full] = offsets[document + 1] - length[~full]
+        piece = plan.row_starts[packed[row[~full]]] + place[~full]
+        stop = offsets[plan.pieces[piece] + 1]
+        whole = stop - offsets[plan.pieces[piece]]
+        size = np.where(whole > self.seq_len, whole % self.seq_len, whole)
+        begin = stop - size
+        if len(plan.cut_places):
+            cut = np.minimum(plan.cut_places.searchsorted(piece), len(plan.cut_places) - 1)
+            is_cut = plan.cut_places[cut] == piece
+            begin += np.where(is_cut, plan.cut_starts[cut], 0)
+            # The token after a part that is not the last of its document is after its row, too.
+            size = np.where(is_cut, np.minimum(stop - begin, plan.cut_lengths[cut] + self.lookahead), size)
+        start[~full], length[~full] = begin, size
         return row, start, length
 
     def identity(self) -> dict[str, int | float | bool | str]:
