@@ -1,4 +1,4 @@
-"""The data layer beside its peers, in turns: packing, batches, resuming, tokenizing.
+"""The data layer beside its peers, in turns: packing, batches, resuming, tokenizing, memory.
 
     python benchmarks/data.py --json data.json
     python benchmarks/data.py --only packing,loader
@@ -228,12 +228,24 @@ def tokenization(setup: Setup) -> dict[str, Any]:
     return _compare(rates, "MB/s", ours=("prepare_corpus",))
 
 
+def memory(setup: Setup) -> dict[str, Any]:
+    """Peak memory, in MB, of a stream that is larger than the limit set (stream_memory.py, a process of its own)."""
+    text, limit, block = (8, 96, 2) if setup.args.tiny else (160, 96, 16)
+    script = Path(__file__).with_name("stream_memory.py")
+    sizes = [f"--text-mb={text}", f"--limit-mb={limit}", f"--block-mb={block}"]
+    done = subprocess.run([sys.executable, script, *sizes], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print("  " + ", ".join(f"{name} {value:,.1f}" for name, value in found.items()))
+    return found
+
+
 # Cases by name, in order: a function of the setup that prints lines and returns figures.
 CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "packing": packing,
     "loader": loader,
     "resume": resume,
     "tokenization": tokenization,
+    "memory": memory,
 }
 
 

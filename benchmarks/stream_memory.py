@@ -36,16 +36,16 @@ def main() -> None:
         run(Path(folder), args.text_mb, args.limit_mb, args.block_mb)
 
 
-def run(folder: Path, text_mb: int, limit_mb: int, block_mb: int) -> dict[str, float]:
-    """Streams a text of so many MB, and returns and prints the peaks."""
+def run(folder: Path, text_mb: int, limit_mb: int, block_mb: int) -> None:
+    """Streams a text of so many MB, and prints the peaks as a line of JSON."""
     draw = random.Random(0)
     with (folder / "text.jsonl").open("w") as file:
         for _ in range(text_mb * 1000):
             file.write(json.dumps({"text": " ".join(draw.choices(WORDS, k=1000))[:999]}) + "\n")
     source = files(str(folder / "text.jsonl"))
     tokenizer = train_char(source, causal=True, sample_fraction=0.001)
-    start = status("VmRSS"), status("VmSize")
-    resource.setrlimit(resource.RLIMIT_AS, (int((start[1] + limit_mb) * 1e6), resource.RLIM_INFINITY))
+    start = {name: status(name) for name in ("VmRSS", "VmSize", "RssAnon")}
+    resource.setrlimit(resource.RLIMIT_AS, (int((start["VmSize"] + limit_mb) * 1e6), resource.RLIM_INFINITY))
     stream = open_stream(source, tokenizer, cache_dir=folder / "cache", validation_fraction=0, shard_tokens=1 << 20)
     make_rows = partial(PackedDataset, seq_len=SEQ_LEN, pad_id=tokenizer.pad_id, lookahead=1)
     rows = StreamedRows(stream, make_rows, SEQ_LEN, block_rows=int(block_mb * 1e6 / 2 / SEQ_LEN))
@@ -60,13 +60,12 @@ def run(folder: Path, text_mb: int, limit_mb: int, block_mb: int) -> dict[str, f
     found = {
         "corpus_mb": size,
         "limit_mb": limit_mb,
-        "reader_rss_over_start_mb": status("VmHWM") - start[0],
-        "reader_anonymous_mb": most,
+        "reader_over_start_mb": status("VmHWM") - start["VmRSS"],
+        "reader_without_mapped_files_mb": most - start["RssAnon"],
         "tokenizer_mb": of_tokenizer,
         "seconds": time.perf_counter() - begin,
     }
-    print(", ".join(f"{name} {value:,.1f}" for name, value in found.items()))
-    return found
+    print(json.dumps({name: round(value, 1) for name, value in found.items()}), flush=True)
 
 
 def status(name: str, pid: int | str = "self") -> float:
