@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests import ranks
 from torchrecipes.cli.main import main
 from torchrecipes.config import load, read_stages
 from torchrecipes.errors import UserError
@@ -258,3 +259,14 @@ def test_a_stage_with_a_config_refers_to_the_one_that_lists_it(tmp_path, monkeyp
     assert stages["a"].tree == {"seed": "more"}
     assert stages["b"].tree == {"init_from": "${init_from}"}  # what the environment gives is not written to a file
     assert stages["c"].tree == {"seed": "${data.path}"}  # `load` resolves it
+
+
+def test_ranks_of_another_launcher_take_all_stages_together(staged, tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text("from torchrecipes.cli.main import _as_process\n_as_process()\n")
+    staged.config.write_text(f"output_dir: {staged.out}\nstages: {{first: {{}}, second: {{from: first}}}}\n")
+    ranks.run(script, 2, "run", tmp_path / "fake.py", "--config", staged.config)
+    assert names([json.loads(line) for line in (staged.out / "log.jsonl").read_text().splitlines()]) == [
+        "first",
+        "second",
+    ]

@@ -163,6 +163,21 @@ def test_a_rollback_removes_the_lines_after_its_step(tmp_path, clock):
         assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
+def test_evaluations_are_read_again_unless_the_run_rolled_back_before_them(tmp_path):
+    values = {"general": {"loss": 2.5, "perplexity": math.inf}, "domain": {"loss": math.nan, "perplexity": 1.0}}
+    with make(tmp_path) as metrics:
+        assert metrics.evaluation(2) == {}
+        named = metrics.log_eval(2, values)
+        metrics.log_eval(4, values)
+        assert metrics.evaluation(2) == named and metrics.evaluation(4) == named
+        metrics.truncate_after(3)
+        assert metrics.evaluation(4) == {}
+    with make(tmp_path, first_step=3) as metrics:
+        read = metrics.evaluation(2)
+        assert read.keys() == named.keys() and metrics.is_evaluated(2) and not metrics.is_evaluated(4)
+        assert read["eval/general/perplexity"] == math.inf and math.isnan(read["eval/domain/loss"])
+
+
 def test_a_long_step_shows_its_progress(tmp_path, clock, capsys):
     metrics = make(tmp_path)
     with metrics.begin_step():

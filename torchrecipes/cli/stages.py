@@ -46,18 +46,23 @@ def run_stages(args: argparse.Namespace) -> None:
             if stage.start:
                 result_of(stages[stage.start], stage.start_checkpoint)
         except UserError as error:
-            print(f"{title}: skipped: {error}", flush=True)
+            _print(f"{title}: skipped: {error}")
             continue
         if statuses[name] == "finished" and _is_unchanged(args, stage):
-            print(f"{title}: finished before, in {stage.output_dir}", flush=True)
+            _print(f"{title}: finished before, in {stage.output_dir}")
             continue
-        print(f"{title}: {stage.output_dir}", flush=True)
+        _print(f"{title}: {stage.output_dir}")
         one = copy.copy(args)
         one.stage = name
         statuses[name] = run_stage(one, stage)
     _compare(Path(next(iter(stages.values())).output_dir).parent)
     if "ended" in statuses.values():
         raise SystemExit(ENDED_BY_ITSELF)
+
+
+def _print(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def run_stage(args: argparse.Namespace, stage: Stage) -> str:
@@ -69,10 +74,12 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> str:
         if end.code != ENDED_BY_ITSELF:
             raise
         status = "ended"
-    if os.environ.get("RANK", "0") == "0":
-        from torchrecipes.atomic_write import write_atomically
+    from torchrecipes.atomic_write import write_atomically
+    from torchrecipes.distributed.collectives import run_on_rank0_and_broadcast
 
-        write_atomically(Path(stage.output_dir) / STATUS, [json.dumps({"status": status}).encode() + b"\n"])
+    content = json.dumps({"status": status}).encode() + b"\n"
+    # No rank looks for it before it is there.
+    run_on_rank0_and_broadcast(lambda: write_atomically(Path(stage.output_dir) / STATUS, [content]))
     return status
 
 

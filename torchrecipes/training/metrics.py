@@ -146,6 +146,7 @@ class MetricLogger:
         if self.is_main:
             self.file.close()
         self._open_file(step + 1)
+        self._evaluations = {past: values for past, values in self._evaluations.items() if past <= step}
         self.finished = step - 1
         self._begin_interval(step)
 
