@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from torchrecipes.cli.main import main
+from torchrecipes.data.corpus import open_corpus
 from torchrecipes.data.sources import line_reader
 from torchrecipes.data.sources.records import EMPTY_TEXT, require_documents
 from torchrecipes.data.sources.text_files import files
+from torchrecipes.data.tokenizers import train_char
 from torchrecipes.errors import UserError
 
 GOOD = json.dumps({"text": "a good row", "n": 1}) + "\n"
@@ -397,6 +400,24 @@ def test_a_shared_bad_file_ends_in_its_answer(name, mode):
         message = str(report)
     if expected is None or mode == "skip" or name == "mixed_dir":
         assert all(word in message for word in words.split("|"))
+
+
+@needs_shared
+def test_data_tokenize_makes_a_corpus_of_what_is_good_in_every_shared_file(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text for a vocabulary")
+    train_char(files(str(tmp_path / "a.txt")), causal=True).save(tmp_path / "tokenizer")
+    for number, (name, (_, when_skipping, _)) in enumerate(ANSWERS.items()):
+        command = ["data", "tokenize", "--output", str(tmp_path / str(number)), "--data", str(SHARED / name)]
+        command += ["--tokenizer", str(tmp_path / "tokenizer"), "--objective", "causal", "--sample-by", "line"]
+        code = main([*command, "--on-bad-record", "skip", "--validation-fraction", "0", "--threads", "0"])
+        message = capsys.readouterr()
+        if when_skipping is ... and code == 2:
+            continue
+        assert code == (2 if when_skipping is None else 0), (name, message)
+        if when_skipping is None:
+            assert name in message.err
+        elif when_skipping is not ...:
+            assert open_corpus(tmp_path / str(number) / "train").num_documents == when_skipping, name
 
 
 @needs_shared
