@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per piece (default: the model's positions)")
     parser.add_argument("--batch-tokens", type=int, default=16_384, metavar="N", help="per forward pass")
     parser.add_argument(
-        "--mlm-probability", type=float, default=0.15, metavar="P", help="masked models: share hidden (default 0.15)"
+        "--mlm-probability",
+        dest="masked",
+        type=float,
+        default=0.15,
+        metavar="P",
+        help="masked models: share hidden (default 0.15)",
     )
     parser.add_argument("--seed", type=int, default=0, help="masked models: chooses what is hidden (default 0)")
     add_source_arguments(parser)
@@ -69,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
         "max_length": args.max_length,
     }
     if not model.causal:
-        settings |= {"mlm_probability": args.mlm_probability, "seed": args.seed}
+        settings |= {"masked": args.masked, "seed": args.seed}
     partial = partial_file(output)
     done = open_partial(partial, settings)
     if done:
@@ -78,10 +83,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         done += _score(args, source, done, model, tokenizer, autocast, partial)
     except UserError as error:
-        options = {"window": "--max-length", "mlm_probability": "--mlm-probability"}
-        raise UserError(
-            error.problem, key=options.get(str(error.key), error.key), hint=error.hint, code=error.code
-        ) from None
+        key = "--max-length" if error.key == "window" else error.key and f"--{error.key.replace('_', '-')}"
+        raise UserError(error.problem, key=key, hint=error.hint, code=error.code) from None
     except KeyboardInterrupt:
         print(f"\nInterrupted. {partial} holds the scores; run the same command to continue.", file=sys.stderr)
         raise
@@ -92,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
     seconds = time.perf_counter() - begin
     summary = sort_scores(partial, output)
-    hidden = "" if model.causal else f", {args.mlm_probability:.0%} of the tokens hidden once with seed {args.seed}"
+    hidden = "" if model.causal else f", {args.masked:.0%} of the tokens hidden once with seed {args.seed}"
     print(f"{folder} on {source.name}: {settings['objective']}{hidden}")
     print(
         f"{done:,} documents: median loss {summary['median']:.3f} nats per token, median absolute deviation "
@@ -161,7 +164,7 @@ def _score(args: Any, source: Any, skip: int, model: Any, tokenizer: Any, autoca
         collator = None
     else:
         encoded = _encode_in_groups(tokenizer, documents())
-        collator = MLMCollator(tokenizer, args.mlm_probability)
+        collator = MLMCollator(tokenizer, args.masked)
     losses = document_losses(
         model,
         encoded,

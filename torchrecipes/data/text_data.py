@@ -24,7 +24,7 @@ from torchrecipes.data.corpus import Stream, check_corpus_dir, open_corpus, open
 from torchrecipes.data.corpus.shard_writer import to_json
 from torchrecipes.data.sources.beginning import beginning_of
 from torchrecipes.data.sources.eval_split import split_for_evaluation
-from torchrecipes.data.sources.mixture import Mixture, mixture
+from torchrecipes.data.sources.mixed_sources import Mixture, mixture
 from torchrecipes.data.sources.records import Source
 from torchrecipes.data.token_files.source import TokenSource
 from torchrecipes.data.tokenizers import Tokenizer

@@ -11,7 +11,7 @@
 | config_json       | reads a foreign config.json                                                  |
 | dropout           | `set_dropout`: another dropout than a checkpoint was trained with            |
 | longer_context    | `extend_context`: scaled RoPE, longer tables of positions                    |
-| extend_vocabulary | `extend_vocabulary`: rows for new tokens in a folder's embedding and head     |
+| vocabulary_extension | `extend_vocabulary`: rows for new tokens in a folder's embedding and head     |
 | stored_tensors    | reads safetensors lazily                                                     |
 | transformers_model| `from_transformers`: any causal or masked model of `transformers`            |
 | compatibility     | checks that model, tokenizer, row length and objective fit                   |
@@ -26,7 +26,6 @@ from torchrecipes.models.compatibility import (
     max_positions,
 )
 from torchrecipes.models.dropout import set_dropout
-from torchrecipes.models.extend_vocabulary import extend_vocabulary
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
 from torchrecipes.models.families.distilbert import distilbert
@@ -58,6 +57,7 @@ from torchrecipes.models.longer_context import extend_context
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.models.transformers_model import TransformersModel, from_transformers
+from torchrecipes.models.vocabulary_extension import extend_vocabulary
 
 FAMILY_BUILDERS = (
     *(neobert, modernbert, bert, roberta, distilbert),

@@ -4,7 +4,7 @@ text_files          `files`: .txt, .md, .jsonl, .csv, .tsv and .parquet, plain o
 file_slice          `text_span`: a slice of one text file as one document
 hugging_face        `hf_dataset`: the `datasets` library, streamed or not
 standard_library    `python_docs`, `python_source`: documentation and code that ship with Python
-mixture             `mixture`: several sources with weights
+mixed_sources       `mixture`: several sources with weights
 part                `SourcePart`: one of several equal parts of a source
 records             `Source`, `Document`, `BadRecord`, `ReadStats`, and the checksum of a file's content
 dataset_repository  the splits and subsets of a cloned dataset repository
@@ -20,7 +20,7 @@ pieces              cuts long texts
 
 from torchrecipes.data.sources.file_slice import text_span
 from torchrecipes.data.sources.hugging_face import hf_dataset
-from torchrecipes.data.sources.mixture import Mixture, mixture
+from torchrecipes.data.sources.mixed_sources import Mixture, mixture
 from torchrecipes.data.sources.part import SourcePart
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
 from torchrecipes.data.sources.standard_library import python_docs, python_source

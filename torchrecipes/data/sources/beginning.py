@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torchrecipes.data.sources.mixture import Mixture
+from torchrecipes.data.sources.mixed_sources import Mixture
 from torchrecipes.data.sources.records import Document, ReadStats, Source
 
 
