@@ -313,6 +313,22 @@ def test_a_block_may_have_more_shards_than_the_process_writes_ahead(tokenizer, t
     assert len(rows._blocks[0]) > 3 and len(rows._blocks) > 2
 
 
+def test_a_finished_stream_that_is_read_only_is_read(written, tmp_path, tokenizer, monkeypatch):
+    settings = json.loads((written / "prepare.json").read_text())
+    shutil.copytree(written, tmp_path / stream.cache_key(settings), ignore=shutil.ignore_patterns(".used"))
+    inner = os.open
+
+    def read_only(path, flags, *mode):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "read only", str(path))
+        return inner(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    options = {"cache_dir": tmp_path, "validation_fraction": 0.1, "shard_tokens": SHARD_TOKENS}
+    opened = open_stream(Source(topics()), tokenizer, **options)
+    assert opened.finished and opened.process is None and opened.corpus(0, 1).num_tokens > 0
+
+
 def test_a_folder_in_use_is_seen(tmp_path):
     held = use_folder(tmp_path)
     assert [entry.in_use for entry in list_entries(tmp_path.parent) if entry.key == tmp_path.name] == [True]

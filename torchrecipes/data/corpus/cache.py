@@ -46,8 +46,11 @@ def default_cache_dir() -> Path:
 
 def use_folder(folder: Path) -> int:
     """Keeps `remove_entry` from removing `folder` until the returned file descriptor is closed."""
-    file = os.open(folder / USED_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    os.utime(folder / USED_FILE)
+    try:
+        file = os.open(folder / USED_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        os.utime(folder / USED_FILE)
+    except OSError:  # someone else's, which may be read only
+        return os.open(folder, os.O_RDONLY)
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks, or it is being removed
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -135,13 +135,13 @@ def open_stream(
     size = shard_tokens or SHARD_TOKENS
     settings = corpus_settings(source, tokenizer, validation_fraction, None, eval_samples, size)
     folder = Path(cache_dir or default_cache_dir()) / cache_key(settings)
-    check_writable(folder, key="data.cache_dir")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / SETTINGS_FILE).exists():
-            write_atomically(folder / SETTINGS_FILE, [to_json(settings)])
-        if not (folder / ABOUT_FILE).exists():
-            write_atomically(folder / ABOUT_FILE, [to_json({"source": source.name})])
+    if not (folder / "train" / CORPUS_FILE).exists():
+        check_writable(folder, key="data.cache_dir")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in ((SETTINGS_FILE, settings), (ABOUT_FILE, {"source": source.name})):
+                if not (folder / name).exists():
+                    write_atomically(folder / name, [to_json(content)])
     stream = Stream(folder)
     if not stream.finished:
         (folder / FAILED_FILE).unlink(missing_ok=True)
