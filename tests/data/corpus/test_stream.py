@@ -16,7 +16,7 @@ import pytest
 
 from tests.data.corpus.test_build import Positioned, Source, content, topics
 from torchrecipes.data.batching import CausalLMCollator, Loader
-from torchrecipes.data.batching.packing import PackedDataset, PaddedDataset
+from torchrecipes.data.batching.packing import BestFitDataset, PackedDataset, PaddedDataset
 from torchrecipes.data.batching.streamed import StreamedRows
 from torchrecipes.data.corpus import build, stream, tokenizer_process
 from torchrecipes.data.corpus.cache import list_entries, use_folder
@@ -70,7 +70,7 @@ def rows_of(folder, kind=PackedDataset, block_rows=BLOCK_ROWS, lookahead=1):
     return StreamedRows(Stream(folder), make_rows, SEQ_LEN, block_rows)
 
 
-@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset])
+@pytest.mark.parametrize("kind", [PackedDataset, PaddedDataset, BestFitDataset])
 def test_the_order_is_the_same_while_the_stream_grows_and_after_its_end(written, tmp_path, kind, monkeypatch):
     whole = rows_of(written, kind)
     total = whole.num_rows
