@@ -52,7 +52,8 @@ class UserError(Exception):
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "UserError":
         """Return the mistake that `to_dict` described."""
-        return cls(**fields | {"problems": [cls.from_dict(problem) for problem in fields["problems"]]})
+        problems = [cls.from_dict(problem) for problem in fields["problems"]]
+        return cls(**{name: fields[name] for name in ("problem", "key", "hint", "code")}, problems=problems)
 
 
 def format_user_error(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ from torchrecipes.data.batching.appended import rows_of_corpus
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.loader import evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
-from torchrecipes.data.batching.packing import Packing, make_rows
+from torchrecipes.data.batching.packing import PackedRows, Packing, make_rows
 from torchrecipes.data.batching.rows import Rows
 from torchrecipes.data.batching.streamed import BLOCK_ROWS, StreamedRows
 from torchrecipes.data.corpus import Stream, check_corpus_dir, open_corpus, open_stream, prepare_corpus
@@ -64,7 +64,7 @@ class Text:
 
     tokenizer: Tokenizer
     train: Rows
-    eval_sets: dict[str, Rows]
+    eval_sets: dict[str, PackedRows]
 
     def eval_batches(
         self, collator: Any, rows_per_batch: int, limit: int | None, **placement: Any
@@ -169,7 +169,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
 
 def open_rows(
     config: Any, corpus_dir: Path, tokenizer: Tokenizer | None = None, lookahead: int = 0, wait: bool = False
-) -> tuple[Rows, dict[str, Rows]]:
+) -> tuple[Rows, dict[str, PackedRows]]:
     """Opens the training rows and the evaluation sets that `load_text` prepared in `corpus_dir`.
 
     Args:
@@ -190,7 +190,7 @@ def open_rows(
     parts = source.sources if isinstance(source, Mixture) else {VALIDATION: source}
     own_sets = [*data.eval_sets, *(parts if data.eval_split else ())]
     train: dict[str, Rows] = {}
-    eval_sets: dict[str, Rows] = {}
+    eval_sets: dict[str, PackedRows] = {}
     for name, part in parts.items():
         folder, is_split = _folder(corpus_dir, source, name), name not in own_sets and any(_held_out(data))
         held_out = None
