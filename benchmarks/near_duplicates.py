@@ -157,7 +157,7 @@ def child_clean(source: str, output: str, workers: str, *steps: str, start) -> d
 def child_merge(folder: str, documents: str, start) -> dict[str, float]:
     from torchrecipes.data.cleaning import find_duplicates
     from torchrecipes.data.cleaning.duplicates import PieceFiles, sort_keys
-    from torchrecipes.data.cleaning.minhash import band_keys
+    from torchrecipes.data.cleaning.signatures import band_keys
 
     rng, pieces, size = np.random.default_rng(0), [], 8_192
     for number in range(int(documents) // size):

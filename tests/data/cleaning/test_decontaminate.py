@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from torchrecipes.data.cleaning import decontaminate, pieces
-from torchrecipes.data.cleaning.decontaminate import cut_around
+from torchrecipes.data.cleaning.evaluation_overlap import cut_around
 from torchrecipes.data.cleaning.output import read_lines
 from torchrecipes.data.sources import files
 from torchrecipes.errors import UserError

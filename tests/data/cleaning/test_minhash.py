@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from torchrecipes.data.cleaning import band_keys, estimated_jaccard, minhash
-from torchrecipes.data.cleaning.minhash import BANDS, NOTHING, ROWS
 from torchrecipes.data.cleaning.ngrams import hash_words, ngram_hashes
+from torchrecipes.data.cleaning.signatures import BANDS, NOTHING, ROWS
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the quick cat naps.",

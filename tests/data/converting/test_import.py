@@ -213,7 +213,7 @@ def test_workers_do_not_change_a_byte_and_the_output_is_a_source(tmp_path, two):
 def test_a_killed_import_continues_after_its_last_shard(tmp_path, two, writes, monkeypatch, capsys):
     options = {"targets": {"a": 600}, "shard_mb": 0.0009, "workers": 0}
     import_documents(tmp_path / "whole", two, **options)
-    module = sys.modules["torchrecipes.data.converting.import_documents"]
+    module = sys.modules["torchrecipes.data.converting.importing"]
     left = itertools.count(writes, -1)
 
     def write_or_die(path, chunks):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrecipes.data.cleaning.minhash import BANDS, PERMUTATIONS, estimated_jaccard
+from torchrecipes.data.cleaning.signatures import BANDS, PERMUTATIONS, estimated_jaccard
 
 PARTITION_ROWS = 1 << 21  # keys in memory at a time; with what sorting needs, 150 MB
 CHUNK = 1 << 15  # signatures in memory at a time, 32 MiB

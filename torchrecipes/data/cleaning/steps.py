@@ -32,7 +32,7 @@ class ExactDuplicates:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Removes a document that is similar to an earlier one: see `torchrecipes.data.cleaning.minhash`.
+    """Removes a document that is similar to an earlier one: see `torchrecipes.data.cleaning.signatures`.
 
     Args:
         jaccard: least share of equal positions of two signatures: the estimated Jaccard similarity of word 5-grams.

@@ -1,6 +1,6 @@
 """From files as they lie to documents: Markdown, reStructuredText, HTML, source code.
 
-import_documents    `import_documents`: sources in, shards of JSON lines and a manifest out
+importing           `import_documents`: sources in, shards of JSON lines and a manifest out
 manifest            what the manifest says of a source, and its `summary`
 find_inputs         the files of a folder, what each is, and what is skipped by which rule
 convert_file        one file into documents
@@ -15,7 +15,7 @@ git_origin          where a folder was cloned from
 from torchrecipes.data.converting.from_html import html_to_text
 from torchrecipes.data.converting.from_markdown import markdown_to_text
 from torchrecipes.data.converting.from_rst import rst_to_text
-from torchrecipes.data.converting.import_documents import import_documents
+from torchrecipes.data.converting.importing import import_documents
 from torchrecipes.data.converting.manifest import summary
 
 __all__ = ["html_to_text", "import_documents", "markdown_to_text", "rst_to_text", "summary"]

@@ -4,7 +4,7 @@ The method is that of GPT-3 (Brown et al. 2020, "Language Models are Few-Shot Le
 without case and punctuation, that a training document has in common with an evaluation document. Those that more than
 10 training documents have are ignored: most are common phrases.
 
-Stages, as in `torchrecipes.data.cleaning.clean`:
+Stages, as in `torchrecipes.data.cleaning.stages`:
 
 1. `count`: how many training documents have each n-gram of the evaluation sets.
 2. `filter`: documents without an overlap are kept, others treated as asked for.

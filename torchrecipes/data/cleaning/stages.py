@@ -27,11 +27,11 @@ from torchrecipes.atomic_write import write_atomically
 from torchrecipes.data.cleaning import pieces as cut
 from torchrecipes.data.cleaning.boilerplate import count_lines, frequent_lines
 from torchrecipes.data.cleaning.duplicates import Clusters, PieceFiles, find_duplicates, sort_keys
-from torchrecipes.data.cleaning.minhash import band_keys, estimated_jaccard, minhash
 from torchrecipes.data.cleaning.output import Output, check_shards, read_lines, run_stages, write_lines
 from torchrecipes.data.cleaning.pieces import Input, Piece, add_skipped, finished_pieces, process_pieces, save_array
 from torchrecipes.data.cleaning.removal import Removal
 from torchrecipes.data.cleaning.report import Tally
+from torchrecipes.data.cleaning.signatures import band_keys, estimated_jaccard, minhash
 from torchrecipes.data.cleaning.steps import CleaningSteps
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import ReadStats, Source, require_documents
