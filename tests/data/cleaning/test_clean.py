@@ -180,7 +180,8 @@ def test_worker_processes_end_with_a_parent_that_is_killed():
     code = (
         "import os, signal\n"
         "from torchrecipes.data.cleaning.pieces import _in_workers\n"
-        "next(_in_workers(abs, iter([-1, -2, -3, -4]), 2))\n"
+        "results = _in_workers(abs, iter([-1] * 9), 1)\n"
+        "next(results)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # Returns when the last process that has its standard output is gone.

@@ -48,7 +48,7 @@ def decontaminate(
     shard_index: int = 0,
     num_shards: int = 1,
     stage: str | None = None,
-    workers: int | None = None,
+    workers: int | None = 0,
 ) -> dict[str, Any] | None:
     """Removes what evaluation sets and training documents have in common. Continues after an interruption.
 

@@ -52,7 +52,7 @@ def clean(
     shard_index: int = 0,
     num_shards: int = 1,
     stage: str | None = None,
-    workers: int | None = None,
+    workers: int | None = 0,
 ) -> dict[str, Any] | None:
     """Cleans a source. The same call again continues after an interruption, and does nothing when all is done.
 
@@ -65,7 +65,8 @@ def clean(
         shard_index: number of this job, from 0.
         num_shards: number of jobs that share the work.
         stage: what this job does; None: all stages, for a single job.
-        workers: worker processes; 0: none, None: one per core, as far as there is work for them.
+        workers: worker processes; 0: none, None: one per core, as far as there is work for them. With workers, a
+            script needs `if __name__ == "__main__":` around its call.
 
     Returns:
         The report; None from a stage of several.
