@@ -270,3 +270,32 @@ def test_ranks_of_another_launcher_take_all_stages_together(staged, tmp_path):
         "first",
         "second",
     ]
+
+
+def test_a_problem_is_reported_once_and_not_for_the_stages_that_start_from_it(staged, capsys):
+    staged("stages.foundation.max_step=5", code=2)
+    message = capsys.readouterr().err
+    assert message.count("max_step=5") == 1 and "has not ended" not in message and "stage left" not in message
+    staged("max_step=5", code=2)  # in all stages
+    assert capsys.readouterr().err.count("max_step=5") == 1
+    assert not staged.out.exists()
+
+
+def test_the_command_line_adds_no_stage(staged, capsys):
+    assert staged("stages.fondation.max_steps=5", code=2) == []
+    message = capsys.readouterr().err
+    assert "there is no stage 'fondation'" in message and "Did you mean 'foundation'?" in message
+
+
+def test_a_reference_to_a_key_without_a_value_names_the_stage_s_line(staged, tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text("seed: 7\ninit_from: null\n")
+    staged.config.write_text(
+        f"output_dir: {staged.out}\ninit_from: ???\nstages:\n"
+        f"  base: {{config: {tmp_path / 'base.yaml'}, init_from: '${{init_from}}'}}\n  next: {{from: base}}\n"
+    )
+    staged(code=2)
+    message = capsys.readouterr().err
+    assert ":4: init_from: missing key" in message
+    staged.config.write_text(staged.config.read_text().replace("${init_from}", "${init_form}"))
+    staged(code=2)
+    assert "init_form" in capsys.readouterr().err

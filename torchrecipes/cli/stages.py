@@ -93,19 +93,23 @@ def read_status(stage: Stage) -> str | None:
 def load_stages(args: argparse.Namespace) -> dict[str, tuple[Stage, ModuleType, Any]]:
     """Check all stages, and return each with its recipe and its config.
 
-    A stage whose start is not there yet is checked with the model that the start itself begins with.
+    A stage whose start is not there yet is checked with the model that the start itself begins with; one whose start
+    has problems, for problems of its own.
 
     Raises:
-        UserError: lists the problems of every stage; or `args.stage` names none (code `unknown_stage`).
+        UserError: lists the problems of every stage, each once; or `args.stage` names none (code `unknown_stage`).
     """
-    stages, loaded, problems = _read(args), {}, []
+    stages, loaded, problems, broken, reported = _read(args), {}, [], set(), set()
     for name, stage in stages.items():
         before = loaded.get(stage.start)
         try:
-            loaded[name] = (stage, *_load(args, stage, stages, before and before[2]))
+            loaded[name] = (stage, *_load(args, stage, stages, before[2] if before else None, stage.start in broken))
         except UserError as error:
-            text = f"stage {name}: {error}"
-            problems.append(UserError(text, key=error.key, code=error.code, problems=error.problems))
+            broken.add(name)
+            of_stage = {str(problem) for problem in error.problems or (error,)}
+            if not of_stage <= reported:
+                problems.append(UserError(f"stage {name}: {error}", code=error.code, problems=error.problems))
+            reported |= of_stage
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -132,7 +136,10 @@ def _read(args: argparse.Namespace) -> dict[str, Stage]:
     return stages
 
 
-def _load(args: argparse.Namespace, stage: Stage, stages: dict[str, Stage], stand_in: Any) -> tuple[ModuleType, Any]:
+def _load(
+    args: argparse.Namespace, stage: Stage, stages: dict[str, Stage], stand_in: Any, start_is_broken: bool = False
+) -> tuple[ModuleType, Any]:
+    # `stand_in` is the config of the start, where that has not run; one that is broken has no model to check against.
     from torchrecipes.config.loading import load, report_once
     from torchrecipes.distributed.error_file import has_error_file
 
@@ -145,11 +152,11 @@ def _load(args: argparse.Namespace, stage: Stage, stages: dict[str, Stage], stan
             try:
                 options["init_from"] = str(result_of(stages[stage.start], stage.start_checkpoint))
             except UserError:
-                if stand_in is None:
+                if stand_in is None and not start_is_broken:
                     raise
                 # The network is that of its ancestors, whose own start may be there.
-                options["init_from"] = stand_in.init_from or stages[stage.start].output_dir
-                if not Path(options["init_from"]).exists():
+                options["init_from"] = (stand_in and stand_in.init_from) or stages[stage.start].output_dir
+                if start_is_broken or not Path(options["init_from"]).exists():
                     del options["check"]
         config = stage.config or args.config
         return recipe, load(recipe.Config, config, [] if stage.config else args.overrides, **options)

@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchrecipes.config.catalog import find_config
+from torchrecipes.config.components import MISSING
 from torchrecipes.config.merge import (
+    INVALID,
     KeyPath,
     MergedConfig,
     Problems,
     Provenance,
+    format_key,
     format_key_path,
     interpolate,
+    leaves,
 )
 from torchrecipes.config.read_yaml import add_file, add_overrides, add_tree
 from torchrecipes.config.suggest import did_you_mean
@@ -88,8 +92,14 @@ def read_stages(config: str | Path | None, overrides: Sequence[str] = ()) -> dic
     add_file(merged, path, Problems())
     if KEY not in merged.tree:
         return {}
-    unread = Problems()
+    unread, known = Problems(), list(merged.tree[KEY]) if isinstance(merged.tree[KEY], dict) else []
     add_overrides(merged, list(overrides), unread)
+    for name in set(merged.tree[KEY]) - set(known) if known else ():
+        hint = did_you_mean(name, known, "The stages are")
+        problems.add(
+            merged.nearest((KEY, name)), f"there is no stage '{name}'", key=KEY, hint=hint, code="unknown_stage"
+        )
+    problems.raise_all(format_key_path(path))
     texts = copy.deepcopy(merged.tree[KEY])
     interpolate(merged, unread)
     listed, root = merged.tree[KEY], merged.tree.get("output_dir")
@@ -106,9 +116,23 @@ def read_stages(config: str | Path | None, overrides: Sequence[str] = ()) -> dic
         is_secret = any(key_path[:2] == (KEY, name) for key_path in merged.interpolations)
         is_other = isinstance(tree, dict) and tree.get("config") is not None
         tree = tree if is_other and not is_secret else texts[name]
+        if is_other and not is_secret:
+            _mark_missing(tree, (KEY, name), unread, problems)
         stages[name] = _read_stage(merged, name, tree, str(root), list(stages), problems)
     problems.raise_all(format_key_path(path))
     return stages
+
+
+def _mark_missing(tree: dict[str, Any], place: KeyPath, unread: Problems, problems: Problems) -> None:
+    # A reference to a key without a value leaves the key here without one, which `load` reports; a wrong one is wrong.
+    for key_path, value in leaves(tree):
+        if value is INVALID:
+            key = format_key((*place, *key_path))
+            problems.found += [found for found in unread.found if found[1].key == key]
+            parent = tree
+            for part in key_path[:-1]:
+                parent = parent[part]
+            parent[key_path[-1]] = MISSING
 
 
 def _read_stage(merged: MergedConfig, name: str, tree: Any, root: str, above: list[str], problems: Problems) -> Stage:
