@@ -295,3 +295,24 @@ def test_tokens_of_another_tool_are_read_where_they_lie(tmp_path):
     made.data.source, made.data.eval_sets = mixed, {"old": tokens(tmp_path, "val", 20)}
     text = load_text(made, causal=True)
     assert set(text.eval_sets) == {"old", "new"} and text.train.source_names == ("old", "new")
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [
+        ({"weights": {"law": 0.5, "cod": 0.5}}, "source.weights"),
+        ({"weights": {"law": 0.5, "code": -0.5}}, "source.weights"),
+        ({"replay_ratio": 1.5}, "source.replay_ratio"),
+        ({"max_epochs": {"cod": 1}}, "source.max_epochs"),
+    ],
+)
+def test_names_and_weights_of_a_mixture_are_checked_with_the_config(tmp_path, args, key):
+    assert TextData(source=mixed(tmp_path)).check() == []
+    assert [error.key for error in TextData(source=mixed(tmp_path, **args)).check()] == [key]
+
+
+def test_the_summary_names_parts_and_the_sets_that_would_replace_what_is_held_out(tmp_path, capsys):
+    load_text(config(tmp_path, mixed(tmp_path), eval_sets={"law": source(tmp_path, "news", 30)}), causal=True)
+    printed = capsys.readouterr().out
+    assert "law, evaluation set: 30 documents" in printed and "law: 120 documents" in printed
+    assert "code, validation: " in printed and "or give data.eval_sets.code" in printed

@@ -270,7 +270,7 @@ def _read_all(
                 inside.append((run, _sets(run, domain, general)))
             except UserError as error:
                 problem = error
-                notes.append(f"Left out: {error.problem}.")
+                notes.append(f"Left out, since {error.problem}.")
         if not inside:
             hint = "Give the folder of a run, or one that holds those of its stages"
             raise problem or UserError(f"{folder} holds no run", hint=hint, code="not_found")
@@ -309,8 +309,10 @@ def _sets(run: _Run, domain: str | None, general: str | None) -> tuple[str, str]
         domain = others[0] if len(others) == 1 else best[1] if len(best) == 3 else "domain"
     missing = [name for name in (domain, general) if name not in names]
     if missing or 0 not in run.evaluations:
-        has = f"it has {', '.join(names)}" if names else "it has none"
-        what = f"no evaluation set {' and '.join(missing)}: {has}" if missing else "no evaluation at step 0"
+        has = f"no evaluation set {' or '.join(missing)} (it has {', '.join(names)})"
+        what = has if names else "no evaluation sets"
+        if not missing:
+            what = "no evaluation at step 0"
         raise UserError(
             f"{run.folder} has {what}",
             hint="Name the sets with --domain and --general, and compare runs whose config has eval_every",

@@ -28,11 +28,11 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.corpus)
     tokenizer = corpus_tokenizer(folder, args.tokenizer)
     for split, record in append_to_corpus(folder, source, tokenizer, args.threads, args.again).items():
-        before = record["before"]
-        corpus = open_corpus(folder / split)
+        before, corpus = record["before"], open_corpus(folder / split)
         print(
             f"{split}: {record['documents']:,} documents and {record['tokens']:,} tokens added to "
-            f"{before['documents']:,} documents and {before['tokens']:,} tokens; now {corpus!r}"
+            f"{before['documents']:,} documents and {before['tokens']:,} tokens; now "
+            f"{corpus.num_documents:,} documents and {corpus.num_tokens:,} tokens"
         )
     print("Held-out documents were chosen by the same hash as before; those of the corpus stay held out.")
 

@@ -57,6 +57,15 @@ class TextData:
     shuffle: bool = True  # False: rows in the order of the corpus
     num_workers: MayChange[Count] = 0  # loader processes; 0: in this process, which is fast enough for most models
 
+    def check(self) -> list[UserError]:
+        """Problems of a mixture: weights and names that are those of no source. Nothing is read."""
+        if is_mixture(self.source):
+            try:
+                mixture(**self.source.args)
+            except UserError as error:
+                return [error.under("source")]
+        return []
+
 
 @dataclass(frozen=True)
 class Text:
@@ -109,7 +118,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
     if is_stream and isinstance(source, Mixture) and (source.weights is None or source.max_epochs):
         key = "weights" if source.weights is None else "max_epochs"
         raise UserError(
-            "how long a stream is is not known before it has ended",
+            "the length of a stream is not known before it has ended",
             key=f"data.source.{key}",
             hint="Give every source a weight, and no max_epochs; or set data.mode=prepare.",
             code="unfinished_stream",
@@ -141,7 +150,9 @@ def load_text(config: Any, *, causal: bool) -> Text:
         options: dict[str, Any] = {"tokenizer_threads": data.tokenizer_threads}
         for name, eval_source in eval_texts.items():
             folder = corpus_dir / EVAL_SETS / name
-            prepare_corpus(folder, eval_source, made, 0, seq_len=config.seq_len, name=name, **options)
+            prepare_corpus(
+                folder, eval_source, made, 0, seq_len=config.seq_len, name=f"{name}, evaluation set", **options
+            )
         streams = {}
         for name, part in texts.items():
             fraction, samples = held_out[name]

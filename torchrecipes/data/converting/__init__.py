@@ -1,4 +1,4 @@
-"""From files as they lie to documents: Markdown, reStructuredText, HTML, source code.
+"""From files as they are to documents: Markdown, reStructuredText, HTML, source code.
 
 importing           `import_documents`: sources in, shards of JSON lines and a manifest out
 manifest            what the manifest says of a source, and its `summary`

@@ -132,11 +132,12 @@ class Corpus:
 
         Args:
             seq_len: tokens per row. If given, documents that are much shorter are reported.
-            name: of the text; None: that of the split.
+            name: of the part of a mixture, or of the evaluation set; None: the only text.
         """
         numbers, split = self.statistics, self.account["split"]
+        title = split if name is None else name if split == "train" else f"{name}, {split}"
         lines = [
-            f"{name or split}: {numbers.documents:,} documents, {numbers.tokens:,} tokens "
+            f"{title}: {numbers.documents:,} documents, {numbers.tokens:,} tokens "
             f"({numbers.tokens / numbers.documents:,.1f} per document, {numbers.shortest:,} to {numbers.longest:,}), "
             f"{numbers.bytes / numbers.tokens:.2f} bytes of text per token, "
             f"{numbers.unknown / numbers.tokens:.3%} unknown tokens"
@@ -150,7 +151,7 @@ class Corpus:
         if split == "validation" and numbers.documents < FEW_DOCUMENTS:
             lines.append(
                 f"  warning: few validation documents ({numbers.documents}): noisy loss. Set data.validation_fraction "
-                "higher, or give data.eval_sets.validation"
+                f"higher, or give data.eval_sets.{name or 'validation'}"
             )
         if seq_len is not None and mean < seq_len / 8:
             lines.append(
@@ -277,7 +278,7 @@ def prepare_corpus(
         shard_tokens: maximum tokens of a shard (a longer document has a shard of its own). 64Mi are 128 MiB of uint16.
         seq_len: tokens per row, for the warning of `Corpus.summary`.
         eval_samples: the first documents, so many, are for validation, instead of a fraction.
-        name: of the text, for messages.
+        name: of the part of a mixture, or of the evaluation set, for messages; None: the only text.
 
     Returns:
         Train and validation; None for the latter if there is none.
@@ -298,8 +299,7 @@ def prepare_corpus(
     if made:
         for corpus in corpora:
             corpus.verify()
-            of_split = name and (name if corpus is corpora[0] else f"{name}, validation")
-            print(corpus.summary(seq_len, of_split), flush=True)
+            print(corpus.summary(seq_len, name), flush=True)
     return corpora[0], corpora[1] if len(corpora) > 1 else None
 
 
@@ -351,7 +351,11 @@ def _corrupt(folder: Path, what: str) -> UserError:
 
 
 def _no_corpus(folder: Path) -> UserError:
-    problem, hint, code = f"{folder} holds no {CORPUS_FILE}", "Make a corpus with prepare_corpus.", "no_corpus"
+    problem, hint, code = (
+        f"{folder} holds no {CORPUS_FILE}",
+        "Make a corpus with tune-style data tokenize.",
+        "no_corpus",
+    )
     if not folder.is_dir():
         problem = f"there is no folder {folder}"
     elif (folder / "train" / CORPUS_FILE).exists():
