@@ -9,7 +9,7 @@ CONFIGS = {config.name: config for config in builtin_configs() if "???" not in c
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_that_leaves_nothing_open_is_ok(name, capsys):
     assert main(["validate", CONFIGS[name].recipe, "--config", name]) == 0
-    assert capsys.readouterr().out == "ok\n"
+    assert capsys.readouterr().out.startswith("ok")  # and the number of stages
 
 
 def test_all_the_errors_and_exit_code_2(capsys):

@@ -316,3 +316,12 @@ def test_the_summary_names_parts_and_the_sets_that_would_replace_what_is_held_ou
     printed = capsys.readouterr().out
     assert "law, evaluation set: 30 documents" in printed and "law: 120 documents" in printed
     assert "code, validation: " in printed and "or give data.eval_sets.code" in printed
+
+
+def test_a_part_of_a_stream_without_held_out_text_is_named(tmp_path):
+    sources = {"law": source(tmp_path, "law"), "code": source(tmp_path, "code", 12)}
+    node = Component("torchrecipes.data.sources.mixture", {"sources": sources, "weights": {"law": 0.5, "code": 0.5}})
+    made = stream_config(tmp_path, node, validation_fraction=0.02)
+    with pytest.raises(UserError, match="no text of code to evaluate on") as error:
+        load_text(made, causal=True)
+    assert (error.value.code, error.value.key) == ("no_validation_text", "eval_every")

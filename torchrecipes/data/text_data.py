@@ -166,9 +166,13 @@ def load_text(config: Any, *, causal: bool) -> Text:
             corpus_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(corpus_dir / STREAMS_FILE, [to_json(streams)])
     train, eval_sets = open_rows(config, corpus_dir, made, lookahead=int(causal), wait=True)
-    if config.eval_every and not eval_sets:
+    # Of a prepared text one document is held out at least; what a stream holds out is what its first block holds.
+    none = [name for name in parts if is_stream and any(held_out[name]) and name not in eval_sets]
+    if config.eval_every and (none or not eval_sets):
+        of_part = f" of {none[0]}" if len(parts) > 1 and none else ""
         raise UserError(
-            "there is no text to evaluate on" + (": the first block holds no document for it" if is_stream else ""),
+            f"there is no text{of_part} to evaluate on"
+            + (": the first block holds no document for it" if none else ""),
             key="eval_every",
             hint="Set eval_every=null, or hold text out: data.validation_fraction, data.eval_split, data.eval_samples "
             "or data.eval_sets.",
