@@ -235,3 +235,11 @@ def test_missing_files_are_named(read, tmp_path):
     with pytest.raises(UserError) as error:
         read(str(tmp_path / "nowhere"))
     assert error.value.code == "no_such_file"
+
+
+def test_an_end_of_document_that_is_in_no_file_is_refused(tmp_path):
+    np.array([5, 6, EOS, 7], np.uint16).tofile(tmp_path / "train.bin")
+    assert len(nanogpt_tokens(str(tmp_path / "train.bin"), eos_id=EOS).read()[0].document_offsets) == 3
+    with pytest.raises(UserError) as error:
+        nanogpt_tokens(str(tmp_path / "train.bin"), eos_id=999).read()
+    assert (error.value.code, error.value.key) == ("no_end_of_document", "eos_id")
