@@ -1,4 +1,4 @@
-"""Pretrain a text encoder by masked language modelling: NeoBERT or BERT, on your own text or on Python's documentation.
+"""Pretrain a text encoder by masked language modeling: NeoBERT or BERT, on your own text or on Python's documentation.
 
     tune-style run mlm_pretrain --config neobert/quickstart  # five minutes on two CPU cores
     tune-style run mlm_pretrain --config neobert/small data.source.path='my/*.jsonl'

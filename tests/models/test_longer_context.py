@@ -78,18 +78,18 @@ def test_scaling_of_a_scaled_model():
     assert extend_context(llama(**SIZES), 32, factor=4).config.rope_scaling == wanted
     with pytest.raises(UserError) as error:
         extend_context(model, 128, method="linear")
-    assert (error.value.key, error.value.code) == ("method", "unsupported_method")
+    assert (error.value.key, error.value.code) == ("longer_context.method", "unsupported_method")
 
 
 @pytest.mark.parametrize(
     ("family", "arguments", "key"),
     [
-        ("gpt2", {"method": "yarn"}, "method"),
-        ("llama", {"method": "tile"}, "method"),
-        ("llama", {"method": "best"}, "method"),
-        ("gpt2", {"factor": 2}, "factor"),
-        ("llama", {"theta": 1e6}, "theta"),
-        ("llama", {"factor": 0.5}, "factor"),
+        ("gpt2", {"method": "yarn"}, "longer_context.method"),
+        ("llama", {"method": "tile"}, "longer_context.method"),
+        ("llama", {"method": "best"}, "longer_context.method"),
+        ("gpt2", {"factor": 2}, "longer_context.factor"),
+        ("llama", {"theta": 1e6}, "longer_context.theta"),
+        ("llama", {"factor": 0.5}, "longer_context.factor"),
     ],
 )
 def test_what_does_not_fit_is_refused(family, arguments, key):

@@ -70,13 +70,13 @@ def extend_context(
         if value is None:
             continue
         if value <= 1:
-            raise UserError(f"{value} is not above 1", key=key, code="bad_size")
+            raise UserError(f"{value} is not above 1", key=f"longer_context.{key}", code="bad_size")
         if method not in ROTARY or (key == "theta") > (method == "theta"):
-            raise UserError(f"method {method} has no {key}", key=key, code="unsupported_method")
+            raise UserError(f"method {method} has no {key}", key=f"longer_context.{key}", code="unsupported_method")
     if method not in methods:
         kind = "learned positions" if table is not None else "RoPE"
         problem = f"{method} is not for a model with {kind}"
-        raise UserError(problem, key="method", hint=f"Choose from {', '.join(methods)}", code="unsupported_method")
+        raise UserError(problem, key="longer_context.method", hint=f"Choose from {', '.join(methods)}", code="unsupported_method")
     config, offset = model.config, model.position_offset
     positions = config.max_position_embeddings - offset
     if seq_len <= positions and theta is None:
@@ -131,7 +131,7 @@ def _rotary_changes(
     if scaling["rope_type"] != method:
         raise UserError(
             f"the model has RoPE scaling of type {scaling['rope_type']}, to which {method} cannot be added",
-            key="method",
+            key="longer_context.method",
             hint="Choose theta, or the type that it has",
             code="unsupported_method",
         )
