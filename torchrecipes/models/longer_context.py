@@ -76,7 +76,8 @@ def extend_context(
     if method not in methods:
         kind = "learned positions" if table is not None else "RoPE"
         problem = f"{method} is not for a model with {kind}"
-        raise UserError(problem, key="longer_context.method", hint=f"Choose from {', '.join(methods)}", code="unsupported_method")
+        hint = f"Choose from {', '.join(methods)}"
+        raise UserError(problem, key="longer_context.method", hint=hint, code="unsupported_method")
     config, offset = model.config, model.position_offset
     positions = config.max_position_embeddings - offset
     if seq_len <= positions and theta is None:
