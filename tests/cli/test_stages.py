@@ -222,7 +222,8 @@ def test_a_config_with_stages_is_no_config_of_one_run(staged, capsys):
 
     with pytest.raises(UserError) as error:
         load(make_dataclass("Config", [("output_dir", str), ("seed", int, 0), ("data", dict, None)]), staged.config)
-    assert "stages" in [problem.code for problem in error.value.problems]
+    (problem,) = [problem for problem in error.value.problems if problem.code == "stages"]
+    assert "--stage: foundation, " in problem.hint
     assert main(["run", str(staged.out.parent / "fake.py"), "--stage", "a", "output_dir=x"]) == 2
 
 

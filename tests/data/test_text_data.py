@@ -1,13 +1,13 @@
 """`load_text`: what corpora and evaluation sets a config gives."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from torchrecipes.config import Component, component
+from torchrecipes.config import Component, changed_keys, component
 from torchrecipes.data import text_data
 from torchrecipes.data.sources import Document, Mixture, files, mixture
 from torchrecipes.data.text_data import TextData, load_text, open_rows
@@ -325,3 +325,10 @@ def test_a_part_of_a_stream_without_held_out_text_is_named(tmp_path):
     with pytest.raises(UserError, match="no text of code to evaluate on") as error:
         load_text(made, causal=True)
     assert (error.value.code, error.value.key) == ("no_validation_text", "eval_every")
+
+
+def test_a_run_may_move_with_the_corpus_that_is_in_its_folder():
+    """The corpus is compared by its content; `${output_dir}/corpus` is another path in the new place."""
+    schema = make_dataclass("Config", [("data", TextData)])
+    saved, current = ({"data": {"corpus_dir": f"{place}/run/corpus"}} for place in ("old", "new"))
+    assert changed_keys(saved, current, schema) == {}

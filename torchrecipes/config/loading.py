@@ -58,8 +58,9 @@ def load(
         path = find_config(str(config))
         title = format_key_path(path) + _wrong_recipe(path, recipe)
         add_file(merged, path, problems)
-        if merged.tree.pop(STAGES, None) is not None and stage is None:
-            hint = "Run them with tune-style run, or one of them with --stage NAME"
+        stages = merged.tree.pop(STAGES, None)
+        if stages is not None and stage is None:
+            hint = "Name one of them with --stage" + (f": {', '.join(stages)}" if isinstance(stages, dict) else "")
             problems.add(merged.nearest((STAGES,)), "this config lists stages", key=STAGES, hint=hint, code="stages")
     if stage:
         stage.add_to(merged, problems)

@@ -49,7 +49,7 @@ class TextData:
     eval_sets: dict[str, Component] = field(default_factory=dict)  # sources by name; `validation` replaces the fraction
     eval_split: str | None = None  # a split of the source instead of a fraction; auto: validation, eval, test or dev
     eval_samples: Documents | None = None  # the first documents instead of a fraction; of eval_split, where it is set
-    corpus_dir: str | None = None  # folder of token shards, shared by runs; None: <output_dir>/corpus
+    corpus_dir: MayChange[str | None] = None  # folder of token shards, shared by runs; None: <output_dir>/corpus
     cache_dir: MayChange[str | None] = None  # folder of streams, shared by runs; None: ~/.cache/torchrecipes
     block_rows: NumRows = BLOCK_ROWS  # of a stream: rows are shuffled within blocks of so many
     tokenizer_threads: MayChange[Count | None] = None  # threads that tokenize; None: one per core
