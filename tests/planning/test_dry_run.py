@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 import pytest
@@ -120,7 +121,11 @@ def test_a_killed_run_may_have_run_out_of_memory():
 def test_an_interruption_ends_the_dry_run_first(tmp_path, monkeypatch):
     code = "import os, signal; open('pid', 'w').write(str(os.getpid())); os.kill(os.getppid(), 2); signal.pause()"
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        run([sys.executable, "-c", code])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run([sys.executable, "-c", code])
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

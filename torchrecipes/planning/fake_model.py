@@ -33,6 +33,7 @@ class TokenizerStandIn:
     bos_id: int = 2
     eos_id: int = 3
     append_eos: bool = False
+    special_tokens: str = "text"
     fingerprint: str = ""
 
     @property
