@@ -84,7 +84,8 @@ def check_positions(model: nn.Module, seq_len: int) -> None:
         raise UserError(
             f"{seq_len} is more than the {positions} positions of the model (max_position_embeddings)",
             key="seq_len",
-            hint="Lower seq_len, or raise model.max_position_embeddings; for a trained model see longer_context",
+            hint="Lower seq_len, or raise model.max_position_embeddings; a trained model takes longer rows after "
+            "torchrecipes.models.extend_context",
             code="seq_len_too_long",
         )
 
