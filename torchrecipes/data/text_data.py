@@ -165,7 +165,7 @@ def load_text(config: Any, *, causal: bool) -> Text:
         if streams:
             corpus_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(corpus_dir / STREAMS_FILE, [to_json(streams)])
-    train, eval_sets = open_rows(config, corpus_dir, made, lookahead=int(causal), wait=True)
+    train, eval_sets = open_rows(config, corpus_dir, made, lookahead=int(causal), wait=True, source=source)
     # Of a prepared text one document is held out at least; what a stream holds out is what its first block holds.
     none = [name for name in parts if is_stream and any(held_out[name]) and name not in eval_sets]
     if config.eval_every and (none or not eval_sets):
@@ -183,7 +183,12 @@ def load_text(config: Any, *, causal: bool) -> Text:
 
 
 def open_rows(
-    config: Any, corpus_dir: Path, tokenizer: Tokenizer | None = None, lookahead: int = 0, wait: bool = False
+    config: Any,
+    corpus_dir: Path,
+    tokenizer: Tokenizer | None = None,
+    lookahead: int = 0,
+    wait: bool = False,
+    source: Any = None,
 ) -> tuple[Rows, dict[str, PackedRows]]:
     """Opens the training rows and the evaluation sets that `load_text` prepared in `corpus_dir`.
 
@@ -193,6 +198,7 @@ def open_rows(
         tokenizer: if given, the corpora must have been made with it; it names the token of padding.
         lookahead: tokens that a row shows beyond its end.
         wait: wait for the first block of a stream.
+        source: `data.source`, where it is built already.
 
     Raises:
         UserError: a corpus is missing, unfinished or corrupt, or of another tokenizer.
@@ -200,8 +206,8 @@ def open_rows(
     data, pad_id = config.data, tokenizer.pad_id if tokenizer else 0
     rows_of = partial(make_rows, data.packing, seq_len=config.seq_len, pad_id=pad_id, lookahead=lookahead)
     # Sources are built where what is in them is not in `corpus_dir` alone.
-    is_built = is_mixture(data.source) or _is_tokens(data.source)
-    source = _build_source("data.source", data.source) if is_built else None
+    if source is None and (is_mixture(data.source) or _is_tokens(data.source)):
+        source = _build_source("data.source", data.source)
     parts = source.sources if isinstance(source, Mixture) else {VALIDATION: source}
     own_sets = [*data.eval_sets, *(parts if data.eval_split else ())]
     train: dict[str, Rows] = {}
