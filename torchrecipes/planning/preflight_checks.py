@@ -296,7 +296,7 @@ def _repeated(dry_run: DryRun, checkpoint_bytes: int, deterministic: bool, repor
 
 
 def _validation(config: Any, eval_sets: dict[str, Any]) -> Check:
-    """Tells what there is to evaluate on: without any, the dry run has failed."""
+    """Lists the evaluation sets: without any, the dry run has failed."""
     if not config.eval_every:
         return Check("validation", "skipped", "eval_every is null")
     return Check(

@@ -61,7 +61,7 @@ def clean(
         output_dir: see `torchrecipes.data.cleaning.output`.
         steps: what is done.
         against: other sources; documents that duplicate one of theirs are removed.
-        eval_sets: the same for evaluation sets; the report tells them apart.
+        eval_sets: the same for evaluation sets; the report lists them separately.
         shard_index: number of this job, from 0.
         num_shards: number of jobs that share the work.
         stage: what this job does; None: all stages, for a single job.

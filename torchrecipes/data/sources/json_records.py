@@ -187,7 +187,7 @@ class _Text:
         while True:
             try:
                 value, end = self.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.is_end:  # else it may be a number that goes on
+                if end < len(self.text) or self.is_end:  # else it may be a number that continues
                     self.move(end)
                     return value
             except RecursionError:

@@ -16,7 +16,7 @@ class Pieces:
     Args:
         source: where the text is, for its documents.
         limit: characters of a piece.
-        cursor: is told where pieces start, if there is a `mark` for the start of the text.
+        cursor: records where pieces start, if there is a `mark` for the start of the text.
         count: pieces of this text that were read earlier.
     """
 

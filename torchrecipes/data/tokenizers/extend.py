@@ -65,7 +65,7 @@ def extend_tokenizer(
             vocabulary has holes that they would fill (`holes`).
     """
     if blank := [token for token in tokens if not token.strip()]:
-        hint = "Leave it out: white space is told apart by the tokenizer itself."
+        hint = "Leave it out: the tokenizer splits at white space itself."
         raise UserError(f"{blank[0]!r} is blank", hint=hint, code="blank_token")
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]

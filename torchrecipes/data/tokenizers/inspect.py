@@ -32,7 +32,7 @@ def describe_tokenizer(tokenizer: Tokenizer, examples: int = 10) -> dict[str, An
     Returns:
         kind: BPE, WordPiece, Unigram or WordLevel.
         normalizer, pre_tokenizer, post_processor, decoder: their types, or None.
-        vocab_size, padding: ids in all, and those of vocabulary padding among them.
+        vocab_size, padding: total ids, and how many of them are vocabulary padding.
         special_tokens: id, name and roles of each; vocabulary padding is left out.
         added_tokens: number of further tokens that are found in the text before anything else.
         holes: ids below the largest that no token has.
