@@ -66,6 +66,19 @@ class TextData:
                 return [error.under("source")]
         return []
 
+    @property
+    def pads_rows(self) -> bool:
+        """Whether rows are filled up with padding."""
+        return self.packing == "none"
+
+    def open(self, config: Any, corpus_dir: Path) -> tuple[Rows, dict[str, PackedRows]]:
+        """Opens the training rows and the evaluation sets that a run has prepared in `corpus_dir`: `open_rows`."""
+        return open_rows(config, corpus_dir)
+
+    def computed_tokens(self, config: Any, rows: Rows | None) -> float:  # noqa: ARG002, see `ExampleData`
+        """Tokens that a model computes per row, padding included."""
+        return config.seq_len
+
 
 @dataclass(frozen=True)
 class Text:

@@ -87,7 +87,7 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
         attempt("seq_len", lambda: check_positions(model, config.seq_len))
         # In bf16: check_shared_keys compares it with the precision.
         attempt("compute", lambda: set_residual_dtype(model, config.compute.residual, torch.bfloat16))
-        if config.data.packing == "none" and any(isinstance(module, MoE) for module in model.modules()):
+        if config.data.pads_rows and any(isinstance(module, MoE) for module in model.modules()):
             problem = "none pads rows, and the routers of experts would learn from padding"
             problems.append(
                 UserError(problem, key="data.packing", hint="Set concat or best_fit", code="padded_experts")
@@ -183,7 +183,7 @@ def _tokenizer(config: Any) -> Any:
 def _max_steps(config: Any) -> int:
     if config.max_steps:
         return config.max_steps
-    if config.total_tokens and config.data.packing != "none":
+    if config.total_tokens and not config.data.pads_rows:
         return -(-config.total_tokens // (config.global_batch_size * config.seq_len))
     return UNKNOWN_LENGTH
 

@@ -119,8 +119,9 @@ def planned_steps(config: Any, train: Any, eval_sets: dict[str, Any], seconds: C
 def _steps_in(budget: float, seconds: float, config: Any, eval_sets: dict[str, Any]) -> int:
     """Steps of so many seconds that fit into a budget of seconds, evaluations counted."""
     evaluation, every = 0.0, math.inf
+    limit = getattr(config, "eval_sequences", None)
     if config.eval_every:
-        rows = sum(min(rows.num_rows, config.eval_sequences or rows.num_rows) for rows in eval_sets.values())
+        rows = sum(min(rows.num_rows, limit or rows.num_rows) for rows in eval_sets.values())
         evaluation = seconds * rows / config.global_batch_size / 3  # a forward pass is a third of a training step
         evaluation, every = evaluation * (2 if getattr(config, "ema", None) else 1), config.eval_every
     # One before the first step, one every `every` steps, one after the last.

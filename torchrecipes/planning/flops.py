@@ -77,7 +77,8 @@ def flops_per_token(
     except Exception as error:  # whatever a model that reads values raises
         print(f"FLOPs are taken to be 6 per parameter: the model does not run without data ({error})", flush=True)
         return 6.0 * sum(parameter.numel() for parameter in model.parameters())
-    return counter.get_total_flops() / config.seq_len
+    input_ids = getattr(batch, "input_ids", None)  # an example may have several texts
+    return counter.get_total_flops() / (config.seq_len if input_ids is None else input_ids.numel())
 
 
 def _attention(query, key, value, _dropout_p=0.0, is_causal=False, **_) -> int:

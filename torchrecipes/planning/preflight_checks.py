@@ -18,7 +18,6 @@ from typing import Any
 from torchrecipes.checkpoint.checkpointer import find_checkpoint
 from torchrecipes.checkpoint.resume import check_same_settings
 from torchrecipes.config import Component, build, to_yaml
-from torchrecipes.data.text_data import open_rows
 from torchrecipes.errors import UserError, format_user_error
 from torchrecipes.file_lock import lock_folder
 from torchrecipes.planning.component_checks import build_scheduler
@@ -116,7 +115,7 @@ def _try(config: Any, dry_run: DryRun, estimate: dict[str, Any], report: Callabl
     else:
         yield Check("loader workers", "skipped", "data.num_workers is 0: batches are made in the process itself")
 
-    train, eval_sets = open_rows(config, dry_run.corpus_dir)
+    train, eval_sets = config.data.open(config, dry_run.corpus_dir)
     yield Check("data", "passed", str(train))
     yield _validation(config, eval_sets)
     duration, steps = _duration(config, train, _seconds(_typical(lines)))

@@ -12,7 +12,6 @@ import torch
 from torchrecipes.config.components import parameters, resolve
 from torchrecipes.config.suggest import closest
 from torchrecipes.data.batching.loader import largest_micro_batch
-from torchrecipes.data.text_data import open_rows
 from torchrecipes.distributed.fsdp import choose_strategy
 from torchrecipes.errors import UserError
 from torchrecipes.models.param_count import active_parameters
@@ -90,7 +89,7 @@ def estimate_run(
     memory = memory_of(rows)
 
     flops = flops_per_token(*objective)
-    tokens, steps = config.global_batch_size * config.seq_len, _steps(config)
+    steps, tokens = _steps_and_tokens(config)
     checkpoint = 4 * trace.parameters + trace.saved_bytes
     if ema:  # the averages, and the model folder that is exported
         checkpoint += 4 * trace.parameters * (2 if ema.args.get("export", True) else 1)
@@ -194,20 +193,21 @@ def _notes(config: Any, vocab_size: int, steps: int | None) -> list[str]:
     return notes
 
 
-def _steps(config: Any) -> int | None:
-    """Optimizer steps; None: minutes, or epochs of a corpus that does not exist yet."""
-    num_rows, tokens_per_row = None, config.seq_len  # full rows, where nothing better is known
+def _steps_and_tokens(config: Any) -> tuple[int | None, float]:
+    """Optimizer steps (None: minutes, or epochs of a corpus that does not exist yet), and tokens of each."""
+    rows, num_rows, tokens_per_row = None, None, config.seq_len  # full rows, where nothing better is known
     corpus_dir = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus")
     try:
-        rows, _ = open_rows(config, corpus_dir)
+        rows, _ = config.data.open(config, corpus_dir)
         tokens_per_row, num_rows = rows.tokens_per_row, rows.num_rows
     except UserError as error:
         if error.code not in ("no_corpus", "unfinished_corpus", "unfinished_stream"):
             raise
+    tokens = config.global_batch_size * config.data.computed_tokens(config, rows)
     if config.max_steps is not None:
-        return config.max_steps
+        return config.max_steps, tokens
     if config.total_tokens is not None:
-        return math.ceil(config.total_tokens / (config.global_batch_size * tokens_per_row))
+        return math.ceil(config.total_tokens / (config.global_batch_size * tokens_per_row)), tokens
     if config.epochs is None or num_rows is None:
-        return None
-    return math.ceil(config.epochs * num_rows / config.global_batch_size)
+        return None, tokens
+    return math.ceil(config.epochs * num_rows / config.global_batch_size), tokens
