@@ -1,4 +1,4 @@
-"""Finds the model folder that a path stands for: the folder itself, or the newest valid checkpoint of a run."""
+"""Finds the model folder that a path stands for: the folder itself, or what a run has to give."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from torchrecipes.errors import UserError
 from torchrecipes.manifest import verify
 
 INDEX = "model.safetensors.index.json"  # names the files where there are several
+FINAL = "model"  # of a run: the folder of its result
 
 
 def has_hf_config(path: str | Path) -> bool:
@@ -17,7 +18,8 @@ def has_hf_config(path: str | Path) -> bool:
 def resolve_model_folder(path: str | Path, warn: bool = False) -> Path:
     """The folder that holds the model's files.
 
-    Of a run it is the newest checkpoint whose files have the sizes in its manifest; loading compares checksums.
+    Of a run it is `model`, which a fine-tuning recipe writes at its end, or else the newest checkpoint whose files have
+    the sizes in its manifest; loading compares checksums.
 
     Args:
         path: a Hugging Face folder, a checkpoint, or a run's folder.
@@ -33,6 +35,8 @@ def resolve_model_folder(path: str | Path, warn: bool = False) -> Path:
         raise UserError(f"{folder} does not exist", hint=hint, code="not_found")
     if any((folder / name).is_file() for name in ("config.json", "model.safetensors", INDEX)):
         return folder
+    if (folder / FINAL / "manifest.json").is_file() and not verify(folder / FINAL, checksums=False):
+        return folder / FINAL
     checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda found: (len(found.name), found.name))
     for checkpoint in reversed(checkpoints):
         problems = verify(checkpoint, checksums=False)

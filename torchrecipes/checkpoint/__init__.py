@@ -5,6 +5,7 @@ write             a checkpoint's files, and the name by which it becomes visible
 restore           model, optimizer, state and random generators from a checkpoint
 find              which checkpoint a run resumes from
 best              the best checkpoint by a metric
+result            a run's result as a model folder
 tensor_files      tensors as safetensors files, sharded or not
 state             nested state as JSON and tensors
 optimizer_state   an optimizer's state by parameter names
@@ -16,6 +17,15 @@ resume            checks that a checkpoint can be resumed, and reports a changed
 from torchrecipes.checkpoint.best import KeepBest
 from torchrecipes.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from torchrecipes.checkpoint.find import find_checkpoint, stored_length
+from torchrecipes.checkpoint.result import run_result
 from torchrecipes.manifest import verify
 
-__all__ = ["CheckpointConfig", "Checkpointer", "KeepBest", "find_checkpoint", "stored_length", "verify"]
+__all__ = [
+    "CheckpointConfig",
+    "Checkpointer",
+    "KeepBest",
+    "find_checkpoint",
+    "run_result",
+    "stored_length",
+    "verify",
+]

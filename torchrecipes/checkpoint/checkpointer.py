@@ -306,6 +306,26 @@ class Checkpointer:
         except UserError as error:
             self._failed(error)
 
+    def restore_best(self) -> int | None:
+        """Restores the best checkpoint by `keep_best`, for what follows the last step.
+
+        Returns:
+            Its step; None: nothing was restored, as there is none or it is corrupt, which is reported.
+        """
+        self.wait()
+
+        def find() -> str | None:
+            problems = verify(self.best) if self.best else []
+            if problems:
+                print(f"the best checkpoint, {self.best}, is corrupt: {'; '.join(problems)}", flush=True)
+            return str(self.best) if self.best and not problems else None
+
+        found = collectives.run_on_rank0_and_broadcast(find)
+        if found is None:
+            return None
+        self.saved = Path(found)
+        return self._restore(self.saved)
+
     @property
     def best(self) -> Path | None:
         """The best checkpoint by `keep_best`, by what is on the disk; None: there is none."""
