@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from torchrecipes.distributed import collectives
 from torchrecipes.models.hub import hf_state_dict
+from torchrecipes.models.stored_tensors import file_of
 
 MODEL_FILE_BYTES = 4 << 30  # a larger model is stored in several files, written by several ranks
 
@@ -37,15 +38,17 @@ def unsharded_files(
     for number, (name, tensor) in zip(number_of.tolist(), state.items(), strict=True):
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        stored = hf_state_dict(model, {name: full})
-        weight_map |= dict.fromkeys(stored, file)
-        if number % collectives.world_size() != collectives.rank():
-            continue
-        for key, value in stored.items():
+        for key, value in hf_state_dict(model, {name: full}).items():
+            target, key = file_of(key, file)
+            if target == file:
+                weight_map[key] = file
+            # A file of an inner folder is small; rank 0 writes it.
+            if (number if target == file else 0) % collectives.world_size() != collectives.rank():
+                continue
             if full is not tensor:
                 value = value.cpu()  # one by one, so that a GPU holds one of them at a time
             view = value.data_ptr(), value.shape
-            files.setdefault(file, {})[key] = value.clone() if view in seen else value  # a file has no tied tensors
+            files.setdefault(target, {})[key] = value.clone() if view in seen else value  # a file has no tied tensors
             seen.add(view)
     return files, weight_map if count > 1 else {}
 

@@ -7,6 +7,7 @@
 | builder           | makes a family's function, `neobert(size, *, vocab_size, ...)`               |
 | decoder, experts  | what several families share                                                  |
 | hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
+| encoder_adapter   | the layout of an encoder without its head                                    |
 | hub               | loads and saves folders                                                      |
 | config_json       | reads a foreign config.json                                                  |
 | dropout           | `set_dropout`: another dropout than a checkpoint was trained with            |

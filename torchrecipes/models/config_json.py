@@ -71,7 +71,7 @@ def read_json(file: Path) -> dict:
     return raw
 
 
-def config_from_dict(raw: dict, file: Path, adapter: type[HFAdapter], report: Callable[[str], None]) -> Any:
+def config_from_dict(raw: dict, file: Path, adapter: type[HFAdapter] | HFAdapter, report: Callable[[str], None]) -> Any:
     """The family's config from the contents of a config.json.
 
     Args:

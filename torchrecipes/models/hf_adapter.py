@@ -46,15 +46,19 @@ class LongerPositions:
 class HFAdapter:
     """Renames, stacks, splits and transposes tensors, and translates the config, in both directions.
 
-    A family subclasses it and attaches an instance to its model as `model.hf_adapter`.
+    A family subclasses it and attaches an instance to its model as `model.hf_adapter`. The name of a tensor that is
+    stored in another file than `model.safetensors` has that file's folder in it: see `stored_tensors.file_of`.
 
     Attributes:
         config: of the model.
         companions: file name -> contents of what travels from the folder that the model was made from into its
-            checkpoints: chat template and generation config.
+            checkpoints: chat template and generation config. A name may have a folder in it.
         stop_ids: the tokens that end a text, by the folder that the model was made from; the tokenizer has one of them.
         longer_positions: how to extend a table of learned positions that a folder has, if `extend_context` was called.
         architecture: the class of `transformers` that reads the folder.
+        encoder_architecture: encoders: the class of `transformers` for the model without its head.
+        encoder_prefix: encoders: what the names of the body's tensors begin with beside a head.
+        has_pooler: whether that class has a pooler.
         config_class: the family's config, a dataclass whose fields are the keys of config.json that it follows.
         tied: (name, source): a stored copy of a tied head, and what it is a copy of.
         fixed: keys of config.json without a field -> the values that mean what the network does.
@@ -66,6 +70,9 @@ class HFAdapter:
     """
 
     architecture: ClassVar[str] = ""
+    encoder_architecture: ClassVar[str] = ""
+    encoder_prefix: ClassVar[str] = ""
+    has_pooler: ClassVar[bool] = False
     config_class: ClassVar[type | None] = None
     tied: ClassVar[tuple[str, str] | None] = None
     fixed: ClassVar[dict[str, tuple]] = {}
@@ -91,6 +98,14 @@ class HFAdapter:
     def write_keys(self) -> dict | None:
         """The config.json, without architecture, token ids and dtype; None: there is none."""
         return None
+
+    def with_config(self, config: Any) -> "HFAdapter":
+        """An adapter of the same layout for another config."""
+        return type(self)(config)
+
+    def encoder_config(self) -> Any:
+        """The config of the model without its head."""
+        return self.config
 
     # The tensors.
 

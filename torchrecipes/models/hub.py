@@ -23,7 +23,8 @@ from torchrecipes.model_folder import has_hf_config, resolve_model_folder
 from torchrecipes.models.compatibility import max_positions
 from torchrecipes.models.config_json import config_from_dict, read_json
 from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
-from torchrecipes.models.stored_tensors import StoredTensor, open_tensors
+from torchrecipes.models.stored_tensors import StoredTensor, by_file, open_tensors
+from torchrecipes.models.transformer import ENCODERS
 from torchrecipes.modules.init import copy_full
 
 if TYPE_CHECKING:
@@ -65,7 +66,11 @@ class Coverage(NamedTuple):
 
 
 def load_hf(
-    path: str | Path, seed: int = 0, report: Callable[[str], None] = print, require_head: bool = False
+    path: str | Path,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+    require_head: bool = False,
+    head: bool = True,
 ) -> nn.Module:
     """Loads a model in fp32 on the CPU. Its `model_type` selects the family: see the table in `docs/models.md`.
 
@@ -74,12 +79,13 @@ def load_hf(
         seed: for a head that is not in the folder.
         report: called with each line about something skipped, dropped or initialized.
         require_head: refuse a folder without the head instead of initializing it.
+        head: False: an encoder without language-model head, see `meta_model_from_hf`.
 
     Raises:
         UserError: no such folder or file; weights only in pickle form; a config.json that asks for what the family's
             network does not do; tensors missing, unexpected, of another shape or quantized.
     """
-    model = meta_model_from_hf(path, report)
+    model = meta_model_from_hf(path, report, head)
     model.to_empty(device="cpu")
     if {name for name, _ in model.named_buffers()} - model.state_dict().keys():
         model.init_weights(seed)  # buffers that no folder has
@@ -91,7 +97,7 @@ def load_hf(
 _print_once = functools.cache(print)
 
 
-def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = _print_once) -> nn.Module:
+def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = _print_once, head: bool = True) -> nn.Module:
     """The model that a folder's `config.json` describes, on the meta device.
 
     A `model_type` that no family here has is built by `from_transformers`, where `transformers` is installed.
@@ -99,9 +105,12 @@ def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = _print_
     Args:
         path: a Hugging Face folder, a checkpoint, or a run's folder (its newest valid checkpoint).
         report: called with each line about a key that is skipped. The default prints each line once per process.
+        head: False: an encoder without its language-model head, stored as `AutoModel` stores it. `load_hf_weights`
+            names what else is in the folder: that head, a pooler, a classifier.
 
     Raises:
-        UserError: `no_config` without a config.json; `unsupported_config`, `unknown_model_type`, `not_json`.
+        UserError: `no_config` without a config.json; `unsupported_config`, `unknown_model_type`, `not_json`; with
+            `head=False`, `not_an_encoder` for a decoder, and for a model that only `transformers` has.
     """
     folder = resolve_model_folder(path)
     file = folder / "config.json"
@@ -120,6 +129,11 @@ def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = _print_
             module = importlib.import_module(f"torchrecipes.models.families.{family}")
             model = module.from_config(config_from_dict(raw, file, module.Adapter, report))
     model.hf_adapter.companions, model.hf_adapter.stop_ids = _companions(folder), stop_token_ids(folder)
+    if not head:
+        if family is None:
+            problem = f"{file}: {raw.get('model_type')} has no form without a head here"
+            raise UserError(problem, hint=f"Use one of {', '.join(ENCODERS)}", code="not_an_encoder")
+        model.remove_head()
     return model
 
 
@@ -176,7 +190,7 @@ def load_hf_weights(
         )
     targets = model.state_dict()
     parts = {name: adapter.parts(name) for name in targets}
-    with open_tensors(folder) as files:
+    with open_tensors(folder, _stored_names(parts)) as files:
         stored, dropped = _expected_tensors(folder, files, adapter, parts)
         head = [name for name in targets if adapter.is_head(name) and hasattr(model, "init_weights")]
         if any(hf_name in stored for name in head for hf_name, _ in parts[name]):
@@ -203,7 +217,7 @@ def load_hf_weights(
                     problems.append(UserError(found, key=hf_name))
                 elif target.is_floating_point() and not stored[hf_name].is_float:
                     problems.append(UserError(f"has the dtype {stored[hf_name].dtype}: it is quantized", key=hf_name))
-        known = {hf_name for found in parts.values() for hf_name, _ in found}
+        known = _stored_names(parts)
         problems += [UserError("is not expected", key=hf_name) for hf_name in stored if hf_name not in known]
         if problems:
             raise UserError(
@@ -248,7 +262,9 @@ def save_hf(model: nn.Module, path: str | Path, tokenizer: "Tokenizer | None" = 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_hf_config(model, folder, tokenizer)
-    write_tensors(hf_state_dict(model), folder / "model.safetensors")
+    for file, tensors in by_file(hf_state_dict(model)).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        write_tensors(tensors, folder / file)
 
 
 def write_hf_config(model: nn.Module, folder: Path, tokenizer: "Tokenizer | None" = None) -> None:
@@ -262,6 +278,7 @@ def write_hf_config(model: nn.Module, folder: Path, tokenizer: "Tokenizer | None
     if config is not None:
         write_atomically(folder / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
     for name, contents in adapter.companions.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, [contents])
 
 
@@ -296,9 +313,10 @@ def stored_tensors(model: nn.Module, path: str | Path) -> Iterator[tuple[str, Te
         path: the folder.
     """
     adapter = adapter_of(model)
-    with open_tensors(Path(path)) as stored:
-        for name in model.state_dict():
-            yield name, adapter.join(adapter.parts(name), lambda hf_name: stored[hf_name].read())
+    parts = {name: adapter.parts(name) for name in model.state_dict()}
+    with open_tensors(Path(path), _stored_names(parts)) as stored:
+        for name, found in parts.items():
+            yield name, adapter.join(found, lambda hf_name: stored[hf_name].read())
 
 
 def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
@@ -315,7 +333,7 @@ def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
         expected |= {part[0]: adapter.stored_shape(part, shape) for part in adapter.parts(name)}
-    with open_tensors(folder) as stored:
+    with open_tensors(folder, expected) as stored:
         found = {name: tensor.shape for name, tensor in stored.items()}
     problems = [f"{name} is not in the checkpoint" for name in expected if name not in found]
     unknown = [name for name in found if name not in expected and not adapter.is_constant(name)]
@@ -333,7 +351,7 @@ def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
     if stored_config.get("model_type") != adapter.config.model_type:
         return [f"model_type is {stored_config.get('model_type')} in the checkpoint"]
     if adapter.config_class is not None:
-        config = config_from_dict(stored_config, folder / "config.json", type(adapter), print)
+        config = config_from_dict(stored_config, folder / "config.json", adapter, print)
         stored_config, ours = vars(config), vars(adapter.config)
     return [
         f"{key} is {stored_config.get(key)} in the checkpoint and {ours[key]} in this model"
@@ -386,12 +404,16 @@ def stop_token_ids(path: str | Path) -> list[int]:
     return []
 
 
+def _stored_names(parts: dict[str, Any]) -> set[str]:
+    return {hf_name for found in parts.values() for hf_name, _ in found}
+
+
 def _expected_tensors(
     folder: Path, files: dict[str, StoredTensor], adapter: HFAdapter, parts: dict[str, Any]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """The folder's tensors by normalized name, and the names of those that belong to heads the model does not have."""
     stored, dropped = {}, []
-    known = {hf_name for found in parts.values() for hf_name, _ in found}
+    known = _stored_names(parts)
     tied_name, source = adapter.tied or ("", "")
     # `score.weight` belongs to another head, `model.extra` to another network.
     tops = {hf_name.partition(".")[0] for hf_name in (*known, tied_name)}

@@ -146,5 +146,5 @@ def _rotary_changes(
 def _set_config(model: Transformer, config: Any) -> None:
     """Gives the model another config, and an adapter of it."""
     old = model.hf_adapter
-    model.config, model.hf_adapter = config, type(old)(config)
+    model.config, model.hf_adapter = config, old.with_config(config)
     model.hf_adapter.companions, model.hf_adapter.stop_ids = old.companions, old.stop_ids

@@ -1,7 +1,7 @@
 """Reads the safetensors of a folder lazily, one tensor at a time."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,21 +41,48 @@ class StoredTensor:
         return self.shape == other.shape and torch.equal(self.read(), other.read())
 
 
+def file_of(name: str, default: str = "model.safetensors") -> tuple[str, str]:
+    """The file that holds a tensor, relative to the model's folder, and the tensor's name in it.
+
+    `2_Dense/linear.weight` is `linear.weight` of `2_Dense/model.safetensors`; a name without `/` is in `default`.
+    """
+    inner, _, short = name.rpartition("/")
+    return (f"{inner}/model.safetensors", short) if inner else (default, name)
+
+
+def by_file(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """File -> the tensors in it by their names there, as `file_of` says; `model.safetensors` always is one."""
+    files: dict[str, dict[str, Tensor]] = {"model.safetensors": {}}
+    for name, tensor in tensors.items():
+        file, short = file_of(name)
+        files.setdefault(file, {})[short] = tensor
+    return files
+
+
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+def open_tensors(folder: Path, names: Iterable[str] = ()) -> Iterator[dict[str, StoredTensor]]:
     """Everything in `model.safetensors`, or in the files that its index names: name -> tensor, readable in the context.
+
+    Args:
+        folder: the model's.
+        names: of tensors in the model's layout. Where some are in files of inner folders (`file_of`), these are read
+            as well, if they are there.
 
     Raises:
         UserError: `no_model`, `pickle`, `missing_shard`, `corrupt_file`, `corrupt_index`.
     """
     with ExitStack() as stack:
         stored = {}
-        for file in _tensor_files(folder):
+        inner = {file_of(name)[0] for name in names} - {"model.safetensors"}
+        for file in (*_tensor_files(folder), *(folder / name for name in sorted(inner) if (folder / name).is_file())):
+            prefix = "" if file.parent == folder else f"{file.parent.relative_to(folder).as_posix()}/"
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
                 for name in opened.keys():  # noqa: SIM118, it is no dict
                     piece = opened.get_slice(name)
-                    stored[name] = StoredTensor(tuple(piece.get_shape()), piece.get_dtype(), _reader(opened, name))
+                    stored[f"{prefix}{name}"] = StoredTensor(
+                        tuple(piece.get_shape()), piece.get_dtype(), _reader(opened, name)
+                    )
             except FileNotFoundError:
                 raise UserError(
                     f"{file} does not exist, but {INDEX} names it",

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.errors import UserError
+from torchrecipes.models.encoder_adapter import EncoderAdapter
 from torchrecipes.models.hf_adapter import HFAdapter
 from torchrecipes.modules import (
     BertEmbedding,
@@ -20,12 +22,15 @@ from torchrecipes.modules import (
     to_residual_dtype,
 )
 
+ENCODERS = ("neobert", "modernbert", "bert", "roberta", "distilbert")
+
 
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and head, with initial weights drawn from `seed`.
 
     Attributes:
         hf_adapter: the Hugging Face layout of the family.
+        head: the output layer, an `LMHead`; None after `remove_head`.
         routing: what the routers of the MoE blocks did in the last forward pass: a NamedTuple of tensors with a leading
             dimension for the MoE layers. None for a dense model.
         router_loss: what to add to the sum of the tokens' losses for the routers' sake, from the last forward pass:
@@ -97,6 +102,20 @@ class Transformer(nn.Module):
         self.residual_dtype: torch.dtype | None = None
         self.init_weights(seed)
 
+    def remove_head(self) -> None:
+        """Removes the language-model head: `head` becomes None, and the layout that of the encoder alone.
+
+        Raises:
+            UserError: the model is a decoder (code `not_an_encoder`).
+        """
+        if self.causal:
+            name = self.config.model_type
+            problem = f"{name} is a decoder: a token sees none of the later ones, so an encoder cannot be made of it"
+            hint = f"Use one of {', '.join(ENCODERS)}"
+            raise UserError(problem, key="model", hint=hint, code="not_an_encoder")
+        self.head, self.hf_adapter = None, EncoderAdapter(self.hf_adapter)
+        self.config = self.hf_adapter.config
+
     def init_weights(self, seed: int) -> None:
         """Sets every parameter to its initial value; those on the meta device stay as they are."""
         std = self.config.initializer_range
@@ -107,7 +126,9 @@ class Transformer(nn.Module):
         """Compiles what is before and after the blocks: embedding (or not), final norm, transform of the head."""
         if embedding:
             self._embed = torch.compile(self._embed, backend=backend)
-        for module in (self.norm, self.head.transform):
+        for module in (self.norm, self.head and self.head.transform):
+            if module is None:
+                continue
             # Not `module.compile()`: all modules compiled so share one limit of recompilations.
             module.forward = torch.compile(module.forward, backend=backend)
 

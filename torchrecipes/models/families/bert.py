@@ -76,6 +76,9 @@ class Adapter(HFAdapter):
     """The layout of `BertForMaskedLM`."""
 
     architecture = "BertForMaskedLM"
+    encoder_architecture = "BertModel"
+    encoder_prefix = "bert."
+    has_pooler = True
     config_class = BertConfig
     tied = ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight")
     defaults: ClassVar = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

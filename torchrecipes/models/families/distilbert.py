@@ -72,6 +72,8 @@ class Adapter(HFAdapter):
     """The layout of `DistilBertForMaskedLM`."""
 
     architecture = "DistilBertForMaskedLM"
+    encoder_architecture = "DistilBertModel"
+    encoder_prefix = "distilbert."
     config_class = DistilBertConfig
     tied = ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight")
     defaults: ClassVar = {"dropout": 0.1, "attention_dropout": 0.1}

@@ -113,6 +113,8 @@ class Adapter(HFAdapter):
     """The layout of `ModernBertForMaskedLM`."""
 
     architecture = "ModernBertForMaskedLM"
+    encoder_architecture = "ModernBertModel"
+    encoder_prefix = "model."
     config_class = ModernBertConfig
     tied = ("decoder.weight", "model.embeddings.tok_embeddings.weight")
     fixed: ClassVar = {

@@ -84,6 +84,8 @@ class Adapter(DecoderAdapter):
     """The layout of EuroBERT."""
 
     architecture = "EuroBertForMaskedLM"
+    encoder_architecture = "EuroBertModel"
+    encoder_prefix = "model."
     config_class = NeoBertConfig
     required = frozenset({"vocab_size"})
     defaults: ClassVar = {
@@ -121,6 +123,10 @@ class Adapter(DecoderAdapter):
     def write_keys(self) -> dict:
         """As transformers 5 writes it."""
         return super().write_keys() | {"mlp_bias": self.config.lm_head_bias}
+
+    def encoder_config(self) -> NeoBertConfig:
+        """Without the head there is no bias of it."""
+        return replace(self.config, lm_head_bias=False)
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Beside the bias of the head, zeros for the biases that an `eurobert` with one has."""

@@ -103,11 +103,18 @@ class Adapter(HFAdapter):
         "tie_word_embeddings": (True,),
     }
     keeps_pad_id = True
+    encoder_prefix = "roberta."
+    has_pooler = True
 
     @property
     def architecture(self) -> str:
         """The class of `transformers` that reads the folder."""
         return {"roberta": "RobertaForMaskedLM", "xlm-roberta": "XLMRobertaForMaskedLM"}[self.config.model_type]
+
+    @property
+    def encoder_architecture(self) -> str:
+        """The class of `transformers` for the model without its head."""
+        return {"roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}[self.config.model_type]
 
     @property
     def token_types(self) -> bool:
