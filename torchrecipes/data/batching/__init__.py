@@ -1,42 +1,57 @@
 """From a corpus to batches: rows, their order, targets, micro-batches.
 
-rows      `Rows`: what a loader reads
-packing   `PackedDataset`, `BestFitDataset`, `PaddedDataset`: rows of equal length from documents
-best_fit  the plan of `BestFitDataset`
-mixture   `MixtureRows`: rows of several sources in exact proportions
-appended  `AppendedRows`: rows of a corpus that text has been added to, also during a run
-streamed  `StreamedRows`: rows of a corpus that is still being written
-shuffle   the order of the rows as arithmetic: a permutation without a list
-mlm       `MLMCollator`: masked tokens
-causal    `CausalLMCollator`: next tokens
-batch     `Batch`: what a model and a loss get
-loader    `Loader`: from a step's number to its micro-batches
+rows          `Rows`: what a loader reads
+packing       `PackedDataset`, `BestFitDataset`, `PaddedDataset`: rows of equal length from documents
+best_fit      the plan of `BestFitDataset`
+mixture       `MixtureRows`: rows of several sources in exact proportions
+appended      `AppendedRows`: rows of a corpus that text has been added to, also during a run
+streamed      `StreamedRows`: rows of a corpus that is still being written
+example_rows  `ExampleRows`: examples of texts in the place of rows
+shuffle       the order of the rows as arithmetic: a permutation without a list
+mlm           `MLMCollator`: masked tokens
+causal        `CausalLMCollator`: next tokens
+pairs         `PairCollator`: texts that belong together
+labeled       `LabeledCollator`: texts with labels
+texts         `pack_texts`: texts as one row without padding
+batch         `Batch`: what a model and a loss get
+examples      `Examples`: which texts of a batch belong together
+loader        `Loader`: from a step's number to its micro-batches
 """
 
 from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.example_rows import ExampleRows
+from torchrecipes.data.batching.examples import Examples
+from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.mlm import MLMCollator
 from torchrecipes.data.batching.packing import BestFitDataset, PackedDataset, PaddedDataset, make_rows
+from torchrecipes.data.batching.pairs import PairCollator
 from torchrecipes.data.batching.rows import RowBlock, Rows
 from torchrecipes.data.batching.streamed import StreamedRows
+from torchrecipes.data.batching.texts import pack_texts
 
 __all__ = [
     "AppendedRows",
     "Batch",
     "BestFitDataset",
     "CausalLMCollator",
+    "ExampleRows",
+    "Examples",
+    "LabeledCollator",
     "Loader",
     "MLMCollator",
     "MixtureRows",
     "PackedDataset",
     "PaddedDataset",
+    "PairCollator",
     "RowBlock",
     "Rows",
     "StreamedRows",
     "evaluation_batches",
     "make_rows",
+    "pack_texts",
     "rows_per_rank",
 ]

@@ -1,15 +1,21 @@
 """`Batch`: rows of tokens, the documents inside them, and the targets."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchrecipes.data.batching.examples import Examples
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch. B rows of S tokens; padding is one more document at the end of its row.
+
+    A batch of texts, for embeddings and classes, is one row: the texts one after the other, each a document. In one of
+    made-up tokens (`example_batch` of a collator) every text is a row.
 
     Attributes:
         input_ids: `[B, S]` int64.
@@ -18,13 +24,19 @@ class Batch:
         cu_seqlens: `[N + 1]` int32, the boundaries of the N documents over the B * S flattened tokens: 0, then the end
             of each. N differs from batch to batch. None: every row is one document.
         max_seqlen: the length of the longest document, rounded up to a multiple of 128, at most S.
-        num_targets: tokens to predict. The loss of an optimizer step is the sum over its micro-batches and ranks,
-            divided by the sum of these.
+        num_targets: tokens to predict, or examples. The loss of an optimizer step is the sum over its micro-batches and
+            ranks, divided by the sum of these.
         masked_positions: masked LM: `[M]` int64 into the flattened tokens, all different. M never changes.
         masked_labels: masked LM: `[M]` int64, the token that was there; -100 in unused slots.
         labels: causal LM: `[B, S]` int64, the token that comes next; -100 where there is none to predict.
-        source_ids: mixtures: `[B]` int64, the place of each row's source in `source_names`.
+        source_ids: mixtures: `[B]` int64, the place of each row's (or example's) source in `source_names`.
         source_names: mixtures: the sources.
+        num_texts: N, the documents that are texts to be pooled, the first ones; 0 in pretraining.
+        pool_from: `[N]` int32: tokens at the start of each text that pooling leaves out. None: none.
+        token_type_ids: `[B, S]` int64: 1 in the second sentence of a text. None: the model has no token types.
+        examples: which texts belong together, and their labels and scores.
+        features: `[n, ...]`: outputs of a frozen encoder for the n examples, in place of tokens; `input_ids` is then
+            `[1, 0]`.
     """
 
     input_ids: Tensor
@@ -38,12 +50,26 @@ class Batch:
     labels: Tensor | None = None
     source_ids: Tensor | None = None
     source_names: tuple[str, ...] = ()
+    num_texts: int = 0
+    pool_from: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    examples: Examples | None = None
+    features: Tensor | None = None
 
     @property
     def documents(self) -> dict[str, Tensor | int | None]:
         """What a model needs to know of the documents, as keyword arguments of its `forward`."""
-        names = ("position_ids", "document_ids", "cu_seqlens", "max_seqlen")
-        return {name: getattr(self, name) for name in names}
+        described = {name: getattr(self, name) for name in ("position_ids", "document_ids", "cu_seqlens", "max_seqlen")}
+        if self.document_ids is None:
+            described["cu_seqlens"] = None
+        if self.token_type_ids is not None:
+            described["token_type_ids"] = self.token_type_ids
+        return described
+
+    @property
+    def texts(self) -> dict[str, Tensor | int | None]:
+        """What pooling needs to know of the texts, as its keyword arguments."""
+        return {name: getattr(self, name) for name in ("num_texts", "cu_seqlens", "pool_from")}
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; a copy from pinned memory does not wait for it."""
@@ -53,9 +79,12 @@ class Batch:
         """The batch in page-locked memory, from which a GPU copies while the CPU continues (called by DataLoader)."""
         return self._with_tensors(Tensor.pin_memory)
 
-    def _with_tensors(self, change) -> "Batch":
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.examples is not None:
+            changed["examples"] = self.examples.map_tensors(change)
+        return replace(self, **changed)
 
 
 def document_fields(boundaries: np.ndarray, shape: tuple[int, int]) -> dict[str, Tensor | int]:

@@ -1,7 +1,8 @@
 """From an optimizer step to its micro-batches.
 
 1. A run consumes rows one after the other: step s of G rows holds the positions from `(s - 1) * G` (shuffle.py).
-2. Every rank takes its share of a step's rows, in micro-batches.
+2. Every rank takes its share of a step's rows, in micro-batches; of examples, which differ in length, in micro-batches
+   of about as many tokens.
 3. Masks are drawn from a key of (seed, epoch, row) (mlm.py).
 
 What a step sees does not depend on the number of ranks, workers or micro-batches, and the state is one integer: the
@@ -21,12 +22,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.example_rows import ReadsExamples, split_by_length
+from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.data.batching.mixture import MixtureRows, exhausted
 from torchrecipes.data.batching.mlm import MLMCollator
+from torchrecipes.data.batching.pairs import PairCollator
 from torchrecipes.data.batching.rows import Rows, number_in_source
 from torchrecipes.data.batching.shuffle import fold_in, permute
 from torchrecipes.errors import UserError
 
+Collator = MLMCollator | CausalLMCollator | PairCollator | LabeledCollator
 EVALUATION = 2**32  # takes the place of a seed in what evaluation draws
 
 
@@ -40,12 +45,14 @@ class Loader:
     `for batch in loader` yields the same micro-batches one by one.
 
     Args:
-        dataset: `PackedDataset`, `PaddedDataset`, or other `Rows`.
-        collator: makes batches of rows: `MLMCollator`, `CausalLMCollator`, or anything with their `batch`.
+        dataset: `PackedDataset`, `PaddedDataset`, `ExampleRows`, or other `Rows`.
+        collator: makes batches of rows: `MLMCollator`, `CausalLMCollator`, `PairCollator`, `LabeledCollator`, or
+            anything with their `batch`.
         seed: chooses order and masks.
         global_batch_size: rows of an optimizer step, over all ranks and micro-batches.
-        micro_batch_size: rows of a forward pass on one rank, at most: see `largest_micro_batch`. `auto`: to be set
-            before the first step; a loaded state sets it.
+        micro_batch_size: rows of a forward pass on one rank, at most: see `largest_micro_batch`. Of examples it is the
+            mean number: those of similar length are together, and all micro-batches have about as many tokens. `auto`:
+            to be set before the first step; a loaded state sets it.
         rank, world_size: this process among all.
         shuffle: False: rows in the order of the corpus.
         num_workers: processes that make batches ahead of time. 0: made when they are asked for.
@@ -63,7 +70,7 @@ class Loader:
     def __init__(
         self,
         dataset: Rows,
-        collator: MLMCollator | CausalLMCollator,
+        collator: Collator,
         *,
         seed: int,
         global_batch_size: int,
@@ -238,7 +245,7 @@ def largest_micro_batch(rows_per_rank: int, at_most: int) -> int:
 
 def evaluation_batches(
     dataset: Rows,
-    collator: MLMCollator | CausalLMCollator,
+    collator: Collator,
     rows_per_batch: int,
     limit: int | None = None,
     *,
@@ -251,7 +258,8 @@ def evaluation_batches(
 
     Args:
         dataset, collator: as for `Loader`; a mask probability that depends on the step is that of step 1.
-        rows_per_batch: rows of a batch; the last is filled up with rows of padding.
+        rows_per_batch: rows of a batch; the last is filled up with rows of padding. Examples are not filled up: the
+            last batches may have fewer, and none.
         limit: rows at most; a random choice, the same every time. None: all.
         name: of the evaluation set: rows and masks of two sets are drawn independently.
         rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th. All take as many: a
@@ -300,11 +308,12 @@ class _Steps(Dataset):
         numbers, keys = self.numbers[self.block.index(position)], self.keys[self.block.index(position)]
         if (numbers < 0).any():
             raise exhausted(position)
-        size = self.micro_batch_size
-        return [
-            self.collator.batch(self.dataset, numbers[i : i + size], keys[i : i + size], step)
-            for i in range(0, self.num_rows, size)
-        ]
+        pieces = self.num_rows // self.micro_batch_size
+        if isinstance(self.dataset, ReadsExamples):
+            split = split_by_length(self.dataset.lengths(numbers), pieces)
+        else:
+            split = np.split(np.arange(self.num_rows), pieces)
+        return [self.collator.batch(self.dataset, numbers[piece], keys[piece], step) for piece in split]
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -1,0 +1,76 @@
+"""`PairCollator`: texts that belong together: pairs, pairs with negatives, scored pairs, a text and its copy."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchrecipes.data.batching.batch import Batch
+from torchrecipes.data.batching.texts import batch_of_examples, made_up_batch
+from torchrecipes.data.examples.block import ExampleBlock
+from torchrecipes.data.tokenizers.tokenizer import Tokenizer
+
+
+class PairCollator:
+    """Packs the texts of some examples into one row.
+
+    Args:
+        tokenizer: gives the padding token.
+        token_types: whether the model takes `token_type_ids`.
+        repeat_texts: every example is one text and a copy of it, which dropout makes another one (SimCSE, Gao et al.
+            2021, arXiv:2104.08821). Both are in the same batch.
+        include_prompt: False: pooling leaves out the tokens of a text's prompt.
+        texts_per_example: k, of a batch of made-up tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        token_types: bool = False,
+        repeat_texts: bool = False,
+        include_prompt: bool = True,
+        texts_per_example: int = 2,
+    ):
+        self._pad_id, self._token = tokenizer.pad_id or 0, tokenizer.unpadded_vocab_size - 1
+        self.token_types, self.repeat_texts, self.include_prompt = token_types, repeat_texts, include_prompt
+        self.texts_per_example = 2 if repeat_texts else texts_per_example
+
+    def batch(self, rows: Any, numbers: np.ndarray, keys: np.ndarray, step: int = 1) -> Batch:  # noqa: ARG002
+        """Reads examples and packs their texts. Nothing is drawn.
+
+        Args:
+            rows: `ExampleRows`, or other rows with `examples`.
+            numbers: `[n]`, the examples' numbers; -1 is left out.
+            keys: `[n]` uint64, not used.
+            step: the optimizer step, not used.
+
+        Raises:
+            ValueError: `repeat_texts`, and the examples have several texts.
+        """
+        block = rows.examples(numbers)
+        if self.repeat_texts:
+            block = _with_copies(block)
+        options = {"token_types": self.token_types, "include_prompt": self.include_prompt}
+        return batch_of_examples(rows, block, self._pad_id, **options)
+
+    def example_batch(self, num_rows: int, seq_len: int) -> Batch:
+        """A batch of `num_rows` examples with made-up tokens, scores and labels: for estimates and trial steps.
+
+        Every text has `seq_len` tokens and is a row.
+        """
+        size = (num_rows, self.texts_per_example, seq_len, self._token)
+        batch = made_up_batch(*size, token_types=self.token_types)
+        scores = torch.linspace(0, 1, num_rows)[:, None].repeat(1, max(1, self.texts_per_example - 1))
+        labels = torch.arange(num_rows) // 2
+        return replace(batch, examples=replace(batch.examples, scores=scores, labels=labels))
+
+
+def _with_copies(block: ExampleBlock) -> ExampleBlock:
+    if block.example_texts.shape[1] != 1:
+        raise ValueError(f"repeat_texts takes examples of one text; these have {block.example_texts.shape[1]}")
+    copies = block.example_texts + len(block.text_lengths)
+    per_text = ("tokens", "text_lengths", "second_starts", "text_hashes", "prompt_lengths")
+    twice = {name: np.concatenate([getattr(block, name)] * 2) for name in per_text}
+    return block._replace(example_texts=np.concatenate([block.example_texts, copies], axis=1), **twice)
