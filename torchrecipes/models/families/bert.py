@@ -70,6 +70,24 @@ SIZES = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
 }
+# The learners' ladder (docs/ladder.md). One token type, the fewest that `transformers` takes.
+SIZES |= {
+    f"ladder-{version}": {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": positions,
+        "type_vocab_size": 1,
+    }
+    for version, layers, hidden, heads, vocabulary, positions in (
+        ("v0", 2, 4, 2, 10_005, 128),
+        ("v2", 4, 8, 4, 10_005, 128),
+        ("v3", 6, 16, 8, 10_005, 128),
+        ("v4", 8, 256, 8, 25_005, 256),
+    )
+}
 
 
 class Adapter(HFAdapter):
