@@ -1,6 +1,7 @@
 """The learners' ladder: sizes as described, and steps that compare."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_steps_train_on_the_same_text_and_differ_in_what_the_page_says():
     assert all(config.data == configs[0].data and config.tokenizer == configs[0].tokenizer for config in configs)
     differing = [
         {field.name for field in dataclasses.fields(schema) if getattr(a, field.name) != getattr(b, field.name)}
-        for a, b in zip(configs, configs[1:], strict=False)
+        for a, b in itertools.pairwise(configs)
     ]
     assert differing[0] == {"output_dir", "compute"}
     assert differing[1] == {"output_dir", "model", "optimizer"}
