@@ -1,8 +1,30 @@
-"""Losses: functions that return a sum over targets. The caller divides once by the targets of the whole step."""
+"""Losses: functions that return a sum over targets. The caller divides once by the targets of the whole step.
+
+masked_lm, causal_lm     over tokens, through `linear_cross_entropy` (chunked_cross_entropy, fused_softmax)
+source_sums              `by_source`: the loss of each source of a mixture
+contrastive              `InfoNCE`
+similarity               `CoSENT`, `CosineRegression`: pairs with scores
+classification           `CrossEntropy`, `BinaryCrossEntropy`, `MeanSquaredError`
+examples_of_ranks        embeddings and examples of all ranks
+"""
 
 from torchrecipes.losses.causal_lm import causal_lm_loss
 from torchrecipes.losses.chunked_cross_entropy import linear_cross_entropy
+from torchrecipes.losses.classification import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
+from torchrecipes.losses.contrastive import InfoNCE
 from torchrecipes.losses.masked_lm import masked_lm_loss
+from torchrecipes.losses.similarity import CoSENT, CosineRegression
 from torchrecipes.losses.source_sums import by_source
 
-__all__ = ["by_source", "causal_lm_loss", "linear_cross_entropy", "masked_lm_loss"]
+__all__ = [
+    "BinaryCrossEntropy",
+    "CoSENT",
+    "CosineRegression",
+    "CrossEntropy",
+    "InfoNCE",
+    "MeanSquaredError",
+    "by_source",
+    "causal_lm_loss",
+    "linear_cross_entropy",
+    "masked_lm_loss",
+]

@@ -8,6 +8,7 @@ activation_checkpointing   less memory for more time; the hint when memory runs 
 expert_load_balancing      the load of a mixture's experts
 ema                        `EMA`: averaged weights
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
+grad_cache                 `random_state`, `replay`: a contrastive step in the memory of one micro-batch
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
 graceful_stop              Ctrl+C and SIGTERM end a run after its step
 metrics                    `MetricLogger`: metrics.jsonl, the terminal, loggers; the config group `log`
@@ -19,6 +20,7 @@ from torchrecipes.training.ema import EMA
 from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
 from torchrecipes.training.forgetting import ForgettingConfig, ForgettingController, stored_baseline
 from torchrecipes.training.graceful_stop import GracefulStop
+from torchrecipes.training.grad_cache import random_state, replay
 from torchrecipes.training.guard import Guard
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
 from torchrecipes.training.run import ComputeConfig, start_run
@@ -35,6 +37,8 @@ __all__ = [
     "LogConfig",
     "MetricLogger",
     "oom_hint",
+    "random_state",
+    "replay",
     "router_loss",
     "setup_model",
     "start_run",
