@@ -1,4 +1,4 @@
-"""Evaluation: loss, perplexity, fill-mask, generation.
+"""Evaluation: loss, perplexity, fill-mask, generation; similarity, retrieval and classification.
 
 mlm                `evaluate_mlm`, `unigram_baseline`: masked tokens, beside the frequency of words
 causal             `evaluate_causal`: next tokens
@@ -8,25 +8,55 @@ document_loss      `document_losses`: the loss of every document, to find bad da
 text_perplexity    `perplexity` of documents, in windows
 position_loss      `loss_by_position`: sums of the loss for ranges of positions
 mask_filling       `fill_mask`: the tokens that fit into [MASK]
+
+sts                   `STS`: correlation of cosines with people's scores
+retrieval             `Retrieval`: MRR, nDCG and recall of an exact search
+pair_classification   `PairClassification`: average precision and the best thresholds
+embeddings            what these share: the encoder that they take, cosines
+top_k, ranking, beir  exact search in chunks, the metrics of rankings, BEIR's layout
+classification        `classification_metrics`, `class_scores`: from logits and labels; GLUE's metrics
+correlation           Pearson and Spearman
 """
 
 from torchrecipes.evaluation.causal import evaluate_causal
+from torchrecipes.evaluation.classification import (
+    GLUE_METRICS,
+    ClassScores,
+    class_scores,
+    classification_metrics,
+    confusion_matrix,
+    format_report,
+    glue_score,
+)
 from torchrecipes.evaluation.document_loss import DocumentLoss, document_losses
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
 from torchrecipes.evaluation.mask_filling import fill_mask
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation.pair_classification import PairClassification
 from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
+from torchrecipes.evaluation.retrieval import Retrieval
+from torchrecipes.evaluation.sts import STS
 from torchrecipes.evaluation.text_perplexity import perplexity
 
 __all__ = [
+    "GLUE_METRICS",
+    "STS",
+    "ClassScores",
     "DocumentLoss",
+    "PairClassification",
+    "Retrieval",
     "check_prompts",
+    "class_scores",
+    "classification_metrics",
+    "confusion_matrix",
     "document_losses",
     "evaluate_causal",
     "evaluate_mlm",
     "fill_mask",
+    "format_report",
     "generate",
     "generate_text",
+    "glue_score",
     "loss_by_position",
     "perplexity",
     "position_edges",

@@ -9,6 +9,7 @@ expert_load_balancing      the load of a mixture's experts
 ema                        `EMA`: averaged weights
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
 grad_cache                 `random_state`, `replay`: a contrastive step in the memory of one micro-batch
+early_stopping             `EarlyStopping`: ends a run whose metric no longer improves
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
 graceful_stop              Ctrl+C and SIGTERM end a run after its step
 metrics                    `MetricLogger`: metrics.jsonl, the terminal, loggers; the config group `log`
@@ -16,6 +17,7 @@ loggers                    `TensorBoard`, `WandB`
 """
 
 from torchrecipes.training.activation_checkpointing import oom_hint
+from torchrecipes.training.early_stopping import EarlyStopping
 from torchrecipes.training.ema import EMA
 from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
 from torchrecipes.training.forgetting import ForgettingConfig, ForgettingController, stored_baseline
@@ -29,6 +31,7 @@ from torchrecipes.training.setup import setup_model
 __all__ = [
     "EMA",
     "ComputeConfig",
+    "EarlyStopping",
     "ExpertBalance",
     "ForgettingConfig",
     "ForgettingController",
