@@ -14,7 +14,7 @@ from torchrecipes.losses.classification import BinaryCrossEntropy, CrossEntropy,
 from torchrecipes.losses.contrastive import InfoNCE
 from torchrecipes.losses.masked_lm import masked_lm_loss
 from torchrecipes.losses.similarity import CoSENT, CosineRegression
-from torchrecipes.losses.source_sums import by_source
+from torchrecipes.losses.source_sums import by_dataset, by_source
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -23,6 +23,7 @@ __all__ = [
     "CrossEntropy",
     "InfoNCE",
     "MeanSquaredError",
+    "by_dataset",
     "by_source",
     "causal_lm_loss",
     "linear_cross_entropy",

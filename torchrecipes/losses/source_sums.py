@@ -1,5 +1,6 @@
-"""Loss of every source of a mixture, from the losses of single tokens that the training step computes anyway."""
+"""Loss of every source of a mixture, from what the training step computes anyway."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,3 +39,24 @@ def by_source(token_loss: Tensor, batch: Any) -> dict[str, Tensor]:
     target_sums = torch.where(is_of_source, targets, 0).sum(1).to(token_loss.dtype)
     named = {f"loss/{name}": loss_sums[number] for number, name in enumerate(batch.source_names)}
     return named | {f"targets/{name}": target_sums[number] for number, name in enumerate(batch.source_names)}
+
+
+def by_dataset(loss: Tensor, batches: Sequence[Any]) -> dict[str, Tensor]:
+    """`by_source` for a step of examples that are all of one dataset (`DatasetBatches`).
+
+    Args:
+        loss: scalar, the sum over the examples of these batches.
+        batches: this rank's batches of the step.
+
+    Returns:
+        `loss/<name>` and `targets/<name>` of every dataset, scalars without gradient in the dtype of `loss`, 0 where
+        the step is of another dataset; empty where there is one dataset.
+    """
+    if batches[0].source_ids is None:
+        return {}
+    source_ids, names = torch.cat([batch.source_ids for batch in batches]), batches[0].source_names
+    sources = torch.arange(len(names), device=source_ids.device)
+    targets = (sources[:, None] == source_ids).sum(1).to(loss.dtype)
+    losses = targets * (loss.detach() / max(1, len(source_ids)))
+    named = {f"loss/{name}": losses[number] for number, name in enumerate(names)}
+    return named | {f"targets/{name}": targets[number] for number, name in enumerate(names)}

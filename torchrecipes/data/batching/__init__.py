@@ -7,6 +7,9 @@ mixture       `MixtureRows`: rows of several sources in exact proportions
 appended      `AppendedRows`: rows of a corpus that text has been added to, also during a run
 streamed      `StreamedRows`: rows of a corpus that is still being written
 example_rows  `ExampleRows`: examples of texts in the place of rows
+grouped_rows  `GroupedRows`: labeled examples, some of each label together
+dataset_batches  `DatasetBatches`: several datasets, every step from one
+features      `FeatureRows`, `FeatureCollator`: outputs of a frozen encoder in the place of texts
 shuffle       the order of the rows as arithmetic: a permutation without a list
 mlm           `MLMCollator`: masked tokens
 causal        `CausalLMCollator`: next tokens
@@ -21,8 +24,11 @@ loader        `Loader`: from a step's number to its micro-batches
 from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.dataset_batches import DatasetBatches
 from torchrecipes.data.batching.example_rows import ExampleRows
 from torchrecipes.data.batching.examples import Examples
+from torchrecipes.data.batching.features import FeatureCollator, FeatureRows
+from torchrecipes.data.batching.grouped_rows import GroupedRows
 from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
@@ -38,8 +44,12 @@ __all__ = [
     "Batch",
     "BestFitDataset",
     "CausalLMCollator",
+    "DatasetBatches",
     "ExampleRows",
     "Examples",
+    "FeatureCollator",
+    "FeatureRows",
+    "GroupedRows",
     "LabeledCollator",
     "Loader",
     "MLMCollator",

@@ -25,12 +25,14 @@ class ExampleSource(Protocol):
         fingerprint: of the content.
         texts_per_example: k, the most texts that an example has.
         example_lengths: `[E]` int64: tokens of all texts of an example.
+        labels: of all examples, as in `ExampleBlock`, or None.
     """
 
     num_examples: int
     fingerprint: str
     texts_per_example: int
     example_lengths: np.ndarray
+    labels: np.ndarray | None
 
     def read(self, numbers: np.ndarray) -> ExampleBlock:
         """The examples with these numbers, `[n]`."""

@@ -22,7 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.dataset_batches import DatasetBatches
 from torchrecipes.data.batching.example_rows import ReadsExamples, split_by_length
+from torchrecipes.data.batching.features import FeatureCollator
+from torchrecipes.data.batching.grouped_rows import GroupedRows
 from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.data.batching.mixture import MixtureRows, exhausted
 from torchrecipes.data.batching.mlm import MLMCollator
@@ -31,7 +34,7 @@ from torchrecipes.data.batching.rows import Rows, number_in_source
 from torchrecipes.data.batching.shuffle import fold_in, permute
 from torchrecipes.errors import UserError
 
-Collator = MLMCollator | CausalLMCollator | PairCollator | LabeledCollator
+Collator = MLMCollator | CausalLMCollator | PairCollator | LabeledCollator | FeatureCollator
 EVALUATION = 2**32  # takes the place of a seed in what evaluation draws
 
 
@@ -283,6 +286,8 @@ class _Steps(Dataset):
 
     def __init__(self, dataset, collator, seed, shuffle, global_batch_size, first_row, num_rows):
         dataset.check_trainable()
+        if isinstance(dataset, DatasetBatches | GroupedRows):
+            dataset.check_batch(global_batch_size)
         self.dataset, self.collator, self.seed, self.shuffle = dataset, collator, seed, shuffle
         self.global_batch_size, self.first_row, self.num_rows = global_batch_size, first_row, num_rows
         self.micro_batch_size: int | Literal["auto"] = "auto"

@@ -273,7 +273,7 @@ class MixtureRows:
         if not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
             problem = f"{_show(dict(weights))} are not shares"
             raise UserError(problem, key=WEIGHTS, hint="Give numbers of at least 0, not all 0.", code="weights")
-        quotas = _largest_remainder(np.array(shares), BLOCK)
+        quotas = largest_remainder(np.array(shares), BLOCK)
         small = [name for name, share, quota in zip(self.parts, shares, quotas, strict=True) if share and not quota]
         if small:
             raise UserError(
@@ -343,7 +343,7 @@ def exhausted(num_rows: int) -> UserError:
     )
 
 
-def _largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
+def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers in proportion to `shares` that sum to `total`; of equal remainders the first is rounded up."""
     exact = shares * (total / shares.sum())
     quotas = np.floor(exact).astype(np.int64)
@@ -361,7 +361,7 @@ def _capped(shares: np.ndarray, left: np.ndarray) -> np.ndarray | None:
         rest = BLOCK - quotas[short].sum()
         if not open_shares.any():
             return quotas if rest == 0 else None
-        quotas[~short] = _largest_remainder(open_shares, rest)[~short]
+        quotas[~short] = largest_remainder(open_shares, rest)[~short]
         if not (now := (quotas > left) & ~short).any():
             return quotas
         short |= now

@@ -46,24 +46,29 @@ def fold_in(*numbers: int | np.ndarray) -> np.ndarray:
     return key
 
 
-def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+def permute(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     """Applies a random permutation of `range(n)` to `index`.
 
     Args:
         index: integers in `range(n)`, any shape but `()`.
-        n: 1 to 2**62.
-        key: uint64 `[1]`, from `fold_in`: selects the permutation.
+        n: 1 to 2**52; or as many as indices, where they are of different permutations.
+        key: uint64 `[1]`, from `fold_in`: selects the permutation; or as many as indices.
 
     Returns:
         int64 of the shape of `index`.
     """
-    half = np.uint64(max(2, (n - 1).bit_length() // 2 + (n - 1).bit_length() % 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    round_keys = fold_in(key, np.arange(ROUNDS))
+    n, key = np.atleast_1d(n), np.atleast_1d(key)
+    bits = np.frexp((n - 1).astype(np.float64))[1]  # of the largest index
+    half = np.maximum(2, (bits + 1) // 2).astype(np.uint64)
+    # Per index where they differ, else one for all.
+    columns = [half, n.astype(np.uint64), *np.moveaxis(fold_in(key[..., None], np.arange(ROUNDS)), -1, 0)]
+    if max(n.size, key.size) > 1:
+        columns = [np.broadcast_to(column, index.shape) for column in columns]
     out = np.array(index, dtype=np.uint64)
     outside = np.ones(out.shape, dtype=bool)
     while outside.any():
-        x = out[outside]
+        half, n, *round_keys = (column if column.size == 1 else column[outside] for column in columns)
+        low, x = (np.uint64(1) << half) - np.uint64(1), out[outside]
         left, right = x >> half, x & low
         for round_key in round_keys:
             left, right = right, left ^ (splitmix64(right ^ round_key) >> np.uint64(64) - half)
