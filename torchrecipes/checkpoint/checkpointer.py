@@ -38,6 +38,8 @@ from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
 from torchrecipes.manifest import HIDDEN, verify
 from torchrecipes.models.hub import write_hf_config
+from torchrecipes.models.lora_adapter import peft_config, peft_tensors
+from torchrecipes.modules.lora import LoRAState, lora_layers
 
 __all__ = ["CheckpointConfig", "Checkpointer"]
 # One process without a process group is intended.
@@ -70,7 +72,8 @@ class Checkpointer:
     Args:
         output_dir: the run's folder.
         options: the config group.
-        model: saved under the names of its Hugging Face layout (`model.hf_adapter`), or under its own without one.
+        model: saved under the names of its Hugging Face layout (`model.hf_adapter`), or under its own without one. One
+            with LoRA is saved merged, and as a folder `adapter` for peft; the state `lora` is what it resumes from.
         optimizer: its state is saved by the model's parameter names, and restored bit by bit. Its settings stay
             those of this run, but for what a scheduler in `state` has set, such as the learning rate.
         tokenizer: saved beside the model, and compared when resuming; None: there is none.
@@ -102,6 +105,8 @@ class Checkpointer:
     ):
         self.options, self.folder = options or CheckpointConfig(), Path(output_dir) / "checkpoints"
         self.model, self.optimizer, self.tokenizer, self.state = model, optimizer, tokenizer, dict(state or {})
+        if lora_layers(model):
+            self.state["lora"] = LoRAState(model)
         self.config_yaml = config_yaml
         self.recipe_source = Path(recipe).read_text(encoding="utf-8") if recipe else ""
         self.saved: Path | None = None
@@ -181,6 +186,11 @@ class Checkpointer:
             if weight_map:
                 index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": weight_map}
                 texts[f"{folder}model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+        if lora_layers(self.model):
+            lora = peft_tensors(self.model, models[""])
+            if collectives.rank() == 0:
+                files["adapter/adapter_model.safetensors"] = lora
+            texts["adapter/adapter_config.json"] = peft_config(self.model)
         if self.options.async_save:
             sharded = {part: self._host.copy(tensors, part) for part, tensors in sharded.items()}
             files = {file: self._host.copy(tensors, file) for file, tensors in files.items()}

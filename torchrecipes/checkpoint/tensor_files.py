@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchrecipes.distributed import collectives
 from torchrecipes.models.hub import hf_state_dict
 from torchrecipes.models.stored_tensors import file_of
+from torchrecipes.modules.lora import merged_tensors, without_lora
 
 MODEL_FILE_BYTES = 4 << 30  # a larger model is stored in several files, written by several ranks
 
@@ -26,18 +27,19 @@ def unsharded_files(
 
     Args:
         model: has the adapter.
-        state: all of the model's tensors, by its own names.
+        state: all of the model's tensors, by its own names; LoRA's are merged into the others.
 
     Returns:
         file -> the tensors that this rank writes into it; and, where there are several files, tensor -> file.
     """
-    number_of = (np.cumsum([tensor.nbytes for tensor in state.values()]) - 1) // MODEL_FILE_BYTES
-    count = int(number_of[-1]) + 1
+    sizes = {name: tensor.nbytes for name, tensor in without_lora(model, state).items()}
+    number_of = dict(zip(sizes, ((np.cumsum(list(sizes.values())) - 1) // MODEL_FILE_BYTES).tolist(), strict=True))
+    count = max(number_of.values()) + 1
     files: dict[str, dict[str, Tensor]] = {}
     weight_map, seen = {}, set()
-    for number, (name, tensor) in zip(number_of.tolist(), state.items(), strict=True):
+    for name, full in merged_tensors(model, state):
+        number = number_of[name]
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         for key, value in hf_state_dict(model, {name: full}).items():
             target, key = file_of(key, file)
             if target == file:
@@ -45,7 +47,7 @@ def unsharded_files(
             # A file of an inner folder is small; rank 0 writes it.
             if (number if target == file else 0) % collectives.world_size() != collectives.rank():
                 continue
-            if full is not tensor:
+            if isinstance(state[name], DTensor):
                 value = value.cpu()  # one by one, so that a GPU holds one of them at a time
             view = value.data_ptr(), value.shape
             files.setdefault(target, {})[key] = value.clone() if view in seen else value  # a file has no tied tensors

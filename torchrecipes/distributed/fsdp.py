@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from torchrecipes.distributed.collectives import dist_env
 from torchrecipes.errors import UserError
-from torchrecipes.modules import LMHead, Router
+from torchrecipes.modules import LMHead, Router, init_lora
 from torchrecipes.modules.blocks import transformer_blocks
 
 STRATEGIES = ("auto", "none", "ddp", "fsdp", "hsdp")
@@ -203,6 +203,7 @@ def init_on_device(model: nn.Module, device: torch.device, seed: int) -> None:
             )
         model.to_empty(device=device)
         model.init_weights(seed)
+        init_lora(model, seed)  # which a module's own init_weights does not know
     else:
         model.to(device)
 

@@ -13,6 +13,7 @@
 | dropout           | `set_dropout`: another dropout than a checkpoint was trained with            |
 | longer_context    | `extend_context`: scaled RoPE, longer tables of positions                    |
 | vocabulary_extension | `extend_vocabulary`: rows for new tokens in a folder's embedding and head     |
+| lora_adapter      | `load_lora`, `save_lora`: LoRA to and from peft's folders                    |
 | stored_tensors    | reads safetensors lazily                                                     |
 | transformers_model| `from_transformers`: any causal or masked model of `transformers`            |
 | compatibility     | checks that model, tokenizer, row length and objective fit                   |
@@ -55,6 +56,7 @@ from torchrecipes.models.hub import (
     stop_token_ids,
 )
 from torchrecipes.models.longer_context import extend_context
+from torchrecipes.models.lora_adapter import load_lora, save_lora
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.models.transformers_model import TransformersModel, from_transformers
@@ -89,6 +91,7 @@ __all__ = [
     "llama",
     "load_hf",
     "load_hf_weights",
+    "load_lora",
     "loading_hint",
     "max_positions",
     "meta_model_from_hf",
@@ -103,6 +106,7 @@ __all__ = [
     "resolve_model_folder",
     "roberta",
     "save_hf",
+    "save_lora",
     "set_dropout",
     "stop_token_ids",
 ]

@@ -26,6 +26,7 @@ from torchrecipes.models.hf_adapter import HFAdapter, adapter_of
 from torchrecipes.models.stored_tensors import StoredTensor, by_file, open_tensors
 from torchrecipes.models.transformer import ENCODERS
 from torchrecipes.modules.init import copy_full
+from torchrecipes.modules.lora import lora_layers, merged_tensors, without_lora
 
 if TYPE_CHECKING:
     from torchrecipes.data.tokenizers.tokenizer import Tokenizer
@@ -167,7 +168,7 @@ def load_hf_weights(
 
     A head that is not in the folder is initialized from (seed, name); heads that the model does not have are dropped.
     Both are reported. Anything else that is missing or left over is an error. A table of positions that
-    `extend_context` has made longer is filled from the shorter one.
+    `extend_context` has made longer is filled from the shorter one. LoRA begins anew: B becomes 0.
 
     Args:
         model: on its device; its parameters may be uninitialized.
@@ -188,7 +189,7 @@ def load_hf_weights(
         raise UserError(
             f"{folder} is corrupt: {'; '.join(corrupt)}", hint="Give another checkpoint", code="corrupt_checkpoint"
         )
-    targets = model.state_dict()
+    targets, layers = without_lora(model, model.state_dict()), lora_layers(model)
     parts = {name: adapter.parts(name) for name in targets}
     with open_tensors(folder, _stored_names(parts)) as files:
         stored, dropped = _expected_tensors(folder, files, adapter, parts)
@@ -246,6 +247,10 @@ def load_hf_weights(
                 if longer and longer.name == name and len(value) == longer.stored_rows:
                     value = longer.extend(value, len(targets[name]))
                 copy_full(targets[name], value)
+            for layer in layers.values():
+                layer.lora_B.zero_()
+    if layers:
+        model.lora.base = str(path)
     return Coverage(loaded, sorted(head), sorted(dropped))
 
 
@@ -293,14 +298,14 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's tensors under the names that they are stored with: views, detached, tied weights once.
+    """The model's tensors under the names that they are stored with: views, detached, tied weights once, LoRA merged.
 
     Args:
         model: any module.
         state: all or some tensors by our names, where they are not the model's own (gathered, averaged, ...).
     """
     adapter, tensors = adapter_of(model), {}
-    for name, tensor in (model.state_dict() if state is None else state).items():
+    for name, tensor in merged_tensors(model, model.state_dict()) if state is None else state.items():
         tensors |= adapter.split(name, tensor.detach())
     return tensors
 
@@ -313,7 +318,7 @@ def stored_tensors(model: nn.Module, path: str | Path) -> Iterator[tuple[str, Te
         path: the folder.
     """
     adapter = adapter_of(model)
-    parts = {name: adapter.parts(name) for name in model.state_dict()}
+    parts = {name: adapter.parts(name) for name in without_lora(model, model.state_dict())}
     with open_tensors(Path(path), _stored_names(parts)) as stored:
         for name, found in parts.items():
             yield name, adapter.join(found, lambda hf_name: stored[hf_name].read())
@@ -330,7 +335,7 @@ def architecture_differences(model: nn.Module, path: str | Path) -> list[str]:
     """
     folder, adapter = Path(path), adapter_of(model)
     expected = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in without_lora(model, model.state_dict()).items():
         shape = tuple(tensor.shape)
         expected |= {part[0]: adapter.stored_shape(part, shape) for part in adapter.parts(name)}
     with open_tensors(folder, expected) as stored:

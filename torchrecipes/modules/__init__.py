@@ -16,6 +16,7 @@ from torchrecipes.modules.embedding import BertEmbedding
 from torchrecipes.modules.feed_forward import GeGLU, GeluMLP, SwiGLU
 from torchrecipes.modules.head import LMHead, MLMTransform
 from torchrecipes.modules.init import init_tensor, init_weights
+from torchrecipes.modules.lora import LoRALinear, LoRASettings, apply_lora, init_lora, merge_lora, unmerge_lora
 from torchrecipes.modules.moe import Experts, MoE, Router, Routing
 from torchrecipes.modules.norm import LayerNorm, RMSNorm
 from torchrecipes.modules.rotary import apply_rotary, rope_cos_sin
@@ -31,6 +32,8 @@ __all__ = [
     "KVCache",
     "LMHead",
     "LayerNorm",
+    "LoRALinear",
+    "LoRASettings",
     "MLMTransform",
     "MoE",
     "MoEBlock",
@@ -41,12 +44,16 @@ __all__ = [
     "Routing",
     "SelfAttention",
     "SwiGLU",
+    "apply_lora",
     "apply_rotary",
     "attention",
     "choose_attention_backend",
     "compute_dtype",
+    "init_lora",
     "init_tensor",
     "init_weights",
+    "merge_lora",
     "rope_cos_sin",
     "to_residual_dtype",
+    "unmerge_lora",
 ]

@@ -20,8 +20,9 @@ def init_tensor(
     """The initial value of a parameter, or some rows of it, fp32 on the CPU.
 
     Biases are 0 and other vectors (weights of norms) 1. Tensors with two or more dimensions are normal with mean 0 and
-    standard deviation `std`. A block of about `BLOCK` elements, some rows (indices of the first dimension), comes from
-    a generator that is seeded with a hash of seed, name and the block's number.
+    standard deviation `std`. `lora_B` is 0, and `lora_A` has the standard deviation of peft's uniform values,
+    `1 / sqrt(3 in)`. A block of about `BLOCK` elements, some rows (indices of the first dimension), comes from a
+    generator that is seeded with a hash of seed, name and the block's number.
 
     Args:
         name: the parameter's name in its model.
@@ -32,10 +33,12 @@ def init_tensor(
     """
     first, last = rows or (0, shape[0] if shape else 1)
     size = (last - first, *shape[1:]) if shape else ()
-    if name.endswith("bias"):
+    if name.endswith(("bias", "lora_B")):
         return torch.zeros(size, device="cpu")  # whatever the default device is
     if len(shape) == 1:
         return torch.ones(size, device="cpu")
+    if name.endswith("lora_A"):
+        std = (3 * shape[1]) ** -0.5
     value, generator = torch.empty(last - first, *shape[1:], device="cpu"), torch.Generator("cpu")
     per_block = max(1, BLOCK // max(1, math.prod(shape[1:])))
     for number in range(first // per_block, -(-last // per_block)):
@@ -69,11 +72,17 @@ def init_weights(model: nn.Module, *, seed: int, std: float, residual_std: float
         if parameter.is_meta:
             continue
         into_residual = residual_std is not None and _INTO_RESIDUAL.search(name)
-        options = {"seed": seed, "std": residual_std if into_residual else std}
-        if rows := _rows_of_shard(parameter):
-            parameter.to_local().copy_(init_tensor(name, tuple(parameter.shape), **options, rows=rows))
-        else:
-            copy_full(parameter, init_tensor(name, tuple(parameter.shape), **options))
+        init_parameter(parameter, name, seed=seed, std=residual_std if into_residual else std)
+
+
+@torch.no_grad()
+def init_parameter(parameter: Tensor, name: str, *, seed: int, std: float) -> None:
+    """Sets a parameter, or this rank's shard of it, to its initial value (`init_tensor`)."""
+    shape = tuple(parameter.shape)
+    if rows := _rows_of_shard(parameter):
+        parameter.to_local().copy_(init_tensor(name, shape, seed=seed, std=std, rows=rows))
+    else:
+        copy_full(parameter, init_tensor(name, shape, seed=seed, std=std))
 
 
 def _rows_of_shard(parameter: Tensor) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from torchrecipes.errors import UserError
 from torchrecipes.modules.blocks import transformer_blocks
+from torchrecipes.modules.lora import LoRALinear
 from torchrecipes.torchao_import import import_torchao
 
 RECIPES = {"float8": "tensorwise", "float8_rowwise": "rowwise"}  # names of torchao's Float8LinearRecipeName
@@ -52,8 +53,8 @@ def convert_to_float8(model: nn.Module, precision: str, *, device: torch.device,
     """Converts linear layers of the model's blocks to float8, in place. Call it before anything wraps the blocks.
 
     Layers whose sizes are no multiples of 16, or so small that rounding costs more than the product gains, stay as they
-    are, and so do embedding and head. Parameters and their names stay. Without `compile` the rounding is not fused, and
-    float8 is slower than bf16. The number of tokens in a micro-batch must be a multiple of 16.
+    are, and so do layers with LoRA, embedding and head. Parameters and their names stay. Without `compile` the rounding
+    is not fused, and float8 is slower than bf16. The number of tokens in a micro-batch must be a multiple of 16.
 
     Args:
         model: any module, on any device, `meta` too.
@@ -77,7 +78,9 @@ def convert_to_float8(model: nn.Module, precision: str, *, device: torch.device,
         config = replace(config, emulate=True)
 
     def chosen(module: nn.Module, name: str) -> bool:
-        if not isinstance(module, nn.Linear) or any(size % MULTIPLE for size in module.weight.shape):
+        if not isinstance(module, nn.Linear) or isinstance(module, LoRALinear):
+            return False
+        if any(size % MULTIPLE for size in module.weight.shape):
             return False
         return name.partition(".")[0] not in _HEADS and (emulate or _pays(precision, *module.weight.shape))
 
