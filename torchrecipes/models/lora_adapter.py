@@ -55,7 +55,7 @@ def peft_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
         for part, A_part, B_part in zip(_trained_parts(model, name), A, B, strict=True):
             tensors[f"{_PREFIX}{part}.lora_A.weight"] = A_part
             tensors[f"{_PREFIX}{part}.lora_B.weight"] = B_part
-    for name in model.lora.trained:
+    for name in _saved_in_full(model):
         tensors |= {f"{_PREFIX}{key}": value for key, value in adapter.split(name, full_tensor(state[name])).items()}
     return tensors
 
@@ -64,7 +64,7 @@ def peft_config(model: nn.Module) -> str:
     """The contents of `adapter_config.json`."""
     adapter, settings = adapter_of(model), model.lora
     targets = [part for name in lora_layers(model) for part in _trained_parts(model, name)]
-    saved = {hf_name.rpartition(".")[0] for name in settings.trained for hf_name, _ in adapter.parts(name)}
+    saved = {hf_name.rpartition(".")[0] for name in _saved_in_full(model) for hf_name, _ in adapter.parts(name)}
     config = {
         "peft_type": "LORA",
         "task_type": next((task for end, task in _TASKS.items() if adapter.architecture.endswith(end)), None),
@@ -155,6 +155,12 @@ def load_lora(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 _OWN = (".lora_A", ".lora_B")
+
+
+def _saved_in_full(model: nn.Module) -> list[str]:
+    """The parameters that were trained in full and belong to the model that peft wraps, not to a folder beside it."""
+    parts = adapter_of(model).parts
+    return [name for name in model.lora.trained if all("/" not in hf_name for hf_name, _ in parts(name))]
 
 
 def _trained_parts(model: nn.Module, name: str) -> list[str]:
