@@ -181,3 +181,12 @@ def ece_by_loop(confidence, correct, bins=15):
             gap = np.mean([confidence[i] for i in members]) - np.mean([float(correct[i]) for i in members])
             total += len(members) / len(confidence) * abs(gap)
     return total
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "regression"])
+def test_a_diverged_model_gives_nan(task):
+    logits = np.array([[1.0, math.nan], [math.inf, 0.0]])[:, : 1 if task == "regression" else 2]
+    labels = np.array([[0, 1], [1, 0]]) if task == "multi_label" else np.array([0, 1])
+    got = classification_metrics(logits, labels, task=task)
+    assert got.keys() == classification_metrics(np.zeros_like(logits), labels, task=task).keys()
+    assert all(math.isnan(value) for value in got.values())

@@ -15,9 +15,12 @@ pair_classification   `PairClassification`: average precision and the best thres
 embeddings            what these share: the encoder that they take, cosines
 top_k, ranking, beir  exact search in chunks, the metrics of rankings, BEIR's layout
 classification        `classification_metrics`, `class_scores`: from logits and labels; GLUE's metrics
+calibration           `fit_temperature`, `tune_thresholds`
+classification_plots  `plot_confusion_matrix`, `plot_calibration`
 correlation           Pearson and Spearman
 """
 
+from torchrecipes.evaluation.calibration import fit_temperature, tune_thresholds
 from torchrecipes.evaluation.causal import evaluate_causal
 from torchrecipes.evaluation.classification import (
     GLUE_METRICS,
@@ -28,6 +31,7 @@ from torchrecipes.evaluation.classification import (
     format_report,
     glue_score,
 )
+from torchrecipes.evaluation.classification_plots import plot_calibration, plot_confusion_matrix
 from torchrecipes.evaluation.document_loss import DocumentLoss, document_losses
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
 from torchrecipes.evaluation.mask_filling import fill_mask
@@ -53,12 +57,16 @@ __all__ = [
     "evaluate_causal",
     "evaluate_mlm",
     "fill_mask",
+    "fit_temperature",
     "format_report",
     "generate",
     "generate_text",
     "glue_score",
     "loss_by_position",
     "perplexity",
+    "plot_calibration",
+    "plot_confusion_matrix",
     "position_edges",
+    "tune_thresholds",
     "unigram_baseline",
 ]

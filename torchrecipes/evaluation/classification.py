@@ -43,27 +43,39 @@ def classification_metrics(
         For `multi_label`: `accuracy` (all labels of an example right), `macro_f1`, `micro_f1`, `auc` and
         `average_precision` (means over the labels for which they are defined), `log_loss` (nats per label), `ece`.
         For `regression`: `pearson`, `spearman`, `mse`, `mae`.
+        NaN for all of them where a logit is not finite, as after a run has diverged.
 
     Raises:
         UserError: there are no examples (code `no_examples`), or labels that the logits have no class for
             (`unknown_label`).
     """
-    logits, labels = to_float64(logits), _array(labels)
+    logits, labels = to_float64(logits), to_array(labels)
     if not len(labels):
         raise UserError("there are no examples to evaluate", code="no_examples")
+    is_finite = bool(np.isfinite(logits).all())
+    logits = np.nan_to_num(logits, posinf=0, neginf=0)
     if task == "regression":
-        predictions, labels = logits.reshape(len(labels)), labels.astype(np.float64).reshape(-1)
-        error = predictions - labels
-        return {
-            "pearson": pearson(predictions, labels),
-            "spearman": spearman(predictions, labels),
-            "mse": float(np.mean(error**2)),
-            "mae": float(np.mean(np.abs(error))),
-        }
-    logits = logits / temperature
-    check_labels(labels, logits.shape[1], task)
-    if task == "multi_label":
-        return _multi_label_metrics(logits, labels, thresholds)
+        results = _regression_metrics(logits.reshape(len(labels)), labels.astype(np.float64).reshape(-1))
+    else:
+        check_labels(labels, logits.shape[1], task)
+        if task == "multi_label":
+            results = _multi_label_metrics(logits / temperature, labels, thresholds)
+        else:
+            results = _single_label_metrics(logits / temperature, labels)
+    return results if is_finite else dict.fromkeys(results, math.nan)
+
+
+def _regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    error = predictions - labels
+    return {
+        "pearson": pearson(predictions, labels),
+        "spearman": spearman(predictions, labels),
+        "mse": float(np.mean(error**2)),
+        "mae": float(np.mean(np.abs(error))),
+    }
+
+
+def _single_label_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     predictions, classes = logits.argmax(1), logits.shape[1]
     log_probabilities = log_softmax(logits)
     probabilities = np.exp(log_probabilities)
@@ -139,7 +151,7 @@ def class_scores(
         names: of the classes; None: their numbers.
         num_classes: `C`, where neither `names` nor the shape says it.
     """
-    predictions, labels = _array(predictions), _array(labels)
+    predictions, labels = to_array(predictions), to_array(labels)
     if labels.ndim == 2:
         truth, predicted = labels.astype(bool), predictions.astype(bool)
         right, predicted, actual = (truth & predicted).sum(0), predicted.sum(0), truth.sum(0)
@@ -189,7 +201,7 @@ def confusion_matrix(labels: Values, predictions: Values, num_classes: int) -> n
     Returns:
         `[C, C]` int64.
     """
-    pairs = _array(labels).astype(np.int64) * num_classes + _array(predictions).astype(np.int64)
+    pairs = to_array(labels).astype(np.int64) * num_classes + to_array(predictions).astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -215,11 +227,11 @@ def roc_auc(scores: Values, labels: Values) -> float:
         scores: `[n]`.
         labels: `[n]` of 0 and 1.
     """
-    labels = _array(labels).astype(bool)
+    labels = to_array(labels).astype(bool)
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if not positives or not negatives:
         return math.nan
-    ranks = average_ranks(_array(scores))
+    ranks = average_ranks(to_array(scores))
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
@@ -232,7 +244,7 @@ def average_precision(scores: Values, labels: Values) -> float:
         scores: `[n]`.
         labels: `[n]` of 0 and 1.
     """
-    scores, labels = _array(scores), _array(labels).astype(np.int64)
+    scores, labels = to_array(scores), to_array(labels).astype(np.int64)
     if not labels.sum():
         return math.nan
     order = np.argsort(-scores, kind="stable")
@@ -321,10 +333,11 @@ def check_labels(labels: np.ndarray, num_classes: int, task: Task) -> None:
 
 def to_float64(values: Values) -> np.ndarray:
     """An array or a tensor of any float type and device, as float64."""
-    return _array(values).astype(np.float64)
+    return to_array(values).astype(np.float64)
 
 
-def _array(values: Values) -> np.ndarray:
+def to_array(values: Values) -> np.ndarray:
+    """An array or a tensor of any type and device, as a NumPy array."""
     if isinstance(values, Tensor):
         values = values.detach()
         return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
