@@ -19,6 +19,7 @@ from torchrecipes.modules.init import init_tensor, init_weights
 from torchrecipes.modules.lora import LoRALinear, LoRASettings, apply_lora, init_lora, merge_lora, unmerge_lora
 from torchrecipes.modules.moe import Experts, MoE, Router, Routing
 from torchrecipes.modules.norm import LayerNorm, RMSNorm
+from torchrecipes.modules.pooling import Pooling
 from torchrecipes.modules.rotary import apply_rotary, rope_cos_sin
 from torchrecipes.modules.self_attention import SelfAttention, attention
 from torchrecipes.modules.transformer import MoEBlock, PostNormBlock, PreNormBlock, compute_dtype, to_residual_dtype
@@ -37,6 +38,7 @@ __all__ = [
     "MLMTransform",
     "MoE",
     "MoEBlock",
+    "Pooling",
     "PostNormBlock",
     "PreNormBlock",
     "RMSNorm",
