@@ -8,6 +8,8 @@
 | decoder, experts  | what several families share                                                  |
 | hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
 | encoder_adapter   | the layout of an encoder without its head                                    |
+| embedding_model   | `EmbeddingModel`: one vector per text                                        |
+| sentence_transformers_folder | the files of `sentence_transformers` beside the weights           |
 | hub               | loads and saves folders                                                      |
 | config_json       | reads a foreign config.json                                                  |
 | dropout           | `set_dropout`: another dropout than a checkpoint was trained with            |
@@ -28,6 +30,7 @@ from torchrecipes.models.compatibility import (
     max_positions,
 )
 from torchrecipes.models.dropout import set_dropout
+from torchrecipes.models.embedding_model import EmbeddingModel, load_embedding_model, meta_embedding_model
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
 from torchrecipes.models.families.distilbert import distilbert
@@ -70,6 +73,7 @@ FAMILY_BUILDERS = (
 __all__ = [
     "FAMILY_BUILDERS",
     "Coverage",
+    "EmbeddingModel",
     "HFAdapter",
     "Transformer",
     "TransformersModel",
@@ -89,11 +93,13 @@ __all__ = [
     "hf_state_dict",
     "is_decoder",
     "llama",
+    "load_embedding_model",
     "load_hf",
     "load_hf_weights",
     "load_lora",
     "loading_hint",
     "max_positions",
+    "meta_embedding_model",
     "meta_model_from_hf",
     "mistral",
     "modernbert",

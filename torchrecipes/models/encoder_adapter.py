@@ -26,12 +26,8 @@ class EncoderAdapter(HFAdapter):
     def __init__(self, family: HFAdapter):
         super().__init__(family.encoder_config())
         self.family = family
-        self.companions, self.stop_ids = family.companions, family.stop_ids
+        self.read_as(family)
         self.architecture, self.prefix = family.encoder_architecture, family.encoder_prefix
-        # What reading a config.json needs.
-        self.config_class, self.fixed, self.ignored = family.config_class, family.fixed, family.ignored
-        self.required, self.defaults, self.read_keys = family.required, family.defaults, family.read_keys
-        self.token_types, self.keeps_pad_id = family.token_types, family.keeps_pad_id
 
     def with_config(self, config: Any) -> "EncoderAdapter":
         """An adapter of the same layout for another config."""

@@ -1,7 +1,7 @@
 """`HFAdapter`: the two-way map between a model's parameters and its Hugging Face folder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -30,6 +30,10 @@ class LongerPositions:
     stored_rows: int
     unused: int
     method: str
+
+    def under(self, prefix: str) -> "LongerPositions":
+        """The same for a model that has this one under a name, which `prefix` ends with a point."""
+        return replace(self, name=f"{prefix}{self.name}")
 
     def extend(self, table: Tensor, rows: int) -> Tensor:
         """A table `[rows, D]` made of the stored one `[stored_rows, D]`."""
@@ -88,6 +92,13 @@ class HFAdapter:
         self.stop_ids: list[int] = []
         self.longer_positions: LongerPositions | None = None
 
+    def read_as(self, other: "HFAdapter") -> None:
+        """Reads config.json by the rules of another adapter, and keeps what travels with its folder."""
+        self.config_class, self.fixed, self.ignored = other.config_class, other.fixed, other.ignored
+        self.required, self.defaults, self.read_keys = other.required, other.defaults, other.read_keys
+        self.token_types, self.keeps_pad_id = other.token_types, other.keeps_pad_id
+        self.companions, self.stop_ids = other.companions, other.stop_ids
+
     # The config.
 
     @staticmethod
@@ -133,6 +144,10 @@ class HFAdapter:
     def is_head(self, name: str) -> bool:
         """Whether our parameter `name` belongs to the head, which a folder may lack."""
         return name.startswith("head.")
+
+    def head_of(self, name: str) -> str:  # noqa: ARG002
+        """The head that `name` belongs to: a folder has each of them with all its tensors, or not at all."""
+        return "head"
 
     def is_constant(self, name: str) -> bool:  # noqa: ARG002
         """Whether the tensor of this Hugging Face name is one that `split` adds, of values that never change."""

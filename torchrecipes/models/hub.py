@@ -194,8 +194,8 @@ def load_hf_weights(
     with open_tensors(folder, _stored_names(parts)) as files:
         stored, dropped = _expected_tensors(folder, files, adapter, parts)
         head = [name for name in targets if adapter.is_head(name) and hasattr(model, "init_weights")]
-        if any(hf_name in stored for name in head for hf_name, _ in parts[name]):
-            head = []
+        there = {adapter.head_of(name) for name in head if any(hf_name in stored for hf_name, _ in parts[name])}
+        head = [name for name in head if adapter.head_of(name) not in there]
         if head and require_head:
             raise UserError(
                 f"{folder} has no weights for the head ({', '.join(sorted(head))}), and a random one predicts nothing",
