@@ -30,7 +30,12 @@ from torchrecipes.models.compatibility import (
     max_positions,
 )
 from torchrecipes.models.dropout import set_dropout
-from torchrecipes.models.embedding_model import EmbeddingModel, load_embedding_model, meta_embedding_model
+from torchrecipes.models.embedding_model import (
+    EmbeddingConfig,
+    EmbeddingModel,
+    load_embedding_model,
+    meta_embedding_model,
+)
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
 from torchrecipes.models.families.distilbert import distilbert
@@ -73,6 +78,7 @@ FAMILY_BUILDERS = (
 __all__ = [
     "FAMILY_BUILDERS",
     "Coverage",
+    "EmbeddingConfig",
     "EmbeddingModel",
     "HFAdapter",
     "Transformer",

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.config.metadata import Positive
 from torchrecipes.errors import UserError
 from torchrecipes.model_folder import resolve_model_folder
 from torchrecipes.models.compatibility import max_positions
@@ -29,6 +31,39 @@ LARGEST_LOGIT_SCALE = math.log(100.0)  # as CLIP's (Radford et al. 2021, arXiv:2
 PROMPT_NAMES = ("query", "passage")  # that may be asked for without being defined: they are empty then
 
 _print_once = functools.cache(functools.partial(print, flush=True))
+
+
+@dataclass
+class EmbeddingConfig:
+    """The config group `embedding`: what turns hidden states into embeddings. None: as in the folder of `init_from`."""
+
+    pooling: Literal["mean", "cls", "last", "weighted_mean", "max"] | None = None  # else mean
+    projection: int | None = None  # dimensions of the embeddings, by a linear layer; else those of the hidden states
+    normalize: bool | None = None  # embeddings of length 1; else true
+    similarity: Literal["cosine", "dot"] | None = None  # how they are to be compared; else cosine
+    prompts: dict[str, str] | None = None  # text before a text, by kind: query, passage; else none
+    include_prompt: bool | None = None  # whether pooling counts the tokens of prompts; else true
+    learnable_temperature: Positive | None = None  # its initial value, with similarity=dot temperature=1 of the loss
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What is set: arguments of `EmbeddingModel` and `meta_embedding_model`."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def prompting(self, init_from: str | None = None) -> tuple[dict[str, str], bool]:
+        """The prompts by kind of text, and whether pooling counts their tokens: set here, or by the folder.
+
+        Args:
+            init_from: the folder, a checkpoint or a run.
+
+        Raises:
+            UserError: as `meta_embedding_model`.
+        """
+        found = read_settings(resolve_model_folder(init_from), lambda _line: None) if init_from else None
+        prompts, include_prompt = (found.prompts, found.include_prompt) if found else ({}, True)
+        prompts = prompts if self.prompts is None else self.prompts
+        include_prompt = include_prompt if self.include_prompt is None else self.include_prompt
+        return {name: text for name, text in prompts.items() if name in PROMPT_NAMES}, include_prompt
 
 
 class EmbeddingModel(nn.Module):
