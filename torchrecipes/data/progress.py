@@ -17,10 +17,11 @@ class Progress:
     Args:
         what: what is being done, the first words of every line.
         total_bytes: total bytes of text, where known.
+        unit: what `documents` are called.
     """
 
-    def __init__(self, what: str, total_bytes: int | None = None):
-        self.what, self.total_bytes = what, total_bytes
+    def __init__(self, what: str, total_bytes: int | None = None, unit: str = "documents"):
+        self.what, self.total_bytes, self.unit = what, total_bytes, unit
         self.documents = self.bytes = self.tokens = 0
         self.skipped_bytes = 0  # already done by an earlier call: not part of the speed
         self.start = self.shown = time.monotonic()
@@ -55,7 +56,7 @@ class Progress:
 
     def _numbers(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-9)
-        parts = [f"{self.documents:,} documents"]
+        parts = [f"{self.documents:,} {self.unit}"]
         if self.tokens:
             parts.append(f"{_count(self.tokens)} tokens, {_count(self.tokens / seconds)} tokens/s")
         parts.append(f"{self.bytes / seconds / 1e6:.1f} MB/s")

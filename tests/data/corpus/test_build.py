@@ -126,7 +126,7 @@ def test_work_ahead_is_bounded():
             most = max(most, read - done)
             yield i
 
-    for item, result in build._in_order(lambda i: i * i, items(), threads=3):
+    for item, result in build.in_order(lambda i: i * i, items(), threads=3):
         assert result == item * item == done * done
         done += 1
     assert done == 100 and most <= 2 * 3 + 2

@@ -133,9 +133,7 @@ def build_corpus(
     Returns:
         Whether anything was missing.
     """
-    if tokenizer_threads is not None and tokenizer_threads < 0:
-        hint = "Set 0 or more, or null for one per core."
-        raise UserError(f"{tokenizer_threads} is negative", key="data.tokenizer_threads", hint=hint)
+    threads = num_threads(tokenizer_threads)
     samples, fraction = (settings["validation"].get(key, 0) for key in ("samples", "fraction"))
     splits = ["train", "validation"] if validation_source is not None or samples or fraction else ["train"]
 
@@ -144,15 +142,12 @@ def build_corpus(
 
     if _same_settings(folder, settings) and complete():
         return False
-    with _locked(folder):
+    with locked(folder):
         if not _same_settings(folder, settings):
             with writing(folder):
                 write_atomically(folder / SETTINGS_FILE, [to_json(settings)])
         elif complete():
             return False  # another process built it while this one waited
-        threads = tokenizer_threads
-        if threads is None:
-            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         folders = {split: folder / split for split in splits}
         if validation_source is None:
             parts = [(source, ShardWriter(folders, settings))]
@@ -248,7 +243,7 @@ def _tokenize_source(
         progress.add(0, 0, skipped_bytes=sum(writer.statistics(split).bytes for split in writer.folders))
     start, backend = writer.position, tokenizer.text_backend
     try:
-        results = _in_order(
+        results = in_order(
             lambda batch: _tokenize(batch.documents, backend, tokenizer, writer.dtype),
             _batches(source, start, samples),
             threads,
@@ -332,7 +327,21 @@ def _tokenize(documents: list[tuple[str, int]], backend: Any, tokenizer: Tokeniz
     return Tokenized(tokens, lengths, counts)
 
 
-def _in_order(work: Callable[[Any], Any], items: Iterator[Any], threads: int) -> Iterator[tuple[Any, Any]]:
+def num_threads(tokenizer_threads: int | None) -> int:
+    """Return the number of threads that tokenize; None: one per core.
+
+    Raises:
+        UserError: it is negative.
+    """
+    if tokenizer_threads is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if tokenizer_threads < 0:
+        hint = "Set 0 or more, or null for one per core."
+        raise UserError(f"{tokenizer_threads} is negative", key="data.tokenizer_threads", hint=hint)
+    return tokenizer_threads
+
+
+def in_order(work: Callable[[Any], Any], items: Iterator[Any], threads: int) -> Iterator[tuple[Any, Any]]:
     """Yield every item with `work(item)`, in order; `threads` threads work ahead on a bounded number of items."""
     if threads == 0:
         for item in items:
@@ -388,7 +397,7 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from building in the same folder."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
         OSError, ValueError, KeyError, TypeError: there is no such file, or it is no complete shard.
         UserError: more shards are open than a process may open files (code `too_many_files`).
     """
-    content = _map(path)
+    content = map_file(path)
     size = len(content)
     header_size = int(content[:8].view("<u8")[0]) if size >= 8 else size
     if header_size > size - 8:
@@ -148,7 +148,8 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
     return shard, header["__metadata__"]
 
 
-def _map(path: Path) -> np.ndarray:
+def map_file(path: Path) -> np.ndarray:
+    """Map a file into memory: uint8 `[size]`, read-only; raises what `open_shard` does."""
     # A map keeps its file open, and a process may usually open 1,024: as many shards as 64 billion tokens take. The
     # limit may be raised without asking, up to another one, which is rarely below 4,096.
     try:

@@ -1,8 +1,33 @@
-"""Examples of texts: pairs with or without negatives, scored pairs, labeled texts; on disk, read by memory map.
+"""Examples to fine-tune on: pairs, scored pairs, labeled texts and raw texts, tokenized on disk.
 
-block    `ExampleBlock`: examples that were read
+components   `pairs`, `scored_pairs`, `labeled_texts`, `raw_texts`: sources of examples, from files or datasets
+example      `Example`, `ExampleSource`
+fields       from the fields of a record to an example
+labels       from labels to class numbers
+plan         the names of the classes, and which examples are held out
+encode       `ExampleEncoder`: prompts, truncation, tokens
+build        examples in, shards out
+corpus       `ExampleCorpus`: reading; `prepare_examples`, `open_examples`
+block        `ExampleBlock`: examples that were read
+shards       the file format of a shard
 """
 
 from torchrecipes.data.examples.block import ExampleBlock
+from torchrecipes.data.examples.components import labeled_texts, pairs, raw_texts, scored_pairs
+from torchrecipes.data.examples.corpus import ExampleCorpus, open_examples, prepare_examples
+from torchrecipes.data.examples.encode import ExampleEncoder
+from torchrecipes.data.examples.example import Example, ExampleSource
 
-__all__ = ["ExampleBlock"]
+__all__ = [
+    "Example",
+    "ExampleBlock",
+    "ExampleCorpus",
+    "ExampleEncoder",
+    "ExampleSource",
+    "labeled_texts",
+    "open_examples",
+    "pairs",
+    "prepare_examples",
+    "raw_texts",
+    "scored_pairs",
+]

@@ -14,6 +14,7 @@ plain_text          from lines to documents: plain text
 json_records        from lines to documents: JSON lines, and one JSON array
 tables              from rows to documents: CSV, TSV, Parquet
 text_column         what of a record is its text
+record_columns      `RecordColumns`: the fields of a record that has several
 chat_template       from a list of chat messages to a text
 pieces              cuts long texts
 """
@@ -22,6 +23,7 @@ from torchrecipes.data.sources.file_slice import text_span
 from torchrecipes.data.sources.hugging_face import hf_dataset
 from torchrecipes.data.sources.mixed_sources import Mixture, mixture
 from torchrecipes.data.sources.part import SourcePart
+from torchrecipes.data.sources.record_columns import RecordColumns
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
 from torchrecipes.data.sources.standard_library import python_docs, python_source
 from torchrecipes.data.sources.text_files import files
@@ -31,6 +33,7 @@ __all__ = [
     "Document",
     "Mixture",
     "ReadStats",
+    "RecordColumns",
     "Source",
     "SourcePart",
     "files",

@@ -3,6 +3,7 @@
 No code of a dataset is ever run. A streamed dataset is read as it arrives and never held; one on disk is a memory map.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrecipes.config.suggest import did_you_mean
+from torchrecipes.data.sources.record_columns import RecordColumns
 from torchrecipes.data.sources.records import (
     BadRecord,
     Cursor,
@@ -21,7 +23,7 @@ from torchrecipes.data.sources.records import (
     content_checksum,
     documents,
 )
-from torchrecipes.data.sources.tables import column_values
+from torchrecipes.data.sources.tables import row_values
 from torchrecipes.data.sources.text_column import TextColumn, text_column
 from torchrecipes.errors import UserError
 
@@ -67,7 +69,7 @@ class hf_dataset:
     num_bytes: int = field(default=0, init=False)  # not known before the rows are read
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
-    _column: TextColumn = field(init=False, repr=False, compare=False)
+    _column: TextColumn | RecordColumns = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         check_options(self.on_bad_record, self.max_document_chars, self.max_documents)
@@ -76,7 +78,7 @@ class hf_dataset:
         self._check()
         rows = self._open()
         if rows.column_names:
-            self._path(rows)
+            self._paths(rows)
         if not self.streaming and not len(rows):
             raise _error("name", f"{self._label} is empty", None, "no_documents")
         self.fingerprint = self._fingerprint(rows)
@@ -103,7 +105,8 @@ class hf_dataset:
             UserError: a row without a text and `on_bad_record` is "stop"; the dataset cannot be read.
         """
         self.report, self._cursor = ReadStats(), Cursor(position)
-        return documents(self._read(), self.report, self.on_bad_record == "stop", self._cursor)
+        stop, remedy = self.on_bad_record == "stop", self._column.remedy
+        return documents(self._read(), self.report, stop, self._cursor, remedy=remedy)
 
     def splits(self) -> list[str]:
         """Return the names of the splits that the dataset has.
@@ -121,6 +124,25 @@ class hf_dataset:
             return datasets.get_dataset_split_names(self.name, self.config, **options)
         except Exception as error:
             raise self._unreadable(error) from error
+
+    def records(self, columns: RecordColumns) -> "hf_dataset":
+        """Return this dataset as a source of records with several fields.
+
+        Raises:
+            UserError: it has no such column (code `no_such_column`).
+        """
+        source = copy.copy(self)
+        source._column, source.report = columns, ReadStats()
+        rows = source._open()
+        if rows.column_names:
+            source._paths(rows)
+        source.fingerprint = source._fingerprint(rows)
+        return source
+
+    def class_names(self, column: str) -> list[str] | None:
+        """Return the names of the classes of a column of `ClassLabel`s, in their order; None for other columns."""
+        names = getattr((self._open().features or {}).get(column), "names", None)
+        return None if names is None else list(names)
 
     def position(self) -> dict[str, Any]:
         """Return the position after the last document that was read: a row, and of a stream its `state_dict`."""
@@ -153,26 +175,33 @@ class hf_dataset:
                     self._cursor.at(row=number + 1, state=rows.state_dict())
             return
         rows = rows.select(range(first, min(len(rows), self.max_documents or len(rows))))
-        column, *fields = self._path(rows)
-        batches = rows.select_columns(column).with_format("arrow").iter(batch_size=BATCH)
+        paths = self._paths(rows)
+        columns = list(dict.fromkeys(path[0] for path in paths))
+        batches = rows.select_columns(columns).with_format("arrow").iter(batch_size=BATCH)
         for batch in batches:
             self._cursor.at(row=first)
-            yield from column_values(batch.column(column), fields)
+            yield from row_values(batch, paths, self._column)
             first += len(batch)
 
-    def _path(self, rows: Any) -> list[str]:
-        """Return the names of the column and of the struct fields in it that lead to the text.
+    def _paths(self, rows: Any) -> list[list[str]]:
+        """Return, for every column to read, its name and those of the struct fields in it that lead to the value.
 
         Raises:
             UserError: there is no such column (code `no_such_column`).
         """
-        name, columns = self._column.name, rows.column_names
+        return [self._path(rows, name) for name in self._column.names]
+
+    def _path(self, rows: Any, name: str) -> list[str]:
+        columns = rows.column_names
         if name in columns:
             return [name]
         for dot in (index for index, character in enumerate(name) if character == "."):
             if name[:dot] in columns:
                 return [name[:dot], *name[dot + 1 :].split(".")]
-        key = "text_column" if self._column.template is None else "messages_column"
+        if isinstance(self._column, RecordColumns):
+            key = self._column.key_of(name)
+        else:
+            key = "text_column" if self._column.template is None else "messages_column"
         hint = did_you_mean(name, columns, "Its columns are")
         raise _error(key, f"{self.name} has no column '{name}'", hint, "no_such_column")
 
@@ -245,7 +274,9 @@ class hf_dataset:
         # Of a folder its content, wherever it is; of a dataset on the hub what is known without reading it.
         described = [self.config, self.split, self.text_column, self.data_files, self.revision]
         described += [self.max_document_chars, self.max_documents]
-        if self._column.template is not None:
+        if isinstance(self._column, RecordColumns):
+            described.append(self._column.name)
+        elif self._column.template is not None:
             described += [self._column.name, self._column.template.fingerprint]
         folder = Path(self.name)
         if folder.is_dir():

@@ -20,6 +20,7 @@ from torchrecipes.data.sources.line_reader import (
     not_utf8,
     numbered_lines,
 )
+from torchrecipes.data.sources.record_columns import RecordColumns
 from torchrecipes.data.sources.records import BadRecord, Cursor, Document
 from torchrecipes.data.sources.text_column import TextColumn, kind_of
 
@@ -28,7 +29,7 @@ BETWEEN = re.compile(r"[ \t\n\r,]*")  # the objects of an array
 
 
 def read_json_lines(
-    line_groups: Iterable[Lines], name: str, column: TextColumn, cursor: Cursor | None = None
+    line_groups: Iterable[Lines], name: str, column: TextColumn | RecordColumns, cursor: Cursor | None = None
 ) -> Iterator[Document | BadRecord]:
     """Yield the text of every line's object; blank lines are no records.
 
@@ -37,7 +38,7 @@ def read_json_lines(
     Args:
         line_groups: the lines of the file.
         name: file name for messages.
-        column: what of an object is its text.
+        column: what of an object is used.
         cursor: where the lines start.
 
     Raises:
@@ -45,7 +46,7 @@ def read_json_lines(
     """
     cursor = cursor or Cursor()
     raw_decode, is_first = json.JSONDecoder().raw_decode, not cursor.place.get("byte")
-    get = column.of if "." in column.name else itemgetter(column.name)
+    get = itemgetter(column.name) if type(column) is TextColumn and "." not in column.name else column.of
     limit, is_text = column.limit, column.template is None
     for number, line in numbered_lines(line_groups, name, cursor.at):
         if type(line) is BadRecord:
@@ -79,7 +80,7 @@ def read_json_lines(
 
 
 def read_json_array(
-    line_groups: Iterable[Lines], name: str, column: TextColumn, cursor: Cursor | None = None
+    line_groups: Iterable[Lines], name: str, column: TextColumn | RecordColumns, cursor: Cursor | None = None
 ) -> Iterator[Document | BadRecord]:
     """Yield the text of every object of an array that is the whole file, in constant memory.
 
@@ -88,7 +89,7 @@ def read_json_array(
     Args:
         line_groups: the lines of the file; long ones may come in fragments of any size.
         name: file name for messages.
-        column: what of an object is its text.
+        column: what of an object is used.
         cursor: where the lines start, and where objects do.
     """
     cursor = cursor or Cursor()
@@ -128,8 +129,7 @@ class _Text:
         self.is_end, self.damage = False, None
         self.marks: deque[tuple[int, dict[str, Any]]] = deque()  # where groups start
         self.told: dict[str, Any] = {}
-        # No integer is used, and Python's own have a limit of digits.
-        self.raw_decode = json.JSONDecoder(parse_int=float).raw_decode
+        self.raw_decode = json.JSONDecoder(parse_int=_integer).raw_decode
         start = cursor.place.get("chars", 0)
         while len(self.text) < start and self.more():
             pass
@@ -203,7 +203,7 @@ class _Text:
                 pass
 
 
-def _json_line(line: str, source: str, column: TextColumn) -> Iterator[Document | BadRecord]:
+def _json_line(line: str, source: str, column: TextColumn | RecordColumns) -> Iterator[Document | BadRecord]:
     # The slow path: every check, one after the other, with a message for each.
     try:
         record = json.loads(line)
@@ -217,14 +217,18 @@ def _json_line(line: str, source: str, column: TextColumn) -> Iterator[Document 
         yield from _record(record, source, column)
 
 
-def _record(record: Any, source: str, column: TextColumn) -> Iterator[Document | BadRecord]:
+def _record(record: Any, source: str, column: TextColumn | RecordColumns) -> Iterator[Document | BadRecord]:
     if not isinstance(record, dict):
         yield BadRecord(source, "not a JSON object", f"it is {kind_of(record)}")
         return
     try:
         value = column.of(record)
-    except KeyError:
+    except KeyError as error:
         keys = ", ".join(f"'{key}'" for key in list(record)[:10]) or "none at all"
-        yield BadRecord(source, f"no key '{column.name}'", f"its keys are {keys}")
+        yield BadRecord(source, f"no key '{error.args[0]}'", f"its keys are {keys}")
     else:
         yield from column.documents(value, source)
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)  # Python's own have a limit of digits

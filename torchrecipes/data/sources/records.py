@@ -151,6 +151,7 @@ def documents(
     stop: bool = False,
     cursor: Cursor | None = None,
     max_documents: int | None = None,
+    remedy: str = "",
 ) -> Iterator[Document]:
     """Yield the documents of `items`; count all items in `report` and `cursor`.
 
@@ -160,6 +161,7 @@ def documents(
         stop: a bad record raises.
         cursor: where the reader started; the records that it says to skip are dropped and not reported.
         max_documents: documents to yield at most, those before the cursor's start included.
+        remedy: what to do where a column is missing.
 
     Raises:
         UserError: with `stop`, at a bad record other than an empty text (code `bad_record`); names it and those that
@@ -180,7 +182,7 @@ def documents(
             report.characters += len(item.text)
             yield item
         elif stop and item.reason != EMPTY_TEXT:
-            raise _bad_records(item, items)
+            raise _bad_records(item, items, remedy)
         else:
             report.add(item)
 
@@ -238,13 +240,11 @@ def content_checksum(path: str | Path) -> str:
     return f"{size}-{digest.hexdigest()}"
 
 
-def _bad_records(first: BadRecord, rest: Iterator[Document | BadRecord]) -> UserError:
+def _bad_records(first: BadRecord, rest: Iterator[Document | BadRecord], remedy: str) -> UserError:
     # Whoever repairs a file by hand wants to see all its faults, but reading on for long is a wait.
     near = [item for item in islice(rest, 10_000) if type(item) is BadRecord and item.reason != EMPTY_TEXT]
     bad = [first, *near[:9]]
-    column = "name the column that holds the text with text_column, " * any(
-        item.reason.startswith("no ") for item in bad
-    )
+    column = f"{remedy}, " if remedy and any(item.reason.startswith("no ") for item in bad) else ""
     return UserError(
         "\n".join(map(str, bad)),
         hint=f"Repair the data, {column}or count and skip such records with on_bad_record=skip.",

@@ -1,10 +1,10 @@
-"""Reads the text column of tables: CSV, TSV and Parquet, row by row.
+"""Reads the text column, or several columns, of tables: CSV, TSV and Parquet, row by row.
 
 1. CSV has double quotes (RFC 4180), so a field may hold line ends and commas; TSV has no quoting, a row is a line. The
    first line of both names the columns, unless the config does.
 2. A row with another number of fields than columns is a bad record. So is a quote that is never closed: reading
    continues with the line after the one that opened it.
-3. Parquet is read with `pyarrow`, a batch of rows at a time, and only the text column.
+3. Parquet is read with `pyarrow`, a batch of rows at a time, and only the columns that are used.
 
 CSV is read with Python's `csv` and not with `pyarrow.csv`: that one gives no line numbers, and one bad row ends a file.
 """
@@ -21,6 +21,7 @@ from torchrecipes.data.sources.line_reader import (
     decode_or_keep,
     numbered_lines,
 )
+from torchrecipes.data.sources.record_columns import RecordColumns
 from torchrecipes.data.sources.records import BadRecord, Cursor, Document
 from torchrecipes.data.sources.text_column import TextColumn
 
@@ -33,17 +34,17 @@ PARQUET_ROWS = 256  # per batch
 def read_csv(
     line_groups: Iterable[Lines],
     name: str,
-    column: TextColumn,
+    column: TextColumn | RecordColumns,
     delimiter: str,
     columns: list[str] | None = None,
     cursor: Cursor | None = None,
 ) -> Iterator[Document | BadRecord]:
-    """Yield the field in the text column of every row.
+    """Yield the field in the text column, or a record, of every row.
 
     Args:
         line_groups: the lines of the file.
         name: file name for messages.
-        column: the text column.
+        column: the text column, or those of a record.
         delimiter: the character between fields. Where it is a tab, quotes are characters like any other.
         columns: names of the columns, for a file without a header line.
         cursor: where rows start.
@@ -58,37 +59,39 @@ def read_csv(
         rows = _tab_rows(line_groups, name, cursor)
     else:
         rows = _quoted_rows(line_groups, name, delimiter, cursor)
-    index = None if columns is None else _column(columns, column.name, "the columns in the config are")
+    indices = None
+    if columns is not None:
+        indices = [_column(columns, wanted, "the columns in the config are") for wanted in column.names]
     for number, row in rows:
         source = f"{name}:{number}"
         if isinstance(row, BadRecord):
             yield row
-        elif index is None:
+        elif indices is None:
             columns = [field.strip() for field in row]
             hint = "a file without a header line needs columns=[...]; the first line, which names the columns, is"
             other = next((sign for sign in ";\t|," if len(columns) == 1 and sign in columns[0]), None)
             if other:
                 hint = f"fields may be separated by {other!r}, which delimiter says; the first line is"
-            index = _column(columns, column.name, hint)
+            indices = [_column(columns, wanted, hint) for wanted in column.names]
             cursor.inside["columns"] = columns
             cursor.at(**{**cursor.place, "row": number + 1})
         elif len(row) != len(columns):
             yield BadRecord(source, FIELD_COUNT, f"{len(row)}, not {len(columns)}")
         else:
-            yield from column.documents(row[index], source)
+            yield from column.documents(column.of_row([row[index] for index in indices]), source)
 
 
 def read_parquet(
-    path: str, name: str, column: TextColumn, cursor: Cursor | None = None
+    path: str, name: str, column: TextColumn | RecordColumns, cursor: Cursor | None = None
 ) -> Iterator[Document | BadRecord]:
-    """Yield the value in the text column of every row.
+    """Yield the value in the text column, or a record, of every row.
 
     A corrupt row group is one bad record, at the row where the damage begins; the next groups are read all the same.
 
     Args:
         path: the file.
         name: file name for messages; the source of a document is `name:row`, counted from 1.
-        column: of any Arrow string type, or of lists of messages; also a field of a struct.
+        column: a text column of any Arrow string type, or of lists of messages; also fields of structs.
         cursor: the row group and the row in it to start at, and where batches start.
 
     Raises:
@@ -99,13 +102,13 @@ def read_parquet(
     cursor = cursor or Cursor()
     first_group, skip = cursor.place.get("row_group", 0), cursor.place.get("row", 0)
     with _open_parquet(path) as file:
-        names = column_path(file.schema_arrow, column)
-        stated = [names[0] if any("." in name for name in names) else ".".join(names)]
+        paths = column_paths(file.schema_arrow, column)
+        stated = [path[0] if any("." in name for name in path) else ".".join(path) for path in paths]
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         for group in range(first_group, len(rows)):
             first = row = 1 + sum(rows[:group])
             try:
-                # One thread: for one column others gain nothing, and processes forked later would inherit their pool.
+                # One thread: for few columns others gain nothing, and processes forked later would inherit their pool.
                 batches = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=stated, use_threads=False)
                 for batch in batches:
                     if skip:
@@ -113,33 +116,43 @@ def read_parquet(
                         row += len(batch)
                         continue
                     cursor.at(row_group=group, row=row - first)
-                    for value in column_values(batch.column(0), names[1:]):
+                    for value in row_values(batch, paths, column):
                         yield from column.documents(value, f"{name}:{row}")
                         row += 1
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 yield BadRecord(f"{name}:{row}", "corrupt Parquet data", _first_line(error))
 
 
-def column_path(schema: Any, column: TextColumn) -> list[str]:
-    """Return the name of the column and of the struct fields in it that lead to the text.
+def column_paths(schema: Any, column: TextColumn | RecordColumns) -> list[list[str]]:
+    """Return, for every column to read, its name and those of the struct fields in it that lead to the value.
 
     Args:
         schema: an Arrow schema.
-        column: the text column.
+        column: the text column, or those of a record.
 
     Raises:
-        UnreadableFile: there is no such column, or it holds neither strings nor lists of messages.
+        UnreadableFile: there is no such column, or the text column holds neither strings nor lists of messages.
     """
     from pyarrow import types
 
-    names, kind = _struct_path(schema, column.name) or (None, None)
-    if names is None:
-        _column(schema.names, column.name, "its columns are")
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    if not is_text and not (column.template and (types.is_list(kind) or types.is_large_list(kind))):
-        raise UnreadableFile(f"the column '{column.name}' holds no strings", f"but {kind}")
-    return names
+    paths = []
+    for name in column.names:
+        path, kind = _struct_path(schema, name) or (None, None)
+        if path is None:
+            _column(schema.names, name, "its columns are")
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        is_list = types.is_list(kind) or types.is_large_list(kind)
+        if type(column) is TextColumn and not is_text and not (column.template and is_list):
+            raise UnreadableFile(f"the column '{name}' holds no strings", f"but {kind}")
+        paths.append(path)
+    return paths
+
+
+def row_values(batch: Any, paths: list[list[str]], column: TextColumn | RecordColumns) -> Iterator[Any]:
+    """Yield what `column.documents` takes for every row of an Arrow batch or table."""
+    values = [column_values(batch.column(path[0]), path[1:]) for path in paths]
+    return map(column.of_row, zip(*values, strict=True))
 
 
 def column_values(column: Any, fields: list[str]) -> list[Any]:

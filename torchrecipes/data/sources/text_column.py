@@ -1,6 +1,6 @@
 """`TextColumn`: which key or column of a record holds its text, and how the value becomes documents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,39 +25,59 @@ class TextColumn:
     limit: int = 1_000_000
     template: ChatTemplate | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns to read: this one."""
+        return (self.name,)
+
+    @property
+    def remedy(self) -> str:
+        """What to do where there is no such column."""
+        return "name the column that holds the text with text_column"
+
     def of(self, record: dict[str, Any]) -> Any:
         """Return the column's value.
 
         Raises:
             KeyError: the record has no such column.
         """
-        return _value(record, self.name)
+        return value_at(record, self.name)
+
+    def of_row(self, values: Sequence[Any]) -> Any:
+        """Return the column's value, given those of `names`."""
+        return values[0]
 
     def documents(self, value: object, source: str) -> Iterator[Document | BadRecord]:
         """Yield the value as documents with `\\n` as line end, or the reason why it is not a text."""
-        if value is None:
-            yield BadRecord(source, "the text is null")
-            return
-        if self.template is not None:
+        if self.template is not None and value is not None:
             try:
                 value = self.template.render(value)
             except UnusableMessages as error:
                 yield BadRecord(source, error.reason, error.detail)
                 return
-        if isinstance(value, bytes):
-            yield BadRecord(source, NOT_UTF8, not_utf8(value))
-        elif not isinstance(value, str):
-            yield BadRecord(source, "the text is not a string", f"it is {kind_of(value)}")
-        elif not value or value.isspace():
-            yield BadRecord(source, EMPTY_TEXT)
+        text = checked_text(value, source)
+        if isinstance(text, BadRecord):
+            yield text
         else:
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                where = f"\\u{ord(value[error.start]):04x} at character {error.start + 1}"
-                yield BadRecord(source, "half of a surrogate pair, which no encoding can write", where)
-            else:
-                yield from cut_long(value.replace("\r\n", "\n").replace("\r", "\n"), source, self.limit)
+            yield from cut_long(text, source, self.limit)
+
+
+def checked_text(value: object, source: str) -> str | BadRecord:
+    """Return a text with `\\n` as line end, or the reason why the value is none."""
+    if value is None:
+        return BadRecord(source, "the text is null")
+    if isinstance(value, bytes):
+        return BadRecord(source, NOT_UTF8, not_utf8(value))
+    if not isinstance(value, str):
+        return BadRecord(source, "the text is not a string", f"it is {kind_of(value)}")
+    if not value or value.isspace():
+        return BadRecord(source, EMPTY_TEXT)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        where = f"\\u{ord(value[error.start]):04x} at character {error.start + 1}"
+        return BadRecord(source, "half of a surrogate pair, which no encoding can write", where)
+    return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
 
 
 def text_column(name: str, messages: str | None, chat_template: str | None, limit: int) -> TextColumn:
@@ -85,7 +105,8 @@ def kind_of(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _value(record: dict[str, Any], name: str) -> Any:
+def value_at(record: dict[str, Any], name: str) -> Any:
+    """Return the value of a key, or of `inner.key` in an object of the record; KeyError: there is none."""
     if name in record:
         return record[name]
     dot = name.find(".")
@@ -93,7 +114,7 @@ def _value(record: dict[str, Any], name: str) -> Any:
         inner = record.get(name[:dot])
         if isinstance(inner, dict):
             try:
-                return _value(inner, name[dot + 1 :])
+                return value_at(inner, name[dot + 1 :])
             except KeyError:
                 pass
         dot = name.find(".", dot + 1)

@@ -8,6 +8,7 @@
 Another source is any class with the attributes of `Source`.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from torchrecipes.data.sources.line_reader import (
     read_lines,
 )
 from torchrecipes.data.sources.plain_text import read_separated, read_text
+from torchrecipes.data.sources.record_columns import RecordColumns
 from torchrecipes.data.sources.records import (
     BadRecord,
     Cursor,
@@ -93,7 +95,7 @@ class files:
     subset: str | None = None
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
-    _column: TextColumn = field(init=False, repr=False, compare=False)
+    _column: TextColumn | RecordColumns = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         sample_by = (self.sample_by, ("document", "paragraph", "line"))
@@ -112,6 +114,26 @@ class files:
     def splits(self) -> list[str]:
         """Return the names of all splits of a dataset repository; none for other files."""
         return self._splits
+
+    def records(self, columns: RecordColumns) -> "files":
+        """Return these files as a source of records with several fields; plain text, which has none, is skipped.
+
+        Raises:
+            UserError: all files are plain text (code `no_columns`), or `columns` has not all names (`invalid_value`).
+        """
+        source = copy.copy(self)
+        source.__dict__.pop("_content", None)  # the cached fingerprint
+        source._column, source.report = columns, ReadStats()
+        if self.columns is not None and (missing := [name for name in columns.names if name not in self.columns]):
+            problem, hint = f"{self.columns} have no '{missing[0]}'", f"{columns.remedy.capitalize()}."
+            raise UserError(problem, key="columns", hint=hint, code="invalid_value")
+        source.found = [file for file in self.found if file.format != "text"]
+        if not source.found:
+            hint = "Give .jsonl, .csv, .tsv or .parquet, and name its columns."
+            raise UserError(f"{self.name}: plain text has no columns", key="path", hint=hint, code="no_columns")
+        plain = [BadRecord(file.name, "plain text has no columns") for file in self.found if file.format == "text"]
+        source.skipped = [*self.skipped, *plain]
+        return source
 
     def _check_separators(self) -> None:
         self.delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # as a shell passes it
@@ -178,7 +200,8 @@ class files:
             for record in self.skipped:
                 self.report.add(record)
         stop = self.on_bad_record == "stop"
-        return documents(self._records(), self.report, stop, self._cursor, self.max_documents)
+        remedy = self._column.remedy
+        return documents(self._records(), self.report, stop, self._cursor, self.max_documents, remedy)
 
     def position(self) -> dict[str, Any]:
         """Return the position after the last document that was read: its file and a byte, line or row group there."""

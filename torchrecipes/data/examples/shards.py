@@ -1,0 +1,128 @@
+"""The file format of an example corpus: a safetensors file per shard.
+
+| array | shape, dtype | meaning |
+|---|---|---|
+| `example_offsets` | `[E+1]` int64 | where the texts of an example begin in `text_offsets` |
+| `text_offsets` | `[T+1]` int64 | where a text begins in `tokens` |
+| `text_hashes` | `[T]` int64 | xxh3 of the text without its prompt |
+| `labels` | `[E]` int64, `[E, L]` or `[E]` float32 | class number, classes of a multi-label task, or a number |
+| `values` | `[E, C]` float32 | scores; NaN where an example has fewer |
+| `second_starts` | `[T]` int32 | where the second sentence begins in a text; the text's length where there is none |
+| `tokens` | `[N]` uint16 or uint32 | all texts, each as the tokenizer's post-processor makes it: `[CLS] ... [SEP]` |
+
+`labels` and `values` are there where the examples have any.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from torchrecipes.atomic_write import write_atomically
+from torchrecipes.data.corpus.shards import map_file
+
+FORMAT = "torchrecipes-examples-1"
+DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"),
+          "F32": np.dtype("<f4")}  # fmt: skip
+ORDER = ("example_offsets", "text_offsets", "text_hashes", "labels", "values", "second_starts", "tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleShard:
+    """An open shard; arrays are read-only views of the file, as the module's table says.
+
+    Attributes:
+        path: the file.
+        first_example: number of examples in the shards before it.
+        values, labels: None where there are none.
+    """
+
+    path: Path
+    first_example: int
+    example_offsets: np.ndarray
+    text_offsets: np.ndarray
+    text_hashes: np.ndarray
+    second_starts: np.ndarray
+    tokens: np.ndarray
+    values: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in it."""
+        return len(self.example_offsets) - 1
+
+    def example_lengths(self) -> np.ndarray:
+        """Tokens of all texts of every example, int64."""
+        return np.diff(self.text_offsets[self.example_offsets])
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, int | str]:
+    """Writes a shard, complete or not at all.
+
+    Args:
+        path: the file.
+        arrays: by the names of the format.
+
+    Returns:
+        Its `file`, `size` in bytes, and `xxh3` of the file, for `corpus.json`.
+    """
+    # int64 comes first and uint16 last, so that all are aligned.
+    arrays = {name: np.ascontiguousarray(arrays[name]) for name in ORDER if name in arrays}
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict = {"__metadata__": {"format": FORMAT}}
+    position = 0
+    for name, array in arrays.items():
+        end = position + array.nbytes
+        header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    chunks = [struct.pack("<Q", len(text)), text, *(memoryview(a).cast("B") for a in arrays.values() if a.size)]
+    digest = xxhash.xxh3_64()
+    for chunk in chunks:
+        digest.update(chunk)
+    write_atomically(path, chunks)
+    return {"file": path.name, "size": 8 + len(text) + position, "xxh3": digest.hexdigest()}
+
+
+def open_arrays(path: Path, first_example: int) -> ExampleShard:
+    """Maps a shard into memory.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: there is no such file, or it is no complete shard.
+        UserError: more shards are open than a process may open files (code `too_many_files`).
+    """
+    content = map_file(path)
+    size = len(content)
+    header_size = int(content[:8].view("<u8")[0]) if size >= 8 else size
+    if header_size > size - 8:
+        raise ValueError("its header is corrupt")
+    header = json.loads(bytes(content[8 : 8 + header_size]))
+    if header.pop("__metadata__")["format"] != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    arrays, end = {}, 0
+    for name, stated in header.items():
+        dtype, shape = DTYPES[stated["dtype"]], stated["shape"]
+        begin, end = stated["data_offsets"]
+        if end - begin != int(np.prod(shape)) * dtype.itemsize or 8 + header_size + end > size:
+            raise ValueError("its size is not what its header says")
+        arrays[name] = np.ndarray(shape, dtype, content, 8 + header_size + begin)
+    shard = ExampleShard(path=path, first_example=first_example, **arrays)
+    if 8 + header_size + end != size or shard.text_offsets[-1] != len(shard.tokens):
+        raise ValueError("its size is not what its header says")
+    if shard.example_offsets[-1] != len(shard.text_hashes):
+        raise ValueError("its offsets are corrupt")
+    return shard
+
+
+def file_checksum(path: Path) -> str:
+    """Return the xxh3-64 (hex) of a file."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
