@@ -17,6 +17,8 @@ top_k, ranking, beir  exact search in chunks, the metrics of rankings, BEIR's la
 classification        `classification_metrics`, `class_scores`: from logits and labels; GLUE's metrics
 calibration           `fit_temperature`, `tune_thresholds`
 classification_plots  `plot_confusion_matrix`, `plot_calibration`
+classification_report `calibrate`, `report_classification`: at the end of a run
+over_examples         `map_examples`: what a model computes for every example of a set
 correlation           Pearson and Spearman
 """
 
@@ -32,10 +34,12 @@ from torchrecipes.evaluation.classification import (
     glue_score,
 )
 from torchrecipes.evaluation.classification_plots import plot_calibration, plot_confusion_matrix
+from torchrecipes.evaluation.classification_report import calibrate, report_classification
 from torchrecipes.evaluation.document_loss import DocumentLoss, document_losses
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
 from torchrecipes.evaluation.mask_filling import fill_mask
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation.over_examples import map_examples
 from torchrecipes.evaluation.pair_classification import PairClassification
 from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
 from torchrecipes.evaluation.retrieval import Retrieval
@@ -49,6 +53,7 @@ __all__ = [
     "DocumentLoss",
     "PairClassification",
     "Retrieval",
+    "calibrate",
     "check_prompts",
     "class_scores",
     "classification_metrics",
@@ -63,10 +68,12 @@ __all__ = [
     "generate_text",
     "glue_score",
     "loss_by_position",
+    "map_examples",
     "perplexity",
     "plot_calibration",
     "plot_confusion_matrix",
     "position_edges",
+    "report_classification",
     "tune_thresholds",
     "unigram_baseline",
 ]

@@ -31,7 +31,7 @@ def map_examples(
     autocast: Callable[[], AbstractContextManager],
     tokens_per_batch: int = TOKENS_PER_BATCH,
     name: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Computes `function(batch)` over all examples, in evaluation mode, without touching any random generator.
 
     Examples of similar length share a batch. The batches are the same on any number of ranks, which share them, so the
@@ -40,15 +40,14 @@ def map_examples(
     Args:
         model: its modules' training modes are restored afterwards.
         function: gives `[n, ...]` for the n examples of a batch, such as `model.classify`.
-        rows: the examples; they have labels.
+        rows: the examples.
         collator: makes their batches.
         autocast: makes the context to compute in.
         tokens_per_batch: about as many tokens are in a batch.
         name: of the set, for a bar on a terminal; "": none.
 
     Returns:
-        The results, `[E, ...]` float32, and the labels, `[E]` or `[E, L]`, in the order of the set, on the CPU of every
-        rank.
+        `[E, ...]` float32, in the order of the set, on the CPU of every rank.
 
     Raises:
         UserError: the set is empty (code `no_examples`).
@@ -60,7 +59,6 @@ def map_examples(
     shares = -(-len(batches) // world_size())
     mine = [batches[i] if i < len(batches) else None for i in range(rank(), shares * world_size(), world_size())]
     results: Tensor | None = None
-    labels: Tensor | None = None
     bar = tqdm(total=rows.num_rows, desc=name, leave=False, disable=not (name and rank() == 0 and sys.stderr.isatty()))
     with evaluation_mode(model), bar:
         for numbers in mine:
@@ -69,15 +67,12 @@ def map_examples(
             batch = collator.batch(rows, numbers, np.zeros(len(numbers), dtype=np.uint64))
             with autocast():
                 result = function(batch.to(device)).float().cpu()
-            if results is None or labels is None:
+            if results is None:
                 results = torch.zeros(rows.num_rows, *result.shape[1:])
-                labels = torch.zeros(rows.num_rows, *batch.examples.labels.shape[1:], dtype=torch.float64)
-                dtype = batch.examples.labels.dtype
             if not is_extra:
-                results[numbers], labels[numbers] = result, batch.examples.labels.double()
+                results[numbers] = result
                 bar.update(len(numbers))
-    # Every example is that of one rank: the others add zeros.
-    return all_reduce_sum_(results), all_reduce_sum_(labels).to(dtype)
+    return all_reduce_sum_(results)  # every example is that of one rank, and the others add zeros
 
 
 def _by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:

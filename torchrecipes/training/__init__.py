@@ -7,6 +7,7 @@ float8                     8-bit matrix products through torchao
 activation_checkpointing   less memory for more time; the hint when memory runs out
 expert_load_balancing      the load of a mixture's experts
 ema                        `EMA`: averaged weights
+frozen_features            `FeatureCache`: a frozen encoder's outputs, computed once
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
 grad_cache                 `random_state`, `replay`: a contrastive step in the memory of one micro-batch
 early_stopping             `EarlyStopping`: ends a run whose metric no longer improves
@@ -21,6 +22,7 @@ from torchrecipes.training.early_stopping import EarlyStopping
 from torchrecipes.training.ema import EMA
 from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
 from torchrecipes.training.forgetting import ForgettingConfig, ForgettingController, stored_baseline
+from torchrecipes.training.frozen_features import FeatureCache
 from torchrecipes.training.graceful_stop import GracefulStop
 from torchrecipes.training.grad_cache import random_state, replay
 from torchrecipes.training.guard import Guard
@@ -33,6 +35,7 @@ __all__ = [
     "ComputeConfig",
     "EarlyStopping",
     "ExpertBalance",
+    "FeatureCache",
     "ForgettingConfig",
     "ForgettingController",
     "GracefulStop",

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchrecipes.data.batching.batch import Batch
-from torchrecipes.data.batching.examples import Examples
+from torchrecipes.data.batching.features import FeatureCollator, FeatureRows
 from torchrecipes.evaluation.over_examples import map_examples
 from torchrecipes.training.run import Run
 
@@ -28,7 +27,7 @@ class FeatureCache:
 
     def __init__(self, collator: Any):
         self.collator = collator
-        self.sets: dict[str, tuple[Tensor, Tensor]] = {}  # features `[E, D]` and labels, by a set's fingerprint
+        self.sets: dict[str, FeatureRows] = {}  # by fingerprint
 
     def fill(self, model: nn.Module, sets: Sequence[Any], run: Run) -> None:
         """Computes the features of all examples; every rank computes a share, and all hold all.
@@ -44,31 +43,13 @@ class FeatureCache:
         """
         options = {"autocast": run.autocast, "name": "features of the frozen encoder"}
         for rows in sets:
-            self.sets[rows.corpus.fingerprint] = map_examples(model, model.features, rows, self.collator, **options)
-        size = sum(features.nbytes for features, _ in self.sets.values()) / 2**20
-        examples = sum(len(features) for features, _ in self.sets.values())
+            features = map_examples(model, model.features, rows, self.collator, **options)
+            self.sets[rows.corpus.fingerprint] = FeatureRows(rows, features)
+        size = sum(rows.features.nbytes for rows in self.sets.values()) / 2**20
+        examples = sum(rows.num_rows for rows in self.sets.values())
         print(f"features of {examples:,} examples, computed once: {size:,.1f} MiB", flush=True)
 
-    def batch(self, rows: Any, numbers: np.ndarray, keys: np.ndarray, step: int = 1) -> Batch:  # noqa: ARG002
-        """The features and labels of some examples.
-
-        Args:
-            rows: one of the sets.
-            numbers: `[n]`, the examples' numbers; -1 is left out.
-            keys: `[n]` uint64, not used.
-            step: the optimizer step, not used.
-        """
-        features, labels = self.sets[rows.corpus.fingerprint]
-        chosen = torch.from_numpy(numbers[numbers >= 0])
-        texts, none = torch.arange(len(chosen)), torch.zeros(1, 0, dtype=torch.int64)
-        return Batch(
-            input_ids=none,
-            position_ids=none,
-            document_ids=none.int(),
-            cu_seqlens=torch.zeros(1, dtype=torch.int32),
-            max_seqlen=0,
-            num_targets=len(chosen),
-            num_texts=len(chosen),
-            examples=Examples(texts[:, None], texts, labels=labels[chosen]),
-            features=features[chosen],
-        )
+    def batch(self, rows: Any, numbers: np.ndarray, keys: np.ndarray, step: int = 1) -> Batch:
+        """The features and labels of some examples: see `FeatureCollator`; `rows` is one of the sets."""
+        found = self.sets[rows.corpus.fingerprint]
+        return FeatureCollator(found).batch(found, numbers, keys, step)
