@@ -1,5 +1,6 @@
 """What a model computes for every example, in batches of similar length and through a cache, against one by one."""
 
+import itertools
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ class Mean(nn.Module):
     def features(self, batch):
         self.calls.append(batch.input_ids.shape[1])
         ends = batch.cu_seqlens.tolist()
-        texts = [self.embedding(batch.input_ids[0, a:b]).mean(0) for a, b in zip(ends, ends[1:], strict=False)]
+        texts = [self.embedding(batch.input_ids[0, a:b]).mean(0) for a, b in itertools.pairwise(ends)]
         return self.dropout(torch.stack(texts[: batch.num_texts])[batch.examples.texts[:, 0]])
 
     def classify(self, batch):
