@@ -9,7 +9,7 @@ expert_load_balancing      the load of a mixture's experts
 ema                        `EMA`: averaged weights
 frozen_features            `FeatureCache`: a frozen encoder's outputs, computed once
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
-grad_cache                 `random_state`, `replay`: a contrastive step in the memory of one micro-batch
+grad_cache                 `random_state`, `replay`, `embed_all`: a contrastive step in the memory of one micro-batch
 early_stopping             `EarlyStopping`: ends a run whose metric no longer improves
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
 graceful_stop              Ctrl+C and SIGTERM end a run after its step
@@ -24,7 +24,7 @@ from torchrecipes.training.expert_load_balancing import ExpertBalance, router_lo
 from torchrecipes.training.forgetting import ForgettingConfig, ForgettingController, stored_baseline
 from torchrecipes.training.frozen_features import FeatureCache
 from torchrecipes.training.graceful_stop import GracefulStop
-from torchrecipes.training.grad_cache import random_state, replay
+from torchrecipes.training.grad_cache import embed_all, random_state, replay
 from torchrecipes.training.guard import Guard
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
 from torchrecipes.training.run import ComputeConfig, start_run
@@ -42,6 +42,7 @@ __all__ = [
     "Guard",
     "LogConfig",
     "MetricLogger",
+    "embed_all",
     "oom_hint",
     "random_state",
     "replay",

@@ -10,6 +10,7 @@ build        examples in, shards out
 corpus       `ExampleCorpus`: reading; `prepare_examples`, `open_examples`
 block        `ExampleBlock`: examples that were read
 shards       the file format of a shard
+standard_library_pairs   `docstring_code_pairs`: descriptions and code of Python's own functions
 """
 
 from torchrecipes.data.examples.block import ExampleBlock
@@ -17,6 +18,7 @@ from torchrecipes.data.examples.components import labeled_texts, pairs, raw_text
 from torchrecipes.data.examples.corpus import ExampleCorpus, open_examples, prepare_examples
 from torchrecipes.data.examples.encode import ExampleEncoder
 from torchrecipes.data.examples.example import Example, ExampleSource
+from torchrecipes.data.examples.standard_library_pairs import docstring_code_pairs
 
 __all__ = [
     "Example",
@@ -24,6 +26,7 @@ __all__ = [
     "ExampleCorpus",
     "ExampleEncoder",
     "ExampleSource",
+    "docstring_code_pairs",
     "labeled_texts",
     "open_examples",
     "pairs",

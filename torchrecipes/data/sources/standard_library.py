@@ -57,7 +57,7 @@ class python_docs:
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        self.library, self.name, self._sizes = _python_library(self.limit_mb)
+        self.library, self.name, self._sizes = python_library(self.limit_mb)
 
     @property
     def num_bytes(self) -> int:
@@ -109,7 +109,7 @@ class python_source:
     _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        self.library, self.name, self._sizes = _python_library(self.limit_mb)
+        self.library, self.name, self._sizes = python_library(self.limit_mb)
 
     @property
     def num_bytes(self) -> int:
@@ -145,7 +145,7 @@ class python_source:
         return tuple(_up_to(self.limit_mb, _read_code(self.library, names)))
 
 
-def _python_library(limit_mb: float | None) -> tuple[Path, str, dict[str, int]]:
+def python_library(limit_mb: float | None = None) -> tuple[Path, str, dict[str, int]]:
     """The folder of the library, its title for people, and the size of each of its files."""
     if limit_mb is not None and limit_mb <= 0:
         hint = "Set megabytes, or null for all."

@@ -1,0 +1,99 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from torchrecipes.config import Component
+from torchrecipes.data import ExampleData, load_examples
+from torchrecipes.data.example_data import open_example_rows
+from torchrecipes.errors import UserError
+
+PAIRS, LABELED = "torchrecipes.data.examples.pairs", "torchrecipes.data.examples.labeled_texts"
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return {
+        "a": write(tmp_path / "a.jsonl", [{"query": f"what is {i}", "positive": f"it is {i}"} for i in range(30)]),
+        "b": write(tmp_path / "b.jsonl", [{"query": f"who is {i}", "positive": f"she is {i}"} for i in range(10)]),
+        "train": write(tmp_path / "train.jsonl", [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]),
+        "test": write(tmp_path / "test.jsonl", [{"text": f"test {i}", "label": "b"} for i in range(6)]),
+    }
+
+
+def config_of(tmp_path, **data):
+    tokenizer = Component("torchrecipes.data.tokenizers.train_wordpiece", {"vocab_size": 100})
+    return SimpleNamespace(
+        data=ExampleData(**data),
+        tokenizer=tokenizer,
+        init_from=None,
+        output_dir=str(tmp_path / "run"),
+        seq_len=32,
+        global_batch_size=4,
+    )
+
+
+def source(path, component=PAIRS, **args):
+    return Component(component, {"path": path, **args})
+
+
+def test_one_source_is_split_by_the_hash_of_a_text(tmp_path, files):
+    config = config_of(tmp_path, source=source(files["a"]), validation_fraction=0.2, split_by="query")
+    found = load_examples(config)
+    assert found.train.num_rows + found.eval_sets["validation"].num_rows == 30
+    assert found.eval_sets["validation"].num_rows == 6
+    train, eval_sets = open_example_rows(config, tmp_path / "run" / "corpus", found.tokenizer)
+    assert train.identity() == found.train.identity() and eval_sets.keys() == {"validation"}
+
+
+def test_prompts_of_a_dataset_replace_those_of_the_model(tmp_path, files):
+    sources = {"one": source(files["a"]), "two": source(files["b"])}
+    config = config_of(tmp_path, sources=sources, prompts={"two": {"query": "who who who "}})
+    found = load_examples(config, prompts={"query": "what "})
+    one, two = (found.train.parts[name].corpus.prompt_lengths[0] for name in ("one", "two"))
+    assert found.train.source_names == ("one", "two") and two > one > 0
+
+
+def test_labels_of_the_training_examples_number_those_of_the_others(tmp_path, files):
+    config = config_of(tmp_path, source=source(files["train"], LABELED), test=source(files["test"], LABELED))
+    found = load_examples(config, task="single_label")
+    assert found.label_names == ("a", "b")
+    labels = found.eval_sets["test"].corpus.labels
+    assert labels.tolist() == [1] * 6
+
+
+def test_an_unknown_label_of_a_set_is_named(tmp_path, files):
+    other = write(tmp_path / "other.jsonl", [{"text": "x", "label": "c"}])
+    config = config_of(tmp_path, source=source(files["train"], LABELED), test=source(other, LABELED))
+    with pytest.raises(UserError) as error:
+        load_examples(config, task="single_label")
+    assert error.value.code == "unknown_label"
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "code"),
+    [
+        ({}, "source", "no_source"),
+        ({"source": source("x"), "sources": {"a": source("x")}}, "source", "no_source"),
+        ({"sources": {"a": source("x")}, "weights": {"b": 1.0}}, "weights", "unknown_name"),
+        ({"sources": {"a": source("x")}, "prompts": {"b": {}}}, "prompts.b", "unknown_name"),
+    ],
+)
+def test_sources_that_contradict_each_other_are_found_without_reading(data, key, code):
+    (problem,) = ExampleData(**data).check()
+    assert (problem.key, problem.code) == (key, code)
+
+
+def test_a_missing_file_is_named_with_the_key_of_its_source(tmp_path):
+    for data, key in (
+        ({"source": source(str(tmp_path / "none.jsonl"))}, "data.source.path"),
+        ({"sources": {"a": source(str(tmp_path / "none.jsonl"))}}, "data.sources.a.path"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_examples(config_of(tmp_path, **data))
+        assert error.value.key == key

@@ -1,0 +1,173 @@
+"""`load_examples`: the tokenizer and the examples of a fine-tuning run; corpora that are not there yet are built."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torchrecipes.config import Component, build
+from torchrecipes.config.metadata import Count, Fraction, MayChange
+from torchrecipes.data.batching.dataset_batches import DatasetBatches
+from torchrecipes.data.batching.example_rows import ExampleRows
+from torchrecipes.data.batching.grouped_rows import GroupedRows
+from torchrecipes.data.batching.loader import rows_per_rank
+from torchrecipes.data.examples import open_examples, prepare_examples
+from torchrecipes.data.tokenizers import Tokenizer
+from torchrecipes.data.tokenizers.load import load_model_tokenizer
+from torchrecipes.distributed.collectives import rank0_first, world_size
+from torchrecipes.errors import UserError
+from torchrecipes.model_folder import resolve_model_folder
+
+VALIDATION, TEST = "validation", "test"  # evaluation sets
+ONE_SOURCE = "train"
+
+
+@dataclass
+class ExampleData:
+    """The config group `data` of a fine-tuning recipe."""
+
+    source: Component | None = None  # pairs, scored_pairs, labeled_texts, raw_texts: what to train on
+    sources: dict[str, Component] = field(default_factory=dict)  # several instead, by name: each step is of one of them
+    weights: Literal["proportional", "round_robin"] | dict[str, float] = "proportional"  # how often each is chosen
+    prompts: dict[str, dict[str, str]] = field(default_factory=dict)  # of a dataset in sources, by kind of text
+    validation: Component | None = None  # examples for `eval/validation`; None: a share of those to train on
+    validation_fraction: Fraction = 0.0  # that share, chosen by a hash of the texts, the same of every label
+    split_by: Literal["query", "positive"] | None = None  # pairs: which text's hash, so that both sides share none
+    test: Component | None = None  # examples for `eval/test`, once, at the end
+    per_label: Count = 0  # examples of the same label that come together, for losses that compare labels; 0: none do
+    corpus_dir: MayChange[str | None] = None  # folder of tokenized examples, shared by runs; None: <output_dir>/corpus
+    shuffle: bool = True  # False: examples in the order of the source
+    num_workers: MayChange[Count] = 0  # loader processes; 0: in this process, which is fast enough for most models
+
+    pads_rows = False  # texts are packed
+
+    def check(self) -> list[UserError]:
+        """Problems of the sources. Nothing is read."""
+        if (self.source is None) == (not self.sources):
+            hint = "Set data.source to one source, or data.sources to several by name."
+            return [UserError("set exactly one of source and sources", key="source", hint=hint, code="no_source")]
+        if isinstance(self.weights, dict) and self.weights.keys() != self.sources.keys():
+            names = ", ".join(self.sources) or "there are none"
+            return [UserError(f"needs a weight for every source: {names}", key="weights", code="unknown_name")]
+        if unknown := self.prompts.keys() - self.sources.keys():
+            return [UserError("there is no such source", key=f"prompts.{min(unknown)}", code="unknown_name")]
+        return []
+
+    def open(self, config: Any, corpus_dir: Path) -> tuple[Any, dict[str, ExampleRows]]:
+        """Opens the examples that a run has prepared in `corpus_dir`: (those to train on, evaluation sets by name)."""
+        return open_example_rows(config, corpus_dir)
+
+    def computed_tokens(self, config: Any, rows: Any | None) -> float:
+        """Tokens that a model computes per example; without rows, as if every text had `seq_len`."""
+        return rows.tokens_per_row if rows else config.seq_len
+
+
+@dataclass(frozen=True)
+class ExampleSets:
+    """What `load_examples` gives.
+
+    Attributes:
+        tokenizer: the model's.
+        train: the examples to train on, for a `Loader`.
+        eval_sets: `validation` and `test`, those of them that there are.
+        label_names: of a classification, in the order of their numbers; () otherwise.
+    """
+
+    tokenizer: Tokenizer
+    train: Any
+    eval_sets: dict[str, ExampleRows]
+    label_names: tuple[str, ...] = ()
+
+
+def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: Any) -> ExampleSets:
+    """Loads or trains the tokenizer, tokenizes the examples where that is not done, and opens them.
+
+    On several ranks the first does the work and the others wait.
+
+    Args:
+        config: a recipe's, with the keys `data`, `tokenizer` (None: the one in `init_from`), `init_from`, `output_dir`,
+            `seq_len` and `global_batch_size`.
+        prompts: text before a text, by kind: `query`, `passage`. `data.prompts` has others for some of the datasets.
+        labels: `task` and `label_names`, for examples with labels: see `prepare_examples`.
+
+    Raises:
+        UserError: the examples, the tokenizer or the folder is not usable; names what and why.
+    """
+    rows_per_rank(config.global_batch_size, world_size())  # refused now, not after hours of tokenizing
+    data, corpus_dir = config.data, _corpus_dir(config)
+    sources = {name: _build(f"sources.{name}" if data.sources else "source", x) for name, x in _sources(data).items()}
+    with rank0_first("tokenizer and examples"):
+        if config.tokenizer is None:
+            tokenizer = load_model_tokenizer(resolve_model_folder(config.init_from))
+        else:
+            text = next(iter(sources.values())).as_documents()
+            tokenizer = build(config.tokenizer, source=text, folder=corpus_dir / "tokenizer", causal=False)
+        prepare = partial(prepare_examples, tokenizer=tokenizer, max_length=config.seq_len)
+        for name, source in sources.items():
+            options = {"prompts": data.prompts.get(name, prompts), "split_by": data.split_by, **labels}
+            fraction = 0.0 if data.validation else data.validation_fraction
+            train, _ = prepare(_folder(corpus_dir, name), source, validation_fraction=fraction, **options)
+            print(train.summary(name), flush=True)
+        if labels:
+            labels |= {"label_names": train.label_names}
+        for name in (VALIDATION, TEST):
+            if (node := getattr(data, name)) is not None:
+                evaluated, _ = prepare(_eval_folder(corpus_dir, name), _build(name, node), prompts=prompts, **labels)
+                print(evaluated.summary(name), flush=True)
+    train, eval_sets = open_example_rows(config, corpus_dir, tokenizer)
+    print(f"training examples: {train}", flush=True)
+    names = tuple(open_examples(_folder(corpus_dir, next(iter(sources))) / "train").label_names or ())
+    return ExampleSets(tokenizer, train, eval_sets, names)
+
+
+def open_example_rows(
+    config: Any, corpus_dir: Path, tokenizer: Tokenizer | None = None
+) -> tuple[Any, dict[str, ExampleRows]]:
+    """Opens the training examples and the evaluation sets that `load_examples` prepared in `corpus_dir`.
+
+    Args:
+        config: a recipe's, with the keys `data`, `seq_len` and `global_batch_size`.
+        corpus_dir: folder of the corpora.
+        tokenizer: if given, the corpora must have been made with it; it names the token of padding.
+
+    Raises:
+        UserError: a corpus is missing, unfinished or corrupt, or of another tokenizer.
+    """
+    data, pad_id = config.data, tokenizer.pad_id if tokenizer else 0
+    rows_of = partial(ExampleRows, seq_len=config.seq_len, pad_id=pad_id)
+    train_of = partial(GroupedRows, seq_len=config.seq_len, pad_id=pad_id, per_label=data.per_label)
+    parts = {}
+    for name in _sources(data):
+        corpus = open_examples(_folder(corpus_dir, name) / "train", tokenizer)
+        parts[name] = train_of(corpus) if data.per_label else rows_of(corpus)
+    train = DatasetBatches(parts, config.global_batch_size, data.weights) if data.sources else parts[ONE_SOURCE]
+    eval_sets = {}
+    for name in (VALIDATION, TEST):
+        if getattr(data, name) is not None:
+            eval_sets[name] = rows_of(open_examples(_eval_folder(corpus_dir, name) / "train", tokenizer))
+        elif name == VALIDATION and data.validation_fraction and data.source:
+            eval_sets[name] = rows_of(open_examples(_folder(corpus_dir, ONE_SOURCE) / VALIDATION, tokenizer))
+    return train, eval_sets
+
+
+def _sources(data: ExampleData) -> dict[str, Component]:
+    return data.sources or {ONE_SOURCE: data.source}
+
+
+def _folder(corpus_dir: Path, name: str) -> Path:
+    return corpus_dir if name == ONE_SOURCE else corpus_dir / "sources" / name
+
+
+def _eval_folder(corpus_dir: Path, name: str) -> Path:
+    return corpus_dir / "eval_sets" / name
+
+
+def _corpus_dir(config: Any) -> Path:
+    return Path(config.data.corpus_dir or Path(config.output_dir) / "corpus")
+
+
+def _build(key: str, node: Component) -> Any:
+    try:
+        return build(node)
+    except UserError as error:
+        raise error.under(f"data.{key}") from None
