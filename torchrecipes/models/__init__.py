@@ -4,6 +4,7 @@
 |-------------------|------------------------------------------------------------------------------|
 | transformer       | `Transformer`, the one network behind the families                           |
 | families/         | one file per family: config, sizes, blocks, Hugging Face layout              |
+| classifier        | `SequenceClassifier`: an encoder with a classification head                  |
 | builder           | makes a family's function, `neobert(size, *, vocab_size, ...)`               |
 | decoder, experts  | what several families share                                                  |
 | hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
@@ -23,6 +24,13 @@
 """
 
 from torchrecipes.model_folder import has_hf_config, resolve_model_folder
+from torchrecipes.models.classifier import (
+    SequenceClassifier,
+    load_classifier,
+    meta_classifier_from_hf,
+    stored_labels,
+    write_calibration,
+)
 from torchrecipes.models.compatibility import (
     check_causal,
     check_positions,
@@ -81,6 +89,7 @@ __all__ = [
     "EmbeddingConfig",
     "EmbeddingModel",
     "HFAdapter",
+    "SequenceClassifier",
     "Transformer",
     "TransformersModel",
     "active_parameters",
@@ -99,12 +108,14 @@ __all__ = [
     "hf_state_dict",
     "is_decoder",
     "llama",
+    "load_classifier",
     "load_embedding_model",
     "load_hf",
     "load_hf_weights",
     "load_lora",
     "loading_hint",
     "max_positions",
+    "meta_classifier_from_hf",
     "meta_embedding_model",
     "meta_model_from_hf",
     "mistral",
@@ -121,4 +132,6 @@ __all__ = [
     "save_lora",
     "set_dropout",
     "stop_token_ids",
+    "stored_labels",
+    "write_calibration",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -113,6 +114,10 @@ class HFAdapter:
     def with_config(self, config: Any) -> "HFAdapter":
         """An adapter of the same layout for another config."""
         return type(self)(config)
+
+    def for_folder(self, folder: Path) -> "HFAdapter":  # noqa: ARG002
+        """The adapter that reads the weights of a folder, where that depends on its config.json."""
+        return self
 
     def encoder_config(self) -> Any:
         """The config of the model without its head."""

@@ -95,10 +95,10 @@ def load_hf(
 
 
 # A run builds its model several times: for the check of its config, for training, and for estimates.
-_print_once = functools.cache(print)
+print_once = functools.cache(print)
 
 
-def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = _print_once, head: bool = True) -> nn.Module:
+def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = print_once, head: bool = True) -> nn.Module:
     """The model that a folder's `config.json` describes, on the meta device.
 
     A `model_type` that no family here has is built by `from_transformers`, where `transformers` is installed.
@@ -189,6 +189,7 @@ def load_hf_weights(
         raise UserError(
             f"{folder} is corrupt: {'; '.join(corrupt)}", hint="Give another checkpoint", code="corrupt_checkpoint"
         )
+    adapter = adapter.for_folder(folder)
     targets, layers = without_lora(model, model.state_dict()), lora_layers(model)
     parts = {name: adapter.parts(name) for name in targets}
     with open_tensors(folder, _stored_names(parts)) as files:

@@ -14,7 +14,7 @@ from torchrecipes.modules.attention_backend import AttentionBackend, choose_atte
 from torchrecipes.modules.cache import KVCache
 from torchrecipes.modules.embedding import BertEmbedding
 from torchrecipes.modules.feed_forward import GeGLU, GeluMLP, SwiGLU
-from torchrecipes.modules.head import LMHead, MLMTransform
+from torchrecipes.modules.head import ClassificationHead, LMHead, MLMTransform
 from torchrecipes.modules.init import init_tensor, init_weights
 from torchrecipes.modules.lora import LoRALinear, LoRASettings, apply_lora, init_lora, merge_lora, unmerge_lora
 from torchrecipes.modules.moe import Experts, MoE, Router, Routing
@@ -27,6 +27,7 @@ from torchrecipes.modules.transformer import MoEBlock, PostNormBlock, PreNormBlo
 __all__ = [
     "AttentionBackend",
     "BertEmbedding",
+    "ClassificationHead",
     "Experts",
     "GeGLU",
     "GeluMLP",

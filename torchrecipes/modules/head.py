@@ -1,4 +1,4 @@
-"""Output layers: from hidden states to logits over the vocabulary."""
+"""Output layers: from hidden states to logits over the vocabulary, or over labels."""
 
 import torch
 import torch.nn.functional as F
@@ -65,3 +65,44 @@ class MLMTransform(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Args: hidden `[..., D]`."""
         return self.norm(F.gelu(self.dense(hidden)))
+
+
+class ClassificationHead(nn.Module):
+    """A dense layer with its activation, dropout, and the output layer, in the variants of the encoder families.
+
+    Args:
+        hidden_size: D.
+        num_labels: L.
+        activation: `tanh`, `relu` or `gelu` (exact).
+        dropout_p: probability of dropping an element of what the output layer sees, in training.
+        drop_input: whether elements of the input are dropped as well.
+        bias: whether the dense layer has one.
+        norm_eps: epsilon of a LayerNorm after the activation. None: there is no norm.
+        norm_bias: whether it has a bias.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_labels: int,
+        *,
+        activation: str,
+        dropout_p: float = 0.0,
+        drop_input: bool = False,
+        bias: bool = True,
+        norm_eps: float | None = None,
+        norm_bias: bool = True,
+    ):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.activation = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}[activation]
+        self.norm = nn.Identity() if norm_eps is None else LayerNorm(hidden_size, eps=norm_eps, bias=norm_bias)
+        self.out_proj = nn.Linear(hidden_size, num_labels)
+        self.dropout_p, self.drop_input = dropout_p, drop_input
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Args: features `[..., D]`. Returns: logits `[..., L]`."""
+        if self.drop_input:
+            features = F.dropout(features, self.dropout_p, self.training)
+        features = self.norm(self.activation(self.dense(features)))
+        return self.out_proj(F.dropout(features, self.dropout_p, self.training))
