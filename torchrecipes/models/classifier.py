@@ -39,9 +39,7 @@ PROBLEM_TYPES = {
     "regression": "regression",
 }
 # Ours in config.json; `transformers` keeps them and does nothing with them.
-THRESHOLDS, TEMPERATURE, MAX_LENGTH = (
-    f"classification_{name}" for name in ("thresholds", "temperature", "max_length")
-)
+THRESHOLDS, TEMPERATURE, MAX_LENGTH = (f"classification_{name}" for name in ("thresholds", "temperature", "max_length"))
 _IDENTITY = "torch.nn.modules.linear.Identity"
 
 
@@ -321,11 +319,6 @@ class SequenceClassifier(nn.Module):
         if features is not None:
             return self.head(features).float()
         hidden_BSD = self.encoder(input_ids, position_ids, document_ids, cu_seqlens, max_seqlen, None, token_type_ids)
-        if cu_seqlens is None:
-            rows, size = input_ids.shape
-            cu_seqlens = torch.arange(0, rows * size + 1, size, dtype=torch.int32, device=input_ids.device)
-        if num_texts is None:
-            num_texts = len(cu_seqlens) - 1
         if self.pooling == "late":
             if return_features:
                 raise no_features()

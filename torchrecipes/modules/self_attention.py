@@ -265,6 +265,8 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)
         max_logits = self.max_logits if self.training else None
+        if backend.dropout_p and not self.training:  # a frozen layer of a model that is trained
+            backend = backend._replace(dropout_p=0.0)
         return self.o_proj(attention(q, k, v, backend=backend, max_logits=max_logits).flatten(2))
 
     def _normalized(self, qk: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as functional_adamw
 
 from torchrecipes.errors import UserError
-from torchrecipes.optim.groups import weight_decay_groups
-from torchrecipes.optim.settings import bad_betas, negative, nothing_to_train, raise_all
+from torchrecipes.optim.groups import layer_lr_groups, weight_decay_groups
+from torchrecipes.optim.settings import bad_betas, negative, nothing_to_train, out_of_range, raise_all
 
 
 def adamw(
@@ -17,6 +17,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     fused: bool = True,
+    layer_lr_decay: float | None = None,
 ) -> torch.optim.AdamW:
     """`torch.optim.AdamW` (Loshchilov and Hutter, 2017, arXiv:1711.05101) over the groups of `weight_decay_groups`.
 
@@ -30,12 +31,19 @@ def adamw(
         eps: added to the root of the second average.
         weight_decay: for matrices; embeddings, norms and biases are not decayed.
         fused: one kernel for all parameters of a group (CPU and CUDA have it); False loops over them.
+        layer_lr_decay: the learning rate of each layer is that of the layer above it times this, such as 0.9; see
+            `layer_lr_groups`. None: all have the same.
 
     Raises:
         UserError: a value is out of range, or no parameter is trainable.
     """
     betas = tuple(betas)
-    groups = adamw_groups(model, lr, betas, eps, weight_decay)
+    problems = []
+    if layer_lr_decay is not None and not 0 < layer_lr_decay <= 1:
+        problems.append(out_of_range("layer_lr_decay", layer_lr_decay, "above 0 and at most 1"))
+    groups = adamw_groups(model, lr, betas, eps, weight_decay, problems)
+    if layer_lr_decay is not None:
+        groups = layer_lr_groups(model, lr, layer_lr_decay, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 

@@ -1,6 +1,7 @@
-"""Parameter groups for weight decay, and a table of an optimizer's groups."""
+"""Parameter groups for weight decay and for layer-wise learning rates, and a table of an optimizer's groups."""
 
 import re
+from collections import Counter
 
 import torch
 from torch import nn
@@ -34,6 +35,46 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def layer_lr_groups(model: nn.Module, lr: float, decay: float, weight_decay: float) -> list[dict]:
+    """Splits the groups of `weight_decay_groups` by layer: the nearer to the input, the smaller the learning rate.
+
+    What is neither embedding nor block, that is head and final norm, has `lr`; the last of L blocks `lr * decay`, the
+    one before `lr * decay^2`, and the embeddings `lr * decay^(L + 1)`, as in BEiT (Bao et al. 2021, arXiv:2106.08254).
+    ELECTRA (Clark et al. 2020, arXiv:2003.10555) has one power of `decay` more for all but the head.
+
+    Args:
+        model: any module with numbered blocks, such as `encoder.blocks.0`; sharded or not.
+        lr: the peak learning rate of the head.
+        decay: factor from one layer to the next, above 0 and at most 1.
+        weight_decay: of matrices, see `weight_decay_groups`.
+
+    Returns:
+        Groups as `weight_decay_groups` makes them, those of the head first, each with its `lr` and a name, `kind`.
+    """
+    blocks = _block_prefix(model)
+    numbers = {name: _block_number(name, blocks) for name, _ in model.named_parameters()}
+    depth = 1 + max((number for number in numbers.values() if number is not None), default=-1)
+    embeddings = set()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "embed" in f"{path}/{type(module).__name__}".lower():
+            embeddings |= {f"{path}.{name}" if path else name for name, _ in module.named_parameters()}
+
+    def layer_of(name: str) -> tuple[int, str]:
+        if numbers[name] is not None:
+            return depth - numbers[name], f"block {numbers[name]}"
+        in_embedding = name in embeddings or "embed" in name.rpartition(".")[2]
+        return (depth + 1, "embedding") if in_embedding else (0, "head")
+
+    groups: dict[tuple[int, float], dict] = {}
+    for group in weight_decay_groups(model, weight_decay):
+        for name, parameter in group["params"]:
+            power, kind = layer_of(name)
+            rest = {"kind": kind, "lr": lr * decay**power, "weight_decay": group["weight_decay"]}
+            found = groups.setdefault((power, -group["weight_decay"]), {"params": []} | rest)
+            found["params"].append((name, parameter))
+    return [groups[key] for key in sorted(groups)]
+
+
 def describe_param_groups(optimizer: torch.optim.Optimizer) -> str:
     """The groups of `optimizer` as text: learning rate, weight decay and size of each, and its parameters.
 
@@ -65,6 +106,20 @@ def describe_param_groups(optimizer: torch.optim.Optimizer) -> str:
             size = f"{count:>3} x {torch.Size(shape).numel():,}"
             lines.append(f"    {name:<{name_width}}  {list(shape)!s:<{shape_width}}  {size}")
     return "\n".join(lines)
+
+
+def _block_prefix(model: nn.Module) -> str:
+    """What the names of the blocks' parameters begin with, as `encoder.blocks.`: most parameters with a number do."""
+    sizes = Counter()
+    for name, parameter in model.named_parameters():
+        if found := re.match(r"(.*?)(?<![^.])\d+\.", name):
+            sizes[found[1]] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else "\0"
+
+
+def _block_number(name: str, prefix: str) -> int | None:
+    number = name.removeprefix(prefix).partition(".")[0]
+    return int(number) if name.startswith(prefix) and number.isdigit() else None
 
 
 def _is_exempt(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:

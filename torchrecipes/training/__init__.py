@@ -6,6 +6,7 @@ precision                  number formats of the forward and backward pass
 float8                     8-bit matrix products through torchao
 activation_checkpointing   less memory for more time; the hint when memory runs out
 expert_load_balancing      the load of a mixture's experts
+trainable                  `set_trainable`: which part of a classifier is trained
 ema                        `EMA`: averaged weights
 frozen_features            `FeatureCache`: a frozen encoder's outputs, computed once
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
@@ -29,6 +30,7 @@ from torchrecipes.training.guard import Guard
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
 from torchrecipes.training.run import ComputeConfig, start_run
 from torchrecipes.training.setup import setup_model
+from torchrecipes.training.trainable import set_trainable
 
 __all__ = [
     "EMA",
@@ -47,6 +49,7 @@ __all__ = [
     "random_state",
     "replay",
     "router_loss",
+    "set_trainable",
     "setup_model",
     "start_run",
     "stored_baseline",
