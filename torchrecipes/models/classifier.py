@@ -51,7 +51,7 @@ class _Layout(NamedTuple):
         dense, out_proj, norm: names of the layers' tensors, without `.weight` and `.bias`.
         activation: see `ClassificationHead`.
         poolings: those that the class has, the default of a new head first, under our names.
-        pooling_names: ours -> theirs, in `classifier_pooling`.
+        pooling_names: those of `poolings` in `classifier_pooling`; (): the class has one pooling only.
         dropout_key: of config.json; "": the class has no dropout.
         drop_input: see `ClassificationHead`.
     """
@@ -62,7 +62,7 @@ class _Layout(NamedTuple):
     activation: str
     norm: str = ""
     poolings: tuple[str, ...] = ("cls",)
-    pooling_names: dict[str, str] = {}
+    pooling_names: tuple[str, ...] = ()
     dropout_key: str = "classifier_dropout"
     drop_input: bool = False
 
@@ -88,7 +88,7 @@ _LAYOUTS = {
         "gelu",
         norm="head.norm",
         poolings=("mean", "cls"),
-        pooling_names={"mean": "mean", "cls": "cls"},
+        pooling_names=("mean", "cls"),
     ),
     "eurobert": _Layout(
         "EuroBertForSequenceClassification",
@@ -96,7 +96,7 @@ _LAYOUTS = {
         "classifier",
         "gelu",
         poolings=("mean", "cls", "late"),
-        pooling_names={"mean": "mean", "cls": "bos", "late": "late"},
+        pooling_names=("mean", "bos", "late"),
         dropout_key="",
     ),
 }
@@ -209,7 +209,7 @@ class SequenceClassifier(nn.Module):
         hf_adapter: the layout of `AutoModelForSequenceClassification`.
 
     Args:
-        encoder: an encoder of this library, such as `bert("mini", vocab_size=8192)`. Its language-model head is removed.
+        encoder: of this library, such as `bert("mini", vocab_size=8192)`. Its language-model head is removed.
         num_labels: L. None: as many as there are names.
         label_names: of the labels. None: LABEL_0, LABEL_1, ...
         task, max_length: see `Labels`.
@@ -403,7 +403,7 @@ class ClassifierAdapter(HFAdapter):
         if self.layout.dropout_key:
             keys[self.layout.dropout_key] = self.dropout
         if self.layout.pooling_names:
-            keys["classifier_pooling"] = self.layout.pooling_names[self.pooling]
+            keys["classifier_pooling"] = self.layout.pooling_names[self.layout.poolings.index(self.pooling)]
         return keys
 
     @cached_property
@@ -538,7 +538,7 @@ def meta_classifier_from_hf(
         )
     layout = _LAYOUTS[model_type]
     if pooling is None:
-        ours = {theirs: name for name, theirs in layout.pooling_names.items()}
+        ours = dict(zip(layout.pooling_names, layout.poolings, strict=False))
         default = _DEFAULT_POOLING.get(model_type) if found else None
         pooling = ours.get(raw.get("classifier_pooling"), default)
     if dropout is None:
