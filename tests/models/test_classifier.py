@@ -259,7 +259,7 @@ def test_a_reranker_loads_as_a_cross_encoder(tmp_path, task, function):
         expected.append(ours.labels.probabilities(logits).item())
     assert abs(expected[0] - expected[1]) > 1e-3
     assert torch.allclose(torch.tensor(scores), torch.tensor(expected), atol=1e-5)
-    assert str(theirs.activation_fn).startswith(function.split(".")[1])
+    assert str(theirs.activation_fn).startswith(function)
 
 
 def _tokenizer(folder, texts):

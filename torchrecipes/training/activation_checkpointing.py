@@ -55,7 +55,18 @@ def apply_activation_checkpointing(model: nn.Module, mode: str = "full") -> None
     if mode == "none":
         return
     for block in transformer_blocks(model):
-        block.forward = _checkpointed(block.forward, selective=mode == "selective")
+        block.forward = _where_gradients_are_needed(block, _checkpointed(block.forward, selective=mode == "selective"))
+
+
+def _where_gradients_are_needed(block: nn.Module, checkpointed: Callable) -> Callable:
+    """Frozen blocks before the first that is trained keep nothing anyway, and compiled checkpoints fail there."""
+    forward = block.forward
+
+    def choose(hidden: Tensor, *args, **kwargs):
+        is_needed = hidden.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
+        return (checkpointed if is_needed else forward)(hidden, *args, **kwargs)
+
+    return choose
 
 
 def _checkpointed(forward: Callable, selective: bool) -> Callable:
