@@ -235,9 +235,7 @@ def test_labels_that_do_not_work(arguments, code):
     assert error.value.code == code
 
 
-@pytest.mark.parametrize(
-    ("task", "function"), [("regression", "linear.Identity"), ("multi_label", "activation.Sigmoid")]
-)
+@pytest.mark.parametrize(("task", "function"), [("regression", "Identity"), ("multi_label", "Sigmoid")])
 def test_a_reranker_loads_as_a_cross_encoder(tmp_path, task, function):
     sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.0")
     pairs = [("what is it", "it is a word"), ("who", "a longer text with more words in it than the other one")]
