@@ -9,6 +9,7 @@ text_perplexity    `perplexity` of documents, in windows
 position_loss      `loss_by_position`: sums of the loss for ranges of positions
 mask_filling       `fill_mask`: the tokens that fit into [MASK]
 
+text_encoder          `TextEncoder`: embeddings of any number of texts
 sts                   `STS`: correlation of cosines with people's scores
 retrieval             `Retrieval`: MRR, nDCG and recall of an exact search
 pair_classification   `PairClassification`: average precision and the best thresholds
@@ -44,6 +45,7 @@ from torchrecipes.evaluation.pair_classification import PairClassification
 from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
 from torchrecipes.evaluation.retrieval import Retrieval
 from torchrecipes.evaluation.sts import STS
+from torchrecipes.evaluation.text_encoder import TextEncoder
 from torchrecipes.evaluation.text_perplexity import perplexity
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "DocumentLoss",
     "PairClassification",
     "Retrieval",
+    "TextEncoder",
     "calibrate",
     "check_prompts",
     "class_scores",
