@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrecipes.data.examples.example import ExampleSource, TextRecords
-from torchrecipes.data.examples.fields import LabeledFields, PairFields, ScoredFields
+from torchrecipes.data.examples.fields import LabeledFields, PairFields, ScoredFields, TextField
 from torchrecipes.data.sources import RecordColumns, files, hf_dataset
 from torchrecipes.errors import UserError
 
@@ -169,9 +169,10 @@ def raw_texts(
     Raises:
         UserError: see `pairs`.
     """
-    source = _open(path, dataset, subset, split, streaming, revision, columns, delimiter, on_bad_record, max_examples,
-                   None, text, sample_by)  # fmt: skip
-    return ExampleSource(TextRecords(source), "texts", ("text",), on_bad_record=on_bad_record)
+    fields = RecordColumns({text: "text"}, TextField(text))
+    records = _open(path, dataset, subset, split, streaming, revision, columns, delimiter, on_bad_record, max_examples,
+                    fields, sample_by)  # fmt: skip
+    return ExampleSource(TextRecords(records), "texts", ("text",), on_bad_record=on_bad_record)
 
 
 def _listed(names: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -202,11 +203,10 @@ def _open(
     delimiter: str,
     on_bad_record: str,
     max_examples: int | None,
-    fields: RecordColumns | None,
-    text: str | None = None,
-    sample_by: str = "line",
+    fields: RecordColumns,
+    sample_by: str | None = None,
 ) -> files | hf_dataset:
-    """Return the files or the dataset that yields records with these fields, or documents where `fields` is None."""
+    """Return the files or the dataset that yields records with these fields; plain text where `sample_by` is given."""
     if (path is None) == (dataset is None):
         problem = "neither path nor dataset is given" if path is None else "path and dataset are both given"
         hint = "Set path to files of your own, or dataset to a Hugging Face dataset."
@@ -215,19 +215,19 @@ def _open(
         raise UserError(
             f"{dataset} is a file", key="dataset", hint="Set path to it, not dataset.", code="invalid_value"
         )
-    first = text if fields is None else fields.names[0]
+    first = fields.names[0]
     common = {"on_bad_record": on_bad_record, "max_documents": max_examples}
     try:
         if path is not None:
-            one = first if fields is None or columns is None else columns[0]  # `records` checks all of them
-            source: Any = files(
-                path, text_column=one, sample_by=sample_by, columns=columns, delimiter=delimiter, split=split,
-                subset=subset, **common,
+            one = first if columns is None else columns[0]  # `records` checks all of them
+            source = files(
+                path, text_column=one, sample_by=sample_by or "document", columns=columns, delimiter=delimiter,
+                split=split, subset=subset, **common,
             )  # fmt: skip
-        else:
-            source = hf_dataset(dataset, subset, split, streaming, text_column=first, revision=revision, **common)
-        return source if fields is None else source.records(fields)
+            return source.records(fields, plain_text=sample_by is not None)
+        dataset_source = hf_dataset(dataset, subset, split, streaming, text_column=first, revision=revision, **common)
+        return dataset_source.records(fields)
     except UserError as error:
         keys = {"name": "dataset", "config": "subset", "max_documents": "max_examples"}
-        keys["text_column"] = "text" if fields is None else fields.key_of(first)
+        keys["text_column"] = fields.key_of(first)
         raise UserError(error.problem, key=keys.get(error.key, error.key), hint=error.hint, code=error.code) from None

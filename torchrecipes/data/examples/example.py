@@ -147,7 +147,7 @@ class ExampleTexts:
 
 
 class TextRecords:
-    """The documents of a source as examples of one text."""
+    """The documents of a source as examples of one text; those that are examples stay as they are."""
 
     def __init__(self, source: Any):
         self.source = source
@@ -161,7 +161,7 @@ class TextRecords:
     def read(self, position: dict[str, Any] | None = None) -> Iterator[Example]:
         """Yield an example for every document."""
         for document in iter(self.source) if position is None else self.source.read(position):
-            yield Example((document.text,), source=document.source)
+            yield document if type(document) is Example else Example((document.text,), source=document.source)
 
     def position(self) -> dict[str, Any] | None:
         """Return the source's position, None where it has none."""

@@ -112,6 +112,20 @@ class LabeledFields:
         return Example(texts, (), label, source)
 
 
+@dataclass(frozen=True)
+class TextField:
+    """Makes an example of one text."""
+
+    name: str
+
+    def __call__(self, values: Sequence[Any], source: str) -> Example | BadRecord:
+        """Return the example, or the reason why the value gives none."""
+        try:
+            return Example((_text(values[0], self.name),), source=source)
+        except Unusable as error:
+            return BadRecord(source, *error.args)
+
+
 def _text(value: Any, name: str) -> str:
     text = checked_text(value, "")
     if isinstance(text, BadRecord):

@@ -115,8 +115,12 @@ class files:
         """Return the names of all splits of a dataset repository; none for other files."""
         return self._splits
 
-    def records(self, columns: RecordColumns) -> "files":
-        """Return these files as a source of records with several fields; plain text, which has none, is skipped.
+    def records(self, columns: RecordColumns, plain_text: bool = False) -> "files":
+        """Return these files as a source of records with several fields.
+
+        Args:
+            columns: the fields.
+            plain_text: whether plain text, which has no fields, is read as documents. False: it is skipped.
 
         Raises:
             UserError: all files are plain text (code `no_columns`), or `columns` has not all names (`invalid_value`).
@@ -127,12 +131,13 @@ class files:
         if self.columns is not None and (missing := [name for name in columns.names if name not in self.columns]):
             problem, hint = f"{self.columns} have no '{missing[0]}'", f"{columns.remedy.capitalize()}."
             raise UserError(problem, key="columns", hint=hint, code="invalid_value")
-        source.found = [file for file in self.found if file.format != "text"]
+        if not plain_text:
+            source.found = [file for file in self.found if file.format != "text"]
+            plain = [BadRecord(file.name, "plain text has no columns") for file in self.found if file.format == "text"]
+            source.skipped = [*self.skipped, *plain]
         if not source.found:
             hint = "Give .jsonl, .csv, .tsv or .parquet, and name its columns."
             raise UserError(f"{self.name}: plain text has no columns", key="path", hint=hint, code="no_columns")
-        plain = [BadRecord(file.name, "plain text has no columns") for file in self.found if file.format == "text"]
-        source.skipped = [*self.skipped, *plain]
         return source
 
     def _check_separators(self) -> None:
