@@ -1,8 +1,7 @@
-"""What a model computes for every example, in batches of similar length and through a cache, against one by one."""
+"""What a model computes for every example in batches of similar length, against one by one."""
 
 import itertools
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from torchrecipes.data.batching.example_rows import ExampleRows
 from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation import map_examples
-from torchrecipes.training import FeatureCache
 
 LABELS = np.arange(50) % 3
 CORPUS = random_examples(50, most=1, labels=LABELS, name="train")
@@ -63,19 +61,3 @@ def test_an_empty_set_is_refused():
     with pytest.raises(UserError) as error:
         map_examples(Mean(), None, rows, COLLATOR, autocast=nullcontext)
     assert error.value.code == "no_examples"
-
-
-def test_cached_features_give_the_head_what_the_encoder_would():
-    model, cache = Mean().train(), FeatureCache(COLLATOR)
-    other = ExampleRows(random_examples(4, seed=1, most=1, labels=LABELS[:4], name="validation"), 64, PAD)
-    cache.fill(model, [ROWS, other], SimpleNamespace(autocast=nullcontext))
-    calls = len(model.calls)
-    numbers = np.array([7, 3, -1, 49])
-    batch = cache.batch(ROWS, numbers, np.zeros(4, dtype=np.uint64))
-    features, logits = expected(model)
-    torch.testing.assert_close(batch.features, features[[7, 3, 49]], rtol=0, atol=1e-6)
-    assert batch.examples.labels.tolist() == LABELS[[7, 3, 49]].tolist() and batch.num_targets == 3
-    results = map_examples(model, model.classify, ROWS, cache, autocast=nullcontext)
-    torch.testing.assert_close(results, logits, rtol=0, atol=1e-6)
-    assert len(cache.batch(other, np.arange(4), np.zeros(4, dtype=np.uint64)).features) == 4
-    assert len(model.calls) == calls  # the encoder has not run again
