@@ -8,6 +8,10 @@ from torch import Tensor
 
 from torchrecipes.distributed.collectives import rank, world_size
 
+# Names since torch 2.13, and before.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
 
 def all_gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
     """Every rank's numbers, in the order of ranks. It runs between CPUs and does not wait for a GPU.
@@ -18,7 +22,7 @@ def all_gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
     if world_size() == 1:
         return [list(numbers)]
     gathered = torch.empty(world_size(), len(numbers), dtype=torch.int64)
-    dist.all_gather_into_tensor(gathered, torch.tensor([numbers], dtype=torch.int64))
+    _all_gather(gathered, torch.tensor([numbers], dtype=torch.int64))
     return gathered.tolist()
 
 
@@ -52,11 +56,11 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows):  # noqa: ARG004
         gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx, gradient):  # noqa: ARG004
         own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        _reduce_scatter(own, gradient.contiguous())
         return own
