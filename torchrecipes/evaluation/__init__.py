@@ -13,6 +13,7 @@ text_encoder          `TextEncoder`: embeddings of any number of texts
 sts                   `STS`: correlation of cosines with people's scores
 retrieval             `Retrieval`: MRR, nDCG and recall of an exact search
 pair_classification   `PairClassification`: average precision and the best thresholds
+mteb_tasks            `MTEBTasks`: tasks of MTEB
 embeddings            what these share: the encoder that they take, cosines
 top_k, ranking, beir  exact search in chunks, the metrics of rankings, BEIR's layout
 classification        `classification_metrics`, `class_scores`: from logits and labels; GLUE's metrics
@@ -40,6 +41,7 @@ from torchrecipes.evaluation.document_loss import DocumentLoss, document_losses
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
 from torchrecipes.evaluation.mask_filling import fill_mask
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation.mteb_tasks import MTEBTasks
 from torchrecipes.evaluation.over_examples import map_examples
 from torchrecipes.evaluation.pair_classification import PairClassification
 from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
@@ -53,6 +55,7 @@ __all__ = [
     "STS",
     "ClassScores",
     "DocumentLoss",
+    "MTEBTasks",
     "PairClassification",
     "Retrieval",
     "TextEncoder",
