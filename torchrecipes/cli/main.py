@@ -30,6 +30,7 @@ VERBS = {
     "jobscript": ("torchrecipes.cli.jobscript", "print a job script for Slurm, Kubernetes or plain machines"),
     "generate": ("torchrecipes.cli.generate", "generate text with a trained causal model"),
     "perplexity": ("torchrecipes.cli.perplexity", "measure a trained causal model's perplexity on text"),
+    "embed": ("torchrecipes.cli.embed", "turn texts into embeddings with a trained encoder"),
     "fill-mask": ("torchrecipes.cli.fill_mask", "predict masked tokens with a trained encoder"),
     "plot": ("torchrecipes.cli.plot", "plot the loss of one or more runs"),
     "compare": ("torchrecipes.cli.compare", "compare adapted models: what each gained and forgot"),

@@ -61,6 +61,34 @@ def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Ca
     return folder, model, tokenizer, partial(autocast, device, torch.bfloat16 if half else torch.float32)
 
 
+def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, Any]:
+    """Return the folder, and a `TextEncoder` of the embedding model in it.
+
+    Args:
+        args: what `add_model_arguments` declared.
+        options: of the `TextEncoder`.
+
+    Raises:
+        UserError: no model there, a decoder (code `not_an_encoder`), modules that do not exist here
+            (`unsupported_modules`), no such device.
+    """
+    folder = newest_valid_checkpoint(args.run)
+
+    import torch
+
+    from torchrecipes.data.tokenizers.load import load_tokenizer
+    from torchrecipes.evaluation import TextEncoder
+    from torchrecipes.models import load_embedding_model
+    from torchrecipes.training.precision import autocast
+
+    device = _device(args.device)
+    model = load_embedding_model(folder, report=partial(print, file=sys.stderr)).to(device)
+    tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
+    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    context = partial(autocast, device, torch.bfloat16 if half else torch.float32)
+    return folder, TextEncoder(model, tokenizer, autocast=context, **options)
+
+
 def load_trained(args: argparse.Namespace) -> tuple[Path, Any, Any, Callable[[], AbstractContextManager]]:
     """Return what `load_causal` does, for a model of either kind: `model.causal` says which.
 

@@ -17,6 +17,7 @@ text_column         what of a record is its text
 record_columns      `RecordColumns`: the fields of a record that has several
 chat_template       from a list of chat messages to a text
 pieces              cuts long texts
+text_rows           one text for every line or row, empty ones too: to embed
 """
 
 from torchrecipes.data.sources.file_slice import text_span
@@ -27,6 +28,7 @@ from torchrecipes.data.sources.record_columns import RecordColumns
 from torchrecipes.data.sources.records import BadRecord, Document, ReadStats, Source, require_documents
 from torchrecipes.data.sources.standard_library import python_docs, python_source
 from torchrecipes.data.sources.text_files import files
+from torchrecipes.data.sources.text_rows import TextRows
 
 __all__ = [
     "BadRecord",
@@ -36,6 +38,7 @@ __all__ = [
     "RecordColumns",
     "Source",
     "SourcePart",
+    "TextRows",
     "files",
     "hf_dataset",
     "mixture",
