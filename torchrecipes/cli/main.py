@@ -45,6 +45,7 @@ GROUPS = {
             "clean": ("torchrecipes.cli.data_clean", "normalize, filter and remove duplicates of text"),
             "decontaminate": ("torchrecipes.cli.data_decontaminate", "remove from text what occurs in evaluation sets"),
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
+            "pairs": ("torchrecipes.cli.data_pairs", "turn pairs and labeled texts into a corpus, ahead of a run"),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
             "cache": ("torchrecipes.cli.data_cache", "list or remove what streams have tokenized"),
             "score": ("torchrecipes.cli.data_score", "find bad data: the loss of every document under a model"),

@@ -236,7 +236,8 @@ def test_duplicates_and_contradictions_are_counted(tokenizer, tmp_path):
     rows = [("film", "a"), ("good film", "b"), ("film", "a"), ("film", "b"), ("bad", "b"), ("bad", "b")]
     path = write(tmp_path / "a.csv", [["text", "label"], *rows])
     corpus, _ = prepare_examples(tmp_path / "c", labeled_texts(path), tokenizer, max_length=16)
-    assert corpus.count_duplicates() == (3, 1)
+    assert (corpus.num_duplicates, corpus.num_conflicts) == (3, 1)
+    assert "3 examples" in corpus.summary() and "1 of them have another label" in corpus.summary()
 
 
 def test_a_split_by_passage_keeps_its_queries_together(tokenizer, tmp_path):

@@ -88,6 +88,10 @@ def test_pairs_come_back_in_any_order_with_their_scores(tokenizer, tmp_path, mon
     truncated = sum(len(tokenizer.encode(text)) > 12 for row in rows for text in [row["q"], row["p"], *row["n"]])
     assert truncated == corpus.num_truncated > 0 and block.labels is None
     lengths = [sum(len(ids(tokenizer, text, 12)) for text in [row["q"], row["p"], *row["n"]]) for row in rows]
+    for column, index in (("query", 0), ("positive", 1)):
+        own = [len(ids(tokenizer, row["qp"[index]], 12)) for row in rows]
+        wanted = [np.mean(own), *np.quantile(own, [0.5, 0.9], method="inverted_cdf"), max(own)]
+        assert corpus.account["statistics"]["lengths"][column] == pytest.approx(wanted)
     assert corpus.example_lengths.tolist() == lengths and corpus.num_tokens == sum(lengths)
     assert pickle.loads(pickle.dumps(corpus)).read([3]).tokens.tolist() == corpus.read([3]).tokens.tolist()
 

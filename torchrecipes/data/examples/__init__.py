@@ -8,6 +8,7 @@ plan         the names of the classes, and which examples are held out
 encode       `ExampleEncoder`: prompts, truncation, tokens
 build        examples in, shards out
 corpus       `ExampleCorpus`: reading; `prepare_examples`, `open_examples`
+statistics   duplicates, contradicting labels, lengths
 block        `ExampleBlock`: examples that were read
 shards       the file format of a shard
 standard_library_pairs   `docstring_code_pairs`: descriptions and code of Python's own functions

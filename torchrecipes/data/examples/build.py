@@ -28,7 +28,8 @@ from torchrecipes.data.examples.encode import EncodedExamples, ExampleEncoder
 from torchrecipes.data.examples.example import Example, ExampleSource
 from torchrecipes.data.examples.labels import Labels
 from torchrecipes.data.examples.plan import Plan, encode_label, make_plan
-from torchrecipes.data.examples.shards import FORMAT, write_arrays
+from torchrecipes.data.examples.shards import FORMAT, open_arrays, write_arrays
+from torchrecipes.data.examples.statistics import statistics
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, BadRecord, ReadStats
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, one_thread
@@ -229,7 +230,10 @@ class _Writer:
             problem, hint = "no example has a negative", "Check the name of the column, or leave negatives out."
             raise UserError(problem, key="negatives", hint=hint, code="no_negatives")
         labels = self.plan.labels
+        # Two sentences in one text have one length.
+        names = [" and ".join(source.columns)] if self.encoder.is_pair else source.columns
         for split in reversed(self.splits):
+            shards = [open_arrays(self.folder / split / shard["file"], 0) for shard in self.shards[split]]
             account = {
                 "format": FORMAT,
                 "split": split,
@@ -247,6 +251,7 @@ class _Writer:
                 "task": None if labels is None else labels.task,
                 "label_names": None if labels is None else labels.names,
                 "totals": asdict(self.totals[split]),
+                "statistics": statistics(shards, names, self.settings["max_length"]),
                 "skipped": report.lines()[1:] if split == "train" else [],
                 "num_skipped": sum(report.skipped.values()) if split == "train" else 0,
                 "shards": self.shards[split],

@@ -21,11 +21,9 @@ from torchrecipes.data.examples.block import ExampleBlock
 from torchrecipes.data.examples.build import PROGRESS_FILE, Totals, build_examples, example_settings, offsets
 from torchrecipes.data.examples.example import ExampleSource
 from torchrecipes.data.examples.labels import check_task, label_name
-from torchrecipes.data.examples.shards import FORMAT, ExampleShard, file_checksum, open_arrays
+from torchrecipes.data.examples.shards import FORMAT, ExampleShard, file_checksum, open_arrays, ranges
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
-
-PART = 1 << 23  # hashes that are sorted at once
 
 
 class ExampleCorpus:
@@ -38,6 +36,8 @@ class ExampleCorpus:
         num_examples, num_texts, num_tokens: totals, special tokens included.
         num_truncated: texts that were longer than `max_length`.
         shortest_text, longest_text: in tokens.
+        num_duplicates: examples whose texts an earlier one has already.
+        num_conflicts: those of them that have another label.
         texts_per_example: the most texts that an example has.
         scores_per_example: the most scores; 0 where there are none.
         task: of the labels: `single_label`, `multi_label` or `regression`; None where there are none.
@@ -56,6 +56,8 @@ class ExampleCorpus:
         self.columns: tuple[str, ...] = tuple(account["columns"])
         self.num_examples, self.num_texts, self.num_tokens = totals.examples, totals.texts, totals.tokens
         self.num_truncated = totals.truncated
+        self.num_duplicates: int = account["statistics"]["duplicates"]
+        self.num_conflicts: int = account["statistics"]["conflicts"]
         self.shortest_text, self.longest_text = totals.shortest, totals.longest
         self.texts_per_example, self.scores_per_example = totals.texts_per_example, totals.scores_per_example
         self.task: str | None = account["task"]
@@ -100,7 +102,7 @@ class ExampleCorpus:
             first_texts[chosen] = shard.example_offsets[local]
             counts[chosen] = shard.example_offsets[local + 1] - first_texts[chosen]
         starts = offsets(counts)  # of the examples' texts among the N
-        columns = _ranges(np.zeros_like(counts), counts)
+        columns = ranges(np.zeros_like(counts), counts)
         lengths = np.empty(starts[-1], np.int64)
         seconds, hashes = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
         values = np.full((len(numbers), self.scores_per_example), np.nan, np.float32)
@@ -109,8 +111,8 @@ class ExampleCorpus:
             labels = np.empty((len(numbers), *labels.shape[1:]), labels.dtype)
         places = []  # of every shard: its texts there and here
         for shard, chosen in groups:
-            there = _ranges(first_texts[chosen], counts[chosen])
-            here = _ranges(starts[chosen], counts[chosen])
+            there = ranges(first_texts[chosen], counts[chosen])
+            here = ranges(starts[chosen], counts[chosen])
             places.append((shard, there, here))
             lengths[here] = shard.text_offsets[there + 1] - shard.text_offsets[there]
             seconds[here], hashes[here] = shard.second_starts[there], shard.text_hashes[there]
@@ -122,7 +124,7 @@ class ExampleCorpus:
         ends = offsets(lengths)
         tokens = np.empty(ends[-1], self.shards[0].tokens.dtype)
         for shard, there, here in places:
-            tokens[_ranges(ends[here], lengths[here])] = shard.tokens[_ranges(shard.text_offsets[there], lengths[here])]
+            tokens[ranges(ends[here], lengths[here])] = shard.tokens[ranges(shard.text_offsets[there], lengths[here])]
         width = np.arange(self.texts_per_example)
         example_texts = np.where(width < counts[:, None], starts[:-1, None] + width, -1)
         return ExampleBlock(
@@ -135,22 +137,6 @@ class ExampleCorpus:
             values if self.scores_per_example else None,
             labels,
         )
-
-    def count_duplicates(self) -> tuple[int, int]:
-        """Counts the examples whose texts an earlier one has already, and those of them that have another label."""
-        parts = -(-self.num_examples // PART)
-        hashes = np.concatenate([_example_hashes(shard) for shard in self.shards])
-        labels = self.labels if self.task == "single_label" else None
-        duplicates = conflicts = 0
-        for part in range(parts):
-            chosen = hashes % np.uint64(parts) == part if parts > 1 else slice(None)
-            own = hashes[chosen]
-            distinct, first = np.unique(own, return_inverse=True)
-            duplicates += len(own) - len(distinct)
-            if labels is not None:
-                both = first * len(self.label_names) + labels[chosen]
-                conflicts += len(np.unique(both)) - len(distinct)
-        return duplicates, conflicts
 
     def verify(self) -> None:
         """Reads all shards and compares checksums.
@@ -173,18 +159,20 @@ class ExampleCorpus:
         title = split if name is None else name if split == "train" else f"{name}, {split}"
         what = {"pairs": "pairs", "scored_pairs": "scored pairs", "labeled": "labeled texts", "texts": "texts"}
         lines = [
-            f"{title}: {self.num_examples:,} {what[self.kind]}, {self.num_texts:,} texts, {self.num_tokens:,} tokens "
-            f"({self.num_tokens / self.num_texts:,.1f} per text, {self.shortest_text:,} to {self.longest_text:,})"
+            f"{title}: {self.num_examples:,} {what[self.kind]}, {self.num_texts:,} texts, {self.num_tokens:,} tokens"
         ]
+        for column, (mean, median, most, longest) in self.account["statistics"]["lengths"].items():
+            lines.append(
+                f"  {column}: {mean:,.1f} tokens, half up to {median:,}, 90% up to {most:,}, longest {longest:,}"
+            )
         if self.num_truncated:
             share = self.num_truncated / self.num_texts
             lines.append(f"  {self.num_truncated:,} texts ({share:.1%}) were cut to {self.max_length:,} tokens")
-        duplicates, conflicts = self.count_duplicates()
-        if duplicates:
-            lines.append(f"  {duplicates:,} duplicates: examples whose texts an earlier one has")
-        if conflicts:
-            lines.append(f"  warning: {conflicts:,} of them have another label")
-        if self.label_names is not None:
+        if self.num_duplicates:
+            lines.append(f"  duplicates: {self.num_duplicates:,} examples whose texts an earlier one has")
+        if self.num_conflicts:
+            lines.append(f"  warning: {self.num_conflicts:,} of them have another label")
+        if self.label_names:
             shown = [f"{n} {c:,}" for n, c in zip(self.label_names[:20], self.label_counts[:20], strict=True)]
             more = len(self.label_names) - len(shown)
             lines.append(f"  labels: {', '.join(shown)}" + (f" and {more:,} more" if more else ""))
@@ -321,22 +309,6 @@ def _reopen(folder: Path, fingerprint: str) -> ExampleCorpus:
     if corpus.fingerprint != fingerprint:
         raise _corrupt(folder, "it has changed since it was opened")
     return corpus
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return `starts[0], starts[0] + 1, ...` (`counts[0]` of them), then those from `starts[1]`, and so on."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - counts), counts)
-
-
-def _example_hashes(shard: ExampleShard) -> np.ndarray:
-    """A hash of the texts of every example, uint64, in which their order counts."""
-    hashes = shard.text_hashes.view(np.uint64)
-    columns = _ranges(np.zeros(shard.num_examples, np.int64), np.diff(shard.example_offsets)).astype(np.uint64)
-    # An odd factor per place, as in a polynomial hash; overflow is wanted.
-    mixed = hashes * (columns * np.uint64(0x9E3779B97F4A7C14) + np.uint64(1))
-    return np.add.reduceat(mixed, shard.example_offsets[:-1])
 
 
 def _corrupt(folder: Path, what: str) -> UserError:

@@ -55,6 +55,10 @@ class ExampleShard:
         """Examples in it."""
         return len(self.example_offsets) - 1
 
+    def columns(self) -> np.ndarray:
+        """Which text of its example each text is, int64 `[T]`."""
+        return ranges(np.zeros(self.num_examples, np.int64), np.diff(self.example_offsets))
+
     def example_lengths(self) -> np.ndarray:
         """Tokens of all texts of every example, int64."""
         return np.diff(self.text_offsets[self.example_offsets])
@@ -117,6 +121,13 @@ def open_arrays(path: Path, first_example: int) -> ExampleShard:
     if shard.example_offsets[-1] != len(shard.text_hashes):
         raise ValueError("its offsets are corrupt")
     return shard
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return `starts[0], starts[0] + 1, ...` (`counts[0]` of them), then those from `starts[1]`, and so on."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - counts), counts)
 
 
 def file_checksum(path: Path) -> str:
