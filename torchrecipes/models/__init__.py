@@ -11,6 +11,7 @@
 | encoder_adapter   | the layout of an encoder without its head                                    |
 | embedding_model   | `EmbeddingModel`: one vector per text                                        |
 | sentence_transformers_folder | the files of `sentence_transformers` beside the weights           |
+| model_card        | `write_model_card`: the README.md of a model folder                          |
 | hub               | loads and saves folders                                                      |
 | config_json       | reads a foreign config.json                                                  |
 | dropout           | `set_dropout`: another dropout than a checkpoint was trained with            |
@@ -73,6 +74,7 @@ from torchrecipes.models.hub import (
 )
 from torchrecipes.models.longer_context import extend_context
 from torchrecipes.models.lora_adapter import load_lora, save_lora
+from torchrecipes.models.model_card import write_model_card
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.models.transformer import Transformer
 from torchrecipes.models.transformers_model import TransformersModel, from_transformers
@@ -134,4 +136,5 @@ __all__ = [
     "stop_token_ids",
     "stored_labels",
     "write_calibration",
+    "write_model_card",
 ]
