@@ -25,6 +25,12 @@ from torchrecipes.errors import UserError
 CONFIGS = {config.name: config for config in builtin_configs()}
 
 
+NAMED_BY_USERS = ("eval_sets", "sources", "evaluators", "final_evaluators")
+
+
+VALUES_BY_NAME = ("weights", "at_most", "prompts", "dataset_prompts")  # numbers or texts of names of the user's own
+
+
 @cache
 def schema_of(recipe: str) -> type:
     return load_recipe(find_recipe(recipe)).Config
@@ -63,10 +69,15 @@ def key_nodes(node: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, bool]]:
     for child in node.value if isinstance(node, yaml.CollectionNode) else ():
         if isinstance(node, yaml.MappingNode):
             yield child[0], isinstance(child[1], yaml.ScalarNode)
-            if child[0].value in ("eval_sets", "sources"):  # their keys are names of the user's own
+            if child[0].value in NAMED_BY_USERS:  # their keys are names of the user's own
                 for _, value in child[1].value:
                     yield from key_nodes(value)
-            elif child[0].value not in ("weights", "at_most"):  # numbers of the user's own names
+            elif child[0].value not in (
+                "weights",
+                "at_most",
+                "prompts",
+                "dataset_prompts",
+            ):  # numbers of the user's own names
                 yield from key_nodes(child[1])
         else:
             yield from key_nodes(child)

@@ -53,7 +53,7 @@ def test_one_source_is_split_by_the_hash_of_a_text(tmp_path, files):
 
 def test_prompts_of_a_dataset_replace_those_of_the_model(tmp_path, files):
     sources = {"one": source(files["a"]), "two": source(files["b"])}
-    config = config_of(tmp_path, sources=sources, prompts={"two": {"query": "who who who "}})
+    config = config_of(tmp_path, sources=sources, dataset_prompts={"two": {"query": "who who who "}})
     found = load_examples(config, prompts={"query": "what "})
     one, two = (found.train.parts[name].corpus.prompt_lengths[0] for name in ("one", "two"))
     assert found.train.source_names == ("one", "two") and two > one > 0
@@ -81,7 +81,7 @@ def test_an_unknown_label_of_a_set_is_named(tmp_path, files):
         ({}, "source", "no_source"),
         ({"source": source("x"), "sources": {"a": source("x")}}, "source", "no_source"),
         ({"sources": {"a": source("x")}, "weights": {"b": 1.0}}, "weights", "unknown_name"),
-        ({"sources": {"a": source("x")}, "prompts": {"b": {}}}, "prompts.b", "unknown_name"),
+        ({"sources": {"a": source("x")}, "dataset_prompts": {"b": {}}}, "dataset_prompts.b", "unknown_name"),
     ],
 )
 def test_sources_that_contradict_each_other_are_found_without_reading(data, key, code):

@@ -29,7 +29,7 @@ class ExampleData:
     source: Component | None = None  # pairs, scored_pairs, labeled_texts, raw_texts: what to train on
     sources: dict[str, Component] = field(default_factory=dict)  # several instead, by name: each step is of one of them
     weights: Literal["proportional", "round_robin"] | dict[str, float] = "proportional"  # how often each is chosen
-    prompts: dict[str, dict[str, str]] = field(default_factory=dict)  # of a dataset in sources, by kind of text
+    dataset_prompts: dict[str, dict[str, str]] = field(default_factory=dict)  # of one in sources, by kind of text
     validation: Component | None = None  # examples for `eval/validation`; None: a share of those to train on
     validation_fraction: Fraction = 0.0  # that share, chosen by a hash of the texts, the same of every label
     split_by: Literal["query", "positive"] | None = None  # pairs: which text's hash, so that both sides share none
@@ -49,8 +49,8 @@ class ExampleData:
         if isinstance(self.weights, dict) and self.weights.keys() != self.sources.keys():
             names = ", ".join(self.sources) or "there are none"
             return [UserError(f"needs a weight for every source: {names}", key="weights", code="unknown_name")]
-        if unknown := self.prompts.keys() - self.sources.keys():
-            return [UserError("there is no such source", key=f"prompts.{min(unknown)}", code="unknown_name")]
+        if unknown := self.dataset_prompts.keys() - self.sources.keys():
+            return [UserError("there is no such source", key=f"dataset_prompts.{min(unknown)}", code="unknown_name")]
         return []
 
     def open(self, config: Any, corpus_dir: Path) -> tuple[Any, dict[str, ExampleRows]]:
@@ -87,7 +87,7 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
     Args:
         config: a recipe's, with the keys `data`, `tokenizer` (None: the one in `init_from`), `init_from`, `output_dir`,
             `seq_len` and `global_batch_size`.
-        prompts: text before a text, by kind: `query`, `passage`. `data.prompts` has others for some of the datasets.
+        prompts: text before a text, by kind: `query`, `passage`. `data.dataset_prompts` replaces them for a dataset.
         labels: `task` and `label_names`, for examples with labels: see `prepare_examples`.
 
     Raises:
@@ -104,7 +104,7 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
             tokenizer = build(config.tokenizer, source=text, folder=corpus_dir / "tokenizer", causal=False)
         prepare = partial(prepare_examples, tokenizer=tokenizer, max_length=config.seq_len)
         for name, source in sources.items():
-            options = {"prompts": data.prompts.get(name, prompts), "split_by": data.split_by, **labels}
+            options = {"prompts": data.dataset_prompts.get(name, prompts), "split_by": data.split_by, **labels}
             fraction = 0.0 if data.validation else data.validation_fraction
             train, _ = prepare(_folder(corpus_dir, name), source, validation_fraction=fraction, **options)
             print(train.summary(name), flush=True)

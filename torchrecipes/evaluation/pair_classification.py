@@ -1,12 +1,12 @@
 """`PairClassification`: how well the cosine tells pairs that belong together from others."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from torchrecipes.data.examples import ExampleSource
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.classification import average_precision
 from torchrecipes.evaluation.embeddings import Encoder, by_dimension, encode_pairs, finite_or_nan, pair_cosines
@@ -23,7 +23,7 @@ class PairClassification:
         positive_label: the label that is 1, where labels are names; any other is 0. None: labels are 0 and 1.
     """
 
-    def __init__(self, data: Iterable[Any], positive_label: str | int | None = None):
+    def __init__(self, data: ExampleSource, positive_label: str | int | None = None):
         self.data, self.positive_label = data, positive_label
 
     def __call__(self, encoder: Encoder, dims: Sequence[int] = ()) -> dict[str, float]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
+from torchrecipes.data.examples import ExampleSource
 from torchrecipes.distributed.collectives import all_gather_object, rank, world_size
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.beir import read_beir_texts, read_qrels
@@ -64,7 +64,7 @@ class Retrieval:
     def __init__(
         self,
         path: str | None = None,
-        data: Iterable[Any] | None = None,
+        data: ExampleSource | None = None,
         *,
         split: str = "test",
         max_queries: int | None = None,

@@ -1,11 +1,11 @@
 """`STS`: semantic textual similarity, the correlation of cosines with people's scores."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from torchrecipes.data.examples import ExampleSource
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.correlation import pearson, spearman
 from torchrecipes.evaluation.embeddings import Encoder, by_dimension, encode_pairs, finite_or_nan, pair_cosines
@@ -19,7 +19,7 @@ class STS:
             the scores does not matter.
     """
 
-    def __init__(self, data: Iterable[Any]):
+    def __init__(self, data: ExampleSource):
         self.data = data
 
     def __call__(self, encoder: Encoder, dims: Sequence[int] = ()) -> dict[str, float]:

@@ -108,7 +108,7 @@ def estimate_run(
         | {"total": trace.parameters, "active": active_parameters(trace.model)},
         "memory": memory | {"total": sum(memory.values())},
         "flops_per_token": flops,
-        "tokens_per_step": tokens,
+        "tokens_per_step": round(tokens),
         "steps": steps,
         "mfu": mfu,
         "hours": steps * tokens * flops / (mfu * here.peak * world_size) / 3600 if is_known else None,
