@@ -65,6 +65,23 @@ def test_it_writes_the_files_that_prepare_examples_would(here, capsys):
     assert load_tokenizer("corpus/tokenizer").fingerprint == made[0].tokenizer_fingerprint
 
 
+def test_other_verbs_know_a_corpus_of_examples(here, capsys):
+    run(*PAIRS, "--tokenizer", "tokenizer", "--validation-fraction", "0.2", "-o", "corpus")
+    summary = open_examples("corpus/train").summary()
+    capsys.readouterr()
+    assert main(["data", "verify", "corpus"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["data", "stats", "corpus"]) == 0
+    assert summary in capsys.readouterr().out
+    assert main(["data", "stats", "corpus", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["corpus/train"]["totals"]["examples"] == 16
+    assert main(["data", "stats", "corpus", "--seq-len", "8"]) == 2
+    path = here / "corpus" / "validation" / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert main(["data", "verify", "corpus"]) == 2
+    assert path.name in capsys.readouterr().err
+
+
 def test_labels_are_named(here):
     words = ("--kind", "labeled", "--data", "a.jsonl", "--set", "text=question", "--tokenizer", "tokenizer")
     assert run(*words, "--label-names", "y,x", "-o", "corpus") == 0

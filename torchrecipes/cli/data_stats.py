@@ -31,8 +31,13 @@ def main(args: argparse.Namespace) -> None:
     if wrong := [number for number in args.seq_len if number < 1]:
         raise UserError(f"{wrong[0]} is out of range", key="--seq-len", hint="Give 1 or more.", code="out_of_range")
     from torchrecipes.data.corpus import open_corpus
+    from torchrecipes.data.examples import holds_examples, open_examples
 
-    corpora = {str(folder): open_corpus(folder) for folder in corpus_splits(args.corpus)}
+    folders = corpus_splits(args.corpus)
+    if holds_examples(folders[0]):
+        _show_examples(args, [open_examples(folder) for folder in folders])
+        return
+    corpora = {str(folder): open_corpus(folder) for folder in folders}
     figures = {name: describe(corpus, args.seq_len) for name, corpus in corpora.items()}
     if args.json:
         print(json.dumps(figures, indent=2, ensure_ascii=False))
@@ -44,6 +49,21 @@ def main(args: argparse.Namespace) -> None:
         draw(figures, output)
         if not args.json:
             print(f"\nsaved {output}")
+
+
+def _show_examples(args: argparse.Namespace, corpora: list[Any]) -> None:
+    for option, value in (("--seq-len", args.seq_len), ("--plot", args.plot)):
+        if value:
+            problem = f"{args.corpus} is a corpus of examples, which has no rows of documents"
+            raise UserError(problem, key=option, hint="Leave it out.", code="unused_option")
+    if args.json:
+        figures = {
+            str(corpus.folder): {key: corpus.account[key] for key in ("kind", "totals", "statistics", "label_names")}
+            for corpus in corpora
+        }
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(corpus.summary() for corpus in corpora))
 
 
 def describe(corpus: Any, seq_lens: list[int]) -> dict[str, Any]:

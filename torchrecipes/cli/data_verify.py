@@ -19,11 +19,12 @@ def main(args: argparse.Namespace) -> None:
         UserError: a shard is corrupt (code `corrupt_corpus`); every other corpus has been checked before.
     """
     from torchrecipes.data.corpus import open_corpus
+    from torchrecipes.data.examples import holds_examples, open_examples
 
     problems = []
     for folder in (split for name in args.corpus for split in corpus_splits(name)):
         try:
-            corpus = open_corpus(folder)
+            corpus = open_examples(folder) if holds_examples(folder) else open_corpus(folder)
             corpus.verify()
         except UserError as error:
             problems.append(error)

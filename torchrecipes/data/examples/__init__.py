@@ -16,7 +16,7 @@ standard_library_pairs   `docstring_code_pairs`: descriptions and code of Python
 
 from torchrecipes.data.examples.block import ExampleBlock
 from torchrecipes.data.examples.components import labeled_texts, pairs, raw_texts, scored_pairs
-from torchrecipes.data.examples.corpus import ExampleCorpus, open_examples, prepare_examples
+from torchrecipes.data.examples.corpus import ExampleCorpus, holds_examples, open_examples, prepare_examples
 from torchrecipes.data.examples.encode import ExampleEncoder
 from torchrecipes.data.examples.example import Example, ExampleSource
 from torchrecipes.data.examples.standard_library_pairs import docstring_code_pairs
@@ -28,6 +28,7 @@ __all__ = [
     "ExampleEncoder",
     "ExampleSource",
     "docstring_code_pairs",
+    "holds_examples",
     "labeled_texts",
     "open_examples",
     "pairs",

@@ -286,6 +286,14 @@ def open_examples(folder: str | Path, tokenizer: Tokenizer | None = None) -> Exa
         raise _corrupt(folder, f"{CORPUS_FILE} lacks {error}") from error
 
 
+def holds_examples(folder: str | Path) -> bool:
+    """Whether a folder holds a corpus of examples, not of text."""
+    try:
+        return str(json.loads((Path(folder) / CORPUS_FILE).read_text("utf-8"))["format"]).startswith(FORMAT[:-1])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _open_shards(folder: Path, account: dict[str, Any]) -> list[ExampleShard]:
     shards: list[ExampleShard] = []
     first = 0
