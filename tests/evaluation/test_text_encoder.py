@@ -10,7 +10,7 @@ from torchrecipes.data.sources import Document
 from torchrecipes.data.tokenizers import train_wordpiece
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation import TextEncoder
+from torchrecipes.evaluation import TextEncoder, over_texts
 from torchrecipes.models import EmbeddingModel, bert
 
 WORDS = "the cat sat on a mat and saw two birds in an old tree by the sea".split()
@@ -62,8 +62,9 @@ def test_texts_in_one_packed_row_have_the_same_embeddings():
     model, texts = model_of(include_prompt=False), texts_of(20)
     encoder = TextEncoder(model.eval(), tokenizer(), tokens_per_batch=1024)
     window = encoder._tokenize(encoder._encoder(PROMPTS["query"]), texts)
-    for places in encoder._batches(np.array([len(ids) for ids in window.ids]), True):
-        batch, _ = encoder._packed(window, places)
+    batches = over_texts.TextBatches(encoder.tokenizer.pad_id, 1024, torch.device("cpu"))
+    for places in batches.split(np.array([len(ids) for ids in window.ids]), True):
+        batch, _ = batches.packed(window, places)
         assert batch.input_ids.shape[0] == 1 and batch.input_ids.shape[1] in (64, 128, 256, 512, 1024)
         with torch.no_grad():
             found = model.embed(batch).numpy()
@@ -71,9 +72,7 @@ def test_texts_in_one_packed_row_have_the_same_embeddings():
 
 
 def test_a_generator_is_read_window_by_window(monkeypatch):
-    from torchrecipes.evaluation import text_encoder
-
-    monkeypatch.setattr(text_encoder, "TEXTS_PER_WINDOW", 7)
+    monkeypatch.setattr(over_texts, "TEXTS_PER_WINDOW", 7)
     texts, read = texts_of(40), []
     source = (read.append(text) or text for text in texts)
     encoder = TextEncoder(model_of(), tokenizer())

@@ -10,6 +10,8 @@ position_loss      `loss_by_position`: sums of the loss for ranges of positions
 mask_filling       `fill_mask`: the tokens that fit into [MASK]
 
 text_encoder          `TextEncoder`: embeddings of any number of texts
+text_classifier       `TextClassifier`: labels and probabilities of any number of texts
+over_texts            `map_texts`: what both compute, in windows that are sorted by length
 sts                   `STS`: correlation of cosines with people's scores
 retrieval             `Retrieval`: MRR, nDCG and recall of an exact search
 pair_classification   `PairClassification`: average precision and the best thresholds
@@ -47,6 +49,7 @@ from torchrecipes.evaluation.pair_classification import PairClassification
 from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
 from torchrecipes.evaluation.retrieval import Retrieval
 from torchrecipes.evaluation.sts import STS
+from torchrecipes.evaluation.text_classifier import Prediction, TextClassifier
 from torchrecipes.evaluation.text_encoder import TextEncoder
 from torchrecipes.evaluation.text_perplexity import perplexity
 
@@ -57,7 +60,9 @@ __all__ = [
     "DocumentLoss",
     "MTEBTasks",
     "PairClassification",
+    "Prediction",
     "Retrieval",
+    "TextClassifier",
     "TextEncoder",
     "calibrate",
     "check_prompts",

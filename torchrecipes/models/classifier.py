@@ -307,7 +307,9 @@ class SequenceClassifier(nn.Module):
         """Logits of every text, `[N, L]` fp32.
 
         Args:
-            input_ids, position_ids, document_ids, cu_seqlens, max_seqlen, token_type_ids: see `Transformer.forward`.
+            input_ids, position_ids, document_ids, cu_seqlens, max_seqlen: see `Transformer.forward`.
+            token_type_ids: in the shape of `input_ids`, 1 in the second text of a pair. An encoder without token types
+                ignores them.
             num_texts: N, the documents that are texts, the first ones. None: all; without `cu_seqlens`, every row is
                 a text.
             features: `[N, D]`, in place of tokens.
@@ -318,7 +320,8 @@ class SequenceClassifier(nn.Module):
         """
         if features is not None:
             return self.head(features).float()
-        hidden_BSD = self.encoder(input_ids, position_ids, document_ids, cu_seqlens, max_seqlen, None, token_type_ids)
+        types = token_type_ids if self.hf_adapter.token_types else None
+        hidden_BSD = self.encoder(input_ids, position_ids, document_ids, cu_seqlens, max_seqlen, None, types)
         if self.pooling == "late":
             if return_features:
                 raise no_features()

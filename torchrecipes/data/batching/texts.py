@@ -52,6 +52,7 @@ def pack_texts(
     input_ids[0, :total] = tokens[np.arange(total) + np.repeat(source, packed_lengths)]
     fields: dict[str, Any] = {"input_ids": from_numpy(input_ids), "num_texts": num_texts}
     fields |= document_fields(np.append(starts, total) if total < input_ids.size else starts, input_ids.shape)
+    fields["position_ids"][0, total:] = 0  # padding may be longer than the table of positions
     if pool_from is not None and pool_from.any():
         fields["pool_from"] = from_numpy(np.minimum(pool_from, lengths - 1)[order].astype(np.int32))
     if second_starts is not None:

@@ -1,0 +1,202 @@
+"""`map_texts`: what a model computes for any number of texts, window by window.
+
+1. Texts are taken in windows of some thousands. A thread tokenizes the next window while the model computes.
+2. A window is sorted by length and cut into batches of about as many tokens; the ranks of a run share them.
+3. Batches are padded rows where padding costs little (a CPU, and fp32 on a GPU, where a mask over one long row would
+   not fit), else one row of texts without padding, always of the same length, for which kernels are compiled once.
+4. A window's results leave the device together, in the order of its texts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchrecipes.data.batching.batch import Batch, dense_fields, document_fields
+from torchrecipes.data.progress import Progress
+from torchrecipes.distributed.collectives import all_reduce_sum_, rank, world_size
+from torchrecipes.evaluation.running import evaluation_mode
+
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}  # by type of device
+BATCHES_PER_WINDOW = 32
+TEXTS_PER_WINDOW = 32_768  # at most
+
+Text = TypeVar("Text")
+
+
+@dataclass
+class TextWindow:
+    """Some texts, tokenized.
+
+    Attributes:
+        ids: tokens of each text, at least one.
+        num_bytes: of each text, for the progress.
+        prompt_length: tokens at the start of each text that pooling leaves out.
+        second_starts: where the second sentence begins in each text, for a model with token types. None: it has none.
+    """
+
+    ids: list[list[int]]
+    num_bytes: list[int]
+    prompt_length: int = 0
+    second_starts: list[int] | None = None
+
+
+def map_texts(
+    texts: Iterable[Text],
+    tokenize: Callable[[list[Text]], TextWindow],
+    function: Callable[[Batch], Tensor],
+    width: int,
+    *,
+    model: nn.Module,
+    pad_id: int,
+    tokens_per_batch: int,
+    autocast: Callable[[], AbstractContextManager],
+    progress: Progress | None = None,
+    size_of: Callable[[Text], int] = len,
+) -> Iterator[np.ndarray]:
+    """Yields `[w, width]` float32 for the w texts of each window, the same on all ranks.
+
+    Two windows of texts are in memory at a time.
+
+    Args:
+        texts: the same on all ranks; may be a generator.
+        tokenize: called in a thread.
+        function: gives `[N, width]` for the N texts of a batch.
+        width: see above.
+        model: in evaluation mode while a window is computed.
+        pad_id: the padding token.
+        tokens_per_batch: of a forward pass, at most, and one text at least.
+        autocast: makes the context to compute in.
+        progress: counts what is done.
+        size_of: characters of a text.
+    """
+    windows = _windows(texts, 4 * BATCHES_PER_WINDOW * tokens_per_batch * world_size(), size_of)
+    batches = TextBatches(pad_id, tokens_per_batch, next(model.parameters()).device)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(tokenize, window) for window in islice(windows, 1)]
+        while waiting:
+            window = waiting.pop().result()
+            waiting = [thread.submit(tokenize, found) for found in islice(windows, 1)]
+            with torch.no_grad(), evaluation_mode(model), autocast():
+                results = _compute(window, function, width, batches, progress)
+            yield results
+
+
+def _compute(
+    window: TextWindow,
+    function: Callable[[Batch], Tensor],
+    width: int,
+    batches: "TextBatches",
+    progress: Progress | None,
+) -> np.ndarray:
+    lengths = np.array([len(ids) for ids in window.ids])
+    results = torch.zeros(len(lengths), width, device=batches.device)
+    is_packed = batches.are_packed()
+    parts = batches.split(lengths, is_packed)
+    rounds = -(-len(parts) // world_size())  # shards are gathered by all ranks, as often on each
+    for number in range(rank(), rounds * world_size(), world_size()):
+        places = parts[number % len(parts)]
+        batch, documents = (batches.packed if is_packed else batches.padded)(window, places)
+        found = function(batch.to(batches.device))
+        if number >= len(parts):
+            continue
+        found = found if documents is None else found[torch.from_numpy(documents).to(batches.device)]
+        results[torch.from_numpy(places).to(batches.device)] = found
+        if progress is not None:
+            done = parts[number - rank() : number - rank() + world_size()]
+            texts = [place for places in done for place in places.tolist()]
+            num_bytes = sum(window.num_bytes[place] for place in texts)
+            progress.add(len(texts), num_bytes, int(lengths[texts].sum()))
+    return all_reduce_sum_(results).cpu().numpy()
+
+
+@dataclass
+class TextBatches:
+    """Makes the batches of a window; see `map_texts`."""
+
+    pad_id: int
+    tokens_per_batch: int
+    device: torch.device
+
+    def are_packed(self) -> bool:
+        """Whether batches are one row: where attention over packed texts has a kernel."""
+        return self.device.type == "cuda" and torch.is_autocast_enabled(self.device.type)
+
+    def split(self, lengths: np.ndarray, is_packed: bool) -> list[np.ndarray]:
+        """The places of each batch's texts: the longest first, so that too large a batch is noticed at once."""
+        order = np.argsort(-lengths, kind="stable")
+        batches, first, used = [], 0, 0
+        for number, length in enumerate(lengths[order].tolist()):
+            used = used + length if is_packed else (number - first + 1) * int(lengths[order[first]])
+            if used > self.tokens_per_batch and number > first:
+                batches.append(order[first:number])
+                first, used = number, length
+        return [*batches, order[first:]]
+
+    def padded(self, window: TextWindow, places: np.ndarray) -> tuple[Batch, np.ndarray | None]:
+        """A row for each text; and which documents are texts, where some are padding."""
+        ids = [window.ids[place] for place in places]
+        rows, width = len(ids), max(map(len, ids))
+        tokens = np.full((rows, width), self.pad_id)
+        boundaries, texts = [], []
+        for row, text in enumerate(ids):
+            tokens[row, : len(text)] = text
+            texts.append(len(boundaries))
+            boundaries.append(row * width)
+            if len(text) < width:
+                boundaries.append(row * width + len(text))
+        documents = len(boundaries)
+        is_dense = documents == rows
+        fields = dense_fields(tokens.shape) if is_dense else document_fields(np.array(boundaries), tokens.shape)
+        if window.second_starts is not None:
+            seconds = np.array([window.second_starts[place] for place in places])[:, None]
+            ends = np.array([len(text) for text in ids])[:, None]
+            columns = np.arange(width)
+            types = (columns >= seconds) & (columns < ends)
+            fields["token_type_ids"] = torch.from_numpy(types.astype(np.int64))
+        batch = self._batch(tokens, documents, window.prompt_length, fields)
+        return batch, None if is_dense else np.array(texts)
+
+    def packed(self, window: TextWindow, places: np.ndarray) -> tuple[Batch, None]:
+        """One row of all texts, then padding."""
+        ids = [window.ids[place] for place in places]
+        lengths = np.array([len(text) for text in ids])
+        total = int(lengths.sum())
+        # A few texts get a shorter row, of few lengths.
+        width = max(64, 1 << (total - 1).bit_length())
+        width = width if width <= self.tokens_per_batch // 2 else max(self.tokens_per_batch, total)
+        tokens = np.full((1, width), self.pad_id)
+        tokens[0, :total] = np.concatenate(ids)
+        ends = np.cumsum(lengths)
+        boundaries = np.concatenate(([0], ends if total < width else ends[:-1]))
+        fields = document_fields(boundaries, tokens.shape)
+        fields["position_ids"][0, total:] = 0  # padding may be longer than the table of positions
+        if window.second_starts is not None:
+            seconds = np.repeat([window.second_starts[place] for place in places], lengths)
+            types = np.zeros(tokens.shape, np.int64)
+            types[0, :total] = fields["position_ids"][0, :total].numpy() >= seconds
+            fields["token_type_ids"] = torch.from_numpy(types)
+        return self._batch(tokens, len(ids), window.prompt_length, fields), None
+
+    def _batch(self, tokens: np.ndarray, num_texts: int, prompt_length: int, fields: dict) -> Batch:
+        pool_from = torch.full((num_texts,), prompt_length, dtype=torch.int32) if prompt_length else None
+        input_ids = torch.from_numpy(tokens)
+        return Batch(input_ids=input_ids, num_targets=num_texts, num_texts=num_texts, pool_from=pool_from, **fields)
+
+
+def _windows(texts: Iterable[Text], characters: int, size_of: Callable[[Text], int]) -> Iterator[list[Text]]:
+    window, size = [], 0
+    for text in texts:
+        window.append(text)
+        size += size_of(text)
+        if size >= characters or len(window) == TEXTS_PER_WINDOW:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window

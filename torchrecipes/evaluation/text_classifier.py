@@ -1,0 +1,142 @@
+"""`TextClassifier`: labels and probabilities of any number of texts, computed as `map_texts` does."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from torchrecipes.data.examples.encode import ExampleEncoder
+from torchrecipes.data.examples.example import Example
+from torchrecipes.data.progress import Progress
+from torchrecipes.data.tokenizers.tokenizer import Tokenizer
+from torchrecipes.errors import UserError
+from torchrecipes.evaluation.over_texts import TOKENS_PER_BATCH, TextWindow, map_texts
+from torchrecipes.models import SequenceClassifier, max_positions
+
+Text = str | tuple[str, str]
+
+
+class Prediction(NamedTuple):
+    """What a classifier says about a text.
+
+    Attributes:
+        labels: the most probable one; of a multi-label classifier those whose probability is its threshold or more; ()
+            for a regression, and for an empty text.
+        scores: `[L]` float32: a probability for each label, or the numbers of a regression; NaN for an empty text.
+    """
+
+    labels: tuple[str, ...]
+    scores: np.ndarray
+
+
+class TextClassifier:
+    """Classifies texts or pairs of texts, on all ranks of a run together.
+
+        classify = TextClassifier(load_classifier(folder), load_tokenizer(folder))
+        for prediction in classify.predict(["a text", "another one"]):
+            print(prediction.labels, prediction.scores)
+
+    Args:
+        model: on its device; its modules' training modes are restored after every window.
+        tokenizer: the model's own.
+        max_length: tokens of a text or a pair, special tokens included; a longer one is cut as in training. None: as in
+            training where config.json says it, else all positions of the model.
+        tokens_per_batch: of a forward pass, at most, and one text at least. None: 4,096 on a CPU, 32,768 on a GPU.
+        autocast: makes the context to compute in.
+
+    Attributes:
+        num_truncated: texts that were longer than `max_length`, so far.
+        num_empty: texts, or pairs with a text, without a token, so far.
+
+    Raises:
+        UserError: `max_length` is more than the model takes (code `out_of_range`).
+    """
+
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
+        positions = max_positions(model)
+        self.max_length = max_length or min(model.labels.max_length or positions, positions)
+        if self.max_length > positions:
+            wanted = f"at most the {positions} tokens that the model takes"
+            raise UserError(f"{max_length} must be {wanted}", key="max_length", code="out_of_range")
+        device = next(model.parameters()).device.type
+        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(device, 4096)
+        self.num_truncated = self.num_empty = 0
+        self._encoders: dict[int, ExampleEncoder] = {}
+
+    def predict(self, texts: Sequence[Text], progress: Progress | None = None) -> list[Prediction]:
+        """Predictions for texts, or for pairs of texts, in their order; the same on all ranks."""
+        return [prediction for part in self.predict_iter(texts, progress) for prediction in part]
+
+    def predict_iter(self, texts: Iterable[Text], progress: Progress | None = None) -> Iterator[list[Prediction]]:
+        """`predict` for any number of texts, which may come from a generator: yields them window by window."""
+        for logits in self.logits_iter(texts, progress):
+            yield self._predictions(logits)
+
+    def logits(self, texts: Sequence[Text]) -> np.ndarray:
+        """`[n, L]` float32, in the order of the texts; NaN for an empty text."""
+        return np.concatenate([np.empty((0, self.model.num_labels), np.float32), *self.logits_iter(texts)])
+
+    def logits_iter(self, texts: Iterable[Text], progress: Progress | None = None) -> Iterator[np.ndarray]:
+        """`logits`, window by window."""
+        kept: deque[np.ndarray] = deque()
+
+        def tokenize(window: list[Text]) -> TextWindow:
+            found, is_kept = self._tokenize(window)
+            kept.append(is_kept)
+            return found
+
+        options = {"model": self.model, "pad_id": self.tokenizer.pad_id or 0, "autocast": self.autocast}
+        options |= {"tokens_per_batch": self.tokens_per_batch, "progress": progress, "size_of": _size}
+        for logits in map_texts(texts, tokenize, self.model.classify, self.model.num_labels, **options):
+            logits[~kept.popleft()] = np.nan
+            yield logits
+
+    def _tokenize(self, texts: list[Text]) -> tuple[TextWindow, np.ndarray]:
+        pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        width = len(pairs[0])
+        if width not in self._encoders:
+            columns = ("text", "text_pair")[:width]
+            self._encoders[width] = ExampleEncoder(self.tokenizer, "labeled", columns, self.max_length)
+        encoded = self._encoders[width].encode([Example(pair) for pair in pairs])
+        pieces = np.split(encoded.tokens, np.cumsum(encoded.text_lengths)[:-1]) if encoded.text_lengths.size else []
+        found = iter(zip(pieces, encoded.second_starts.tolist(), strict=True))
+        empty = np.array([self.tokenizer.pad_id or 0]), 1
+        ids, seconds = zip(*(next(found) if is_kept else empty for is_kept in encoded.kept), strict=True)
+        self.num_truncated += int(encoded.truncated.sum())
+        self.num_empty += int((~encoded.kept).sum())
+        has_types = width == 2 and self.model.hf_adapter.token_types
+        num_bytes = [sum(len(text.encode()) for text in pair) for pair in pairs]
+        return TextWindow(list(ids), num_bytes, second_starts=list(seconds) if has_types else None), encoded.kept
+
+    def _predictions(self, logits: np.ndarray) -> list[Prediction]:
+        labels = self.model.labels
+        scores = labels.probabilities(torch.from_numpy(logits)).numpy()
+        if labels.task == "regression":
+            return [Prediction((), row) for row in scores]
+        if labels.task == "single_label":
+            best = np.where(np.isnan(scores[:, 0]), -1, scores.argmax(1))
+            return [
+                Prediction((labels.names[number],) if number >= 0 else (), row)
+                for number, row in zip(best.tolist(), scores, strict=True)
+            ]
+        holds = scores >= (0.5 if labels.thresholds is None else np.array(labels.thresholds))
+        return [
+            Prediction(tuple(name for name, yes in zip(labels.names, row_holds, strict=True) if yes), row)
+            for row_holds, row in zip(holds.tolist(), scores, strict=True)
+        ]
+
+
+def _size(text: Text) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
