@@ -9,6 +9,7 @@ expert_load_balancing      the load of a mixture's experts
 trainable                  `set_trainable`: which part of a classifier is trained
 ema                        `EMA`: averaged weights
 frozen_features            `FeatureCache`: a frozen encoder's outputs, computed once
+few_shot                   `few_shot_start`: pairs of labels train the encoder, then the classifier is fitted (SetFit)
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
 grad_cache                 `random_state`, `replay`, `embed_all`: a contrastive step in the memory of one micro-batch
 early_stopping             `EarlyStopping`: ends a run whose metric no longer improves
@@ -22,6 +23,13 @@ from torchrecipes.training.activation_checkpointing import oom_hint
 from torchrecipes.training.early_stopping import EarlyStopping
 from torchrecipes.training.ema import EMA
 from torchrecipes.training.expert_load_balancing import ExpertBalance, router_loss
+from torchrecipes.training.few_shot import (
+    FewShotConfig,
+    few_shot_start,
+    fit_output_layer,
+    label_pairs,
+    train_on_label_pairs,
+)
 from torchrecipes.training.forgetting import ForgettingConfig, ForgettingController, stored_baseline
 from torchrecipes.training.frozen_features import FeatureCache
 from torchrecipes.training.graceful_stop import GracefulStop
@@ -38,6 +46,7 @@ __all__ = [
     "EarlyStopping",
     "ExpertBalance",
     "FeatureCache",
+    "FewShotConfig",
     "ForgettingConfig",
     "ForgettingController",
     "GracefulStop",
@@ -45,6 +54,9 @@ __all__ = [
     "LogConfig",
     "MetricLogger",
     "embed_all",
+    "few_shot_start",
+    "fit_output_layer",
+    "label_pairs",
     "oom_hint",
     "random_state",
     "replay",
@@ -54,4 +66,5 @@ __all__ = [
     "start_run",
     "stored_baseline",
     "sum_over_ranks",
+    "train_on_label_pairs",
 ]
