@@ -19,10 +19,11 @@ from torchrecipes.config import build, component, parse, to_yaml
 from torchrecipes.data import Batch, ExampleData, Examples, Loader, PairCollator, Tokenizer, load_examples
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import TextEncoder
-from torchrecipes.models import EmbeddingConfig, EmbeddingModel, load_embedding_model, meta_embedding_model
+from torchrecipes.losses import by_dataset
+from torchrecipes.models import EmbeddingConfig, EmbeddingModel, meta_embedding_model
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
-from torchrecipes.training import ComputeConfig, GracefulStop, LogConfig, MetricLogger, embed_all, oom_hint
-from torchrecipes.training import random_state, replay, setup_model, start_run, sum_over_ranks
+from torchrecipes.training import ComputeConfig, GracefulStop, LogConfig, MetricLogger, embed_all, load_guide
+from torchrecipes.training import oom_hint, random_state, replay, setup_model, start_run, sum_over_ranks
 
 
 @dataclass
@@ -114,7 +115,7 @@ def main(config: Config) -> None:
 
     # Float8, activation checkpointing, compile, sharding, initial weights: each needs the ones before it.
     model = setup_model(build_model, config, tokenizer, run)
-    guide = load_embedding_model(config.guide).to(run.device).eval() if config.guide else None
+    guide = load_guide(config.guide, tokenizer, run.device) if config.guide else None
     optimizer = build(config.optimizer, model=model, params=[p for p in model.parameters() if p.requires_grad])
     lr_scheduler = build(config.lr_scheduler, optimizer=optimizer, max_steps=max_steps)
     order = {"seed": config.seed, "shuffle": config.data.shuffle, "num_workers": config.data.num_workers}
@@ -171,7 +172,7 @@ def main(config: Config) -> None:
                     set_grad_sync(model, last=batch is batches[-1])
                     with replay(state), run.autocast():
                         model.embed(batch).backward(gradient)
-            sums = sum_over_ranks([sums])
+            sums = sum_over_ranks([sums | by_dataset(loss, batches)])
             grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
             lr = lr_scheduler.get_last_lr()[0]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)  # optimizer.step() if finite

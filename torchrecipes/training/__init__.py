@@ -11,7 +11,8 @@ ema                        `EMA`: averaged weights
 frozen_features            `FeatureCache`: a frozen encoder's outputs, computed once
 few_shot                   `few_shot_start`: pairs of labels train the encoder, then the classifier is fitted (SetFit)
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
-grad_cache                 `random_state`, `replay`, `embed_all`: a contrastive step in the memory of one micro-batch
+grad_cache                 `random_state`, `replay`: a contrastive step in the memory of one micro-batch
+guide                      `load_guide`: a model that tells false negatives
 early_stopping             `EarlyStopping`: ends a run whose metric no longer improves
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
 graceful_stop              Ctrl+C and SIGTERM end a run after its step
@@ -33,8 +34,9 @@ from torchrecipes.training.few_shot import (
 from torchrecipes.training.forgetting import ForgettingConfig, ForgettingController, stored_baseline
 from torchrecipes.training.frozen_features import FeatureCache
 from torchrecipes.training.graceful_stop import GracefulStop
-from torchrecipes.training.grad_cache import embed_all, random_state, replay
+from torchrecipes.training.grad_cache import random_state, replay
 from torchrecipes.training.guard import Guard
+from torchrecipes.training.guide import embed_all, load_guide
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
 from torchrecipes.training.run import ComputeConfig, start_run
 from torchrecipes.training.setup import setup_model
@@ -57,6 +59,7 @@ __all__ = [
     "few_shot_start",
     "fit_output_layer",
     "label_pairs",
+    "load_guide",
     "oom_hint",
     "random_state",
     "replay",

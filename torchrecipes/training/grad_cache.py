@@ -24,9 +24,9 @@ Memory is that of one micro-batch and of the embeddings; gradients are those of 
             model.embed(batch).backward(gradient)
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,21 +62,3 @@ def _set(state: RandomState) -> None:
     torch.set_rng_state(state.cpu)
     if state.cuda is not None:
         torch.cuda.set_rng_state(state.cuda, state.device)
-
-
-@torch.no_grad()
-def embed_all(
-    model: Any, batches: Sequence[Any], autocast: Callable[[], AbstractContextManager] = nullcontext
-) -> Tensor:
-    """Embeddings of the texts of some batches, one batch after the other, without gradients: a guide's.
-
-    Args:
-        model: has `embed(batch)`.
-        batches: on its device.
-        autocast: the context for forward passes.
-
-    Returns:
-        `[texts, D]` fp32.
-    """
-    with autocast():
-        return torch.cat([model.embed(batch) for batch in batches])
