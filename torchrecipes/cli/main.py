@@ -46,6 +46,10 @@ GROUPS = {
             "decontaminate": ("torchrecipes.cli.data_decontaminate", "remove from text what occurs in evaluation sets"),
             "tokenize": ("torchrecipes.cli.data_tokenize", "turn text into a corpus, ahead of a run"),
             "pairs": ("torchrecipes.cli.data_pairs", "turn pairs and labeled texts into a corpus, ahead of a run"),
+            "mine-negatives": (
+                "torchrecipes.cli.data_mine_negatives",
+                "add hard negatives to pairs, found by an encoder",
+            ),
             "append": ("torchrecipes.cli.data_append", "add text to a corpus"),
             "cache": ("torchrecipes.cli.data_cache", "list or remove what streams have tokenized"),
             "score": ("torchrecipes.cli.data_score", "find bad data: the loss of every document under a model"),

@@ -89,6 +89,33 @@ def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, A
     return folder, TextEncoder(model, tokenizer, autocast=context, **options)
 
 
+def load_text_classifier(args: argparse.Namespace, **options: Any) -> tuple[Path, Any]:
+    """Return the folder, and a `TextClassifier` of the classifier in it.
+
+    Args:
+        args: what `add_model_arguments` declared.
+        options: of the `TextClassifier`.
+
+    Raises:
+        UserError: no model there, one without a classifier (code `no_head`), no such device.
+    """
+    folder = newest_valid_checkpoint(args.run)
+
+    import torch
+
+    from torchrecipes.data.tokenizers.load import load_tokenizer
+    from torchrecipes.evaluation import TextClassifier
+    from torchrecipes.models import load_classifier
+    from torchrecipes.training.precision import autocast
+
+    device = _device(args.device)
+    model = load_classifier(folder, report=partial(print, file=sys.stderr)).to(device)
+    tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
+    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    context = partial(autocast, device, torch.bfloat16 if half else torch.float32)
+    return folder, TextClassifier(model, tokenizer, autocast=context, **options)
+
+
 def load_trained(args: argparse.Namespace) -> tuple[Path, Any, Any, Callable[[], AbstractContextManager]]:
     """Return what `load_causal` does, for a model of either kind: `model.causal` says which.
 

@@ -120,7 +120,7 @@ def mine_hard_negatives(
         pairs: examples of a query, a positive and any number of negatives (`torchrecipes.data.examples.pairs`). All
             their passages are candidates.
         output: the file to write. It must not exist.
-        corpus: more candidates: identity (None: none) and text.
+        corpus: more candidates: identity (None: none) and text; blank texts are skipped.
         rules: which candidates become negatives.
         labels_are_ids: the label of a pair is the identity of its positive.
         min_negatives: pairs with fewer negatives are left out.
@@ -147,20 +147,16 @@ def mine_hard_negatives(
     with ExitStack() as files:
         for file in lock_folder(folder):
             files.enter_context(file)
-        texts = _Texts(pairs, corpus, labels_are_ids, folder)
-        files.callback(texts.close)
+        if work_folder is None:
+            files.callback(_remove_if_useless, folder)
+        stores = [TextStore(folder / f"{name}.txt") for name in ("queries", "passages")]
+        for store in stores:
+            files.callback(store.close)
+        texts = _Texts(*stores, pairs, corpus, labels_are_ids)
         state = _State(folder, {"identity": identity, "similarity": similarity, "texts": texts.checksum})
         embed = _Embedder(encoder, similarity, folder, state)
-        miner = _Miner(
-            texts,
-            embed("query", texts.queries),
-            embed("passage", texts.passages),
-            rules or NegativeRules(),
-            index,
-            min_negatives,
-            rescore,
-            report,
-        )
+        embeddings = embed("query", texts.queries), embed("passage", texts.passages)
+        miner = _Miner(texts, *embeddings, rules or NegativeRules(), index, min_negatives, rescore, report)
         partial = folder / "negatives.jsonl"
         stats = miner.write(partial, state)
     if not stats.written:
@@ -179,18 +175,30 @@ def mine_hard_negatives(
     return stats
 
 
+def _remove_if_useless(folder: Path) -> None:
+    """Removes a work folder in which nothing is encoded yet, as after a mistake in the data."""
+    if not (folder / "state.json").exists():
+        shutil.rmtree(folder)
+
+
 class _Texts:
     """All texts, and for every query the documents of its positives."""
 
     def __init__(
-        self, pairs: Iterable[Any], corpus: Iterable[tuple[str | None, str]], labels_are_ids: bool, folder: Path
+        self,
+        queries: TextStore,
+        passages: TextStore,
+        pairs: Iterable[Any],
+        corpus: Iterable[tuple[str | None, str]],
+        labels_are_ids: bool,
     ):
-        self.queries, self.passages = TextStore(folder / "queries.txt"), TextStore(folder / "passages.txt")
+        self.queries, self.passages = queries, passages
         pair_query, pair_positive = array("q"), array("q")
         progress = Progress("reading")
         try:
             for identity, text in corpus:
-                self.passages.add(text, identity)
+                if text.strip():
+                    self.passages.add(text, identity)
                 progress.add(1, len(text))
             for example in pairs:
                 if len(example.texts) < 2:
@@ -251,10 +259,6 @@ class _Texts:
         excluded = np.where((itself >= 0) & (document == self.document[itself]), 2, 0)
         excluded[self.positives[place] == keys] = 1
         return excluded
-
-    def close(self) -> None:
-        self.queries.close()
-        self.passages.close()
 
 
 @dataclass

@@ -97,7 +97,7 @@ def select_negatives(
         a candidate counts for the first rule that removes it.
     """
     first, last = rules.range
-    there = numbers >= 0
+    there = (numbers >= 0) & np.isfinite(scores)
     candidate = there & (excluded == 0)
     rank = np.cumsum(candidate, axis=1) - 1
     positive = positive_scores[:, None].astype(np.float64)
