@@ -8,6 +8,7 @@ triplet                  `Triplet`, `BatchHardTriplet`
 same_label               `SupervisedContrastive`
 distillation             `MarginMSE`, `KLDistillation`: a teacher's scores
 matryoshka               `Matryoshka`: another loss at several sizes of an embedding
+late_interaction         `max_sim`: texts as sets of vectors
 classification           `CrossEntropy`, `BinaryCrossEntropy`, `MeanSquaredError`
 examples_of_ranks        embeddings and examples of all ranks
 own_candidates           every query and the candidates of its own example
@@ -18,6 +19,7 @@ from torchrecipes.losses.chunked_cross_entropy import linear_cross_entropy
 from torchrecipes.losses.classification import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
 from torchrecipes.losses.contrastive import InfoNCE
 from torchrecipes.losses.distillation import KLDistillation, MarginMSE
+from torchrecipes.losses.late_interaction import max_sim
 from torchrecipes.losses.masked_lm import masked_lm_loss
 from torchrecipes.losses.matryoshka import Matryoshka
 from torchrecipes.losses.same_label import SupervisedContrastive
@@ -43,4 +45,5 @@ __all__ = [
     "causal_lm_loss",
     "linear_cross_entropy",
     "masked_lm_loss",
+    "max_sim",
 ]

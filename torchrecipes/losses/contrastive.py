@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchrecipes.errors import UserError
 from torchrecipes.losses.examples_of_ranks import RankExamples, gather_examples
+from torchrecipes.losses.late_interaction import max_sim_of_texts, require_one_vector
 
 if TYPE_CHECKING:
     from torchrecipes.data import Examples
@@ -30,6 +31,8 @@ class InfoNCE:
     A text is never a negative of a query that is equal to it, and the positives of equal queries are not negatives of
     each other: texts are compared by hash. On raw texts that occur twice in a batch (`PairCollator(repeat_texts=True)`)
     this is unsupervised SimCSE (Gao et al., 2021, arXiv:2104.08821).
+
+    Texts with several vectors (`Examples.lengths`) are compared by `max_sim`, their vectors by `similarity`.
 
     The matrix of similarities is in fp32, under autocast too. Beyond 2^25 entries it is computed in chunks of queries,
     and again in the backward pass: memory grows with the texts, not with their square.
@@ -75,13 +78,16 @@ class InfoNCE:
         """Returns the sum over this rank's examples, and sums to log: `loss` and `accuracy`.
 
         Args:
-            embeddings: `[N, D]` of this rank's texts.
+            embeddings: `[N, D]` of this rank's texts; where they have several vectors, of all of these.
             examples: their queries, positives and negatives.
             guide: `[N, Dg]`, embeddings of the same texts by the guide.
 
         Raises:
-            UserError: examples without a positive (code `no_positives`); `guide_margin` without guide (`no_guide`).
+            UserError: examples without a positive (code `no_positives`); `guide_margin` without guide (`no_guide`);
+                `margin` and texts with several vectors (`several_vectors`).
         """
+        if self.margin is not None:
+            require_one_vector("margin of InfoNCE", examples)
         if examples.texts.shape[1] < 2:
             raise UserError(
                 "InfoNCE needs a query and a positive in every example, and these have one text",
@@ -106,15 +112,16 @@ class InfoNCE:
         queries, positives = texts[:, 0], texts[:, 1]
         candidates = texts[:, 1:].T.flatten()  # the positives first
         guide = None if self.guide_margin is None else batch.guide
-        args = (batch.embeddings, guide, numbers, batch.first, num_own)
+        args = (batch, guide, numbers, num_own)
         loss, correct = self._one_direction(queries, positives, candidates, *args)
         if self.bidirectional:
             loss = (loss + self._one_direction(positives, queries, queries, *args)[0]) / 2
         return loss, correct
 
-    def _one_direction(self, anchors_A, targets_A, candidates_M, embeddings, guide, numbers, first, num_own):
+    def _one_direction(self, anchors_A, targets_A, candidates_M, batch, guide, numbers, num_own):
         """Sum of the losses of this rank's anchors, whose targets are the candidates from `first` on; and how many have
         theirs as the most similar candidate."""
+        embeddings, lengths, first = batch.embeddings, batch.examples.lengths, batch.first
         own = slice(first, first + num_own)
         absent_M = candidates_M < 0
         candidates_M = candidates_M.clamp(min=0)
@@ -122,7 +129,10 @@ class InfoNCE:
         scale = 1 if self.temperature is None else 1 / self.temperature
         if self.temperature is not None and self.similarity == "cosine":
             vectors = F.normalize(vectors, dim=-1)
-        anchors, candidates = vectors[anchors_A[own]] * scale, vectors[candidates_M]
+        if lengths is None:
+            anchors, candidates = vectors[anchors_A[own]] * scale, vectors[candidates_M]
+        else:
+            anchors, candidates = max_sim_of_texts(vectors, lengths, anchors_A[own], candidates_M) * scale, None
         guides = (None, None)
         if guide is not None:
             guide = F.normalize(guide.to(vectors.dtype), dim=-1)
@@ -132,7 +142,7 @@ class InfoNCE:
         labels = torch.arange(first, first + num_own, device=vectors.device)
 
         def chunk(anchors_R, guide_R, numbers_R, labels_R):
-            logits = anchors_R @ candidates.T
+            logits = anchors_R if candidates is None else anchors_R @ candidates.T
             excluded = _known_pairs(numbers_R, *known) | absent_M
             if self.margin is not None:
                 cosines = F.normalize(anchors_R.detach(), dim=-1) @ F.normalize(candidates.detach(), dim=-1).T
@@ -144,7 +154,7 @@ class InfoNCE:
             correct = (logits.detach().argmax(1) == labels_R).sum()
             return F.cross_entropy(logits, labels_R, reduction="sum"), correct
 
-        rows = self.chunk_size or max(1, CHUNK_LOGITS // max(1, len(candidates)))
+        rows = self.chunk_size or max(1, CHUNK_LOGITS // max(1, len(candidates_M)))
         parts = (anchors, guides[0], numbers_A[own], labels)
         if num_own <= rows:
             return chunk(*parts)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrecipes.errors import UserError
+from torchrecipes.losses.late_interaction import max_sim_of_texts, require_one_vector
 
 if TYPE_CHECKING:
     from torchrecipes.data import Examples
@@ -25,15 +26,10 @@ def own_candidates(name: str, embeddings: Tensor, examples: "Examples") -> tuple
         candidates exist.
 
     Raises:
-        UserError: examples without negatives (code `no_negatives`).
+        UserError: examples without negatives (code `no_negatives`), or texts with several vectors (`several_vectors`).
     """
-    if examples.texts.shape[1] < 3:
-        raise UserError(
-            f"{name} needs a query, a positive and a negative, and these examples have fewer texts",
-            key="loss",
-            hint="Name the columns in negatives of the source, or use InfoNCE.",
-            code="no_negatives",
-        )
+    require_one_vector(name, examples)
+    _require_negatives(name, examples)
     vectors = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     candidates = examples.texts[:, 1:]
     return vectors[examples.texts[:, :1]], vectors[candidates.clamp(min=0)], candidates >= 0
@@ -46,8 +42,8 @@ def own_similarities(
 
     Args:
         name: of the loss, for errors.
-        similarity: `cosine` or `dot`.
-        embeddings: `[N, D]`.
+        similarity: `cosine` or `dot`; of the vectors in `max_sim`, where texts have several.
+        embeddings: `[N, D]`, or all vectors of the N texts.
         examples: query, positive, negatives; `scores` of the candidates.
 
     Returns:
@@ -56,7 +52,9 @@ def own_similarities(
     Raises:
         UserError: examples without negatives (code `no_negatives`) or without a score for each candidate (`no_scores`).
     """
-    queries, candidates, present = own_candidates(name, embeddings, examples)
+    _require_negatives(name, examples)
+    candidates = examples.texts[:, 1:]
+    present = candidates >= 0
     if examples.scores is None or examples.scores.shape != present.shape:
         found = "none" if examples.scores is None else f"{examples.scores.shape[1]}"
         raise UserError(
@@ -66,7 +64,26 @@ def own_similarities(
             hint="Name the columns in scores of the source.",
             code="no_scores",
         )
+    vectors = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     if similarity == "cosine":
-        queries, candidates = F.normalize(queries, dim=-1), F.normalize(candidates, dim=-1)
-    teacher = examples.scores.to(queries.dtype)
-    return (queries * candidates).sum(-1), torch.where(present, teacher, 0), present
+        vectors = F.normalize(vectors, dim=-1)
+    queries, candidates = examples.texts[:, 0], candidates.clamp(min=0)
+    if examples.lengths is None:
+        student = (vectors[queries][:, None] * vectors[candidates]).sum(-1)
+    else:
+        # Of every query with every candidate: the encoder needs far more time than this does.
+        with torch.autocast(vectors.device.type, enabled=False):
+            student = max_sim_of_texts(vectors, examples.lengths, queries, candidates.flatten())
+        columns = torch.arange(candidates.numel(), device=student.device).view_as(candidates)
+        student = student.gather(1, columns)
+    return student, torch.where(present, examples.scores.to(student.dtype), 0), present
+
+
+def _require_negatives(name: str, examples: "Examples") -> None:
+    if examples.texts.shape[1] < 3:
+        raise UserError(
+            f"{name} needs a query, a positive and a negative, and these examples have fewer texts",
+            key="loss",
+            hint="Name the columns in negatives of the source, or use InfoNCE.",
+            code="no_negatives",
+        )

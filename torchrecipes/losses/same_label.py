@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchrecipes.errors import UserError
 from torchrecipes.losses.examples_of_ranks import RankExamples, gather_examples
+from torchrecipes.losses.late_interaction import require_one_vector
 
 if TYPE_CHECKING:
     from torchrecipes.data import Examples
@@ -70,8 +71,10 @@ def class_labels(name: str, examples: "Examples") -> Tensor:
     """The labels `[n]` int64 of examples.
 
     Raises:
-        UserError: there are none, or they are not classes (code `no_labels`).
+        UserError: there are none, or they are not classes (code `no_labels`); texts with several vectors
+            (`several_vectors`).
     """
+    require_one_vector(name, examples)
     if examples.labels is None or examples.labels.is_floating_point():
         raise UserError(
             f"{name} needs one class as label for every text",

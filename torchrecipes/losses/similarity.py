@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchrecipes.distributed.gather import all_gather_numbers, all_gather_rows
 from torchrecipes.errors import UserError
+from torchrecipes.losses.late_interaction import require_one_vector
 
 if TYPE_CHECKING:
     from torchrecipes.data import Examples
@@ -50,7 +51,7 @@ class CoSENT:
             guide: not used.
 
         Raises:
-            UserError: examples without scores (code `no_scores`).
+            UserError: examples without scores (code `no_scores`), or texts with several vectors (`several_vectors`).
         """
         scores = _pair_scores("CoSENT", examples)
         cosines = _pair_cosines(embeddings, examples) / self.temperature
@@ -83,7 +84,7 @@ class CosineRegression:
             guide: not used.
 
         Raises:
-            UserError: examples without scores (code `no_scores`).
+            UserError: examples without scores (code `no_scores`), or texts with several vectors (`several_vectors`).
         """
         scores = _pair_scores("CosineRegression", examples)
         loss = (_pair_cosines(embeddings, examples) - scores).square().sum()
@@ -91,6 +92,7 @@ class CosineRegression:
 
 
 def _pair_scores(name: str, examples: "Examples") -> Tensor:
+    require_one_vector(name, examples)
     if examples.scores is None or examples.texts.shape[1] < 2:
         raise UserError(
             f"{name} needs pairs of texts with a score each, and these examples have none",
