@@ -31,6 +31,7 @@ VERBS = {
     "generate": ("torchrecipes.cli.generate", "generate text with a trained causal model"),
     "perplexity": ("torchrecipes.cli.perplexity", "measure a trained causal model's perplexity on text"),
     "embed": ("torchrecipes.cli.embed", "turn texts into embeddings with a trained encoder"),
+    "predict": ("torchrecipes.cli.predict", "classify texts with a trained classifier"),
     "fill-mask": ("torchrecipes.cli.fill_mask", "predict masked tokens with a trained encoder"),
     "plot": ("torchrecipes.cli.plot", "plot the loss of one or more runs"),
     "compare": ("torchrecipes.cli.compare", "compare adapted models: what each gained and forgot"),

@@ -1,4 +1,4 @@
-"""Finds and loads a trained model for `generate`, `perplexity`, `fill-mask` and `data score`."""
+"""Finds and loads a trained model for the verbs that use one."""
 
 import argparse
 import sys
@@ -97,7 +97,7 @@ def load_text_classifier(args: argparse.Namespace, **options: Any) -> tuple[Path
         options: of the `TextClassifier`.
 
     Raises:
-        UserError: no model there, one without a classifier (code `no_head`), no such device.
+        UserError: no model there, none that classifies (code `no_head`), a decoder (`not_an_encoder`), no such device.
     """
     folder = newest_valid_checkpoint(args.run)
 

@@ -1,0 +1,213 @@
+"""`tune-style predict`: labels and probabilities of texts, from a trained classifier."""
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torchrecipes.cli.openmp import wait_without_spinning
+from torchrecipes.cli.trained_model import add_model_arguments, load_text_classifier
+from torchrecipes.errors import UserError
+
+FORMATS = (".jsonl", ".csv")
+OPTIONS = {"path": "--input", "text_column": "--text-column", "pair_column": "--text-pair-column"}
+OPTIONS |= {"max_length": "--max-length"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `predict`."""
+    parser.epilog = (
+        'example: tune-style predict runs/reviews "A film that I will not forget."\n'
+        "         tune-style predict runs/reviews --input reviews.csv --text-column review --output labels.csv\n"
+        "         cat lines.txt | tune-style predict runs/reviews --input - > labels.jsonl\n"
+        '         tune-style predict runs/reranker "how to sort a list" --pair "sorted() returns a new list."'
+    )
+    add_model_arguments(parser)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to classify")
+    parser.add_argument("--pair", metavar="TEXT", help="the second text of every TEXT, for a classifier of pairs")
+    parser.add_argument(
+        "-i",
+        "--input",
+        metavar="FILE",
+        help="lines of text, .jsonl, .csv, .tsv or .parquet; -: lines of standard input",
+    )
+    parser.add_argument("--text-column", default="text", metavar="KEY", help="of JSON lines and tables (default text)")
+    parser.add_argument("--text-pair-column", metavar="KEY", help="that of the second text, for a classifier of pairs")
+    parser.add_argument("-o", "--output", metavar="FILE", help=".jsonl or .csv (default: JSON lines on stdout)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="the K most probable labels only (default: all)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: as in training)")
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 4096; GPU 32768)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Classify the texts of the arguments or of a file."""
+    output = _check(args)
+    wait_without_spinning()
+
+    from torchrecipes.atomic_write import check_writable, write_atomically
+    from torchrecipes.data.progress import Progress
+    from torchrecipes.data.sources import TextRows
+
+    if output is not None:
+        check_writable(output.parent, key="--output")
+    try:
+        texts: Any = args.texts
+        if args.input is not None:
+            texts = TextRows(args.input, args.text_column, args.text_pair_column, on_bad_row="empty")
+        elif args.pair is not None:
+            texts = [(text, args.pair) for text in texts]
+        _, classify = load_text_classifier(args, max_length=args.max_length, tokens_per_batch=args.batch_tokens)
+    except UserError as error:
+        key = OPTIONS.get(error.key, error.key)
+        raise UserError(
+            error.problem, key=key, hint=error.hint, code=error.code, problems=error.problems
+        ) from None  # fmt: skip
+    labels = classify.model.labels
+    if args.input is None and output is None:
+        for text, prediction in zip(args.texts, classify.predict(texts), strict=True):
+            print("\n".join(_shown(text, prediction, labels, args.top_k)))
+        _report(classify, texts)
+        return
+    progress = Progress("predicting", getattr(texts, "num_bytes", None)) if output or sys.stderr.isatty() else None
+    write = _csv_rows if output is not None and output.suffix == ".csv" else _json_lines
+    begin, counter = time.perf_counter(), [0]
+    rows = write(_predictions(texts, classify, progress, counter), labels, args)
+    try:
+        if output is None:
+            for chunk in rows:
+                sys.stdout.write(chunk)
+                sys.stdout.flush()
+        else:
+            write_atomically(output, (chunk.encode() for chunk in rows))
+    finally:
+        if progress is not None:
+            progress.close()
+    seconds = max(time.perf_counter() - begin, 1e-9)
+    where = f" in {output}" if output else ""
+    print(f"{counter[0]:,} predictions{where}; {counter[0] / seconds:,.0f} texts per second", file=sys.stderr)
+    _report(classify, texts)
+
+
+def _check(args: argparse.Namespace) -> Path | None:
+    """Check the arguments by themselves; return the file to write, or None."""
+    if bool(args.texts) == (args.input is not None):
+        problem = "texts and --input are both given" if args.texts else "there are no texts"
+        raise UserError(problem, hint="Give texts, or --input FILE (- is standard input).", code="no_texts")
+    unused = {"--pair": args.pair if args.input else None, "--text-pair-column": args.texts and args.text_pair_column}
+    for option, value in unused.items():
+        if value:
+            where = "texts on the command line" if option == "--pair" else "--input"
+            raise UserError(f"it belongs to {where}", key=option, code="unused_option")
+    for option in ("--top-k", "--max-length", "--batch-tokens"):
+        value = getattr(args, option[2:].replace("-", "_"))
+        if value is not None and value < 1:
+            raise UserError(f"{value} is out of range", key=option, hint="Give 1 or more.", code="out_of_range")
+    output = Path(args.output) if args.output else None
+    if output is not None and output.suffix not in FORMATS:
+        hint = f"Give a name that ends in {' or '.join(FORMATS)}."
+        raise UserError(f"{output.name} has no known format", key="--output", hint=hint, code="unknown_format")
+    return output
+
+
+def _predictions(texts: Iterable, classify: Any, progress: Any, counter: list[int]) -> Iterator[list[tuple]]:
+    """Yield (text, prediction) of the texts of each window."""
+    kept: deque = deque()
+
+    def reading() -> Iterator:
+        for text in texts:
+            kept.append(text)
+            yield text
+
+    for part in classify.predict_iter(reading(), progress):
+        counter[0] += len(part)
+        yield [(kept.popleft(), prediction) for prediction in part]
+
+
+def _json_lines(windows: Iterable[list[tuple]], labels: Any, args: argparse.Namespace) -> Iterator[str]:
+    for window in windows:
+        yield "".join(
+            json.dumps(_record(text, prediction, labels, args.top_k), ensure_ascii=False) + "\n"
+            for text, prediction in window
+        )
+
+
+def _record(text: Any, prediction: Any, labels: Any, top_k: int | None) -> dict[str, Any]:
+    record = {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
+    scores = {name: _rounded(score) for name, score in _ranked(prediction, labels, top_k)}
+    is_empty = math.isnan(prediction.scores[0])
+    if labels.task == "regression":
+        key, value = ("score", scores.get(labels.names[0])) if len(labels.names) == 1 else ("scores", scores)
+        return record | {key: None if is_empty else value}
+    if labels.task == "single_label":
+        record["label"] = None if is_empty else prediction.labels[0]
+    else:
+        record["labels"] = None if is_empty else list(prediction.labels)
+    return record | {"probabilities": None if is_empty else scores}
+
+
+def _csv_rows(windows: Iterable[list[tuple]], labels: Any, args: argparse.Namespace) -> Iterator[str]:
+    """A column for every label; labels that --top-k leaves out are empty."""
+    texts = ("text", "text_pair") if args.pair is not None or args.text_pair_column else ("text",)
+    found = () if labels.task == "regression" else ("label",)
+    names = ("score",) if labels.task == "regression" and len(labels.names) == 1 else labels.names
+    yield _csv([(*texts, *found, *names)])
+    for window in windows:
+        rows = []
+        for text, prediction in window:
+            scores = dict(_ranked(prediction, labels, args.top_k))
+            values = [_rounded(scores[name]) if name in scores else "" for name in labels.names]
+            if math.isnan(prediction.scores[0]):
+                values = [""] * len(values)
+            row = [text] if isinstance(text, str) else [*text]
+            rows.append([*row, *([";".join(prediction.labels)] if found else []), *values])
+        yield _csv(rows)
+
+
+def _csv(rows: Iterable[Iterable]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
+
+
+def _shown(text: str, prediction: Any, labels: Any, top_k: int | None) -> Iterator[str]:
+    yield f"\n{text}"
+    if math.isnan(prediction.scores[0]):
+        yield "  empty: no label"
+    elif labels.task == "regression":
+        for name, score in _ranked(prediction, labels, top_k):
+            yield f"  {score:8.4f}" + (f"  {name}" if len(labels.names) > 1 else "")
+    else:
+        for name, score in _ranked(prediction, labels, top_k):
+            yield f"{'* ' if name in prediction.labels else '  '}{score:7.2%}  {name}"
+
+
+def _ranked(prediction: Any, labels: Any, top_k: int | None) -> list[tuple[str, float]]:
+    """The labels with their scores, the highest first; numbers of a regression stay in their order."""
+    pairs = list(zip(labels.names, prediction.scores.tolist(), strict=True))
+    if labels.task != "regression":
+        pairs.sort(key=lambda pair: -pair[1])
+    return pairs[:top_k]
+
+
+def _rounded(score: float) -> float:
+    return float(f"{score:.7g}")  # a float32 has no more digits
+
+
+def _report(classify: Any, texts: Any) -> None:
+    """Say what was cut, empty or not a text."""
+    bad = getattr(texts, "num_bad", 0)
+    lines = {
+        f"longer than {classify.max_length} tokens: their ends were cut off": classify.num_truncated,
+        "empty: they have no label": classify.num_empty - bad,
+        f"not readable: they have no label; the first is {getattr(texts, 'first_bad', '')}": bad,
+    }
+    for what, count in lines.items():
+        if count > 0:
+            print(f"{count:,} texts were {what}", file=sys.stderr)
