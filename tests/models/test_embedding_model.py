@@ -68,7 +68,7 @@ def embeddings_of(model, tokenizer, texts, **arguments):
 
 CASES = [
     ("bert", {}),
-    ("bert", {"pooling": "cls", "projection": 8, "prompts": PROMPTS, "include_prompt": False}),
+    ("bert", {"pooling": "cls", "projection": 8, "prompts": PROMPTS}),
     ("roberta", {"pooling": "weighted_mean", "prompts": PROMPTS, "include_prompt": False, "max_length": 20}),
     ("distilbert", {"pooling": "last", "normalize": False, "similarity": "dot"}),
     ("modernbert", {"pooling": "max", "prompts": PROMPTS, "default_prompt": "query"}),
@@ -243,6 +243,7 @@ def test_settings_out_of_range(tmp_path, tokenizer):
         ({"pooling": "sum"}, "pooling"),
         ({"learnable_temperature": 0.0}, "learnable_temperature"),
         ({"default_prompt": "title"}, "prompt"),
+        ({"pooling": "cls", "include_prompt": False}, "include_prompt"),
     ):
         with pytest.raises(UserError) as error:
             build(tokenizer, **settings)

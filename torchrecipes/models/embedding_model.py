@@ -77,7 +77,7 @@ class EmbeddingModel(nn.Module):
         projection: dimensions of the embeddings; a linear layer after pooling. None: those of the hidden states.
         normalize: embeddings have the length 1.
         prompts: name -> text that is put before a text, such as `{"query": "query: ", "passage": "passage: "}`.
-        include_prompt: False: pooling leaves the prompt's tokens out.
+        include_prompt: False: pooling leaves the prompt's tokens out; not with `cls`.
         max_length: tokens of a text, with prompt and special tokens; what is longer is cut. None: all of the model's
             positions.
         learnable_temperature: the temperature at the start, to be trained (CLIP); None: there is none. In training
@@ -127,6 +127,14 @@ class EmbeddingModel(nn.Module):
         hidden_size = encoder.config.hidden_size
         self.projection = None if projection is None else nn.Linear(hidden_size, projection)
         self.embedding_size = projection or hidden_size
+        if pooling == "cls" and not include_prompt:
+            raise UserError(
+                "cls pools the first token, which is before the prompt: releases of sentence_transformers disagree on "
+                "what is left when the prompt is taken away",
+                key="include_prompt",
+                hint="Set it to true, or choose another pooling",
+                code="invalid_value",
+            )
         self.normalize, self.include_prompt, self.similarity = normalize, include_prompt, similarity
         self.prompts, self.default_prompt = dict(prompts or {}), default_prompt
         self.prompt(default_prompt)
