@@ -90,7 +90,9 @@ def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
 def build_collator(config: Config, tokenizer: Tokenizer) -> PairCollator:
     """Makes batches of examples."""
     _, include_prompt = config.embedding.prompting(config.init_from)
-    return PairCollator(tokenizer, include_prompt=include_prompt, repeat_texts=config.repeat_texts)
+    late = config.embedding.tokens_as_vectors(config.init_from)
+    options = {"include_prompt": include_prompt, "late_interaction": late, "repeat_texts": config.repeat_texts}
+    return PairCollator(tokenizer, **options)
 
 
 def embedding_loss(embeddings: Tensor, examples: Examples, config: Config, guide: Tensor | None = None):
@@ -167,7 +169,7 @@ def main(config: Config) -> None:
             loss, sums = embedding_loss(embeddings, examples, config, guide and embed_all(guide, batches, run.autocast))
             (loss * (run.world_size / num_targets)).backward()  # gradients are averaged over the processes
             if is_cached:
-                gradients = embeddings.grad.split([batch.num_texts for batch in batches])
+                gradients = embeddings.grad.split([len(part) for part in parts])
                 for batch, state, gradient in zip(metrics.track(batches), states, gradients, strict=True):
                     set_grad_sync(model, last=batch is batches[-1])
                     with replay(state), run.autocast():

@@ -10,6 +10,7 @@ position_loss      `loss_by_position`: sums of the loss for ranges of positions
 mask_filling       `fill_mask`: the tokens that fit into [MASK]
 
 text_encoder          `TextEncoder`: embeddings of any number of texts
+text_vectors          `TextVectors`, `max_sim_scores`: late interaction
 text_classifier       `TextClassifier`: labels and probabilities of any number of texts
 over_texts            `map_texts`: what both compute, in windows that are sorted by length
 sts                   `STS`: correlation of cosines with people's scores
@@ -52,6 +53,7 @@ from torchrecipes.evaluation.sts import STS
 from torchrecipes.evaluation.text_classifier import Prediction, TextClassifier
 from torchrecipes.evaluation.text_encoder import TextEncoder
 from torchrecipes.evaluation.text_perplexity import perplexity
+from torchrecipes.evaluation.text_vectors import TextVectors, max_sim_scores
 
 __all__ = [
     "GLUE_METRICS",
@@ -64,6 +66,7 @@ __all__ = [
     "Retrieval",
     "TextClassifier",
     "TextEncoder",
+    "TextVectors",
     "calibrate",
     "check_prompts",
     "class_scores",
@@ -80,6 +83,7 @@ __all__ = [
     "glue_score",
     "loss_by_position",
     "map_examples",
+    "max_sim_scores",
     "perplexity",
     "plot_calibration",
     "plot_confusion_matrix",

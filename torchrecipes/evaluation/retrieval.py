@@ -17,9 +17,11 @@ from torchrecipes.errors import UserError
 from torchrecipes.evaluation.beir import read_beir_texts, read_qrels
 from torchrecipes.evaluation.embeddings import Encoder, check_dims, unit_rows
 from torchrecipes.evaluation.ranking import DEEPEST, ranking_metrics
+from torchrecipes.evaluation.text_vectors import TextVectors, max_sim_scores
 from torchrecipes.evaluation.top_k import TopK, add_dot_products
 
 CHUNK = 16_384  # passages that are encoded, searched and forgotten at a time
+LATE_CHUNK = 1024  # the same with a vector for every token
 
 
 @dataclass
@@ -40,7 +42,7 @@ class RetrievalSet:
 
 
 class Retrieval:
-    """MRR@10, nDCG@10 and recall@1, @10 and @100 of an exact search by cosine.
+    """MRR@10, nDCG@10 and recall@1, @10 and @100 of an exact search by cosine, or by MaxSim with late interaction.
 
     Give either `path` or `data`. The corpus is encoded a chunk at a time, so memory does not grow with it.
 
@@ -97,6 +99,8 @@ class Retrieval:
         """
         task = self.task
         queries = encoder.encode(task.queries, prompt="query")
+        if isinstance(queries, TextVectors):
+            return self._by_max_sim(encoder, queries, dims)
         check_dims(dims, queries.shape[1])
         mine = _share(len(task.queries))
         widths = (None, *dims)
@@ -112,13 +116,32 @@ class Retrieval:
             first += len(chunk)
         results = {}
         for dim, top in zip(widths, tops, strict=True):
-            ranked = np.concatenate(all_gather_object(top.numbers.cpu().numpy()))
-            if self.ignore_identical_ids:
-                ranked = _without(ranked, task.itself)
             suffix = "" if dim is None else f"_dim{dim}"
-            metrics = ranking_metrics(ranked, task.relevant)
-            results |= {f"{name}{suffix}": value for name, value in metrics.items()}
+            results |= {f"{name}{suffix}": value for name, value in self._metrics(top).items()}
         return results if is_finite else dict.fromkeys(results, float("nan"))
+
+    def _by_max_sim(self, encoder: Encoder, queries: TextVectors, dims: Sequence[int]) -> dict[str, float]:
+        """The same by MaxSim, for late interaction."""
+        if dims:
+            problem = "a model with late interaction is evaluated with all of its dimensions"
+            raise UserError(problem, key="dims", hint="Leave them out.", code="several_vectors")
+        mine = queries[_share(len(queries))]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        top = TopK(len(mine), DEEPEST + self.ignore_identical_ids, device)
+        is_finite, first, passages = bool(np.isfinite(queries.vectors).all()), 0, iter(self.task.passages)
+        while chunk := list(islice(passages, LATE_CHUNK)):
+            found = encoder.encode(chunk, prompt="passage")
+            is_finite = is_finite and bool(np.isfinite(found.vectors).all())
+            top.add(max_sim_scores(mine, found, device), first)
+            first += len(chunk)
+        results = self._metrics(top)
+        return results if is_finite else dict.fromkeys(results, float("nan"))
+
+    def _metrics(self, top: TopK) -> dict[str, float]:
+        ranked = np.concatenate(all_gather_object(top.numbers.cpu().numpy()))
+        if self.ignore_identical_ids:
+            ranked = _without(ranked, self.task.itself)
+        return ranking_metrics(ranked, self.task.relevant)
 
     @cached_property
     def task(self) -> RetrievalSet:

@@ -11,6 +11,7 @@ from torchrecipes.data.progress import Progress
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.over_texts import TOKENS_PER_BATCH, TextWindow, map_texts
+from torchrecipes.evaluation.text_vectors import TextVectors, encode_vectors
 from torchrecipes.models.embedding_model import EmbeddingModel
 
 
@@ -52,8 +53,12 @@ class TextEncoder:
         self.num_truncated = self.num_empty = 0
         self._encoders: dict[str, ExampleEncoder] = {}
 
-    def encode(self, texts: Sequence[str], prompt: str | None = "", progress: Progress | None = None) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], prompt: str | None = "", progress: Progress | None = None
+    ) -> "np.ndarray | TextVectors":
         """Embeddings of texts, `[n, E]` float32, in their order; the same on all ranks.
+
+        With late interaction, `TextVectors`.
 
         Args:
             texts: the same on all ranks, in any order.
@@ -64,6 +69,8 @@ class TextEncoder:
         Raises:
             UserError: the model has no such prompt (code `unknown_prompt`).
         """
+        if self.model.late_interaction is not None:
+            return encode_vectors(self, texts, prompt, progress)
         embeddings, first = np.empty((len(texts), self.model.embedding_size), np.float32), 0
         for part in self.encode_iter(texts, prompt, progress):
             embeddings[first : first + len(part)] = part
@@ -76,7 +83,16 @@ class TextEncoder:
         """`encode` for any number of texts, which may come from a generator: yields `[w, E]`, window by window.
 
         Two windows of texts are in memory at a time.
+
+        Raises:
+            UserError: as `encode`; a model with late interaction (code `several_vectors`).
         """
+        if self.model.late_interaction is not None:
+            raise UserError(
+                "the model gives a vector for every token, and this needs one for every text",
+                hint="Search with torchrecipes.evaluation.Retrieval, or load the folder with pylate.",
+                code="several_vectors",
+            )
         encoder = self._encoder(self.model.prompt(prompt))
         return map_texts(
             texts,
@@ -89,6 +105,14 @@ class TextEncoder:
             autocast=self.autocast,
             progress=progress,
         )
+
+    def tokenize(self, texts: Sequence[str], prompt: str | None = "") -> TextWindow:
+        """The tokens of texts with their prompt, cut to `max_length`.
+
+        Raises:
+            UserError: the model has no such prompt (code `unknown_prompt`).
+        """
+        return self._tokenize(self._encoder(self.model.prompt(prompt)), list(texts))
 
     def _encoder(self, prompt: str) -> ExampleEncoder:
         if prompt not in self._encoders:

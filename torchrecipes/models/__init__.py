@@ -9,6 +9,7 @@
 | decoder, experts  | what several families share                                                  |
 | hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
 | encoder_adapter   | the layout of an encoder without its head                                    |
+| late_interaction  | `LateInteraction`: a vector for every token instead                           |
 | embedding_model   | `EmbeddingModel`: one vector per text                                        |
 | sentence_transformers_folder | the files of `sentence_transformers` beside the weights           |
 | model_card        | `write_model_card`: the README.md of a model folder                          |
@@ -72,6 +73,7 @@ from torchrecipes.models.hub import (
     save_hf,
     stop_token_ids,
 )
+from torchrecipes.models.late_interaction import LateInteraction
 from torchrecipes.models.longer_context import extend_context
 from torchrecipes.models.lora_adapter import load_lora, save_lora
 from torchrecipes.models.model_card import write_model_card
@@ -91,6 +93,7 @@ __all__ = [
     "EmbeddingConfig",
     "EmbeddingModel",
     "HFAdapter",
+    "LateInteraction",
     "SequenceClassifier",
     "Transformer",
     "TransformersModel",

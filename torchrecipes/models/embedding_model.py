@@ -18,6 +18,7 @@ from torchrecipes.model_folder import resolve_model_folder
 from torchrecipes.models.compatibility import max_positions
 from torchrecipes.models.hf_adapter import HFAdapter, KeyMap
 from torchrecipes.models.hub import load_hf_weights, meta_model_from_hf
+from torchrecipes.models.late_interaction import LateInteraction
 from torchrecipes.models.sentence_transformers_folder import EmbeddingSettings, read_settings, settings_files
 from torchrecipes.models.stored_tensors import StoredTensor
 from torchrecipes.models.transformer import Transformer
@@ -43,7 +44,17 @@ class EmbeddingConfig:
     similarity: Literal["cosine", "dot"] | None = None  # how they are to be compared; else cosine
     prompts: dict[str, str] | None = None  # text before a text, by kind: query, passage; else none
     include_prompt: bool | None = None  # whether pooling counts the tokens of prompts; else true
+    late_interaction: LateInteraction | None = None  # a vector for every token instead of pooling: ColBERT
     learnable_temperature: Positive | None = None  # its initial value, with similarity=dot temperature=1 of the loss
+
+    def tokens_as_vectors(self, init_from: str | None = None) -> LateInteraction | None:
+        """`late_interaction`, if it is set here or by the folder.
+
+        Args:
+            init_from: the folder, a checkpoint or a run.
+        """
+        found = read_settings(resolve_model_folder(init_from), lambda _line: None) if init_from else None
+        return self.late_interaction or (found and found.late_interaction)
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -83,6 +94,8 @@ class EmbeddingModel(nn.Module):
         learnable_temperature: the temperature at the start, to be trained (CLIP); None: there is none. In training
             embeddings are multiplied by `1 / sqrt(temperature)`: their dot products are divided by it.
         similarity: how embeddings are to be compared, `cosine` or `dot`, for `sentence_transformers`.
+        late_interaction: instead of pooling, every token gives a vector of its own, see `LateInteraction`; `projection`
+            is its `size` then, and vectors are normalized. The folder is one of `pylate`.
         default_prompt: the name of the prompt that is used where none is asked for; None: no prompt.
         seed: of the projection's initial weights.
 
@@ -105,10 +118,13 @@ class EmbeddingModel(nn.Module):
         max_length: int | None = None,
         learnable_temperature: float | None = None,
         similarity: Literal["cosine", "dot"] = "cosine",
+        late_interaction: LateInteraction | None = None,
         default_prompt: str | None = None,
         seed: int = 0,
     ):
         super().__init__()
+        if late_interaction is not None:
+            projection, normalize = late_interaction.size, True
         if not isinstance(encoder, Transformer):
             problem = f"{type(encoder).__name__} is not an encoder of torchrecipes.models"
             raise UserError(problem, key="model", code="not_an_encoder")
@@ -116,9 +132,14 @@ class EmbeddingModel(nn.Module):
             encoder.remove_head()
         self.encoder = encoder
         self.position_offset = encoder.position_offset
+        self.late_interaction = late_interaction
         self.pooling = Pooling(pooling)
         positions = max_positions(encoder)
         self.max_length = positions if max_length is None else max_length
+        late_length = late_interaction and max(late_interaction.query_length, late_interaction.document_length)
+        if late_length and not 4 <= late_length <= positions:
+            hint = f"Give 4 to {positions} tokens, the model's positions"
+            raise UserError(f"{late_length} tokens", key="late_interaction", hint=hint, code="out_of_range")
         if not 1 <= self.max_length <= positions:
             hint = f"Give 1 to {positions} tokens, the model's positions"
             raise UserError(f"{max_length} tokens", key="max_length", hint=hint, code="out_of_range")
@@ -191,19 +212,24 @@ class EmbeddingModel(nn.Module):
         *,
         num_texts: int | None = None,
         pool_from: Tensor | None = None,
+        vector_positions: Tensor | None = None,
     ) -> Tensor:
         """Embeddings of the first `num_texts` documents.
 
         Args:
             input_ids, position_ids, document_ids, cu_seqlens, max_seqlen, token_type_ids: see `Transformer.forward`.
             num_texts, pool_from: see `Pooling`.
+            vector_positions: `[V]` int64, with late interaction: the tokens that give vectors, see `Batch`.
 
         Returns:
-            `[num_texts, E]` fp32.
+            `[num_texts, E]` fp32; with late interaction `[V, E]`.
         """
         documents = {"position_ids": position_ids, "document_ids": document_ids, "cu_seqlens": cu_seqlens}
         hidden_BSD = self.encoder(input_ids, **documents, max_seqlen=max_seqlen, token_type_ids=token_type_ids)
-        embeddings_ND = self.pooling(hidden_BSD, num_texts, cu_seqlens, pool_from)
+        if self.late_interaction is None:
+            embeddings_ND = self.pooling(hidden_BSD, num_texts, cu_seqlens, pool_from)
+        else:
+            embeddings_ND = hidden_BSD.flatten(0, 1)[vector_positions].float()
         with torch.autocast(input_ids.device.type, enabled=False):
             if self.projection is not None:
                 weight, bias = self.projection.weight.float(), self.projection.bias.float()
@@ -216,8 +242,12 @@ class EmbeddingModel(nn.Module):
         return embeddings_ND
 
     def embed(self, batch: "Batch") -> Tensor:
-        """Embeddings of the texts of a batch, `[num_texts, E]` fp32, in the order in which the batch has them."""
-        return self(batch.input_ids, **batch.documents, num_texts=batch.num_texts, pool_from=batch.pool_from)
+        """Embeddings of the texts of a batch, `[num_texts, E]` fp32, in the order in which the batch has them.
+
+        With late interaction the vectors of all texts, `[V, E]`.
+        """
+        texts = {"num_texts": batch.num_texts, "pool_from": batch.pool_from}
+        return self(batch.input_ids, **batch.documents, **texts, vector_positions=batch.vector_positions)
 
     def init_weights(self, seed: int) -> None:
         """Sets every parameter to its initial value, the encoder's to those that it has alone."""
@@ -260,12 +290,15 @@ class EmbeddingAdapter(HFAdapter):
             max_length=model.max_length,
             similarity=model.similarity,
             default_prompt=model.default_prompt,
+            late_interaction=model.late_interaction,
         )
         self.companions = encoder.companions | settings_files(settings)
+        self.is_late_interaction = model.late_interaction is not None
         self._own: KeyMap = {}
         if model.projection is not None:
             size = model.embedding_size
-            self._own |= {f"projection.{kind}": [(f"2_Dense/linear.{kind}", size)] for kind in ("weight", "bias")}
+            folder = "2_Dense" if model.late_interaction is None else "1_Dense"
+            self._own |= {f"projection.{kind}": [(f"{folder}/linear.{kind}", size)] for kind in ("weight", "bias")}
         if model.logit_scale is not None:
             self._own["logit_scale"] = [("temperature/logit_scale", 1)]
         if encoder.longer_positions is not None:
@@ -312,6 +345,8 @@ class EmbeddingAdapter(HFAdapter):
 
     def loading_hint(self, path: str) -> str:
         """How to load a folder that was saved with this adapter, in one line for people."""
+        if self.is_late_interaction:
+            return f"load it with pylate: pylate.models.ColBERT({path!r})"
         return f"load it with sentence_transformers: SentenceTransformer({path!r})"
 
 
@@ -326,6 +361,7 @@ def meta_embedding_model(
     max_length: int | None = None,
     learnable_temperature: float | None = None,
     similarity: Literal["cosine", "dot"] | None = None,
+    late_interaction: LateInteraction | None = None,
     report: Callable[[str], None] = _print_once,
 ) -> EmbeddingModel:
     """The embedding model of a folder, on the meta device: `load_hf_weights` fills it.
@@ -335,8 +371,8 @@ def meta_embedding_model(
 
     Args:
         path: the folder, a checkpoint, or a run's folder (its newest valid checkpoint).
-        pooling, projection, normalize, prompts, include_prompt, max_length, similarity: as in `EmbeddingModel`. None:
-            the folder's.
+        pooling, projection, normalize, prompts, include_prompt, max_length, similarity, late_interaction: as in
+            `EmbeddingModel`. None: the folder's.
         learnable_temperature: as in `EmbeddingModel`.
         report: called with each line about what is chosen or skipped. The default prints each line once per process.
 
@@ -349,6 +385,7 @@ def meta_embedding_model(
     found = read_settings(folder, report)
     given = {"pooling": pooling, "projection": projection, "normalize": normalize, "prompts": prompts}
     given |= {"include_prompt": include_prompt, "max_length": max_length, "similarity": similarity}
+    given |= {"late_interaction": late_interaction}
     given = {name: value for name, value in given.items() if value is not None}
     if found is None:
         settings = {"pooling": "mean", "normalize": True} | given

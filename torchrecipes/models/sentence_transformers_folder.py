@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torchrecipes.errors import UserError
 from torchrecipes.models.config_json import read_json
+from torchrecipes.models.late_interaction import LateInteraction
 
 # Ours -> theirs, in the keys of release 2 to 5 and in those of 6.
 POOLING = {
@@ -20,6 +21,7 @@ POOLING = {
     "max": ("pooling_mode_max_tokens", "max"),
 }
 SQUARE_ROOT = "pooling_mode_mean_sqrt_len_tokens"
+PYLATE_DENSE = "pylate.models.Dense.Dense"
 IDENTITY = "torch.nn.modules.linear.Identity"
 
 
@@ -35,10 +37,16 @@ class EmbeddingSettings(NamedTuple):
     max_length: int | None
     similarity: str
     default_prompt: str | None
+    late_interaction: LateInteraction | None = None
 
 
 def settings_files(settings: EmbeddingSettings) -> dict[str, bytes]:
-    """The files of a folder for `SentenceTransformer`, but for weights, config.json and tokenizer: name -> contents."""
+    """The files of a folder for `SentenceTransformer`, but for weights, config.json and tokenizer: name -> contents.
+
+    With late interaction, those of a folder for `pylate`.
+    """
+    if settings.late_interaction is not None:
+        return _as_json(_pylate_files(settings, settings.late_interaction))
     kinds = ["Transformer", "Pooling"]
     kinds += ["Dense"] if settings.projection is not None else []
     kinds += ["Normalize"] if settings.normalize else []
@@ -73,7 +81,84 @@ def settings_files(settings: EmbeddingSettings) -> dict[str, bytes]:
             "bias": True,
             "activation_function": IDENTITY,
         }
+    return _as_json(contents)
+
+
+def _as_json(contents: dict[str, Any]) -> dict[str, bytes]:
     return {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in contents.items()}
+
+
+def _pylate_files(settings: EmbeddingSettings, late: LateInteraction) -> dict[str, Any]:
+    return {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Dense", "type": PYLATE_DENSE},
+        ],
+        "sentence_bert_config.json": {"max_seq_length": settings.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": "", "document": ""} | settings.prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "MaxSim",
+            "query_prefix": late.query_marker or "",
+            "document_prefix": late.document_marker or "",
+            "query_length": late.query_length,
+            "document_length": late.document_length,
+            "attend_to_expansion_tokens": late.expand_queries,
+            "do_query_expansion": late.expand_queries,
+            "skiplist_words": list(late.skip),
+        },
+        "1_Dense/config.json": {
+            "in_features": settings.hidden_size,
+            "out_features": late.size,
+            "bias": True,
+            "activation_function": IDENTITY,
+            "use_residual": False,
+        },
+    }
+
+
+def _read_pylate(folder: Path, whole: dict) -> EmbeddingSettings:
+    """The settings of a folder of `pylate`, with the same restrictions as `read_settings`."""
+    problems: list[UserError] = []
+    modules = _read_modules(folder)
+    if modules != [("Transformer", ""), ("Dense", "1_Dense")]:
+        kinds = ", ".join(kind for kind, _ in modules)
+        problem = f"modules are {kinds}, and not Transformer and Dense"
+        raise _unsupported(folder, [UserError(problem, key="modules.json")])
+    dense = _read(folder, "1_Dense/config.json")
+    wanted = {"activation_function": IDENTITY, "bias": True, "use_residual": False}
+    for key, value in wanted.items():
+        if dense.get(key, value) != value:
+            problems.append(UserError(f"{dense[key]!r} is not supported, only {value!r}", key=key))
+    expands = whole.get("do_query_expansion", True)
+    if expands and not whole.get("attend_to_expansion_tokens", False):
+        problem = "false is not supported: expanded queries are texts like others, in which all tokens see each other"
+        problems.append(UserError(problem, key="attend_to_expansion_tokens"))
+    if any(len(word) != 1 for word in whole.get("skiplist_words", ())):
+        problems.append(UserError("words of several characters are not supported", key="skiplist_words"))
+    if problems:
+        raise _unsupported(folder, problems)
+    late = LateInteraction(
+        query_length=whole.get("query_length", 32),
+        document_length=whole.get("document_length", 180),
+        expand_queries=expands,
+        query_marker=whole.get("query_prefix") or None,
+        document_marker=whole.get("document_prefix") or None,
+        skip="".join(whole.get("skiplist_words", LateInteraction.skip)),
+        size=dense["out_features"],
+    )
+    return EmbeddingSettings(
+        hidden_size=dense["in_features"],
+        pooling="mean",
+        projection=late.size,
+        normalize=True,
+        prompts={name: text for name, text in (whole.get("prompts") or {}).items() if text},
+        include_prompt=True,
+        max_length=_read(folder, "sentence_bert_config.json", optional=True).get("max_seq_length"),
+        similarity="cosine",
+        default_prompt=None,
+        late_interaction=late,
+    )
 
 
 def read_settings(folder: Path, report: Callable[[str], None]) -> EmbeddingSettings | None:
@@ -89,6 +174,9 @@ def read_settings(folder: Path, report: Callable[[str], None]) -> EmbeddingSetti
     """
     if not (folder / "modules.json").is_file():
         return None
+    whole = _read(folder, "config_sentence_transformers.json", optional=True)
+    if whole.get("similarity_fn_name") == "MaxSim":
+        return _read_pylate(folder, whole)
     problems: list[UserError] = []
 
     def refuse(problem: str, key: str) -> None:
@@ -126,7 +214,6 @@ def read_settings(folder: Path, report: Callable[[str], None]) -> EmbeddingSetti
         refuse("true is not supported: texts would have to be lowercased before the tokenizer", "do_lower_case")
     if bert.get("transformer_task", "feature-extraction") != "feature-extraction":
         refuse(f"{bert['transformer_task']!r} is not supported", "transformer_task")
-    whole = _read(folder, "config_sentence_transformers.json", optional=True)
     if whole.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         refuse(f"{whole['model_type']!r} is not supported, only 'SentenceTransformer'", "model_type")
     if problems:
@@ -164,7 +251,8 @@ def _read_modules(folder: Path) -> list[tuple[str, str]]:
         found = [(module["type"], module["path"]) for module in modules]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not a list of modules: {error!r}", code="not_json") from None
-    return [(kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind, at) for kind, at in found]
+    known = ("sentence_transformers.", "pylate.")
+    return [(kind.rpartition(".")[2] if kind.startswith(known) else kind, at) for kind, at in found]
 
 
 def _pooling_mode(pooling: dict, refuse: Callable[[str, str], None]) -> str:

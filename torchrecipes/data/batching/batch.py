@@ -35,6 +35,8 @@ class Batch:
         pool_from: `[N]` int32: tokens at the start of each text that pooling leaves out. None: none.
         token_type_ids: `[B, S]` int64: 1 in the second sentence of a text. None: the model has no token types.
         examples: which texts belong together, and their labels and scores.
+        vector_positions: `[V]` int64: late interaction: the tokens, counted over the flattened batch, whose states
+            become vectors, text by text; `examples.lengths` says how many are of each. None: texts are pooled.
         features: `[n, ...]`: outputs of a frozen encoder for the n examples, in place of tokens; `input_ids` is then
             `[1, 0]`.
     """
@@ -54,6 +56,7 @@ class Batch:
     pool_from: Tensor | None = None
     token_type_ids: Tensor | None = None
     examples: Examples | None = None
+    vector_positions: Tensor | None = None
     features: Tensor | None = None
 
     @property

@@ -1,15 +1,19 @@
 """`PairCollator`: texts that belong together: pairs, pairs with negatives, scored pairs, a text and its copy."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from torchrecipes.data.batching.batch import Batch
+from torchrecipes.data.batching.late_interaction import LateInteractionTexts, with_vectors
 from torchrecipes.data.batching.texts import batch_of_examples, made_up_batch
 from torchrecipes.data.examples.block import ExampleBlock
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torchrecipes.models import LateInteraction
 
 
 class PairCollator:
@@ -21,6 +25,7 @@ class PairCollator:
         repeat_texts: every example is one text and a copy of it, which dropout makes another one (SimCSE, Gao et al.
             2021, arXiv:2104.08821). Both are in the same batch.
         include_prompt: False: pooling leaves out the tokens of a text's prompt.
+        late_interaction: those settings of the model. The first text of an example is a query. None: it pools texts.
         texts_per_example: k, of a batch of made-up tokens.
     """
 
@@ -31,9 +36,11 @@ class PairCollator:
         token_types: bool = False,
         repeat_texts: bool = False,
         include_prompt: bool = True,
+        late_interaction: "LateInteraction | None" = None,
         texts_per_example: int = 2,
     ):
         self._pad_id, self._token = tokenizer.pad_id or 0, tokenizer.unpadded_vocab_size - 1
+        self.late_texts = LateInteractionTexts(tokenizer, late_interaction) if late_interaction else None
         self.token_types, self.repeat_texts, self.include_prompt = token_types, repeat_texts, include_prompt
         self.texts_per_example = 2 if repeat_texts else texts_per_example
 
@@ -52,8 +59,12 @@ class PairCollator:
         block = rows.examples(numbers)
         if self.repeat_texts:
             block = _with_copies(block)
+        kept = None
+        if self.late_texts:
+            block, kept = _with_markers(block, self.late_texts)
         options = {"token_types": self.token_types, "include_prompt": self.include_prompt}
-        return batch_of_examples(rows, block, self._pad_id, **options)
+        batch = batch_of_examples(rows, block, self._pad_id, **options)
+        return batch if kept is None else with_vectors(batch, block.text_lengths, kept)
 
     def example_batch(self, num_rows: int, seq_len: int) -> Batch:
         """A batch of `num_rows` examples with made-up tokens, scores and labels: for estimates and trial steps.
@@ -64,7 +75,19 @@ class PairCollator:
         batch = made_up_batch(*size, token_types=self.token_types)
         scores = torch.linspace(0, 1, num_rows)[:, None].repeat(1, max(1, self.texts_per_example - 1))
         labels = torch.arange(num_rows) // 2
-        return replace(batch, examples=replace(batch.examples, scores=scores, labels=labels))
+        examples = replace(batch.examples, scores=scores, labels=labels)
+        if self.late_texts is None:
+            return replace(batch, examples=examples)
+        lengths = torch.full((batch.num_texts,), seq_len)
+        positions = torch.arange(batch.num_texts * seq_len)
+        return replace(batch, examples=replace(examples, lengths=lengths), vector_positions=positions)
+
+
+def _with_markers(block: ExampleBlock, texts: LateInteractionTexts) -> tuple[ExampleBlock, np.ndarray]:
+    is_query = np.zeros(len(block.text_lengths), bool)
+    is_query[block.example_texts[:, 0]] = True
+    tokens, lengths, kept = texts.arrange(block.tokens, block.text_lengths, is_query)
+    return block._replace(tokens=tokens, text_lengths=lengths, second_starts=lengths), kept
 
 
 def _with_copies(block: ExampleBlock) -> ExampleBlock:
