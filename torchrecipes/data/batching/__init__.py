@@ -7,6 +7,7 @@ mixture       `MixtureRows`: rows of several sources in exact proportions
 appended      `AppendedRows`: rows of a corpus that text has been added to, also during a run
 streamed      `StreamedRows`: rows of a corpus that is still being written
 example_rows  `ExampleRows`: examples of texts in the place of rows
+streamed_examples  `StreamedExampleRows`: examples that are tokenized while they are trained on
 grouped_rows  `GroupedRows`: labeled examples, some of each label together
 dataset_batches  `DatasetBatches`: several datasets, every step from one
 features      `FeatureRows`, `FeatureCollator`: outputs of a frozen encoder in the place of texts
@@ -37,6 +38,7 @@ from torchrecipes.data.batching.packing import BestFitDataset, PackedDataset, Pa
 from torchrecipes.data.batching.pairs import PairCollator
 from torchrecipes.data.batching.rows import RowBlock, Rows
 from torchrecipes.data.batching.streamed import StreamedRows
+from torchrecipes.data.batching.streamed_examples import StreamedExampleRows
 from torchrecipes.data.batching.texts import pack_texts
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "PairCollator",
     "RowBlock",
     "Rows",
+    "StreamedExampleRows",
     "StreamedRows",
     "evaluation_batches",
     "make_rows",

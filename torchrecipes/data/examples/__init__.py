@@ -8,6 +8,7 @@ plan         the names of the classes, and which examples are held out
 encode       `ExampleEncoder`: prompts, truncation, tokens
 build        examples in, shards out
 corpus       `ExampleCorpus`: reading; `prepare_examples`, `open_examples`
+streamed     `StreamedExamples`: examples that are tokenized while they are trained on
 statistics   duplicates, contradicting labels, lengths
 block        `ExampleBlock`: examples that were read
 shards       the file format of a shard
@@ -20,6 +21,7 @@ from torchrecipes.data.examples.corpus import ExampleCorpus, holds_examples, ope
 from torchrecipes.data.examples.encode import ExampleEncoder
 from torchrecipes.data.examples.example import Example, ExampleSource
 from torchrecipes.data.examples.standard_library_pairs import docstring_code_pairs
+from torchrecipes.data.examples.streamed import StreamedExamples
 
 __all__ = [
     "Example",
@@ -27,6 +29,7 @@ __all__ = [
     "ExampleCorpus",
     "ExampleEncoder",
     "ExampleSource",
+    "StreamedExamples",
     "docstring_code_pairs",
     "holds_examples",
     "labeled_texts",

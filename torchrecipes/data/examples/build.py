@@ -28,7 +28,7 @@ from torchrecipes.data.examples.encode import EncodedExamples, ExampleEncoder
 from torchrecipes.data.examples.example import Example, ExampleSource
 from torchrecipes.data.examples.labels import Labels
 from torchrecipes.data.examples.plan import Plan, encode_label, make_plan
-from torchrecipes.data.examples.shards import FORMAT, open_arrays, write_arrays
+from torchrecipes.data.examples.shards import FORMAT, offsets, open_arrays, write_arrays
 from torchrecipes.data.examples.statistics import statistics
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, BadRecord, ReadStats
@@ -180,7 +180,7 @@ class _Writer:
 
     def _commit(self, batch: _Batch | None) -> None:
         for split, parts in self.pending.items():
-            arrays = _join(parts, self.plan.labels)
+            arrays = join_arrays(parts, self.plan.labels)
             self._count(self.totals[split], parts, arrays)
             path = self.folder / split / shard_name(len(self.shards[split]))
             with writing(self.folder):
@@ -329,8 +329,13 @@ def _select(encoded: EncodedExamples, chosen: np.ndarray) -> EncodedExamples:
     )
 
 
-def _join(parts: list, labels: Labels | None) -> dict[str, np.ndarray]:
-    """The arrays of a shard."""
+def join_arrays(parts: list, labels: Labels | None) -> dict[str, np.ndarray]:
+    """The arrays of a shard.
+
+    Args:
+        parts: `(EncodedExamples, scores, labels)` of batches; the last two are lists of the examples that were kept.
+        labels: what turned labels into numbers; None: there are none.
+    """
     encoded = [part for part, _, _ in parts]
     values = [row for _, rows, _ in parts for row in rows]
     arrays = {
@@ -347,11 +352,6 @@ def _join(parts: list, labels: Labels | None) -> dict[str, np.ndarray]:
     if labels is not None:
         arrays["labels"] = np.array([label for _, _, own in parts for label in own], labels.dtype)
     return arrays
-
-
-def offsets(lengths: np.ndarray) -> np.ndarray:
-    """Return int64 `[N+1]`, where each of N pieces begins that have these lengths, and where the last ends."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:

@@ -18,10 +18,10 @@ import xxhash
 
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
 from torchrecipes.data.examples.block import ExampleBlock
-from torchrecipes.data.examples.build import PROGRESS_FILE, Totals, build_examples, example_settings, offsets
+from torchrecipes.data.examples.build import PROGRESS_FILE, Totals, build_examples, example_settings
 from torchrecipes.data.examples.example import ExampleSource
 from torchrecipes.data.examples.labels import check_task, label_name
-from torchrecipes.data.examples.shards import FORMAT, ExampleShard, file_checksum, open_arrays, ranges
+from torchrecipes.data.examples.shards import FORMAT, ExampleShard, file_checksum, open_arrays, read_examples
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
@@ -69,7 +69,6 @@ class ExampleCorpus:
         self.tokenizer_fingerprint: str = account["tokenizer"]["fingerprint"]
         described = [self.tokenizer_fingerprint, *(shard["xxh3"] for shard in account["shards"])]
         self.fingerprint = xxhash.xxh3_128_hexdigest("".join(described).encode())
-        self._first = np.array([shard.first_example for shard in shards])
 
     def __reduce__(self) -> tuple:
         return _reopen, (self.folder, self.fingerprint)
@@ -94,49 +93,8 @@ class ExampleCorpus:
         numbers = np.asarray(numbers, np.int64)
         if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.num_examples):
             raise ValueError(f"examples are numbered from 0 to {self.num_examples - 1}")
-        of_shard = np.searchsorted(self._first, numbers, "right") - 1
-        groups = [(self.shards[index], np.flatnonzero(of_shard == index)) for index in np.unique(of_shard)]
-        first_texts, counts = np.empty_like(numbers), np.empty_like(numbers)
-        for shard, chosen in groups:
-            local = numbers[chosen] - shard.first_example
-            first_texts[chosen] = shard.example_offsets[local]
-            counts[chosen] = shard.example_offsets[local + 1] - first_texts[chosen]
-        starts = offsets(counts)  # of the examples' texts among the N
-        columns = ranges(np.zeros_like(counts), counts)
-        lengths = np.empty(starts[-1], np.int64)
-        seconds, hashes = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
-        values = np.full((len(numbers), self.scores_per_example), np.nan, np.float32)
-        labels = self.shards[0].labels
-        if labels is not None:
-            labels = np.empty((len(numbers), *labels.shape[1:]), labels.dtype)
-        places = []  # of every shard: its texts there and here
-        for shard, chosen in groups:
-            there = ranges(first_texts[chosen], counts[chosen])
-            here = ranges(starts[chosen], counts[chosen])
-            places.append((shard, there, here))
-            lengths[here] = shard.text_offsets[there + 1] - shard.text_offsets[there]
-            seconds[here], hashes[here] = shard.second_starts[there], shard.text_hashes[there]
-            local = numbers[chosen] - shard.first_example
-            if shard.values is not None:
-                values[chosen, : shard.values.shape[1]] = shard.values[local]
-            if labels is not None:
-                labels[chosen] = shard.labels[local]
-        ends = offsets(lengths)
-        tokens = np.empty(ends[-1], self.shards[0].tokens.dtype)
-        for shard, there, here in places:
-            tokens[ranges(ends[here], lengths[here])] = shard.tokens[ranges(shard.text_offsets[there], lengths[here])]
-        width = np.arange(self.texts_per_example)
-        example_texts = np.where(width < counts[:, None], starts[:-1, None] + width, -1)
-        return ExampleBlock(
-            tokens,
-            lengths,
-            seconds,
-            hashes,
-            columns,
-            example_texts,
-            values if self.scores_per_example else None,
-            labels,
-        )
+        width = (self.texts_per_example, self.scores_per_example)
+        return read_examples(self.shards, numbers, *width, self.prompt_lengths)
 
     def verify(self) -> None:
         """Reads all shards and compares checksums.

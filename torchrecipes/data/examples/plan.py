@@ -115,6 +115,23 @@ def encode_label(plan: Plan, example: Example) -> Any:
         return BadRecord(example.source, reason, repr(error.args[0]))
 
 
+def check_label(plan: Plan, source: ExampleSource, example: Example) -> Any:
+    """Return the number of the label of an example that no plan has seen, or a `BadRecord`.
+
+    Raises:
+        UserError: it is unknown and the source's `on_bad_record` is "stop" (code `unknown_label` or `bad_label`), or a
+            list in a task of one label (`wrong_task`).
+    """
+    _check_task(example, plan.labels.task)
+    try:
+        return plan.labels.encode(example.label)
+    except LookupError as error:
+        if source.on_bad_record == "stop":
+            unknown = {str(error.args[0]): [example.source]}
+            raise _unknown_labels(plan.labels, unknown, are_given=True) from None
+    return encode_label(plan, example)
+
+
 def example_hash(example: Example, column: int | None = None) -> int:
     """Return a 64-bit hash of the texts of an example, or of one of them."""
     if column is not None:

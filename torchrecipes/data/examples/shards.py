@@ -15,6 +15,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import xxhash
 
 from torchrecipes.atomic_write import write_atomically
 from torchrecipes.data.corpus.shards import map_file
+from torchrecipes.data.examples.block import ExampleBlock
 
 FORMAT = "torchrecipes-examples-1"
 DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"),
@@ -121,6 +123,66 @@ def open_arrays(path: Path, first_example: int) -> ExampleShard:
     if shard.example_offsets[-1] != len(shard.text_hashes):
         raise ValueError("its offsets are corrupt")
     return shard
+
+
+def read_examples(
+    shards: Sequence[ExampleShard], numbers: np.ndarray, num_texts: int, num_scores: int, prompt_lengths: Sequence[int]
+) -> ExampleBlock:
+    """Reads examples out of shards, in the order given.
+
+    Args:
+        shards: ascending by their first examples; one at least.
+        numbers: int64 `[n]`, of examples that are in them.
+        num_texts, num_scores: texts and scores of an example, the most that any has.
+        prompt_lengths: tokens of the prompt of every column.
+    """
+    of_shard = np.searchsorted([shard.first_example for shard in shards], numbers, "right") - 1
+    groups = [(shards[index], np.flatnonzero(of_shard == index)) for index in np.unique(of_shard)]
+    first_texts, counts = np.empty_like(numbers), np.empty_like(numbers)
+    for shard, chosen in groups:
+        local = numbers[chosen] - shard.first_example
+        first_texts[chosen] = shard.example_offsets[local]
+        counts[chosen] = shard.example_offsets[local + 1] - first_texts[chosen]
+    starts = offsets(counts)  # of the examples' texts among the N
+    lengths, seconds, hashes = (np.empty(starts[-1], np.int64) for _ in range(3))
+    values = np.full((len(numbers), num_scores), np.nan, np.float32)
+    labels = shards[0].labels
+    if labels is not None:
+        labels = np.empty((len(numbers), *labels.shape[1:]), labels.dtype)
+    places = []  # of every shard: its texts there and here
+    for shard, chosen in groups:
+        there = ranges(first_texts[chosen], counts[chosen])
+        here = ranges(starts[chosen], counts[chosen])
+        places.append((shard, there, here))
+        lengths[here] = shard.text_offsets[there + 1] - shard.text_offsets[there]
+        seconds[here], hashes[here] = shard.second_starts[there], shard.text_hashes[there]
+        local = numbers[chosen] - shard.first_example
+        if shard.values is not None:
+            values[chosen, : shard.values.shape[1]] = shard.values[local]
+        if labels is not None:
+            labels[chosen] = shard.labels[local]
+    ends = offsets(lengths)
+    tokens = np.empty(ends[-1], shards[0].tokens.dtype)
+    for shard, there, here in places:
+        tokens[ranges(ends[here], lengths[here])] = shard.tokens[ranges(shard.text_offsets[there], lengths[here])]
+    columns = ranges(np.zeros_like(counts), counts)
+    prompts = np.array(prompt_lengths)[np.minimum(columns, len(prompt_lengths) - 1)]
+    width = np.arange(num_texts)
+    return ExampleBlock(
+        tokens=tokens,
+        text_lengths=lengths,
+        second_starts=seconds,
+        text_hashes=hashes,
+        prompt_lengths=np.minimum(prompts, lengths),
+        example_texts=np.where(width < counts[:, None], starts[:-1, None] + width, -1),
+        values=values if num_scores else None,
+        labels=labels,
+    )
+
+
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    """Return int64 `[N+1]`, where each of N pieces begins that have these lengths, and where the last ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
