@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchrecipes.errors import UserError
+from torchrecipes.manifest import flush, write_manifest
 from torchrecipes.models import (
+    EmbeddingModel,
     SequenceClassifier,
     bert,
     gpt2,
@@ -81,6 +83,29 @@ def test_the_pooler_of_a_bert_is_kept_or_new(tmp_path, pooler):
             first = theirs.eval()(input_ids=IDS).pooler_output
             pooled = torch.tanh(model.head.dense(model.eval()(IDS, return_features=True)))
         assert (pooled - first).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_an_embedding_model(tmp_path, family):
+    """Its folder has the names of `AutoModel`, and for a BERT a pooler that passes the first token on."""
+    trained = EmbeddingModel(BUILDERS[family](**SIZES, seed=3), projection=8)
+    save_hf(trained, tmp_path)
+    model, coverage = started_from(tmp_path, label_names=["x", "y"])
+    new = {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    assert set(coverage.initialized) == (set(OUTPUT) if family == "bert" else new)
+    with torch.no_grad():
+        assert torch.equal(model.encoder.eval()(IDS), trained.encoder.eval()(IDS))
+
+
+def test_a_checkpoint_and_a_run(tmp_path):
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    source = saved_classifier(folder)
+    write_manifest(folder, 7, flush(folder, ["config.json", "model.safetensors"]))
+    for path in (folder, tmp_path):
+        model, coverage = started_from(path, pytest.fail, label_names=["a", "b", "c"])
+        assert coverage.initialized == []
+        assert torch.equal(model.head.out_proj.weight, source.head.out_proj.weight)
+    assert load_classifier(tmp_path).label_names == stored_labels(tmp_path).names == ("a", "b", "c")
 
 
 def test_a_classifier_with_the_same_labels_keeps_its_head(tmp_path):
