@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, restore_flash_attention_impl
 
 from torchrecipes.data.batching.batch import dense_fields, document_fields
-from torchrecipes.modules import self_attention
+from torchrecipes.modules import row_attention
 from torchrecipes.modules.attention_backend import (
     AttentionBackend,
     activate_flash_attention_4,
@@ -155,20 +155,20 @@ def _label(choice: AttentionBackend, usable: list[str], flash_4: bool) -> str:
         return "varlen, FA4"
     if choice.name != "sdpa":
         return choice.name
-    order = [name for kernel in self_attention.ON_CUDA for name, known in SDPA.items() if known == kernel]
+    order = [name for kernel in row_attention.ON_CUDA for name, known in SDPA.items() if known == kernel]
     return next((name for name in order if name in usable), "")
 
 
 @contextmanager
 def _only(kernel: SDPBackend | None) -> Iterator[None]:
     """Lets the library's call of `scaled_dot_product_attention` use one kernel only; None: as it likes."""
-    kernels = self_attention.ON_CUDA
+    kernels = row_attention.ON_CUDA
     if kernel is not None:
-        self_attention.ON_CUDA = [kernel]
+        row_attention.ON_CUDA = [kernel]
     try:
         yield
     finally:
-        self_attention.ON_CUDA = kernels
+        row_attention.ON_CUDA = kernels
 
 
 @contextmanager

@@ -107,10 +107,14 @@ def test_every_kernel_and_layout_is_the_loop_over_documents(monkeypatch, kernel,
         dtype=torch.float32,
     )
     narrow = window is not None and layout != "regrouped" and kernel != "math"
-    assert backend.name == ("banded" if narrow else kernel)
     assert (backend.gather is not None) == (layout == "regrouped")
-    if layout == "regrouped":
+    by_length = layout == "regrouped" and not causal
+    assert (backend.groups is not None) == by_length
+    if by_length:
+        backend = backend._replace(name=kernel)  # both take documents of one length
+    elif layout == "regrouped":
         assert backend.gather.shape[1] == 64
+    assert backend.name == ("banded" if narrow else kernel)
     backend = backend._replace(dropout_p=0.0)
     if layout == "dense":
         bounds = torch.arange(0, rows * row_len + 1, row_len)
@@ -174,12 +178,8 @@ def test_a_window_beyond_every_document_is_none():
     bounds = packing(2, 400, 40, seed=1)
     longest = int(bounds.diff().max())
     options = {"cu_seqlens": bounds, "device": CPU, "dtype": torch.float32}
-    without = choose_attention_backend((2, 400), **options)
-    same = [
-        torch.equal(choose_attention_backend((2, 400), window=window, **options).mask, without.mask)
-        for window in (longest - 1, longest - 2)
-    ]
-    assert same == [True, False]
+    masks = [choose_attention_backend((2, 400), window=w, **options).mask for w in (longest - 1, longest - 2)]
+    assert masks[0] is None and masks[1].shape == (1, 1, longest, longest)
     assert choose_attention_backend((2, 400), window=399, device=CPU, dtype=torch.float32).mask is None
 
 
@@ -210,12 +210,13 @@ def test_a_document_never_changes_another(longest, dtype):
     assert torch.equal(before[end:], after[end:])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_short_documents_of_a_batch_are_regrouped_on_a_cpu(causal):
+def test_short_documents_of_a_batch_are_regrouped_on_a_cpu():
     fields = document_fields(np.arange(0, 2 * 1024, 64), (2, 1024))
     documents = {name: fields[name] for name in ("document_ids", "cu_seqlens", "max_seqlen")}
-    backend = choose_attention_backend((2, 1024), **documents, causal=causal, device=CPU, dtype=torch.float32)
+    backend = choose_attention_backend((2, 1024), **documents, causal=True, device=CPU, dtype=torch.float32)
     assert backend.gather.shape == (32, 64)
+    backend = choose_attention_backend((2, 1024), **documents, device=CPU, dtype=torch.float32)
+    assert backend.groups.tolist() == [[32, 64]] and backend.gather is None and backend.mask is None
 
 
 def test_regrouping_keeps_shapes_few():
@@ -223,10 +224,56 @@ def test_regrouping_keeps_shapes_few():
     for seed in range(20):
         bounds = packing(4, 1024, 64, seed=seed)
         backend = choose_attention_backend(
-            (4, 1024), cu_seqlens=bounds, max_seqlen=64, device=torch.device("cpu"), dtype=torch.float32
+            (4, 1024), cu_seqlens=bounds, max_seqlen=64, causal=True, device=CPU, dtype=torch.float32
         )
         shapes.add(tuple(backend.gather.shape))
     assert len(shapes) <= 2
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_documents_of_one_length_are_rows_of_their_own(in_order):
+    lengths = torch.tensor([2, 2, 2, 5, 9, 9, 30] if in_order else [9, 2, 30, 2, 5, 2, 9]).repeat_interleave(5)
+    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    total = int(bounds[-1])
+    backend = choose_attention_backend((1, total), cu_seqlens=bounds, device=CPU, dtype=torch.float64)
+    assert backend.groups.tolist() == [[15, 2], [5, 5], [10, 9], [5, 30]]
+    assert (backend.gather is None) == in_order == (backend.scatter is None)
+    tensors = inputs(1, total, torch.float64, kv_heads=2)
+    found = results(lambda q, k, v: attention(q, k, v, backend=backend), tensors)
+    assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, False, None), tensors), 1e-12)
+
+
+def test_which_documents_go_one_length_at_a_time_and_by_which_kernel():
+    def chosen(lengths, dtype=torch.float32, **options):
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        return choose_attention_backend((1, sum(lengths)), cu_seqlens=bounds, device=CPU, dtype=dtype, **options)
+
+    assert chosen([256] * 8).name == "math" and chosen([257] * 8).name == "sdpa"
+    assert chosen([257] * 8, torch.bfloat16).name == "math" and chosen([257] * 8, dropout_p=0.1).name == "math"
+    with torch.no_grad():
+        assert chosen([20] * 8).name == chosen([20] * 8, torch.bfloat16).name == "sdpa"
+    assert chosen([20] * 8).groups is not None and chosen([20] * 8, causal=True).groups is None
+    assert chosen([500, 12]).groups is None  # a row is hardly more than its longest document
+    assert chosen([300] * 8, window=100).groups is not None and chosen([400] * 8, window=100).name == "banded"
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("kv_heads", "window", "seed"), [(HEADS, None, 0), (1, 5, 1)])
+def test_one_length_at_a_time_is_one_operation_to_a_compiler(kv_heads, window, seed, dropout_p):
+    bounds = packing(2, 400, 40, seed=seed)
+    options = {"cu_seqlens": bounds, "window": window, "dropout_p": dropout_p}
+    backend = choose_attention_backend((2, 400), **options, device=CPU, dtype=torch.float64)
+    tensors = inputs(2, 400, torch.float64, kv_heads)
+
+    def attend(q, k, v):
+        return attention(q, k, v, backend=backend)
+
+    found = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(5)
+        found.append(results(function, tensors))
+    torch._dynamo.reset()
+    assert_close(found[1], found[0], 1e-12)
 
 
 def test_dropout_drops_and_keeps_the_mean():

@@ -82,6 +82,16 @@ def test_rows_longer_than_a_tile_and_regrouped_documents():
     torch.testing.assert_close(max_logits(q, k, backend).double(), reference(q, k, cu_seqlens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_documents_one_length_at_a_time(window):
+    q, k = tensors(2, 300)
+    cu_seqlens = torch.tensor([0, 10, 30, 60, 100, 125, 225, 300, 310, 330, 350, 370, 390, 440, 500, 550, 600])
+    backend = choose_attention_backend((2, 300), cu_seqlens=cu_seqlens, window=window, device=CPU, dtype=q.dtype)
+    assert backend.groups is not None and backend.gather is not None
+    expected = reference(q, k, cu_seqlens, False, window)
+    torch.testing.assert_close(max_logits(q, k, backend).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_bands(causal):
     q, k = tensors(1, 300)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecipes.errors import UserError
@@ -21,6 +20,7 @@ from torchrecipes.modules import (
     rope_cos_sin,
     to_residual_dtype,
 )
+from torchrecipes.modules.cpu.dropout import dropout
 
 ENCODERS = ("neobert", "modernbert", "bert", "roberta", "distilbert")
 
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         if self.position_embedding is not None:
             hidden_BSD = hidden_BSD + self.position_embedding(position_ids)
         hidden_BSD = to_residual_dtype(hidden_BSD, self.residual_dtype)
-        return F.dropout(hidden_BSD, self.embedding_dropout, self.training)
+        return dropout(hidden_BSD, self.embedding_dropout, self.training)
 
     def _collect(self, routings: list, tokens: int) -> None:
         routing = type(routings[0])(*(torch.stack(values) for values in zip(*routings, strict=True)))

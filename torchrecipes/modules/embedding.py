@@ -1,9 +1,9 @@
 """Embedding layers beyond `nn.Embedding`."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.modules.cpu.dropout import dropout
 from torchrecipes.modules.norm import LayerNorm
 from torchrecipes.modules.transformer import to_residual_dtype
 
@@ -59,4 +59,4 @@ class BertEmbedding(nn.Module):
             hidden_BSD = hidden_BSD + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             hidden_BSD = hidden_BSD + self.position_embeddings(position_ids + self.position_offset)
-        return F.dropout(self.norm(to_residual_dtype(hidden_BSD, self.residual_dtype)), self.dropout_p, self.training)
+        return dropout(self.norm(to_residual_dtype(hidden_BSD, self.residual_dtype)), self.dropout_p, self.training)

@@ -47,7 +47,8 @@ def record_max_logits(largest: Tensor, q: Tensor, k: Tensor, backend: AttentionB
         right = 0
     if backend.cu_seqlens is not None:  # no key of the same document is further away
         left, right = (min(reach if reach >= 0 else backend.max_seqlen, backend.max_seqlen) for reach in (left, right))
-    masks = (backend.mask, backend.gather, backend.cu_seqlens)
+    by_length = backend.groups is not None  # documents and window say it all
+    masks = (None, None, backend.cu_seqlens) if by_length else (backend.mask, backend.gather, backend.cu_seqlens)
     _record(largest, q.detach(), k.detach(), *masks, left, right, backend.name == "banded")
 
 

@@ -12,31 +12,21 @@ causal decoders there (Mistral and its kin) count the token itself, so their `sl
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.torch_version import TorchVersion
 
-from torchrecipes.estimation import kernel_device
 from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import LayerCache
-from torchrecipes.modules.cpu.banded_attention import BandedAttention
-from torchrecipes.modules.cpu.tiled_causal_attention import CausalTiles
+from torchrecipes.modules.cpu.attention_by_length import attend_by_length
 from torchrecipes.modules.max_logits import raise_max_logits, record_max_logits
 from torchrecipes.modules.norm import RMSNorm, rms_norm
 from torchrecipes.modules.rotary import apply_rotary
+from torchrecipes.modules.row_attention import attend_rows
 
-# The kernels of `scaled_dot_product_attention` on CUDA, the fastest first; each takes what the ones before it refuse.
-ON_CUDA = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 _VARLEN_ASKS_FOR_GQA = TorchVersion(torch.__version__) >= "2.12"  # before, it took fewer key heads unasked
 
 
@@ -93,44 +83,12 @@ def attention(
         record_max_logits(max_logits, q, k, backend)
     if backend.name == "varlen":
         return _varlen(q, k, v, backend)
+    if backend.groups is not None:
+        return attend_by_length(q, k, v, backend)
     if backend.gather is None:
-        return _rows(q, k, v, backend)
-    out_RLNH = _rows(_take(q, backend.gather), _take(k, backend.gather), _take(v, backend.gather), backend)
+        return attend_rows(q, k, v, backend)
+    out_RLNH = attend_rows(_take(q, backend.gather), _take(k, backend.gather), _take(v, backend.gather), backend)
     return _take(out_RLNH, backend.scatter)
-
-
-def _rows(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
-    """Attention inside rows, `[B, S, N, H]`, with the backend's mask."""
-    if backend.name == "tiled":
-        return CausalTiles.apply(q, k, v, backend.mask)
-    if backend.name == "banded":
-        return BandedAttention.apply(q, k, v, backend.mask, *backend.window_size)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if backend.name == "sdpa":
-        return _sdpa(q, k, v, backend).transpose(1, 2)
-    # The query heads of a key head are more rows of one product.
-    by_key_head = (q.shape[0], k.shape[1], -1, q.shape[3])
-    scores = torch.matmul((q * q.shape[-1] ** -0.5).reshape(by_key_head), k.transpose(-1, -2))
-    scores_BNSS = scores.view(*q.shape[:3], -1)
-    if backend.mask is not None:
-        scores_BNSS.add_(backend.mask)
-    weights_BNSS = scores_BNSS.softmax(-1)
-    if backend.dropout_p:
-        weights_BNSS = F.dropout(weights_BNSS, backend.dropout_p)
-    return torch.matmul(weights_BNSS.view(scores.shape), v).view(q.shape).transpose(1, 2)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend) -> Tensor:
-    options = {"attn_mask": backend.mask, "dropout_p": backend.dropout_p, "is_causal": backend.causal}
-    if backend.window_size != (-1, -1):  # an estimate: as many keys as a query sees
-        k, v = (x[:, :, : 1 + sum(backend.window_size)] for x in (k, v))
-    if k.shape[1] != q.shape[1]:
-        if kernel_device(q.device) == "cuda" and backend.mask is None:
-            options["enable_gqa"] = True
-        else:  # kernels that take a mask take no fewer key heads, and a slower one would be chosen silently
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    with sdpa_kernel(ON_CUDA, set_priority=True) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend, max_logits: Tensor | None) -> Tensor:

@@ -1,12 +1,12 @@
 """Transformer blocks, made of parts that are built elsewhere and passed in."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecipes.estimation import kernel_device
 from torchrecipes.modules.attention_backend import AttentionBackend
 from torchrecipes.modules.cache import LayerCache
+from torchrecipes.modules.cpu.dropout import dropout
 from torchrecipes.modules.moe import Routing
 
 
@@ -67,8 +67,8 @@ class PreNormBlock(nn.Module):
     ) -> Tensor:
         """Args: x_BSD; `rotary`, `backend` and `cache` as in `SelfAttention.forward`."""
         attended = self.self_attn(self.input_layernorm(x_BSD), rotary, backend, cache)
-        x_BSD = x_BSD + F.dropout(attended, self.dropout_p, self.training)
-        return x_BSD + F.dropout(self.mlp(self.post_attention_layernorm(x_BSD)), self.dropout_p, self.training)
+        x_BSD = x_BSD + dropout(attended, self.dropout_p, self.training)
+        return x_BSD + dropout(self.mlp(self.post_attention_layernorm(x_BSD)), self.dropout_p, self.training)
 
 
 class MoEBlock(PreNormBlock):
@@ -126,6 +126,6 @@ class PostNormBlock(nn.Module):
         """Args: x_BSD; `rotary`, `backend` and `cache` as in `SelfAttention.forward`."""
         attended = self.self_attn(x_BSD, rotary, backend, cache)
         if self.drop_attention:
-            attended = F.dropout(attended, self.dropout_p, self.training)
+            attended = dropout(attended, self.dropout_p, self.training)
         x_BSD = self.attention_norm(x_BSD + attended)
-        return self.mlp_norm(x_BSD + F.dropout(self.mlp(x_BSD), self.dropout_p, self.training))
+        return self.mlp_norm(x_BSD + dropout(self.mlp(x_BSD), self.dropout_p, self.training))

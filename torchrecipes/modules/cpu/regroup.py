@@ -1,4 +1,8 @@
-"""Shorter rows for short documents: attention on a CPU computes whole rows of scores, however short a document is."""
+"""Short documents on a CPU, where attention computes whole rows of scores, however short a document is.
+
+Documents of one length become rows of their own (`group_by_length`); or, where a backend takes rows of one length only,
+several documents share a shorter row (`regroup`).
+"""
 
 import numpy as np
 import torch
@@ -6,6 +10,8 @@ from torch import Tensor
 
 # Copying a token into a regrouped row and back costs about as much as attending to this many more tokens.
 COST_IN_KEYS = 64
+# The calls for documents of one more length cost about as much as this many pairs of tokens.
+COST_OF_LENGTH = 1000
 
 
 def document_lengths(cu_seqlens: Tensor, rows: int, row_len: int, max_seqlen: int | None) -> np.ndarray:
@@ -27,6 +33,34 @@ def document_lengths(cu_seqlens: Tensor, rows: int, row_len: int, max_seqlen: in
     if max_seqlen is not None and lengths.max() > max_seqlen:
         raise ValueError(f"cu_seqlens has a document of {lengths.max()} tokens; max_seqlen is {max_seqlen}")
     return lengths[lengths > 0]
+
+
+def group_by_length(lengths: np.ndarray, row_len: int) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Groups documents of the same length, or returns None where rows as they are cost less.
+
+    Args:
+        lengths: of the documents, as `document_lengths` returns them.
+        row_len: S.
+
+    Returns:
+        groups `[G, 2]` int64: the number of documents and their length, the shortest first; gather `[tokens]` int64,
+        the token in each place of the groups, and scatter, the place of each token; None: they are in this order.
+    """
+    tokens = int(lengths.sum())
+    sizes, counts = np.unique(lengths, return_counts=True)
+    cost = (sizes**2 * counts).sum() + COST_IN_KEYS * tokens + COST_OF_LENGTH * len(sizes)
+    if cost > 0.75 * tokens * row_len:
+        return None
+    groups = torch.from_numpy(np.stack([counts, sizes], axis=1))
+    order = np.argsort(lengths, kind="stable")
+    if (np.diff(order) == 1).all():
+        return groups, None, None
+    starts, sorted_lengths = np.cumsum(lengths) - lengths, lengths[order]
+    first_place = np.cumsum(sorted_lengths) - sorted_lengths
+    gather = np.arange(tokens) + np.repeat(starts[order] - first_place, sorted_lengths)
+    scatter = np.empty_like(gather)
+    scatter[gather] = np.arange(tokens)
+    return groups, torch.from_numpy(gather), torch.from_numpy(scatter)
 
 
 def regroup(lengths: np.ndarray, rows: int, row_len: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
