@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from torchrecipes.data.batching import Batch, pack_texts
 from torchrecipes.errors import UserError
 from torchrecipes.models import bert, load_hf_weights, meta_model_from_hf
 
@@ -39,3 +41,35 @@ def test_a_tensor_of_its_body_that_is_missing_is_named(tmp_path):
     with pytest.raises(UserError) as error:
         load_hf_weights(meta_model_from_hf(FOLDER).to_empty(device="cpu"), tmp_path)
     assert [problem.key for problem in error.value.problems] == ["bert.encoder.layer.3.output.dense.bias"]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_packed_texts_have_the_hidden_states_and_gradients_of_a_padded_batch(precision):
+    transformers = pytest.importorskip("transformers")
+    ours = meta_model_from_hf(FOLDER, head=False).to_empty(device="cpu")
+    load_hf_weights(ours, FOLDER, report=lambda _: None)
+    ours.eval()
+    theirs = transformers.AutoModel.from_pretrained(FOLDER).eval()
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 41, 40)
+    mask = torch.from_numpy(np.arange(40) < lengths[:, None])
+    ids = torch.from_numpy(rng.integers(1000, 20_000, (40, 40))) * mask
+    fields, places = pack_texts(ids[mask].numpy(), lengths, pad_id=0)
+    batch = Batch(num_targets=0, **fields)
+    weights = torch.randn(int(lengths.sum()), 384, generator=torch.Generator().manual_seed(0))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        packed = ours(batch.input_ids, **batch.documents)[0].float()
+        padded = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask].float()
+    ends = batch.cu_seqlens.tolist()
+    found = torch.cat([packed[ends[place] : ends[place + 1]] for place in places.tolist()])
+    assert (found - padded).abs().max() <= (1e-5 if precision == torch.float32 else 0.1)
+    grads = [
+        torch.autograd.grad((hidden * weights).sum(), parameter)[0]
+        for hidden, parameter in (
+            (found, ours.embedding.position_embeddings.weight),
+            (padded, theirs.embeddings.position_embeddings.weight),
+        )
+    ]
+    error = (grads[0] - grads[1]).norm() / grads[1].norm()
+    assert error <= (1e-5 if precision == torch.float32 else 0.05)
