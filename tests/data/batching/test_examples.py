@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.data.batching.memory_examples import PAD, TOKENIZER, MemoryExamples, random_examples
-from torchrecipes.data.batching.example_rows import ExampleRows, split_by_length
+from torchrecipes.data.batching.example_rows import ExampleRows, share_by_length, split_by_length
 from torchrecipes.data.batching.examples import Examples
 from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches
@@ -168,6 +168,18 @@ def test_another_corpus_is_not_resumed():
     with pytest.raises(UserError) as error:
         loader(MemoryExamples([]))
     assert error.value.code == "too_little_text"
+
+
+@pytest.mark.parametrize(("world_size", "together"), [(1, 1), (2, 1), (8, 1), (8, 4), (128, 2)])
+def test_ranks_have_as_many_tokens_and_groups_stay_together(world_size, together):
+    lengths = np.random.default_rng(0).lognormal(3, 0.8, 1024).astype(np.int64) + 2
+    shares = [share_by_length(lengths, rank, world_size, together) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {1024 // world_size}
+    assert sorted(np.concatenate(shares).tolist()) == list(range(1024))
+    tokens = [lengths[share].sum() for share in shares]
+    assert max(tokens) - min(tokens) <= lengths.reshape(-1, together).sum(1).max()
+    for share in shares:
+        assert (np.diff(share.reshape(-1, together), axis=1) == 1).all() and (share[::together] % together == 0).all()
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 7, 16])

@@ -52,10 +52,12 @@ def test_the_order_is_arithmetic_and_changes_with_seed_and_epoch():
 
 
 def test_a_loader_takes_steps_of_whole_groups():
-    loader = Loader(rows_of(), PairCollator(TOKENIZER), seed=1, global_batch_size=12, micro_batch_size=6)
+    sizes = {"global_batch_size": 24, "micro_batch_size": 4, "world_size": 3}
+    ranks = [Loader(rows_of(), PairCollator(TOKENIZER), seed=1, rank=rank, **sizes) for rank in range(3)]
     for _ in range(8):
-        labels = Counter(label for batch in loader.next_step() for label in batch.examples.labels.tolist())
-        assert all(count % 4 == 0 for count in labels.values())
+        for loader in ranks:
+            labels = Counter(label for batch in loader.next_step() for label in batch.examples.labels.tolist())
+            assert labels.total() == 8 and all(count % 4 == 0 for count in labels.values())
     with pytest.raises(UserError) as error:
         Loader(rows_of(), PairCollator(TOKENIZER), seed=1, global_batch_size=10, micro_batch_size=5)
     assert error.value.code == "not_divisible"

@@ -9,6 +9,7 @@
 In-batch negatives are then of the same dataset: others would be told apart by their topic or form alone.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ class DatasetBatches:
         parts: as given.
         source_names: their names, in order.
         texts_per_example: k, the most texts that an example has.
+        per_label: how many consecutive examples stay together on a rank: those of `GroupedRows`.
 
     Raises:
         UserError: weights of other datasets, or that are not numbers of at least 0 (code `weights`); a share below one
@@ -61,6 +63,7 @@ class DatasetBatches:
         first = next(iter(self.parts.values()))
         self.seq_len, self.pad_id = first.seq_len, first.pad_id
         self.texts_per_example = max(part.texts_per_example for part in self.parts.values())
+        self.per_label = math.lcm(*(part.per_label for part in self.parts.values()))
         self._quotas = self._steps_of_block()
         self._block: tuple[Any, np.ndarray, np.ndarray] | None = None  # of the last call of `_slots`
 

@@ -2,8 +2,8 @@
 
 1. What a `Loader` counts are examples: step s of G holds the positions from `(s - 1) * G` of the run, and their order
    is the permutation of shuffle.py.
-2. Examples differ in length: a rank's share of a step becomes micro-batches of about as many tokens
-   (`split_by_length`).
+2. Examples differ in length: a step is shared out among the ranks, and a rank's share among its micro-batches, so that
+   each has about as many tokens (`share_by_length`, `split_by_length`).
 """
 
 import math
@@ -40,7 +40,13 @@ class ExampleSource(Protocol):
 
 @runtime_checkable
 class ReadsExamples(Protocol):
-    """`Rows` that are examples."""
+    """`Rows` that are examples.
+
+    Attributes:
+        per_label: how many consecutive examples of a step stay together on a rank.
+    """
+
+    per_label: int
 
     def examples(self, numbers: np.ndarray) -> ExampleBlock:
         """The examples with these numbers, `[n]`; a number of -1 is left out."""
@@ -64,7 +70,7 @@ class ExampleRows:
         source_names: (), one source.
     """
 
-    source_names, num_available, lookahead = (), math.inf, 0
+    source_names, num_available, lookahead, per_label = (), math.inf, 0, 1
 
     def __init__(self, corpus: ExampleSource, seq_len: int, pad_id: int):
         self.corpus, self.seq_len, self.pad_id = corpus, seq_len, pad_id
@@ -99,6 +105,23 @@ class ExampleRows:
 
     def __str__(self) -> str:
         return str(self.corpus)
+
+
+def share_by_length(lengths: np.ndarray, rank: int, world_size: int, together: int = 1) -> np.ndarray:
+    """A rank's share of a step: as many examples as the others have, and about as many tokens.
+
+    Sorted by length, examples are dealt to the ranks in turn, so that two ranks differ by less than one example.
+
+    Args:
+        lengths: `[n]` int64, tokens of the examples of a step.
+        rank, world_size: this process among all.
+        together: consecutive examples that stay together; `n` is a multiple of this times `world_size`.
+
+    Returns:
+        The places of the rank's examples in `lengths`, `[n / world_size]` int64.
+    """
+    dealt = np.argsort(lengths.reshape(-1, together).sum(1), kind="stable")[rank::world_size]
+    return (dealt[:, None] * together + np.arange(together)).ravel()
 
 
 def split_by_length(lengths: np.ndarray, pieces: int) -> list[np.ndarray]:

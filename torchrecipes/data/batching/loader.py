@@ -1,8 +1,8 @@
 """From an optimizer step to its micro-batches.
 
 1. A run consumes rows one after the other: step s of G rows holds the positions from `(s - 1) * G` (shuffle.py).
-2. Every rank takes its share of a step's rows, in micro-batches; of examples, which differ in length, in micro-batches
-   of about as many tokens.
+2. Every rank takes its share of a step's rows, in micro-batches. Examples differ in length: they are shared out so that
+   ranks, and then micro-batches, have about as many tokens.
 3. Masks are drawn from a key of (seed, epoch, row) (mlm.py).
 
 What a step sees does not depend on the number of ranks, workers or micro-batches, and the state is one integer: the
@@ -10,6 +10,7 @@ rows consumed so far.
 """
 
 import itertools
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
 from torchrecipes.data.batching.dataset_batches import DatasetBatches
-from torchrecipes.data.batching.example_rows import ReadsExamples, split_by_length
+from torchrecipes.data.batching.example_rows import ReadsExamples, share_by_length, split_by_length
 from torchrecipes.data.batching.features import FeatureCollator
 from torchrecipes.data.batching.grouped_rows import GroupedRows
 from torchrecipes.data.batching.labeled import LabeledCollator
@@ -292,7 +293,10 @@ class _Steps(Dataset):
         self.global_batch_size, self.first_row, self.num_rows = global_batch_size, first_row, num_rows
         self.micro_batch_size: int | Literal["auto"] = "auto"
         # The arithmetic of the order costs as much for thousands of rows as for a few: it is done for a block of steps.
-        self.steps_per_block = max(1, 4096 // num_rows)
+        # Of examples a step is divided among the ranks by their lengths, so each rank locates those of all.
+        self.is_examples = isinstance(dataset, ReadsExamples)
+        self.located = np.arange(global_batch_size) if self.is_examples else first_row + np.arange(num_rows)
+        self.steps_per_block = max(1, 4096 // len(self.located))
         self.block, self.numbers, self.keys = range(0), None, None
 
     def identity(self) -> dict[str, int | float | bool | str]:
@@ -307,15 +311,19 @@ class _Steps(Dataset):
             if position + steps * self.global_batch_size > self.dataset.num_available:
                 steps = 1  # a stream: no more than is needed now
             self.block = range(position, position + steps * self.global_batch_size, self.global_batch_size)
-            positions = np.array(self.block)[:, None] + self.first_row + np.arange(self.num_rows)
+            positions = np.array(self.block)[:, None] + self.located
             self.numbers, epochs = self.dataset.locate(positions, self.seed, self.shuffle)
             self.keys = fold_in(self.seed, epochs, number_in_source(self.numbers))
         numbers, keys = self.numbers[self.block.index(position)], self.keys[self.block.index(position)]
         if (numbers < 0).any():
             raise exhausted(position)
         pieces = self.num_rows // self.micro_batch_size
-        if isinstance(self.dataset, ReadsExamples):
-            split = split_by_length(self.dataset.lengths(numbers), pieces)
+        if self.is_examples:
+            lengths = self.dataset.lengths(numbers)
+            together = math.gcd(self.dataset.per_label, self.num_rows)
+            rank, world_size = self.first_row // self.num_rows, self.global_batch_size // self.num_rows
+            share = share_by_length(lengths, rank, world_size, together)
+            split = [share[piece] for piece in split_by_length(lengths[share], pieces)]
         else:
             split = np.split(np.arange(self.num_rows), pieces)
         return [self.collator.batch(self.dataset, numbers[piece], keys[piece], step) for piece in split]

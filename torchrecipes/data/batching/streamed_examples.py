@@ -29,7 +29,7 @@ class StreamedExampleRows:
         source_names: (), one source.
     """
 
-    source_names, lookahead = (), 0
+    source_names, lookahead, per_label = (), 0, 1
 
     def __init__(self, stream: StreamedExamples, seq_len: int, pad_id: int):
         self.stream, self.seq_len, self.pad_id = stream, seq_len, pad_id
