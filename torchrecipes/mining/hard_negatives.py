@@ -381,8 +381,8 @@ class _Embedder:
         """`[texts, D]` float32, read only."""
         path, key = self.folder / f"{prompt}.f32", f"{prompt}_embeddings"
         done, width = self.state.done.get(key, (0, 0)) if path.exists() else (0, 0)
-        progress = Progress(f"encoding {prompt} texts")
-        progress.add(done, 0, skipped_bytes=0)
+        progress = Progress({"query": "encoding queries"}.get(prompt, "encoding passages"), texts.num_bytes())
+        progress.add(done, 0, skipped_bytes=texts.num_bytes(slice(0, done)))
         with path.open("r+b" if done else "wb") as file:
             file.truncate(done * width * 4)
             file.seek(0, 2)
@@ -400,7 +400,7 @@ class _Embedder:
                     file.flush()
                     width = embeddings.shape[1]
                     self.state.save(**{key: [part.stop, width]})
-                    progress.add(len(chunk), sum(map(len, chunk)))
+                    progress.add(len(chunk), texts.num_bytes(part))
             finally:
                 progress.close()
         return np.memmap(path, np.float32, "r", shape=(len(texts), width))

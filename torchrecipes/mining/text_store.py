@@ -11,7 +11,7 @@ import xxhash
 class TextStore:
     """Distinct texts in a file, by number; what is in memory is a hash of every text and where it starts.
 
-    Texts are one document where they have an identity in common, or differ in case and white space only. About 250
+    Texts are one document where they have an identity in common, or differ in case and white space only. About 350
     bytes of memory per text.
 
     Args:
@@ -58,6 +58,11 @@ class TextStore:
     def find(self, text: str) -> int:
         """Return the number of a text that has the same words as `text`, or -1."""
         return self.keys.get(document_key(text), -1)
+
+    def num_bytes(self, part: slice | None = None) -> int:
+        """Return the bytes of all texts, or of some consecutive ones."""
+        part = part or slice(0, len(self))
+        return self.starts[part.stop] - self.starts[part.start]
 
     def read(self, numbers: Iterable[int]) -> list[str]:
         """Return texts by their numbers."""
