@@ -99,8 +99,8 @@ def test_compressed_files_and_trec_qrels(tmp_path):
     assert Retrieval(str(tmp_path), split="dev")(HashEncoder()) == expected
 
 
-def pair(query, *passages):
-    return SimpleNamespace(texts=(query, *passages), values=(), label=None, source="x:1")
+def pair(query, *passages, label=None):
+    return SimpleNamespace(texts=(query, *passages), values=(), label=label, source="x:1")
 
 
 def test_pairs_equal_texts_are_one():
@@ -112,6 +112,23 @@ def test_pairs_equal_texts_are_one():
     queries, passages = {t: t for t in "abc"}, {t: t for t in task.passages}
     qrels = {"a": {"one": 1, "two": 1}, "b": {"one": 1}, "c": {"three": 1}}
     assert results == pytest.approx(by_loop(run_of(HashEncoder(), queries, passages, qrels), qrels))
+
+
+def test_passages_of_one_identity_are_relevant_together():
+    data = [pair("a", "one", label=7), pair("b", "part of one", "hard", label="7"), pair("c", "two", label="8")]
+    task = Retrieval(data=data, labels_are_ids=True).task
+    assert list(task.passages) == ["one", "part of one", "hard", "two"]
+    assert task.relevant == [{0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}, {3: 1.0}]
+
+
+def test_by_dot_product(tmp_path):
+    queries, passages, qrels = write_beir(tmp_path)
+    results, encoder = Retrieval(str(tmp_path), similarity="dot")(HashEncoder(8), dims=(3,)), HashEncoder(8)
+    for suffix, dim in (("", None), ("_dim3", 3)):
+        q = encoder.encode([queries[name] for name in qrels])[:, :dim].astype(np.float64)
+        scores = (q @ encoder.encode(list(passages.values()))[:, :dim].astype(np.float64).T).tolist()
+        run = {name: dict(zip(passages, row, strict=True)) for name, row in zip(qrels, scores, strict=True)}
+        assert {name: results[name + suffix] for name in METRICS} == pytest.approx(by_loop(run, qrels), abs=1e-12)
 
 
 def test_the_choice_of_queries_is_fixed_and_keeps_what_is_relevant(tmp_path):

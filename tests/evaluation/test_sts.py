@@ -37,6 +37,13 @@ def test_it_equals_scipy_at_every_dimension():
     assert len(results) == 6
 
 
+def test_by_dot_product():
+    encoder, data = HashEncoder(), pairs()
+    first, second = (encoder.encode([pair.texts[side] for pair in data]).astype(np.float64) for side in (0, 1))
+    expected = stats.pearsonr((first * second).sum(1), [pair.values[0] for pair in data])[0]
+    assert STS(data, similarity="dot")(encoder)["pearson"] == pytest.approx(expected, abs=1e-9)
+
+
 def test_ties_in_cosines_share_their_rank():
     class Two:
         def encode(self, texts, prompt=""):

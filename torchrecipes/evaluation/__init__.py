@@ -13,11 +13,11 @@ text_encoder          `TextEncoder`: embeddings of any number of texts
 text_vectors          `TextVectors`, `max_sim_scores`: late interaction
 text_classifier       `TextClassifier`: labels and probabilities of any number of texts
 over_texts            `map_texts`: what both compute, in windows that are sorted by length
-sts                   `STS`: correlation of cosines with people's scores
+sts                   `STS`: correlation with people's scores
 retrieval             `Retrieval`: MRR, nDCG and recall of an exact search
 pair_classification   `PairClassification`: average precision and the best thresholds
 mteb_tasks            `MTEBTasks`: tasks of MTEB
-embeddings            what these share: the encoder that they take, cosines
+embeddings            what these share: the encoder that they take, similarities
 top_k, ranking, beir  exact search in chunks, the metrics of rankings, BEIR's layout
 classification        `classification_metrics`, `class_scores`: from logits and labels; GLUE's metrics
 calibration           `fit_temperature`, `tune_thresholds`

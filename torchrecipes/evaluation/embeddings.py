@@ -1,12 +1,14 @@
-"""What the evaluators of embeddings share: the encoder that they take, and cosines."""
+"""What the evaluators of embeddings share: the encoder that they take, and similarities."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from torchrecipes.errors import UserError
+
+Similarity = Literal["cosine", "dot"]  # dot: the dot product of embeddings as they are
 
 
 class Encoder(Protocol):
@@ -49,20 +51,25 @@ def encode_pairs(encoder: Encoder, first: Sequence[str], second: Sequence[str]) 
     return embeddings[[number[text] for text in first]], embeddings[[number[text] for text in second]]
 
 
-def pair_cosines(first: np.ndarray, second: np.ndarray, dim: int | None = None) -> np.ndarray:
-    """The cosine of every pair of rows, in float64; 0 where a row is zeros.
+def pair_scores(
+    first: np.ndarray, second: np.ndarray, dim: int | None = None, similarity: Similarity = "cosine"
+) -> np.ndarray:
+    """The similarity of every pair of rows, in float64; a cosine with a row of zeros is 0.
 
     Args:
         first: `[n, D]`.
         second: `[n, D]`.
         dim: use the first `dim` columns; None: all.
+        similarity: of two rows.
 
     Returns:
         `[n]` float64.
     """
     first, second = (side[:, :dim].astype(np.float64) for side in (first, second))
-    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return np.einsum("nd,nd->n", first, second) / np.maximum(lengths, 1e-24)
+    products = np.einsum("nd,nd->n", first, second)
+    if similarity == "dot":
+        return products
+    return products / np.maximum(np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1), 1e-24)
 
 
 def by_dimension(

@@ -1,4 +1,4 @@
-"""`PairClassification`: how well the cosine tells pairs that belong together from others."""
+"""`PairClassification`: how well similarity tells pairs that belong together from others."""
 
 import math
 from collections.abc import Sequence
@@ -9,22 +9,32 @@ import numpy as np
 from torchrecipes.data.examples import ExampleSource
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.classification import average_precision
-from torchrecipes.evaluation.embeddings import Encoder, by_dimension, encode_pairs, finite_or_nan, pair_cosines
+from torchrecipes.evaluation.embeddings import (
+    Encoder,
+    Similarity,
+    by_dimension,
+    encode_pairs,
+    finite_or_nan,
+    pair_scores,
+)
 
 LABELS = {"1": 1, "0": 0, "1.0": 1, "0.0": 0, "True": 1, "False": 0}
 
 
 class PairClassification:
-    """Average precision of cosines, and the thresholds with the best accuracy and the best F1.
+    """Average precision of similarities, and the thresholds with the best accuracy and the best F1.
 
     Args:
         data: examples of two texts with the label 1 (they belong together) or 0, as `labeled_texts` or `scored_pairs`
             of `torchrecipes.data.examples` read them.
         positive_label: the label that is 1, where labels are names; any other is 0. None: labels are 0 and 1.
+        similarity: `cosine`, or `dot` for a model that was trained on dot products without normalization.
     """
 
-    def __init__(self, data: ExampleSource, positive_label: str | int | None = None):
-        self.data, self.positive_label = data, positive_label
+    def __init__(
+        self, data: ExampleSource, positive_label: str | int | None = None, *, similarity: Similarity = "cosine"
+    ):
+        self.data, self.positive_label, self.similarity = data, positive_label, similarity
 
     def __call__(self, encoder: Encoder, dims: Sequence[int] = ()) -> dict[str, float]:
         """Evaluates an encoder.
@@ -44,8 +54,8 @@ class PairClassification:
         first, second = encode_pairs(encoder, first, second)
 
         def measure(dim: int | None) -> dict[str, float]:
-            cosines = pair_cosines(first, second, dim)
-            return {"average_precision": average_precision(cosines, labels)} | best_thresholds(cosines, labels)
+            scores = pair_scores(first, second, dim, self.similarity)
+            return {"average_precision": average_precision(scores, labels)} | best_thresholds(scores, labels)
 
         return finite_or_nan(by_dimension(measure, dims, first.shape[1]), first, second)
 

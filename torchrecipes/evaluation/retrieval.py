@@ -15,7 +15,7 @@ from torchrecipes.data.examples import ExampleSource
 from torchrecipes.distributed.collectives import all_gather_object, rank, world_size
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.beir import read_beir_texts, read_qrels
-from torchrecipes.evaluation.embeddings import Encoder, check_dims, unit_rows
+from torchrecipes.evaluation.embeddings import Encoder, Similarity, check_dims, unit_rows
 from torchrecipes.evaluation.ranking import DEEPEST, ranking_metrics
 from torchrecipes.evaluation.text_vectors import TextVectors, max_sim_scores
 from torchrecipes.evaluation.top_k import TopK, add_dot_products
@@ -58,6 +58,9 @@ class Retrieval:
         ignore_identical_ids: leave out the passage with the identity of the query, as BEIR does (with `data`: the equal
             text). Needed where queries are passages of the corpus (ArguAna, Quora); wrong where both merely have the
             same numbers.
+        labels_are_ids: the label of an example is the identity of its passage's document (`label: passage_id` of
+            `pairs`): all passages of that identity are relevant to its query.
+        similarity: `cosine`, or `dot` for a model that was trained on dot products without normalization.
 
     Raises:
         UserError: both or none of `path` and `data` are given, or a number is out of range.
@@ -72,6 +75,8 @@ class Retrieval:
         max_queries: int | None = None,
         max_passages: int | None = None,
         ignore_identical_ids: bool = False,
+        labels_are_ids: bool = False,
+        similarity: Similarity = "cosine",
     ):
         if (path is None) == (data is None):
             hint = "path is a folder in BEIR's layout, data pairs of a query and a passage."
@@ -81,7 +86,8 @@ class Retrieval:
                 raise UserError(f"{value} is not 1 or more", key=key, hint="null takes all.", code="out_of_range")
         self.path, self.data, self.split = path, data, split
         self.max_queries, self.max_passages = max_queries, max_passages
-        self.ignore_identical_ids = ignore_identical_ids
+        self.ignore_identical_ids, self.labels_are_ids = ignore_identical_ids, labels_are_ids
+        self.similarity = similarity
 
     def __call__(self, encoder: Encoder, dims: Sequence[int] = ()) -> dict[str, float]:
         """Evaluates an encoder.
@@ -105,14 +111,14 @@ class Retrieval:
         mine = _share(len(task.queries))
         widths = (None, *dims)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        sides = [torch.from_numpy(unit_rows(queries[mine], dim)).to(device) for dim in widths]
+        sides = [torch.from_numpy(self._rows(queries[mine], dim)).to(device) for dim in widths]
         tops = [TopK(len(side), DEEPEST + self.ignore_identical_ids, device) for side in sides]
         is_finite, first, passages = bool(np.isfinite(queries).all()), 0, iter(task.passages)
         while chunk := list(islice(passages, CHUNK)):
             embeddings = encoder.encode(chunk, prompt="passage")
             is_finite = is_finite and bool(np.isfinite(embeddings).all())
             for dim, side, top in zip(widths, sides, tops, strict=True):
-                add_dot_products(top, side, torch.from_numpy(unit_rows(embeddings, dim)).to(device), first)
+                add_dot_products(top, side, torch.from_numpy(self._rows(embeddings, dim)).to(device), first)
             first += len(chunk)
         results = {}
         for dim, top in zip(widths, tops, strict=True):
@@ -142,6 +148,9 @@ class Retrieval:
         if self.ignore_identical_ids:
             ranked = _without(ranked, self.task.itself)
         return ranking_metrics(ranked, self.task.relevant)
+
+    def _rows(self, embeddings: np.ndarray, dim: int | None) -> np.ndarray:
+        return unit_rows(embeddings, dim) if self.similarity == "cosine" else np.ascontiguousarray(embeddings[:, :dim])
 
     @cached_property
     def task(self) -> RetrievalSet:
@@ -186,6 +195,8 @@ class Retrieval:
     def _read_pairs(self) -> RetrievalSet:
         relevant: dict[str, set[int]] = {}
         number: dict[str, int] = {}
+        of_document: dict[str, set[int]] = {}
+        documents: dict[str, set[str]] = {}  # of every query
         for example in self.data:
             if len(example.texts) < 2:
                 hint = "Read it with torchrecipes.data.examples.pairs."
@@ -195,6 +206,11 @@ class Retrieval:
             for passage in passages:
                 number.setdefault(passage, len(number))
             relevant.setdefault(query, set()).add(number[passages[0]])
+            if self.labels_are_ids:
+                of_document.setdefault(str(example.label), set()).add(number[passages[0]])
+                documents.setdefault(query, set()).add(str(example.label))
+        for query, names in documents.items():
+            relevant[query].update(*(of_document[name] for name in names))
         names = _fewest_hashes(list(relevant), self.max_queries)
         needed = {index for name in names for index in relevant[name]}
         hashes = array("Q", map(_hash, number))

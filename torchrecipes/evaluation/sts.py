@@ -1,4 +1,4 @@
-"""`STS`: semantic textual similarity, the correlation of cosines with people's scores."""
+"""`STS`: semantic textual similarity, the correlation with people's scores."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -8,19 +8,27 @@ import numpy as np
 from torchrecipes.data.examples import ExampleSource
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.correlation import pearson, spearman
-from torchrecipes.evaluation.embeddings import Encoder, by_dimension, encode_pairs, finite_or_nan, pair_cosines
+from torchrecipes.evaluation.embeddings import (
+    Encoder,
+    Similarity,
+    by_dimension,
+    encode_pairs,
+    finite_or_nan,
+    pair_scores,
+)
 
 
 class STS:
-    """Correlation of the cosines of pairs of sentences with their scores.
+    """Correlation of the similarities of pairs of sentences with the scores that people gave them.
 
     Args:
         data: examples of two texts with a score, as `torchrecipes.data.examples.scored_pairs` reads them. The scale of
             the scores does not matter.
+        similarity: `cosine`, or `dot` for a model that was trained on dot products without normalization.
     """
 
-    def __init__(self, data: ExampleSource):
-        self.data = data
+    def __init__(self, data: ExampleSource, *, similarity: Similarity = "cosine"):
+        self.data, self.similarity = data, similarity
 
     def __call__(self, encoder: Encoder, dims: Sequence[int] = ()) -> dict[str, float]:
         """Evaluates an encoder.
@@ -39,8 +47,8 @@ class STS:
         first, second = encode_pairs(encoder, first, second)
 
         def measure(dim: int | None) -> dict[str, float]:
-            cosines = pair_cosines(first, second, dim)
-            return {"spearman": spearman(cosines, scores), "pearson": pearson(cosines, scores)}
+            found = pair_scores(first, second, dim, self.similarity)
+            return {"spearman": spearman(found, scores), "pearson": pearson(found, scores)}
 
         return finite_or_nan(by_dimension(measure, dims, first.shape[1]), first, second)
 
