@@ -55,9 +55,11 @@ def main() -> None:
         rows = examples(args, work)
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         if args.only in (None, "train"):
-            ours = timed("train, ours", args.examples, lambda: train(args, rows, dtype))
+            ours, seconds = train(args, rows, dtype)
+            show("train, ours", rows.num_rows, seconds)
             save_hf(ours, work / "ours", load_tokenizer(args.model))
-            theirs = timed("train, transformers.Trainer", args.examples, lambda: train_there(args, work))
+            theirs, seconds = train_there(args, work)
+            show("train, transformers.Trainer", args.examples, seconds)
             theirs.save_pretrained(work / "theirs")
         if args.only in (None, "predict"):
             if not (work / "ours").exists():
@@ -89,8 +91,8 @@ def train(
     trainable: str = "all",
     cache: FeatureCache | None = None,
     model: SequenceClassifier | None = None,
-) -> SequenceClassifier:
-    """One epoch; a loop as in the recipe."""
+) -> tuple[SequenceClassifier, float]:
+    """One epoch, a loop as in the recipe; and its seconds."""
     model = model or loaded(args)
     set_trainable(model, trainable)
     steps = rows.num_rows // args.batch_size
@@ -99,6 +101,7 @@ def train(
     collator = cache or LabeledCollator(load_tokenizer(args.model))
     sizes = {"global_batch_size": args.batch_size, "micro_batch_size": args.batch_size}
     loader = Loader(rows, collator, seed=0, **sizes)
+    begin = time.perf_counter()
     for _ in range(steps):
         for batch in loader.next_step():
             with autocast(CPU, dtype):
@@ -108,7 +111,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return model
+    return model, time.perf_counter() - begin
 
 
 def read(file: str, most: int) -> tuple[list[str], list[int]]:
@@ -119,7 +122,7 @@ def read(file: str, most: int) -> tuple[list[str], list[int]]:
 
 
 def train_there(args: argparse.Namespace, work: Path):
-    """One epoch by `transformers.Trainer`."""
+    """One epoch by `transformers.Trainer`, and its seconds."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -144,8 +147,8 @@ def train_there(args: argparse.Namespace, work: Path):
         logging_strategy="no",
         disable_tqdm=True,
     )
-    Trainer(model=model, args=options, train_dataset=items, processing_class=tokenizer).train()
-    return model
+    trainer = Trainer(model=model, args=options, train_dataset=items, processing_class=tokenizer)
+    return model, trainer.train().metrics["train_runtime"]
 
 
 def predict(args: argparse.Namespace, work: Path, dtype: torch.dtype) -> None:
@@ -179,15 +182,11 @@ def predict(args: argparse.Namespace, work: Path, dtype: torch.dtype) -> None:
 
 def frozen(args: argparse.Namespace, rows: ExampleRows, work: Path, dtype: torch.dtype) -> None:
     """An epoch of everything, and of the head on features."""
-    begin = time.perf_counter()
-    train(args, rows, dtype)
-    everything = time.perf_counter() - begin
+    _, everything = train(args, rows, dtype)
     model, cache = loaded(args), FeatureCache(LabeledCollator(load_tokenizer(args.model)))
     set_trainable(model, "classifier")
     timed("features, once", rows.num_rows, lambda: cache.fill(model, [rows], Run(work, CPU, dtype)))
-    begin = time.perf_counter()
-    train(args, rows, dtype, "classifier", cache, model)
-    head = time.perf_counter() - begin
+    _, head = train(args, rows, dtype, "classifier", cache, model)
     print(f"epoch: all {everything:.2f} s, classifier {head:.3f} s: {everything / head:.0f} times faster")
 
 
@@ -195,9 +194,13 @@ def timed(name: str, count: int, function: Callable):
     """Call it, and print texts per second."""
     begin = time.perf_counter()
     result = function()
-    seconds = time.perf_counter() - begin
-    print(f"{name}: {count / seconds:,.0f} texts/s ({seconds:.1f} s)", flush=True)
+    show(name, count, time.perf_counter() - begin)
     return result
+
+
+def show(name: str, count: int, seconds: float) -> None:
+    """Print texts per second."""
+    print(f"{name}: {count / seconds:,.0f} texts/s ({seconds:.1f} s)", flush=True)
 
 
 if __name__ == "__main__":

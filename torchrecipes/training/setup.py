@@ -46,13 +46,13 @@ def setup_model(build_model: Callable[[Any, Any], nn.Module], config: Any, token
             model = build_model(config, tokenizer)
     check_tokenizer_compatibility(model, tokenizer, config.seq_len)
     compute, name = config.compute, type(model).__name__  # fully_shard changes the class
-    model.train()
     set_residual_dtype(model, compute.residual, run.dtype)
     convert_to_float8(model, compute.precision, device=run.device, emulate=compute.emulate_float8)
     apply_activation_checkpointing(model, compute.activation_checkpointing)
     if compute.compile:
         compile_model(model, run.device)
     freeze(model, config.freeze)
+    model.train()  # a classifier leaves what is frozen in evaluation mode
     parallelize(model, compute.strategy, run.device, run.dtype, compute.reduce_gradients)
     init_on_device(model, run.device, config.seed)
     if config.init_from and not run.resumes:
