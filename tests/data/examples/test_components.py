@@ -142,6 +142,13 @@ def test_given_names_are_the_classes_in_their_order(tokenizer, tmp_path, names, 
     assert corpus.read([0, 1, 2]).labels.tolist() == [1, 0, 1] and corpus.label_names == names
 
 
+def test_an_integer_is_no_number_of_a_class_where_the_names_are_integers(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "film", "label": label} for label in (7, 1)])
+    with pytest.raises(UserError) as error:
+        prepare_examples(tmp_path / "c", labeled_texts(path), tokenizer, max_length=16, label_names=["7", "5"])
+    assert error.value.code == "unknown_label"
+
+
 def test_unknown_labels_are_listed_with_their_lines_or_counted(tokenizer, tmp_path):
     path = write(tmp_path / "a.csv", [["text", "label"], ["film", "good"], ["film", "bda"], ["good film", "bda"]])
     options = {"max_length": 16, "label_names": ["good", "bad"]}

@@ -108,6 +108,7 @@ def test_classes_that_are_numbers_are_sorted_as_numbers(tokenizer, tmp_path, wri
     rows = [{"text": sentence(i), "label": written[i % 3]} for i in range(12)]
     source = labeled_texts(write_jsonl(tmp_path / "a.jsonl", rows))
     corpus, _ = prepare_examples(tmp_path / "corpus", source, tokenizer, max_length=64)
+    assert corpus.read([7, 0, 5]).labels.tolist() == [1, 2, 0]
     assert corpus.label_names == ["1", "2", "10"] and corpus.label_counts == [4, 4, 4]
     assert corpus.read(np.arange(6)).labels.tolist() == [2, 1, 0, 2, 1, 0]
 
@@ -139,13 +140,18 @@ def test_an_interrupted_call_continues_to_the_same_files(tokenizer, tmp_path, mo
     parts = prepare_examples(tmp_path / "parts", labeled_texts(path), tokenizer, **options | {"tokenizer_threads": 2})
     assert [part.fingerprint for part in parts] == [part.fingerprint for part in whole]
     assert [part.account for part in parts] == [part.account for part in whole]
+    train, order = parts[0], np.random.default_rng(0).permutation(parts[0].num_examples)
+    assert len(train.shards) > 3 and train.read(order).labels.tolist() == train.labels[order].tolist()
+    expected = {int(hash_of(sentence(i))): i % 2 for i in range(80)}
+    block = train.read(order)
+    assert [expected[text] for text in block.text_hashes.tolist()] == block.labels.tolist()
     names = [
         sorted(p.name for p in folder.rglob("*") if p.is_file()) for folder in (tmp_path / "parts", tmp_path / "whole")
     ]
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.5])
+@pytest.mark.parametrize("fraction", [0.1, 0.12, 0.5])
 def test_the_share_that_is_held_out_is_exact_for_every_label(tokenizer, tmp_path, fraction):
     labels = ["common"] * 60 + ["rare"] * 20 + ["pair"] * 2 + ["single"]
     rows = [{"text": f"{sentence(i)} {WORDS[i % 15]} {i}", "label": label} for i, label in enumerate(labels)]
@@ -154,7 +160,7 @@ def test_the_share_that_is_held_out_is_exact_for_every_label(tokenizer, tmp_path
         tmp_path / "corpus", labeled_texts(path), tokenizer, max_length=64, validation_fraction=fraction
     )
     counts = dict(zip(validation.label_names, validation.label_counts, strict=True))
-    assert counts == {"common": 60 * fraction, "rare": 20 * fraction, "pair": 1, "single": 0}
+    assert counts == {"common": round(60 * fraction), "rare": round(20 * fraction), "pair": 1, "single": 0}
     assert train.num_examples + validation.num_examples == len(rows)
     again = prepare_examples(
         tmp_path / "other", labeled_texts(write_jsonl(tmp_path / "b.jsonl", rows[::-1])), tokenizer, max_length=64,

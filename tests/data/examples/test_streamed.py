@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -147,6 +148,22 @@ def test_workers_read_for_themselves(path, tokenizer):
     assert (
         torch.from_numpy(examples.read(1).text_hashes).tolist() == stream(path, tokenizer).read(1).text_hashes.tolist()
     )
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are not forked here")
+def test_a_fork_in_the_middle_of_a_window_reads_for_itself(path, tokenizer):
+    examples = stream(path, tokenizer)
+    expected = examples.read(1)
+
+    def child():
+        assert same(examples.read(1), expected)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    with examples._lock:  # as if the thread were reading
+        process.start()
+    process.join(20)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_a_streamed_hugging_face_dataset(path, tokenizer, tmp_path):
