@@ -156,3 +156,35 @@ def test_a_folder_without_adapter(tmp_path):
     with pytest.raises(UserError) as error:
         load_lora(small(bert), Path(tmp_path))
     assert error.value.code == "not_found"
+
+
+def test_a_classifier(tmp_path):
+    from torchrecipes.models import SequenceClassifier
+
+    def classifier():
+        return SequenceClassifier(small(bert), label_names=["a", "b", "c"]).eval()
+
+    save_hf(classifier(), tmp_path / "base")
+    model = trained(classifier())
+    model.head.out_proj.weight.data.normal_()
+    model.head.dense.weight.data.normal_(0, 0.1)
+    save_lora(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert (loaded(ids()).logits - model(ids())).abs().max() < 1e-5
+
+
+def test_an_embedding_model(tmp_path):
+    from torchrecipes.models import EmbeddingModel
+
+    model = trained(EmbeddingModel(small(roberta), projection=8, learnable_temperature=0.05).eval())
+    assert model.lora.trained == ("logit_scale", "projection.weight", "projection.bias")
+    save_lora(model, tmp_path / "adapter")  # the projection is no part of the model that peft wraps
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(stored) == 2 * 2 * (3 + 1 + 2)
+    save_hf(EmbeddingModel(small(roberta)), tmp_path / "base")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert (loaded(ids()).last_hidden_state - model.encoder(ids())).abs().max() < 1e-5
