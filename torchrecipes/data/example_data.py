@@ -1,6 +1,6 @@
 """`load_examples`: the tokenizer and the examples of a fine-tuning run; corpora that are not there yet are built."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -71,12 +71,22 @@ class ExampleSets:
         train: the examples to train on, for a `Loader`.
         eval_sets: `validation` and `test`, those of them that there are.
         label_names: of a classification, in the order of their numbers; () otherwise.
+        label_counts: how many of the examples to train on have each of them.
+        num_examples: how many these are.
     """
 
     tokenizer: Tokenizer
     train: Any
     eval_sets: dict[str, ExampleRows]
     label_names: tuple[str, ...] = ()
+    label_counts: tuple[int, ...] = ()
+    num_examples: int = 0
+
+    def complete(self, config: Any) -> Any:
+        """A copy of a recipe's config with `label_names`, `label_counts` and `num_examples` where it has none."""
+        found = {"label_names": list(self.label_names) or None, "label_counts": list(self.label_counts) or None}
+        found |= {"num_examples": self.num_examples}
+        return replace(config, **{key: value for key, value in found.items() if getattr(config, key) is None})
 
 
 def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: Any) -> ExampleSets:
@@ -116,8 +126,10 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
                 print(evaluated.summary(name), flush=True)
     train, eval_sets = open_example_rows(config, corpus_dir, tokenizer)
     print(f"training examples: {train}", flush=True)
-    names = tuple(open_examples(_folder(corpus_dir, next(iter(sources))) / "train").label_names or ())
-    return ExampleSets(tokenizer, train, eval_sets, names)
+    corpora = [open_examples(_folder(corpus_dir, name) / "train") for name in sources]
+    counts = tuple(map(sum, zip(*(corpus.label_counts for corpus in corpora), strict=True)))
+    num_examples = sum(corpus.num_examples for corpus in corpora)
+    return ExampleSets(tokenizer, train, eval_sets, tuple(corpora[0].label_names or ()), counts, num_examples)
 
 
 def open_example_rows(

@@ -23,7 +23,7 @@ classification        `classification_metrics`, `class_scores`: from logits and 
 calibration           `fit_temperature`, `tune_thresholds`
 classification_plots  `plot_confusion_matrix`, `plot_calibration`
 classification_report `calibrate`, `report_classification`: at the end of a run
-over_examples         `map_examples`: what a model computes for every example of a set
+over_examples         `map_examples`, `predict_examples`: what a model computes for every example of a set
 correlation           Pearson and Spearman
 """
 
@@ -45,7 +45,7 @@ from torchrecipes.evaluation.generation import check_prompts, generate, generate
 from torchrecipes.evaluation.mask_filling import fill_mask
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
 from torchrecipes.evaluation.mteb_tasks import MTEBTasks
-from torchrecipes.evaluation.over_examples import map_examples
+from torchrecipes.evaluation.over_examples import map_examples, predict_examples
 from torchrecipes.evaluation.pair_classification import PairClassification
 from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
 from torchrecipes.evaluation.retrieval import Retrieval
@@ -88,6 +88,7 @@ __all__ = [
     "plot_calibration",
     "plot_confusion_matrix",
     "position_edges",
+    "predict_examples",
     "report_classification",
     "tune_thresholds",
     "unigram_baseline",

@@ -1,7 +1,7 @@
-"""`map_examples`: what a model computes for every example of a set, in the order of the set."""
+"""`map_examples`, `predict_examples`: what a model computes for every example of a set, in the order of the set."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,26 @@ def map_examples(
                 results[numbers] = result
                 bar.update(len(numbers))
     return all_reduce_sum_(results)  # every example is that of one rank, and the others add zeros
+
+
+def predict_examples(
+    model: nn.Module,
+    sets: Mapping[str, "ExampleRows"],
+    collator: Any,
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """Logits and labels of every example of some sets, by the name of the set: see `map_examples`.
+
+    Args:
+        model: has `classify(batch)`, as `SequenceClassifier`.
+        sets: by name, with labels.
+        collator: makes their batches.
+        autocast: makes the context to compute in.
+    """
+    return {
+        name: (map_examples(model, model.classify, rows, collator, autocast=autocast, name=name), rows.corpus.labels)
+        for name, rows in sets.items()
+    }
 
 
 def _by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:

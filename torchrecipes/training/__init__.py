@@ -6,7 +6,7 @@ precision                  number formats of the forward and backward pass
 float8                     8-bit matrix products through torchao
 activation_checkpointing   less memory for more time; the hint when memory runs out
 expert_load_balancing      the load of a mixture's experts
-trainable                  `set_trainable`: which part of a classifier is trained
+trainable                  `set_trainable`, `describe_trainable`: which part of a classifier is trained
 ema                        `EMA`: averaged weights
 frozen_features            `FeatureCache`: a frozen encoder's outputs, computed once
 few_shot                   `few_shot_start`: pairs of labels train the encoder, then the classifier is fitted (SetFit)
@@ -40,7 +40,7 @@ from torchrecipes.training.guide import embed_all, load_guide
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
 from torchrecipes.training.run import ComputeConfig, start_run
 from torchrecipes.training.setup import setup_model
-from torchrecipes.training.trainable import set_trainable
+from torchrecipes.training.trainable import describe_trainable, set_trainable
 
 __all__ = [
     "EMA",
@@ -55,6 +55,7 @@ __all__ = [
     "Guard",
     "LogConfig",
     "MetricLogger",
+    "describe_trainable",
     "embed_all",
     "few_shot_start",
     "fit_output_layer",

@@ -19,7 +19,7 @@ def set_trainable(model: SequenceClassifier, trainable: Trainable) -> str:
             with the norm after them; `all`; `lora`: the head and the matrices that `apply_lora` has added.
 
     Returns:
-        A sentence about what is trained.
+        What `describe_trainable` says.
 
     Raises:
         UserError: `too_few_blocks`, `no_lora`, or another word (`unknown_name`).
@@ -45,6 +45,12 @@ def set_trainable(model: SequenceClassifier, trainable: Trainable) -> str:
         for module in (*model.blocks[blocks - count :], model.encoder.norm) if count else ():
             module.requires_grad_(True)
     model.train(model.training)  # evaluation mode in what is frozen
+    return describe_trainable(model, trainable)
+
+
+def describe_trainable(model: SequenceClassifier, trainable: Trainable) -> str:
+    """Says what of a model is trained after `set_trainable`, and how many parameters that are."""
+    blocks = len(model.blocks)
     part = {
         "classifier": "the classifier",
         "last_2": f"the classifier and the last of {blocks} blocks",

@@ -12,6 +12,7 @@ streamed     `StreamedExamples`: examples that are tokenized while they are trai
 statistics   duplicates, contradicting labels, lengths
 block        `ExampleBlock`: examples that were read
 shards       the file format of a shard
+standard_library_labels  `docstring_packages`: docstrings, labeled with the package that they are from
 standard_library_pairs   `docstring_code_pairs`: descriptions and code of Python's own functions
 """
 
@@ -20,6 +21,7 @@ from torchrecipes.data.examples.components import labeled_texts, pairs, raw_text
 from torchrecipes.data.examples.corpus import ExampleCorpus, holds_examples, open_examples, prepare_examples
 from torchrecipes.data.examples.encode import ExampleEncoder
 from torchrecipes.data.examples.example import Example, ExampleSource
+from torchrecipes.data.examples.standard_library_labels import docstring_packages
 from torchrecipes.data.examples.standard_library_pairs import docstring_code_pairs
 from torchrecipes.data.examples.streamed import StreamedExamples
 
@@ -31,6 +33,7 @@ __all__ = [
     "ExampleSource",
     "StreamedExamples",
     "docstring_code_pairs",
+    "docstring_packages",
     "holds_examples",
     "labeled_texts",
     "open_examples",
