@@ -7,7 +7,7 @@
 The result, `<output_dir>/model`, is a folder for `AutoModelForSequenceClassification`. Run the same command to resume.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torchrecipes.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredErr
 from torchrecipes.models import SequenceClassifier, meta_classifier_from_hf, write_calibration
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
 from torchrecipes.training import ComputeConfig, FeatureCache, GracefulStop, LogConfig, MetricLogger
-from torchrecipes.training import describe_trainable, oom_hint, set_trainable, setup_model, start_run, sum_over_ranks
+from torchrecipes.training import describe_trainable, few_shot_start, oom_hint, set_trainable, setup_model, start_run
+from torchrecipes.training import sum_over_ranks
 
 LOSSES = {"single_label": CrossEntropy, "multi_label": BinaryCrossEntropy, "regression": MeanSquaredError}
 
@@ -46,6 +47,7 @@ class Config:
     init_from: str | None = None  # a Hugging Face folder, a checkpoint or a run: of an encoder, or of a classifier
     trainable: Literal["classifier", "last_2", "last_3", "all", "lora"] = "all"  # last_2: classifier and last block
     freeze: list[str] = field(default_factory=list)  # patterns of parameters that are not trained, as in blocks.0.*
+    few_shot: bool = False  # for 8 to 64 examples of a label: pairs of labels train the encoder first (SetFit)
     lora: Component = component("torchrecipes.modules.apply_lora", injected=("model", "seed"))  # of trainable=lora
     pooling: Literal["cls", "mean", "late"] | None = None  # what the head sees; None: as in init_from, or the family's
     dropout: Fraction | None = None  # in the head; None: as in init_from
@@ -107,6 +109,8 @@ def main(config: Config) -> None:
     guard, early_stopping = build(config.guard), build(config.early_stopping)
     data, config_yaml = load_examples(config, task=config.task, label_names=config.label_names), to_yaml(config)
     config = data.complete(config)  # label names and counts
+    if config.few_shot:
+        config = replace(config, init_from=few_shot_start(config, build_model, build_collator, data, run))
     tokenizer, collator = data.tokenizer, build_collator(config, data.tokenizer)
     objective = (config, tokenizer, build_model, build_collator, compute_loss)  # to time and estimate this recipe
     max_steps = resolve_max_steps(*objective, run, data)

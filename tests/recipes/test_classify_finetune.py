@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
     )
     encoder = path / "encoder"
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    save_hf(bert(vocab_size=len(words), max_position_embeddings=40, **sizes, seed=1), encoder)
+    save_hf(bert(vocab_size=len(words), max_position_embeddings=40, initializer_range=0.2, **sizes), encoder)
     tokenizer.save(str(encoder / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     names |= {"mask_token": "[MASK]", "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 40}

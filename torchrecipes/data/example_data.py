@@ -119,7 +119,7 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
             train, _ = prepare(_folder(corpus_dir, name), source, validation_fraction=fraction, **options)
             print(train.summary(name), flush=True)
         if labels:
-            labels |= {"label_names": train.label_names}
+            labels |= {"label_names": train.label_names or None}
         for name in (VALIDATION, TEST):
             if (node := getattr(data, name)) is not None:
                 evaluated, _ = prepare(_eval_folder(corpus_dir, name), _build(name, node), prompts=prompts, **labels)

@@ -124,8 +124,8 @@ def labeled_texts(
 
     Args:
         text, text_pair: keys or columns of the text and, for pairs, of the second one.
-        label: that of the label: a name, a number, true or false, or a list of names. Several columns are the classes
-            of a multi-label task, each 0 or 1.
+        label: that of the label: a name, a number, true or false, or a list of names. A list of columns are the classes
+            of a multi-label task, each 0 or 1; it may be one column.
         label_delimiter: what stands between the names of several labels in one string, such as `;`.
         path, dataset, subset, split, streaming, revision, columns, delimiter, on_bad_record, max_examples: see `pairs`.
 
@@ -135,12 +135,12 @@ def labeled_texts(
     labels = _listed(label)
     arguments = _arguments({"text": text, "text_pair": text_pair, "label": label})
     texts = (text,) if text_pair is None else (text, text_pair)
-    make = LabeledFields(tuple(arguments), texts, labels, label_delimiter)
+    make = LabeledFields(tuple(arguments), texts, labels, label_delimiter, is_class=not isinstance(label, str))
     records = _open(path, dataset, subset, split, streaming, revision, columns, delimiter, on_bad_record, max_examples,
                     RecordColumns(arguments, make))  # fmt: skip
     return ExampleSource(
         records, "labeled", ("text", "text_pair")[: len(texts)], has_labels=True, settings=make,
-        label_names=labels if len(labels) > 1 else _class_names(records, labels[0]), on_bad_record=on_bad_record,
+        label_names=_class_names(records, label) if isinstance(label, str) else labels, on_bad_record=on_bad_record,
     )  # fmt: skip
 
 

@@ -97,13 +97,14 @@ class LabeledFields:
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     delimiter: str | None = None
+    is_class: bool = False
 
     def __call__(self, values: Sequence[Any], source: str) -> Example | BadRecord:
         """Return the example, or the reason why the values give none."""
         fields = dict(zip(self.names, values, strict=True))
         try:
             texts = tuple(_text(fields[name], name) for name in self.texts)
-            if len(self.labels) > 1:
+            if self.is_class:
                 label = [name for name in self.labels if _is_set(fields[name], name)]
             else:
                 label = _label(fields[self.labels[0]], self.labels[0], self.delimiter)
