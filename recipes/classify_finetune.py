@@ -18,14 +18,11 @@ from torchrecipes.config import build, component, parse, to_yaml
 from torchrecipes.data import Batch, ExampleData, LabeledCollator, Loader, Tokenizer, load_examples
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import calibrate, classification_metrics, predict_examples, report_classification
-from torchrecipes.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
+from torchrecipes.losses import CLASSIFICATION_LOSSES
 from torchrecipes.models import SequenceClassifier, meta_classifier_from_hf, write_calibration
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
-from torchrecipes.training import ComputeConfig, FeatureCache, GracefulStop, LogConfig, MetricLogger
-from torchrecipes.training import describe_trainable, few_shot_start, oom_hint, set_trainable, setup_model, start_run
-from torchrecipes.training import sum_over_ranks
-
-LOSSES = {"single_label": CrossEntropy, "multi_label": BinaryCrossEntropy, "regression": MeanSquaredError}
+from torchrecipes.training import ComputeConfig, FeatureCache, GracefulStop, LogConfig, MetricLogger, describe_trainable
+from torchrecipes.training import few_shot_start, oom_hint, set_trainable, setup_model, start_run, sum_over_ranks
 
 
 @dataclass
@@ -51,7 +48,7 @@ class Config:
     lora: Component = component("torchrecipes.modules.apply_lora", injected=("model", "seed"))  # of trainable=lora
     pooling: Literal["cls", "mean", "late"] | None = None  # what the head sees; None: as in init_from, or the family's
     dropout: Fraction | None = None  # in the head; None: as in init_from
-    loss: Component | None = component(None, injected=("label_counts", "num_examples"))  # None: by task, see LOSSES
+    loss: Component | None = component(None, injected=("label_counts", "num_examples"))  # None: the task's own
 
     seq_len: Tokens = 256  # tokens of a text or a pair, at most
     global_batch_size: Rows = 32  # examples per optimizer step in the whole run
@@ -75,16 +72,14 @@ class Config:
 
 def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
     """The encoder and the classification head, on the default device; what is not trained is frozen."""
-    names = config.label_names or (None if config.task == "regression" else ["0", "1"])  # not known before the data
-    settings = {"label_names": names, "num_labels": 1 if names is None else len(names), "task": config.task}
-    settings |= {"max_length": config.seq_len, "pooling": config.pooling, "dropout": config.dropout}
+    names = config.label_names or (["number"] if config.task == "regression" else ["0", "1"])  # before the data is read
+    settings = {"task": config.task, "max_length": config.seq_len, "pooling": config.pooling, "dropout": config.dropout}
     if config.model is None:
-        model = meta_classifier_from_hf(config.init_from, **settings)
+        model = meta_classifier_from_hf(config.init_from, label_names=names, **settings)
     else:
         encoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=config.seed)
-        model = SequenceClassifier(encoder, seed=config.seed, **settings)
-    if config.trainable == "lora":
-        build(config.lora, model=model, seed=config.seed)
+        model = SequenceClassifier(encoder, label_names=names, seed=config.seed, **settings)
+    build(config.lora if config.trainable == "lora" else None, model=model, seed=config.seed)
     set_trainable(model, config.trainable)
     return model
 
@@ -98,8 +93,7 @@ def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor
     """The loss, summed over the batch's examples, and other sums to log beside it."""
     logits, labels = model.classify(batch), batch.examples.labels
     counts = {"label_counts": config.label_counts or [1] * logits.shape[1], "num_examples": config.num_examples or 2}
-    loss_function = build(config.loss, **counts) or LOSSES[config.task]()
-    loss = loss_function(logits, labels)
+    loss = (build(config.loss, **counts) or CLASSIFICATION_LOSSES[config.task]())(logits, labels)
     accuracy = {"accuracy": (logits.argmax(1) == labels).sum()} if config.task == "single_label" else {}
     return loss, {"loss": loss.detach()} | accuracy
 
@@ -120,8 +114,7 @@ def main(config: Config) -> None:
     print(describe_trainable(model, config.trainable))
     optimizer = build(config.optimizer, model=model, params=[p for p in model.parameters() if p.requires_grad])
     lr_scheduler = build(config.lr_scheduler, optimizer=optimizer, max_steps=max_steps)
-    if config.trainable == "classifier":
-        collator = FeatureCache(collator)  # the frozen encoder's outputs, in place of tokens
+    collator = FeatureCache(collator) if config.trainable == "classifier" else collator  # a frozen encoder's outputs
     order = {"seed": config.seed, "shuffle": config.data.shuffle, "num_workers": config.data.num_workers}
     sizes = {"global_batch_size": config.global_batch_size, "micro_batch_size": config.micro_batch_size}
     loader = Loader(data.train, collator, **order, **sizes, **run.placement)
@@ -206,6 +199,8 @@ def main(config: Config) -> None:
                 if eval_now:
                     enough = judge()
 
+        if enough:
+            checkpointer.save(step)
         if stopped and step < max_steps:
             print(f"stopped after step {step}, saved {checkpointer.saved}. Run the same command to resume.")
             raise SystemExit(128 + stopped)  # as shells do

@@ -16,7 +16,12 @@ own_candidates           every query and the candidates of its own example
 
 from torchrecipes.losses.causal_lm import causal_lm_loss
 from torchrecipes.losses.chunked_cross_entropy import linear_cross_entropy
-from torchrecipes.losses.classification import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
+from torchrecipes.losses.classification import (
+    CLASSIFICATION_LOSSES,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    MeanSquaredError,
+)
 from torchrecipes.losses.contrastive import InfoNCE
 from torchrecipes.losses.distillation import KLDistillation, MarginMSE
 from torchrecipes.losses.late_interaction import max_sim
@@ -28,6 +33,7 @@ from torchrecipes.losses.source_sums import by_dataset, by_source
 from torchrecipes.losses.triplet import BatchHardTriplet, Triplet
 
 __all__ = [
+    "CLASSIFICATION_LOSSES",
     "BatchHardTriplet",
     "BinaryCrossEntropy",
     "CoSENT",

@@ -120,6 +120,14 @@ class MeanSquaredError:
         return (_at_least_fp32(logits)[:, 0] - labels).square().sum()
 
 
+# The loss of each task, where nothing else is chosen.
+CLASSIFICATION_LOSSES = {
+    "single_label": CrossEntropy,
+    "multi_label": BinaryCrossEntropy,
+    "regression": MeanSquaredError,
+}
+
+
 def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
