@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import ranks
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import load
 from torchrecipes.config.catalog import find_recipe
@@ -334,3 +335,54 @@ def test_a_decoder_and_rows_beyond_the_positions_are_refused(train, tmp_path, fo
             train("run", *overrides)
         found = {problem.code for problem in error.value.problems or [error.value]}
         assert code is None or code in found, found
+
+
+@pytest.mark.parametrize("trainable", ["all", "classifier"])
+def test_two_ranks_are_one(train, config, tmp_path, trainable):
+    options = [
+        f"trainable={trainable}",
+        "micro_batch_size=4",
+        "max_steps=8",
+        "data.test=null",
+        "checkpoint.keep_last=1",
+    ]
+    one = train("one", *options)
+    script = tmp_path / "main.py"
+    script.write_text("from torchrecipes.cli.main import _as_process\n_as_process()\n")
+    command = ["run", "classify_finetune", "--config", str(config), f"output_dir={tmp_path / 'two'}", *options]
+    ranks.run(script, 2, *command)
+    two = tmp_path / "two"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-6)
+    for ours, theirs in zip(evaluations(two, "validation"), evaluations(one, "validation"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    result, expected = (load_file(run / "model" / "model.safetensors") for run in (two, one))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(result[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_few_examples_start_from_pairs_of_labels(train, capsys):
+    """The dropout of SetFit's pairs and the fit of the output layer are tested beside `few_shot_start`."""
+    few = ["data.source.max_examples=24", "few_shot=true", "trainable=classifier", "optimizer.lr=1e-6"]
+    run = train("run", *few, "max_steps=2", "eval_every=2")
+    assert "few_shot: 24 examples" in capsys.readouterr().out
+    before = evaluations(run, "validation")[0]["eval/validation/accuracy"]
+    plain = train("plain", *few[:1], "max_steps=2", "eval_every=2")
+    assert before > evaluations(plain, "validation")[0]["eval/validation/accuracy"]
+
+
+def test_an_edited_loss_of_a_copied_recipe_is_followed(config, tmp_path):
+    """A second term: the squared logits, logged beside the loss."""
+    source = RECIPE.read_text()
+    edited = source.replace(
+        'return loss, {"loss": loss.detach()} | accuracy',
+        "term = 0.1 * logits.square().sum()\n"
+        '    return loss + term, {"loss": loss.detach(), "term": term.detach()} | accuracy',
+    )
+    assert edited != source
+    path = tmp_path / "my_recipe.py"
+    path.write_text(edited)
+    recipe = load_recipe(path)
+    settings = [f"output_dir={tmp_path / 'run'}", "max_steps=8", "data.test=null", "micro_batch_size=auto"]
+    recipe.main(load(recipe.Config, config, settings, recipe=path))
+    terms = [line["term"] for line in lines(tmp_path / "run") if "term" in line]
+    assert len(terms) == 8 and all(term > 0 for term in terms)
