@@ -357,7 +357,8 @@ def test_two_ranks_are_one(train, config, tmp_path, trainable):
         assert ours == pytest.approx(theirs, abs=1e-6)
     result, expected = (load_file(run / "model" / "model.safetensors") for run in (two, one))
     for name, tensor in expected.items():
-        torch.testing.assert_close(result[name], tensor, rtol=0, atol=1e-5)
+        if not name.endswith("key.bias"):  # its gradient is rounding alone, which AdamW makes as large as any other
+            torch.testing.assert_close(result[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_few_examples_start_from_pairs_of_labels(train, capsys):
