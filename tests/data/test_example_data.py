@@ -1,6 +1,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from torchrecipes.config import Component
@@ -97,3 +98,33 @@ def test_a_missing_file_is_named_with_the_key_of_its_source(tmp_path):
         with pytest.raises(UserError) as error:
             load_examples(config_of(tmp_path, **data))
         assert error.value.key == key
+
+
+def test_a_stream_is_tokenized_while_it_is_read(tmp_path, files):
+    config = config_of(tmp_path, source=source(files["a"]), validation=source(files["b"]), window=8)
+    found = load_examples(config, prompts={"query": "what "})
+    assert found.train.num_available in (8, 16) and found.eval_sets["validation"].num_rows == 10
+    train, eval_sets = open_example_rows(config, tmp_path / "run" / "corpus")
+    assert train.identity() == found.train.identity() and eval_sets.keys() == {"validation"}
+    all_at_once = load_examples(config_of(tmp_path / "other", source=source(files["a"])), prompts={"query": "what "})
+    numbers, _ = found.train.locate(np.arange(30), seed=0, shuffle=False)
+    blocks = [rows.examples(numbers) for rows in (found.train, all_at_once.train)]
+    assert blocks[0].tokens.tolist() == blocks[1].tokens.tolist() and found.train.num_rows == 30
+
+
+def test_classes_of_a_stream_are_those_that_are_named(tmp_path, files):
+    config = config_of(tmp_path, source=source(files["train"], LABELED), test=source(files["test"], LABELED), window=8)
+    found = load_examples(config, task="single_label", label_names=["b", "a"])
+    assert found.label_names == ("b", "a") and found.eval_sets["test"].corpus.labels.tolist() == [0] * 6
+    assert found.train.examples(np.arange(4)).labels.tolist() == [1, 0, 1, 0]
+    with pytest.raises(UserError) as error:
+        load_examples(config, task="single_label")
+    assert error.value.code == "no_label_names"
+
+
+def test_what_needs_all_examples_does_not_go_with_a_stream(tmp_path, files):
+    data = ExampleData(source=source(files["a"]), window=8, validation_fraction=0.1, split_by="query", per_label=2)
+    assert [error.key for error in data.check()] == ["validation_fraction", "split_by", "per_label"]
+    with pytest.raises(UserError) as error:
+        open_example_rows(config_of(tmp_path, source=source(files["a"]), window=8), tmp_path)
+    assert error.value.code == "no_corpus"

@@ -1,17 +1,21 @@
 """`load_examples`: the tokenizer and the examples of a fine-tuning run; corpora that are not there yet are built."""
 
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torchrecipes.atomic_write import write_atomically
 from torchrecipes.config import Component, build
 from torchrecipes.config.metadata import Count, Fraction, MayChange
 from torchrecipes.data.batching.dataset_batches import DatasetBatches
 from torchrecipes.data.batching.example_rows import ExampleRows
 from torchrecipes.data.batching.grouped_rows import GroupedRows
 from torchrecipes.data.batching.loader import rows_per_rank
-from torchrecipes.data.examples import open_examples, prepare_examples
+from torchrecipes.data.batching.streamed_examples import StreamedExampleRows
+from torchrecipes.data.corpus.shard_writer import to_json
+from torchrecipes.data.examples import StreamedExamples, open_examples, prepare_examples
 from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.data.tokenizers.load import load_model_tokenizer
 from torchrecipes.distributed.collectives import rank0_first, world_size
@@ -20,6 +24,7 @@ from torchrecipes.model_folder import resolve_model_folder
 
 VALIDATION, TEST = "validation", "test"  # evaluation sets
 ONE_SOURCE = "train"
+STREAM_FILE = "stream.json"
 
 
 @dataclass
@@ -35,6 +40,7 @@ class ExampleData:
     split_by: Literal["query", "positive"] | None = None  # pairs: which text's hash, so that both sides share none
     test: Component | None = None  # examples for `eval/test`, once, at the end
     per_label: Count = 0  # examples of the same label that come together, for losses that compare labels; 0: none do
+    window: Count = 0  # examples that are tokenized at a time while the model trains; 0: all before that
     corpus_dir: MayChange[str | None] = None  # folder of tokenized examples, shared by runs; None: <output_dir>/corpus
     shuffle: bool = True  # False: examples in the order of the source
     num_workers: MayChange[Count] = 0  # loader processes; 0: in this process, which is fast enough for most models
@@ -51,6 +57,11 @@ class ExampleData:
             return [UserError(f"needs a weight for every source: {names}", key="weights", code="unknown_name")]
         if unknown := self.dataset_prompts.keys() - self.sources.keys():
             return [UserError("there is no such source", key=f"dataset_prompts.{min(unknown)}", code="unknown_name")]
+        if self.window:
+            whole = ("sources", "validation_fraction", "split_by", "per_label")
+            hint = "A stream is one source, read once: give data.validation, or set window=0."
+            given = [key for key in whole if getattr(self, key)]
+            return [UserError("it needs all examples at once", key=k, hint=hint, code="streamed") for k in given]
         return []
 
     def open(self, config: Any, corpus_dir: Path) -> tuple[Any, dict[str, ExampleRows]]:
@@ -113,7 +124,10 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
             text = next(iter(sources.values())).as_documents()
             tokenizer = build(config.tokenizer, source=text, folder=corpus_dir / "tokenizer", causal=False)
         prepare = partial(prepare_examples, tokenizer=tokenizer, max_length=config.seq_len)
-        for name, source in sources.items():
+        if data.window:
+            save_stream(corpus_dir, tokenizer, prompts=prompts, **labels)
+            train = open_stream(config, corpus_dir).stream
+        for name, source in () if data.window else sources.items():
             options = {"prompts": data.dataset_prompts.get(name, prompts), "split_by": data.split_by, **labels}
             fraction = 0.0 if data.validation else data.validation_fraction
             train, _ = prepare(_folder(corpus_dir, name), source, validation_fraction=fraction, **options)
@@ -126,6 +140,8 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
                 print(evaluated.summary(name), flush=True)
     train, eval_sets = open_example_rows(config, corpus_dir, tokenizer)
     print(f"training examples: {train}", flush=True)
+    if data.window:
+        return ExampleSets(tokenizer, train, eval_sets, tuple(train.stream.label_names or ()))
     corpora = [open_examples(_folder(corpus_dir, name) / "train") for name in sources]
     counts = tuple(map(sum, zip(*(corpus.label_counts for corpus in corpora), strict=True)))
     num_examples = sum(corpus.num_examples for corpus in corpora)
@@ -148,8 +164,8 @@ def open_example_rows(
     data, pad_id = config.data, tokenizer.pad_id if tokenizer else 0
     rows_of = partial(ExampleRows, seq_len=config.seq_len, pad_id=pad_id)
     train_of = partial(GroupedRows, seq_len=config.seq_len, pad_id=pad_id, per_label=data.per_label)
-    parts = {}
-    for name in _sources(data):
+    parts = {ONE_SOURCE: open_stream(config, corpus_dir)} if data.window else {}
+    for name in () if data.window else _sources(data):
         corpus = open_examples(_folder(corpus_dir, name) / "train", tokenizer)
         parts[name] = train_of(corpus) if data.per_label else rows_of(corpus)
     train = DatasetBatches(parts, config.global_batch_size, data.weights) if data.sources else parts[ONE_SOURCE]
@@ -160,6 +176,29 @@ def open_example_rows(
         elif name == VALIDATION and data.validation_fraction and data.source:
             eval_sets[name] = rows_of(open_examples(_folder(corpus_dir, ONE_SOURCE) / VALIDATION, tokenizer))
     return train, eval_sets
+
+
+def save_stream(corpus_dir: Path, tokenizer: Tokenizer, **settings: Any) -> None:
+    """Keeps in `corpus_dir` what `open_stream` needs: the tokenizer, and `prompts`, `task` and `label_names`."""
+    corpus_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(corpus_dir / "tokenizer")
+    write_atomically(corpus_dir / STREAM_FILE, [to_json(settings)])
+
+
+def open_stream(config: Any, corpus_dir: Path) -> StreamedExampleRows:
+    """Opens the training examples of a config with `data.window` as a stream.
+
+    Raises:
+        UserError: `save_stream` has not been called there (code `no_corpus`); or what `StreamedExamples` raises.
+    """
+    try:
+        settings = json.loads((corpus_dir / STREAM_FILE).read_text("utf-8"))
+    except OSError:
+        raise UserError(f"there is no {corpus_dir / STREAM_FILE}", hint="A run makes it.", code="no_corpus") from None
+    tokenizer = load_model_tokenizer(corpus_dir / "tokenizer")
+    options = {"max_length": config.seq_len, "window": config.data.window, "folder": corpus_dir / "windows"}
+    stream = StreamedExamples(_build("source", config.data.source), tokenizer, **options, **settings)
+    return StreamedExampleRows(stream, config.seq_len, tokenizer.pad_id)
 
 
 def _sources(data: ExampleData) -> dict[str, Component]:

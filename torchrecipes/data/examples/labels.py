@@ -100,7 +100,7 @@ def check_task(task: str | None, label_names: Sequence[str] | None) -> None:
     if task not in TASKS:
         hint = f"Set one of {', '.join(TASKS)}."
         raise UserError(f"'{task}' is not a valid value", key="task", hint=hint, code="invalid_value")
-    if label_names is None:
+    if label_names is None or (task == "regression" and not label_names):
         return
     if task == "regression":
         problem, hint = "a regression has no classes", "Leave label_names out."
