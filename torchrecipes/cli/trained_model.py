@@ -79,6 +79,7 @@ def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, A
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.evaluation import TextEncoder
     from torchrecipes.models import load_embedding_model
+    from torchrecipes.modules import pack_linears
     from torchrecipes.training.precision import autocast
 
     device = _device(args.device)
@@ -86,6 +87,8 @@ def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, A
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
     half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     context = partial(autocast, device, torch.bfloat16 if half else torch.float32)
+    if device.type == "cpu" and not half:
+        pack_linears(model)
     return folder, TextEncoder(model, tokenizer, autocast=context, **options)
 
 

@@ -12,6 +12,7 @@ Tensors are named by the letters of their dimensions where that helps (`x_BSD`, 
 
 from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import KVCache
+from torchrecipes.modules.cpu.packed_linear import pack_linears
 from torchrecipes.modules.embedding import BertEmbedding
 from torchrecipes.modules.feed_forward import GeGLU, GeluMLP, SwiGLU
 from torchrecipes.modules.head import ClassificationHead, LMHead, MLMTransform
@@ -56,6 +57,7 @@ __all__ = [
     "init_tensor",
     "init_weights",
     "merge_lora",
+    "pack_linears",
     "rope_cos_sin",
     "to_residual_dtype",
     "unmerge_lora",
