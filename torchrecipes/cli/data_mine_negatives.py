@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--similarity", choices=("cosine", "dot"), help="default: the model's")
     group.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: the model's)")
-    group.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 4096; GPU 32768)")
+    group.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 1024 a thread)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: bf16 on a GPU")
     group.add_argument(

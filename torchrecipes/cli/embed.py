@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="NAME", help="query, passage, ... (default: the model's default, if any)")
     parser.add_argument("--dim", type=int, metavar="D", help="the first D dimensions, of length 1 again (Matryoshka)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: the model's)")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 4096; GPU 32768)")
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 1024 a thread)")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help=".jsonl or .csv (default: JSON lines on stdout)")
     parser.add_argument("--top-k", type=int, metavar="K", help="the K most probable labels only (default: all)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: as in training)")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 4096; GPU 32768)")
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 1024 a thread)")
 
 
 def main(args: argparse.Namespace) -> None:

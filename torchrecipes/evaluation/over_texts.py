@@ -23,8 +23,9 @@ from torchrecipes.data.progress import Progress
 from torchrecipes.distributed.collectives import all_reduce_sum_, rank, world_size
 from torchrecipes.evaluation.running import evaluation_mode
 
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}  # by type of device
-BATCHES_PER_WINDOW = 32
+# Larger batches do not stay in the caches of a CPU: 4,096 tokens per thread were 10 % to 25 % slower.
+TOKENS_PER_THREAD, TOKENS_ON_GPU = 1024, 32_768
+BATCHES_PER_WINDOW = 128
 TEXTS_PER_WINDOW = 32_768  # at most
 
 Text = TypeVar("Text")
@@ -45,6 +46,11 @@ class TextWindow:
     num_bytes: list[int]
     prompt_length: int = 0
     second_starts: list[int] | None = None
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens of a forward pass: 1,024 for every thread of a CPU, 32,768 on a GPU."""
+    return TOKENS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_ON_GPU
 
 
 def map_texts(

@@ -13,7 +13,7 @@ from torchrecipes.data.examples.example import Example
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation.over_texts import TOKENS_PER_BATCH, TextWindow, map_texts
+from torchrecipes.evaluation.over_texts import TextWindow, default_batch_tokens, map_texts
 from torchrecipes.models import SequenceClassifier, max_positions
 
 Text = str | tuple[str, str]
@@ -44,7 +44,7 @@ class TextClassifier:
         tokenizer: the model's own.
         max_length: tokens of a text or a pair, special tokens included; a longer one is cut as in training. None: as in
             training where config.json says it, else all positions of the model.
-        tokens_per_batch: of a forward pass, at most, and one text at least. None: 4,096 on a CPU, 32,768 on a GPU.
+        tokens_per_batch: of a forward pass, at most, and one text at least. None: `default_batch_tokens`.
         autocast: makes the context to compute in.
 
     Attributes:
@@ -70,8 +70,7 @@ class TextClassifier:
         if self.max_length > positions:
             wanted = f"at most the {positions} tokens that the model takes"
             raise UserError(f"{max_length} must be {wanted}", key="max_length", code="out_of_range")
-        device = next(model.parameters()).device.type
-        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(device, 4096)
+        self.tokens_per_batch = tokens_per_batch or default_batch_tokens(next(model.parameters()).device)
         self.num_truncated = self.num_empty = 0
         self._encoders: dict[int, ExampleEncoder] = {}
 

@@ -10,7 +10,7 @@ from torchrecipes.data.examples.encode import ExampleEncoder
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation.over_texts import TOKENS_PER_BATCH, TextWindow, map_texts
+from torchrecipes.evaluation.over_texts import TextWindow, default_batch_tokens, map_texts
 from torchrecipes.evaluation.text_vectors import TextVectors, encode_vectors
 from torchrecipes.models.embedding_model import EmbeddingModel
 
@@ -26,7 +26,7 @@ class TextEncoder:
         tokenizer: the model's own.
         max_length: tokens of a text, with prompt and special tokens; the end of what is longer is cut off. None:
             `model.max_length`.
-        tokens_per_batch: of a forward pass, at most, and one text at least. None: 4,096 on a CPU, 32,768 on a GPU.
+        tokens_per_batch: of a forward pass, at most, and one text at least. None: `default_batch_tokens`.
         autocast: makes the context to compute in.
 
     Attributes:
@@ -49,7 +49,7 @@ class TextEncoder:
             wanted = f"1 to {model.max_length} tokens, which the model takes"
             raise UserError(f"{max_length} must be {wanted}", key="max_length", code="out_of_range")
         self.device = next(model.parameters()).device
-        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 4096)
+        self.tokens_per_batch = tokens_per_batch or default_batch_tokens(self.device)
         self.num_truncated = self.num_empty = 0
         self._encoders: dict[str, ExampleEncoder] = {}
 
