@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests import ranks
+from torchrecipes.cli import stages
 from torchrecipes.cli.main import main
 from torchrecipes.config import load, read_stages
 from torchrecipes.errors import UserError
@@ -300,3 +302,21 @@ def test_a_reference_to_a_key_without_a_value_names_the_stage_s_line(staged, tmp
     staged.config.write_text(staged.config.read_text().replace("${init_from}", "${init_form}"))
     staged(code=2)
     assert "init_form" in capsys.readouterr().err
+
+
+def test_stages_that_are_not_compared_show_their_best_values(tmp_path, monkeypatch, capsys):
+    values = {"classifier": 0.75, "all": 0.875}
+
+    def best(folder):
+        value = values.get(folder.parent.name)
+        return value and {"metric": "eval/validation/macro_f1", "value": value, "checkpoint": "step-00000010"}
+
+    monkeypatch.setattr("torchrecipes.checkpoint.best.best_checkpoint", best)
+    names = ("encoder", *values)
+    for name in names:
+        (tmp_path / name).mkdir()
+    stages._compare({name: SimpleNamespace(output_dir=str(tmp_path / name)) for name in names})
+    assert capsys.readouterr().out.splitlines() == [
+        "classifier: eval/validation/macro_f1 0.75 (step-00000010)",
+        "all: eval/validation/macro_f1 0.875 (step-00000010)",
+    ]

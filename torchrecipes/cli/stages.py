@@ -55,7 +55,7 @@ def run_stages(args: argparse.Namespace) -> None:
         one = copy.copy(args)
         one.stage = name
         statuses[name] = run_stage(one, stage)
-    _compare(Path(next(iter(stages.values())).output_dir).parent)
+    _compare(stages)
     if "ended" in statuses.values():
         raise SystemExit(ENDED_BY_ITSELF)
 
@@ -214,11 +214,16 @@ def _is_unchanged(args: argparse.Namespace, stage: Stage) -> bool:
     return not changed_keys(yaml.safe_load(saved), yaml.safe_load(to_yaml(config)), recipe.Config)
 
 
-def _compare(folder: Path) -> None:
+def _compare(stages: dict[str, Stage]) -> None:
+    """Print the comparison of runs on a domain, or, of other recipes, the best value of every stage that keeps one."""
+    from torchrecipes.checkpoint.best import best_checkpoint
     from torchrecipes.cli.compare import compare_runs
 
     if os.environ.get("RANK", "0") == "0":
+        folder = Path(next(iter(stages.values())).output_dir).parent
         try:
             compare_runs([folder], folder)
         except UserError as error:  # stages of another kind
-            print(f"no comparison: {error.problem}", flush=True)
+            found = {name: best_checkpoint(Path(stage.output_dir) / "checkpoints") for name, stage in stages.items()}
+            lines = [f"{name}: {x['metric']} {x['value']:.4g} ({x['checkpoint']})" for name, x in found.items() if x]
+            print("\n".join(lines) or f"no comparison: {error.problem}", flush=True)
