@@ -30,7 +30,7 @@ class Config:
     output_dir: MayChange[str] = MISSING  # the run's folder
     seed: int = 0  # chooses new weights, the order of the examples and dropout
 
-    data: ExampleData = field(default_factory=ExampleData)  # the examples
+    data: ExampleData = field(default_factory=lambda: ExampleData(validation_fraction=0.1))  # the examples
     task: Literal["single_label", "multi_label", "regression"] = "single_label"  # what a label is
     label_names: list[str] | None = None  # in the order of the logits; None: those of the training examples, sorted
     label_counts: list[int] | None = None  # examples of each label, for balanced weights; None: counted
