@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 # What follows a key's name in names of files (`tokenizer.json`) and in attributes of Python objects (`model.head`).
-NOT_KEYS = "py yaml json jsonl safetensors model txt head router_loss weight step check".split()
-FOREIGN = {"add_bos_token"}  # options of other libraries
+NOT_KEYS = "py yaml json jsonl safetensors model txt png head router_loss weight step check".split()
+FOREIGN = {"add_bos_token", "mmap_mode"}  # options of other libraries
 
 
 def read(page):
