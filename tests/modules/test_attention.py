@@ -230,14 +230,22 @@ def test_regrouping_keeps_shapes_few():
     assert len(shapes) <= 2
 
 
-@pytest.mark.parametrize("in_order", [True, False])
-def test_documents_of_one_length_are_rows_of_their_own(in_order):
-    lengths = torch.tensor([2, 2, 2, 5, 9, 9, 30] if in_order else [9, 2, 30, 2, 5, 2, 9]).repeat_interleave(5)
-    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([2, 2, 2, 5, 9, 9, 30], [[15, 2], [5, 5], [10, 9], [5, 30]]),
+        ([30, 9, 9, 2], [[5, 30], [10, 9], [5, 2]]),
+        ([2, 5, 30, 5], [[5, 2], [5, 5], [5, 30], [5, 5]]),  # sorted, with padding at the end
+        ([9, 2, 30, 2, 5, 2, 9], None),
+    ],
+)
+def test_documents_of_one_length_are_rows_of_their_own(lengths, groups):
+    bounds = torch.tensor(lengths).repeat_interleave(5).cumsum(0)
+    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), bounds))
     total = int(bounds[-1])
     backend = choose_attention_backend((1, total), cu_seqlens=bounds, device=CPU, dtype=torch.float64)
-    assert backend.groups.tolist() == [[15, 2], [5, 5], [10, 9], [5, 30]]
-    assert (backend.gather is None) == in_order == (backend.scatter is None)
+    assert backend.groups.tolist() == (groups or [[15, 2], [5, 5], [10, 9], [5, 30]])
+    assert (backend.gather is None) == (groups is not None) == (backend.scatter is None)
     tensors = inputs(1, total, torch.float64, kv_heads=2)
     found = results(lambda q, k, v: attention(q, k, v, backend=backend), tensors)
     assert_close(found, results(lambda q, k, v: reference(q, k, v, bounds, False, None), tensors), 1e-12)

@@ -17,10 +17,11 @@ backward in ms. Documents of 4 to 40 tokens: flex 0.82, varlen 2.24; of about 40
 of one document: cuDNN 1.00, varlen 1.57, flash 1.61. Other lengths, causal rows and FlashAttention-4 have not been
 measured: `benchmarks/gpu.py` measures them all.
 
-On a CPU, documents are taken one length at a time where that saves work. For texts of 8 to 40 tokens it takes a third
-of the time of regrouped rows with a mask (12 heads of 32, AVX-512 without AMX), for 100 to 256 tokens 0.4 in bf16 and
-0.6 in fp32. For gradients `math` is then faster up to 256 tokens in fp32; without them `sdpa` is as fast, and needs no
-memory for scores.
+On a CPU, documents are taken one length at a time where that saves work. For texts of 8 to 40 tokens it takes half of
+the time of regrouped rows with a mask in fp32, and as much in bf16; for texts of 100 to 256 tokens 0.8 of it without a
+gradient, and a quarter to a third in training with dropout (12 heads of 32, AVX-512 without AMX,
+`benchmarks/short_documents.py`). For gradients `math` is then faster up to 256 tokens in fp32; without them `sdpa` is
+as fast, and needs no memory for scores.
 
 `math` is scores, softmax and values as three batched products. In bf16 they take a third of the time of the CPU's flash
 kernel at rows of 64 to 512 tokens and two thirds at 1024 (measured without AMX), for `S / (20 H)` times the memory of a

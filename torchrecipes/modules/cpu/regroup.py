@@ -43,18 +43,21 @@ def group_by_length(lengths: np.ndarray, row_len: int) -> tuple[Tensor, Tensor |
         row_len: S.
 
     Returns:
-        groups `[G, 2]` int64: the number of documents and their length, the shortest first; gather `[tokens]` int64,
-        the token in each place of the groups, and scatter, the place of each token; None: they are in this order.
+        groups `[G, 2]` int64: the number of documents and their length; gather `[tokens]` int64, the token in each
+        place of the groups, and scatter, the place of each token. None for both: the groups are in the order of the
+        documents, as they are where these are sorted by length, but for the padding after them.
     """
     tokens = int(lengths.sum())
     sizes, counts = np.unique(lengths, return_counts=True)
     cost = (sizes**2 * counts).sum() + COST_IN_KEYS * tokens + COST_OF_LENGTH * len(sizes)
     if cost > 0.75 * tokens * row_len:
         return None
+    first_of_run = np.flatnonzero(np.diff(lengths, prepend=-1))
+    if len(first_of_run) <= len(sizes) + 1:
+        runs = np.diff(first_of_run, append=len(lengths))
+        return torch.from_numpy(np.stack([runs, lengths[first_of_run]], axis=1)), None, None
     groups = torch.from_numpy(np.stack([counts, sizes], axis=1))
     order = np.argsort(lengths, kind="stable")
-    if (np.diff(order) == 1).all():
-        return groups, None, None
     starts, sorted_lengths = np.cumsum(lengths) - lengths, lengths[order]
     first_place = np.cumsum(sorted_lengths) - sorted_lengths
     gather = np.arange(tokens) + np.repeat(starts[order] - first_place, sorted_lengths)
