@@ -133,6 +133,12 @@ def test_labels_without_names_fit_any_names(tmp_path):
     assert coverage.initialized == []
 
 
+def test_a_single_label_may_have_any_name(tmp_path):
+    saved_classifier(tmp_path, label_names=["relevance"], task="regression")
+    _, coverage = started_from(tmp_path, pytest.fail, label_names=["score"], task="multi_label")
+    assert coverage.initialized == []
+
+
 @pytest.mark.parametrize("kind", ["BertForTokenClassification", "RobertaForTokenClassification"])
 def test_the_head_of_another_kind_is_not_taken(tmp_path, kind):
     """`classifier.weight` of a model for tokens has the name and the shape of ours."""

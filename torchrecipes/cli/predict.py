@@ -65,20 +65,18 @@ def main(args: argparse.Namespace) -> None:
             texts = [(text, args.pair) for text in texts]
         _, classify = load_text_classifier(args, max_length=args.max_length, tokens_per_batch=args.batch_tokens)
     except UserError as error:
-        key = OPTIONS.get(error.key, error.key)
-        raise UserError(
-            error.problem, key=key, hint=error.hint, code=error.code, problems=error.problems
-        ) from None  # fmt: skip
+        found = {"hint": error.hint, "code": error.code, "problems": error.problems}
+        raise UserError(error.problem, key=OPTIONS.get(error.key, error.key), **found) from None
     labels = classify.model.labels
     if args.input is None and output is None:
         for text, prediction in zip(args.texts, classify.predict(texts), strict=True):
             print("\n".join(_shown(text, prediction, labels, args.top_k)))
         _report(classify, texts)
         return
-    progress = Progress("predicting", getattr(texts, "num_bytes", None)) if output or sys.stderr.isatty() else None
+    progress = Progress("predicting", getattr(texts, "num_bytes", None))
     write = _csv_rows if output is not None and output.suffix == ".csv" else _json_lines
-    begin, counter = time.perf_counter(), [0]
-    rows = write(_predictions(texts, classify, progress, counter), labels, args)
+    begin = time.perf_counter()
+    rows = write(_predictions(texts, classify, progress), labels, args)
     try:
         if output is None:
             for chunk in rows:
@@ -87,11 +85,11 @@ def main(args: argparse.Namespace) -> None:
         else:
             write_atomically(output, (chunk.encode() for chunk in rows))
     finally:
-        if progress is not None:
-            progress.close()
+        progress.close()
+    count = progress.documents
     seconds = max(time.perf_counter() - begin, 1e-9)
     where = f" in {output}" if output else ""
-    print(f"{counter[0]:,} predictions{where}; {counter[0] / seconds:,.0f} texts per second", file=sys.stderr)
+    print(f"{count:,} predictions{where}; {count / seconds:,.0f} texts per second", file=sys.stderr)
     _report(classify, texts)
 
 
@@ -100,11 +98,10 @@ def _check(args: argparse.Namespace) -> Path | None:
     if bool(args.texts) == (args.input is not None):
         problem = "texts and --input are both given" if args.texts else "there are no texts"
         raise UserError(problem, hint="Give texts, or --input FILE (- is standard input).", code="no_texts")
-    unused = {"--pair": args.pair if args.input else None, "--text-pair-column": args.texts and args.text_pair_column}
-    for option, value in unused.items():
-        if value:
-            where = "texts on the command line" if option == "--pair" else "--input"
-            raise UserError(f"it belongs to {where}", key=option, code="unused_option")
+    if args.pair is not None and args.input is not None:
+        raise UserError("it belongs to texts on the command line", key="--pair", code="unused_option")
+    if args.text_pair_column is not None and args.input is None:
+        raise UserError("it belongs to --input", key="--text-pair-column", code="unused_option")
     for option in ("--top-k", "--max-length", "--batch-tokens"):
         value = getattr(args, option[2:].replace("-", "_"))
         if value is not None and value < 1:
@@ -116,7 +113,7 @@ def _check(args: argparse.Namespace) -> Path | None:
     return output
 
 
-def _predictions(texts: Iterable, classify: Any, progress: Any, counter: list[int]) -> Iterator[list[tuple]]:
+def _predictions(texts: Iterable, classify: Any, progress: Any) -> Iterator[list[tuple]]:
     """Yield (text, prediction) of the texts of each window."""
     kept: deque = deque()
 
@@ -126,7 +123,6 @@ def _predictions(texts: Iterable, classify: Any, progress: Any, counter: list[in
             yield text
 
     for part in classify.predict_iter(reading(), progress):
-        counter[0] += len(part)
         yield [(kept.popleft(), prediction) for prediction in part]
 
 

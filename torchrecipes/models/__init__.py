@@ -5,6 +5,8 @@
 | transformer       | `Transformer`, the one network behind the families                           |
 | families/         | one file per family: config, sizes, blocks, Hugging Face layout              |
 | classifier        | `SequenceClassifier`: an encoder with a classification head                  |
+| classifier_adapter| its layout, family by family                                                 |
+| labels            | `Labels`: names of labels, thresholds, temperature, in config.json           |
 | builder           | makes a family's function, `neobert(size, *, vocab_size, ...)`               |
 | decoder, experts  | what several families share                                                  |
 | hf_adapter        | `HFAdapter`, the two-way map to the Hugging Face layout, attached to a model |
@@ -26,13 +28,7 @@
 """
 
 from torchrecipes.model_folder import has_hf_config, resolve_model_folder
-from torchrecipes.models.classifier import (
-    SequenceClassifier,
-    load_classifier,
-    meta_classifier_from_hf,
-    stored_labels,
-    write_calibration,
-)
+from torchrecipes.models.classifier import SequenceClassifier, load_classifier, meta_classifier_from_hf
 from torchrecipes.models.compatibility import (
     check_causal,
     check_positions,
@@ -73,6 +69,7 @@ from torchrecipes.models.hub import (
     save_hf,
     stop_token_ids,
 )
+from torchrecipes.models.labels import Labels, stored_labels, write_calibration
 from torchrecipes.models.late_interaction import LateInteraction
 from torchrecipes.models.longer_context import extend_context
 from torchrecipes.models.lora_adapter import load_lora, save_lora
@@ -93,6 +90,7 @@ __all__ = [
     "EmbeddingConfig",
     "EmbeddingModel",
     "HFAdapter",
+    "Labels",
     "LateInteraction",
     "SequenceClassifier",
     "Transformer",
