@@ -99,6 +99,32 @@ def test_its_scores_are_those_of_our_evaluators(tasks, tmp_path):
     assert {prompt for prompt, _ in encoder.calls} == {"", "query", "passage"}
 
 
+def test_mteb_evaluates_the_folder_of_a_model(mteb, tasks, tmp_path):
+    """`mteb.get_model` knows names of the hub only; a folder comes through SentenceTransformer."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from torchrecipes.data.sources import files
+    from torchrecipes.data.tokenizers import train_wordpiece
+    from torchrecipes.evaluation import TextEncoder
+    from torchrecipes.models import EmbeddingModel, bert, save_hf
+
+    (tmp_path / "texts.txt").write_text("\n".join([*PASSAGES.values(), *QUERIES.values(), "a b 0 1 2 3 4 5 6 7 8 9"]))
+    tokenizer = train_wordpiece(files(str(tmp_path / "texts.txt")), vocab_size=150)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = bert(vocab_size=tokenizer.vocab_size, max_position_embeddings=32, initializer_range=0.5, **size)
+    model = EmbeddingModel(encoder, prompts={"query": "query 1 ", "passage": "passage "}).eval()
+    save_hf(model, tmp_path / "model", tokenizer)
+    theirs = mteb.evaluate(
+        sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu"),
+        tasks,
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+    )
+    ours = MTEBTasks(tasks)(TextEncoder(model, tokenizer))
+    for task in theirs.task_results:
+        assert ours[task.task_name] == pytest.approx(task.get_score(), abs=1e-4)
+
+
 def test_what_cannot_be_evaluated(mteb, tasks, monkeypatch):
     with pytest.raises(UserError) as error:
         MTEBTasks(["STSBenchmrk"])

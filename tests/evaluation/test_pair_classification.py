@@ -36,6 +36,12 @@ def test_average_precision_and_thresholds():
             assert at_threshold == pytest.approx(max(everything))
 
 
+def test_a_threshold_lies_between_two_scores():
+    found = best_thresholds(np.array([0.9, 0.2, 0.7, -0.4]), np.array([1, 0, 1, 1]))
+    expected = {"accuracy": 0.75, "accuracy_threshold": 0.45, "f1": 6 / 7, "precision": 0.75, "recall": 1.0}
+    assert found == pytest.approx(expected | {"f1_threshold": -0.4})
+
+
 def test_thresholds_equal_those_of_sentence_transformers():
     evaluation = pytest.importorskip("sentence_transformers.sentence_transformer.evaluation")
     theirs = evaluation.BinaryClassificationEvaluator
