@@ -45,7 +45,10 @@ def read_beir_texts(folder: str | Path, name: str) -> Iterator[tuple[str, str]]:
     folder = Path(folder).expanduser()
     path = _find(folder, f"{name}.jsonl")
     if path is None:
-        hint = "A folder in BEIR's layout has corpus.jsonl, queries.jsonl and qrels/."
+        hint = (
+            "A folder in BEIR's layout has corpus.jsonl, queries.jsonl and qrels/. Pairs in a file are read with data: "
+        )
+        hint += "torchrecipes.data.examples.pairs"
         raise UserError(f"{folder} has no {name}.jsonl", key="path", hint=hint, code="no_such_file")
     for place, line in _lines(path):
         try:

@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from torchrecipes.data.examples import ExampleSource
+from torchrecipes.data.progress import Progress
 from torchrecipes.distributed.collectives import all_gather_object, rank, world_size
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.beir import read_beir_texts, read_qrels
@@ -113,8 +114,8 @@ class Retrieval:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         sides = [torch.from_numpy(self._rows(queries[mine], dim)).to(device) for dim in widths]
         tops = [TopK(len(side), DEEPEST + self.ignore_identical_ids, device) for side in sides]
-        is_finite, first, passages = bool(np.isfinite(queries).all()), 0, iter(task.passages)
-        while chunk := list(islice(passages, CHUNK)):
+        is_finite, first = bool(np.isfinite(queries).all()), 0
+        for chunk in _chunks(task.passages, CHUNK):
             embeddings = encoder.encode(chunk, prompt="passage")
             is_finite = is_finite and bool(np.isfinite(embeddings).all())
             for dim, side, top in zip(widths, sides, tops, strict=True):
@@ -134,8 +135,8 @@ class Retrieval:
         mine = queries[_share(len(queries))]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         top = TopK(len(mine), DEEPEST + self.ignore_identical_ids, device)
-        is_finite, first, passages = bool(np.isfinite(queries.vectors).all()), 0, iter(self.task.passages)
-        while chunk := list(islice(passages, LATE_CHUNK)):
+        is_finite, first = bool(np.isfinite(queries.vectors).all()), 0
+        for chunk in _chunks(self.task.passages, LATE_CHUNK):
             found = encoder.encode(chunk, prompt="passage")
             is_finite = is_finite and bool(np.isfinite(found.vectors).all())
             top.add(max_sim_scores(mine, found, device), first)
@@ -238,6 +239,21 @@ class _BEIRPassages:
             if place == index:
                 yield text
                 index = next(wanted, None)
+
+
+def _chunks(passages: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Consecutive passages; rank 0 shows the progress where there are several chunks."""
+    passages, progress = iter(passages), None
+    try:
+        while chunk := list(islice(passages, size)):
+            yield chunk
+            if progress is None and len(chunk) == size and rank() == 0:
+                progress = Progress("searching")
+            if progress is not None:
+                progress.add(len(chunk), sum(map(len, chunk)))
+    finally:
+        if progress is not None:
+            progress.close()
 
 
 def _hash(text: str) -> int:
