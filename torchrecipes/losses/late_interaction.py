@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchrecipes.errors import UserError
+from torchrecipes.estimation import is_estimating
 
 if TYPE_CHECKING:
     from torchrecipes.data import Examples
@@ -45,7 +46,7 @@ class _MaxSim(torch.autograd.Function):
         lengths_n = query_lengths.to(device)
         needs_gradient = any(ctx.needs_input_grad)
         best = []
-        for numbers, rows in _chunks(document_lengths, len(queries), device):
+        for numbers, rows in _chunks(document_lengths, len(documents), len(queries), device):
             products = (documents[rows.flatten()] @ queries.T).view(*rows.shape, -1)
             if needs_gradient:
                 values, place = products.max(1)
@@ -65,9 +66,10 @@ class _MaxSim(torch.autograd.Function):
         queries, documents = ctx.saved_tensors
         query_lengths, document_lengths = ctx.lengths
         device = queries.device
-        query_of_token = torch.repeat_interleave(query_lengths).to(device)
+        numbers_n = torch.arange(len(query_lengths))
+        query_of_token = torch.repeat_interleave(numbers_n, query_lengths, output_size=len(queries)).to(device)
         gradient_queries, gradient_documents = torch.zeros_like(queries), torch.zeros_like(documents)
-        chunks = _chunks(document_lengths, len(queries), device)
+        chunks = _chunks(document_lengths, len(documents), len(queries), device)
         for (numbers, rows), place in zip(chunks, ctx.best, strict=True):
             weights = queries.new_zeros(*rows.shape, len(queries))
             gradient = gradient_nM.T[numbers.to(device)][:, query_of_token]
@@ -78,11 +80,16 @@ class _MaxSim(torch.autograd.Function):
         return gradient_queries, gradient_documents, None, None
 
 
-def _chunks(lengths: Tensor, num_query_tokens: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(
+    lengths: Tensor, num_tokens: int, num_query_tokens: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Documents of similar length: their numbers `[c]`, on the CPU, and the rows `[c, L]` of their vectors."""
     starts = lengths.cumsum(0) - lengths
     order = lengths.argsort(stable=True)
-    ascending = lengths[order].tolist()
+    if is_estimating():  # there are no numbers: documents of equal length
+        ascending = [num_tokens // len(lengths)] * len(lengths)
+    else:
+        ascending = lengths[order].tolist()
     end = len(ascending)
     while end > 0:
         size = max(1, PRODUCTS_AT_ONCE // max(1, ascending[end - 1] * num_query_tokens))
@@ -105,8 +112,8 @@ def max_sim_of_texts(vectors: Tensor, lengths: Tensor, queries: Tensor, document
     Returns:
         `[n, M]`.
     """
-    rows_Q, query_lengths = _vectors_of_texts(queries.cpu(), lengths)
-    rows_T, document_lengths = _vectors_of_texts(documents.cpu(), lengths)
+    rows_Q, query_lengths = _vectors_of_texts(queries.cpu(), lengths, len(vectors))
+    rows_T, document_lengths = _vectors_of_texts(documents.cpu(), lengths, len(vectors))
     device = vectors.device
     return max_sim(vectors[rows_Q.to(device)], query_lengths, vectors[rows_T.to(device)], document_lengths)
 
@@ -122,7 +129,9 @@ def require_one_vector(name: str, examples: "Examples") -> None:
         )
 
 
-def _vectors_of_texts(texts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _vectors_of_texts(texts: Tensor, lengths: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
     starts, chosen = lengths.cumsum(0) - lengths, lengths[texts]
+    if is_estimating():
+        return torch.arange(len(texts) * (num_vectors // len(lengths))), chosen
     offsets = torch.repeat_interleave(starts[texts] - (chosen.cumsum(0) - chosen), chosen)
     return offsets + torch.arange(len(offsets)), chosen

@@ -45,7 +45,7 @@ class EmbeddingConfig:
     prompts: dict[str, str] | None = None  # text before a text, by kind: query, passage; else none
     include_prompt: bool | None = None  # whether pooling counts the tokens of prompts; else true
     late_interaction: LateInteraction | None = None  # a vector for every token instead of pooling: ColBERT
-    learnable_temperature: Positive | None = None  # its initial value, with similarity=dot temperature=1 of the loss
+    learnable_temperature: Positive | None = None  # its initial value; with it loss.temperature=null
 
     def tokens_as_vectors(self, init_from: str | None = None) -> LateInteraction | None:
         """`late_interaction`, if it is set here or by the folder.
