@@ -23,6 +23,7 @@ from torchrecipes.models import SequenceClassifier, meta_classifier_from_hf, wri
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
 from torchrecipes.training import ComputeConfig, FeatureCache, GracefulStop, LogConfig, MetricLogger, describe_trainable
 from torchrecipes.training import few_shot_start, oom_hint, set_trainable, setup_model, start_run, sum_over_ranks
+from torchrecipes.training import write_card
 
 
 @dataclass
@@ -118,17 +119,10 @@ def main(config: Config) -> None:
     order = {"seed": config.seed, "shuffle": config.data.shuffle, "num_workers": config.data.num_workers}
     sizes = {"global_batch_size": config.global_batch_size, "micro_batch_size": config.micro_batch_size}
     loader = Loader(data.train, collator, **order, **sizes, **run.placement)
-    checkpointer = Checkpointer(
-        run.output_dir,
-        config.checkpoint,
-        model=model,
-        optimizer=optimizer,
-        tokenizer=tokenizer,
-        state={"loader": loader, "lr_scheduler": lr_scheduler, "guard": guard}
-        | ({"early_stopping": early_stopping} if early_stopping else {}),
-        config_yaml=config_yaml,
-        recipe=__file__,
-    )
+    state = {"loader": loader, "lr_scheduler": lr_scheduler, "guard": guard, "early_stopping": early_stopping}
+    state = {name: value for name, value in state.items() if value is not None}
+    stored = {"config_yaml": config_yaml, "recipe": __file__, "tokenizer": tokenizer, "state": state}
+    checkpointer = Checkpointer(run.output_dir, config.checkpoint, model=model, optimizer=optimizer, **stored)
     step = checkpointer.resume(max_steps)  # 0: from the start
     if loader.micro_batch_size == "auto":  # a resumed run has the size it was started with
         loader.micro_batch_size = auto_micro_batch_size(*objective, run, model)
@@ -213,6 +207,8 @@ def main(config: Config) -> None:
             report_classification(run.output_dir, predictions, data.label_names, task=config.task, **calibration)
             with run_result(checkpointer.saved, run.output_dir) as folder:
                 write_calibration(folder, **calibration)
+                after = metrics.evaluation(step) | metrics.evaluation(best)
+                write_card(folder, config, data, metrics.evaluation(0), after)
     print(f"finished {step:,} steps; the result is that of step {best:,}: {run.output_dir / 'model'}")
 
 

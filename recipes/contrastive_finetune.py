@@ -23,7 +23,7 @@ from torchrecipes.losses import by_dataset
 from torchrecipes.models import EmbeddingConfig, EmbeddingModel, meta_embedding_model
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
 from torchrecipes.training import ComputeConfig, GracefulStop, LogConfig, MetricLogger, embed_all, load_guide
-from torchrecipes.training import oom_hint, random_state, replay, setup_model, start_run, sum_over_ranks
+from torchrecipes.training import oom_hint, random_state, replay, setup_model, start_run, sum_over_ranks, write_card
 
 
 @dataclass
@@ -78,6 +78,7 @@ class Config:
 
 def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
     """The encoder, pooling, projection and normalization, on the default device."""
+    config.embedding.check_loss(config.loss)
     settings = config.embedding.chosen | {"max_length": config.seq_len}
     if config.model is None:
         model = meta_embedding_model(config.init_from, **settings)
@@ -208,8 +209,9 @@ def main(config: Config) -> None:
         best = checkpointer.restore_best() or step
         evaluate({name: build(evaluator) for name, evaluator in config.final_evaluators.items()})
         if run.is_main:
-            with run_result(checkpointer.saved, run.output_dir):
-                pass
+            with run_result(checkpointer.saved, run.output_dir) as folder:
+                after = metrics.evaluation(step) | metrics.evaluation(best)
+                write_card(folder, config, data, metrics.evaluation(0), after)
     print(f"finished {step:,} steps; the result is that of step {best:,}: {run.output_dir / 'model'}")
 
 

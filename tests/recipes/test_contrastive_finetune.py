@@ -255,3 +255,15 @@ def test_a_changed_loss_is_followed(train, tmp_path):
     run = train("run", "max_steps=2", "eval_every=null", "model.hidden_dropout_prob=0", recipe=copy)
     spread = lines(run, "spread")
     assert lines(run)[1] == pytest.approx(lines(plain)[1] + spread[1], rel=1e-5) and spread[1] > 1
+
+
+def test_a_learnable_temperature_that_the_loss_does_not_see_is_refused(train):
+    with pytest.raises(UserError) as error:
+        train("run", "embedding.learnable_temperature=0.05")
+    assert (error.value.key, error.value.code) == ("embedding.learnable_temperature", "inert_temperature")
+
+
+def test_the_card_has_the_figures_before_and_after(train):
+    run = train("run", "max_steps=2", "eval_every=2")
+    card = (run / "model" / "README.md").read_text()
+    assert "80 examples" in card and "held_out/mrr@10" in card and card.startswith("---\nlibrary_name: ")

@@ -84,6 +84,7 @@ class ExampleSets:
         label_names: of a classification, in the order of their numbers; () otherwise.
         label_counts: how many of the examples to train on have each of them.
         num_examples: how many these are.
+        origins: a line for each source: its name, and how many examples it gave.
     """
 
     tokenizer: Tokenizer
@@ -92,6 +93,7 @@ class ExampleSets:
     label_names: tuple[str, ...] = ()
     label_counts: tuple[int, ...] = ()
     num_examples: int = 0
+    origins: tuple[str, ...] = ()
 
     def complete(self, config: Any) -> Any:
         """A copy of a recipe's config with `label_names`, `label_counts` and `num_examples` where it has none."""
@@ -141,11 +143,13 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
     train, eval_sets = open_example_rows(config, corpus_dir, tokenizer)
     print(f"training examples: {train}", flush=True)
     if data.window:
-        return ExampleSets(tokenizer, train, eval_sets, tuple(train.stream.label_names or ()))
+        names, origins = tuple(train.stream.label_names or ()), tuple(source.name for source in sources.values())
+        return ExampleSets(tokenizer, train, eval_sets, names, origins=origins)
     corpora = [open_examples(_folder(corpus_dir, name) / "train") for name in sources]
     counts = tuple(map(sum, zip(*(corpus.label_counts for corpus in corpora), strict=True)))
-    num_examples = sum(corpus.num_examples for corpus in corpora)
-    return ExampleSets(tokenizer, train, eval_sets, tuple(corpora[0].label_names or ()), counts, num_examples)
+    sizes = [corpus.num_examples for corpus in corpora]
+    origins = tuple(f"{source.name}: {size:,} examples" for source, size in zip(sources.values(), sizes, strict=True))
+    return ExampleSets(tokenizer, train, eval_sets, tuple(corpora[0].label_names or ()), counts, sum(sizes), origins)
 
 
 def open_example_rows(

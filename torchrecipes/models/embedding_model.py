@@ -61,6 +61,25 @@ class EmbeddingConfig:
         """What is set: arguments of `EmbeddingModel` and `meta_embedding_model`."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def check_loss(self, loss: Any) -> None:
+        """Checks that a loss sees the learnable temperature: a cosine does not depend on the length of embeddings.
+
+        Args:
+            loss: its `Component`, with `args`.
+
+        Raises:
+            UserError: it would not (code `inert_temperature`).
+        """
+        args = {**loss.args, **getattr(loss.args.get("loss"), "args", {})}  # of Matryoshka: the loss in it
+        takes_dot = args.get("similarity") == "dot" or ("temperature" in args and args["temperature"] is None)
+        if self.learnable_temperature is not None and not takes_dot:
+            raise UserError(
+                "the loss takes cosines, which the learnable temperature does not change",
+                key="embedding.learnable_temperature",
+                hint="Set loss.temperature=null, so that the loss takes dot products as they are.",
+                code="inert_temperature",
+            )
+
     def prompting(self, init_from: str | None = None) -> tuple[dict[str, str], bool]:
         """The prompts by kind of text, and whether pooling counts their tokens: set here, or by the folder.
 

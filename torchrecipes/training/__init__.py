@@ -17,6 +17,7 @@ early_stopping             `EarlyStopping`: ends a run whose metric no longer im
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
 graceful_stop              Ctrl+C and SIGTERM end a run after its step
 metrics                    `MetricLogger`: metrics.jsonl, the terminal, loggers; the config group `log`
+result_card                `write_card`: the model card of a result
 loggers                    `TensorBoard`, `WandB`
 """
 
@@ -38,6 +39,7 @@ from torchrecipes.training.grad_cache import random_state, replay
 from torchrecipes.training.guard import Guard
 from torchrecipes.training.guide import embed_all, load_guide
 from torchrecipes.training.metrics import LogConfig, MetricLogger, sum_over_ranks
+from torchrecipes.training.result_card import write_card
 from torchrecipes.training.run import ComputeConfig, start_run
 from torchrecipes.training.setup import setup_model
 from torchrecipes.training.trainable import describe_trainable, set_trainable
@@ -71,4 +73,5 @@ __all__ = [
     "stored_baseline",
     "sum_over_ranks",
     "train_on_label_pairs",
+    "write_card",
 ]
