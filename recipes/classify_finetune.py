@@ -18,7 +18,7 @@ from torchrecipes.config import build, component, parse, to_yaml
 from torchrecipes.data import Batch, ExampleData, LabeledCollator, Loader, Tokenizer, load_examples
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import calibrate, classification_metrics, predict_examples, report_classification
-from torchrecipes.losses import CLASSIFICATION_LOSSES
+from torchrecipes.losses import CLASSIFICATION_LOSSES, check_loss_of_logits
 from torchrecipes.models import SequenceClassifier, meta_classifier_from_hf, write_calibration
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
 from torchrecipes.training import ComputeConfig, FeatureCache, GracefulStop, LogConfig, MetricLogger, describe_trainable
@@ -73,6 +73,7 @@ class Config:
 
 def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
     """The encoder and the classification head, on the default device; what is not trained is frozen."""
+    check_loss_of_logits(config.loss)
     names = config.label_names or (["number"] if config.task == "regression" else ["0", "1"])  # before the data is read
     settings = {"task": config.task, "max_length": config.seq_len, "pooling": config.pooling, "dropout": config.dropout}
     if config.model is None:

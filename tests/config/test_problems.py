@@ -340,6 +340,30 @@ def test_a_best_checkpoint_needs_an_evaluation():
     assert [(error.key, error.code) for error in caught.value.problems] == [("checkpoint.keep_best", "no_evaluation")]
 
 
+def test_what_judges_by_a_metric_needs_evaluators_or_validation_data():
+    @dataclass
+    class Examples:
+        validation: str | None = None
+        validation_fraction: float = 0.0
+
+    @dataclass
+    class Classify:
+        early_stopping: str | None = "loss"
+        eval_every: Steps | None = 5
+        data: Examples = field(default_factory=Examples)
+
+    @dataclass
+    class Contrast(Classify):
+        evaluators: dict[str, str] = field(default_factory=dict)
+
+    for schema, *overrides in ((Classify,), (Contrast, "data.validation_fraction=0.1")):
+        with pytest.raises(UserError) as caught:
+            load(schema, None, overrides)
+        assert [(error.key, error.code) for error in caught.value.problems] == [("early_stopping", "no_evaluation")]
+    load(Classify, None, ["data.validation_fraction=0.1"])
+    load(Contrast, None, ["evaluators={a: b}"])
+
+
 @dataclass
 class Packed:
     packing: Annotated[Literal["concat", "none"], Formerly(((True, "concat"), (False, "none")))] = "concat"

@@ -83,6 +83,7 @@ def test_an_unknown_label_of_a_set_is_named(tmp_path, files):
         ({"source": source("x"), "sources": {"a": source("x")}}, "source", "no_source"),
         ({"sources": {"a": source("x")}, "weights": {"b": 1.0}}, "weights", "unknown_name"),
         ({"sources": {"a": source("x")}, "dataset_prompts": {"b": {}}}, "dataset_prompts.b", "unknown_name"),
+        ({"sources": {"a": source("x")}, "validation_fraction": 0.1}, "validation_fraction", "several_sources"),
     ],
 )
 def test_sources_that_contradict_each_other_are_found_without_reading(data, key, code):
@@ -128,3 +129,56 @@ def test_what_needs_all_examples_does_not_go_with_a_stream(tmp_path, files):
     with pytest.raises(UserError) as error:
         open_example_rows(config_of(tmp_path, source=source(files["a"]), window=8), tmp_path)
     assert error.value.code == "no_corpus"
+
+
+def test_a_number_is_the_same_class_in_all_sources(tmp_path, files):
+    other = write(tmp_path / "other.jsonl", [{"text": f"another {i}", "label": "bc"[i % 2]} for i in range(20)])
+    sources = {"one": source(files["train"], LABELED), "two": source(other, LABELED)}
+    with pytest.raises(UserError) as error:
+        load_examples(config_of(tmp_path / "a", sources=sources), task="single_label")
+    assert (error.value.key, error.value.code) == ("label_names", "different_labels")
+    named = load_examples(config_of(tmp_path / "b", sources=sources), task="single_label", label_names=["a", "b", "c"])
+    assert named.label_counts == (20, 30, 10)
+
+
+def test_datasets_have_labels_of_their_own_where_there_is_no_task(tmp_path, files):
+    other = write(tmp_path / "other.jsonl", [{"text": f"another {i}", "label": "xyz"[i % 3]} for i in range(21)])
+    sources = {"one": source(files["train"], LABELED), "two": source(other, LABELED)}
+    assert load_examples(config_of(tmp_path, sources=sources)).num_examples == 61
+
+
+@pytest.mark.parametrize(("task", "label"), [("single_label", "a"), ("multi_label", [])])
+def test_named_classes_that_do_not_occur_are_nothing_to_learn(tmp_path, task, label):
+    path = write(tmp_path / "one.jsonl", [{"text": f"text {i}", "label": label} for i in range(20)])
+    with pytest.raises(UserError) as error:
+        load_examples(config_of(tmp_path, source=source(path, LABELED)), task=task, label_names=["a", "b"])
+    assert (error.value.key, error.value.code) == ("data", "one_class")
+
+
+@pytest.mark.parametrize(("loss", "code"), [("InfoNCE", "ignored_scores"), ("CosineRegression", "score_range")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_scores_go_with_the_loss(tmp_path, loss, code, nested):
+    rows = [{"sentence1": f"one {i}", "sentence2": f"two {i}", "score": i % 6} for i in range(20)]
+    scored = "torchrecipes.data.examples.scored_pairs"
+    node = source(write(tmp_path / "scores.jsonl", rows), scored)
+    config = config_of(tmp_path, source=node)
+    config.loss = Component(f"torchrecipes.losses.{loss}", {})
+    if nested:
+        config.loss = Component("torchrecipes.losses.Matryoshka", {"loss": config.loss, "dims": [8]})
+    with pytest.raises(UserError) as error:
+        load_examples(config)
+    assert (error.value.key, error.value.code) == ("data.source", code)
+    config.loss = Component("torchrecipes.losses.CoSENT", {})
+    load_examples(config)
+
+
+def test_numbers_that_fp32_does_not_hold_are_refused(tmp_path):
+    path = write(tmp_path / "large.jsonl", [{"text": f"text {i}", "label": 1e39} for i in range(4)])
+    with pytest.raises(UserError) as error:
+        load_examples(config_of(tmp_path, source=source(path, LABELED)), task="regression")
+    assert error.value.code == "bad_label"
+    path = write(tmp_path / "scores.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1e39}])
+    scored = source(path, "torchrecipes.data.examples.scored_pairs")
+    with pytest.raises(UserError) as error:
+        load_examples(config_of(tmp_path / "other", source=scored))
+    assert error.value.code == "bad_record"

@@ -10,6 +10,7 @@ import torch
 
 from tests import ranks
 from tests.evaluation.encoders import HashEncoder
+from torchrecipes.data.examples import scored_pairs
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation import Retrieval, retrieval, top_k
 from torchrecipes.evaluation.top_k import TopK, add_dot_products, best_columns
@@ -236,6 +237,9 @@ def test_what_cannot_be_evaluated(tmp_path):
     assert code_of("x", max_queries=0) == "out_of_range"
     assert code_of(data=[]) == "no_examples"
     assert code_of(data=[pair("a")]) == "not_pairs"
+    scored = tmp_path / "scored.csv"
+    scored.write_text("sentence1,sentence2,score\na,b,0.1\n")
+    assert code_of(data=scored_pairs(str(scored))) == "not_pairs"
     write_beir(tmp_path)
     folder = str(tmp_path)
     assert code_of(folder, split="dev") == "no_such_split"

@@ -70,6 +70,7 @@ def test_a_diverged_model_gives_nan():
     [
         ([], (), "no_examples"),
         ([SimpleNamespace(texts=("a", "b"), values=(), label=None, source="x:1")], (), "not_scored_pairs"),
+        ([SimpleNamespace(texts=("a", text), values=(1.0,), source="") for text in "bcd"], (), "one_score"),
         (pairs(), (17,), "out_of_range"),
         (pairs(), (0,), "out_of_range"),
     ],

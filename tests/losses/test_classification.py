@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,11 @@ def test_sums_are_in_fp32():
         (lambda: CrossEntropy("balanced"), "class_weights", "invalid_loss"),
         (lambda: BinaryCrossEntropy("balanced", label_counts=[0, 2], num_examples=4), "pos_weight", "empty_class"),
         (lambda: CrossEntropy([1.0, 2.0])(*make()), "loss.class_weights", "invalid_loss"),
+        (lambda: CrossEntropy([1.0, math.inf]), "class_weights", "invalid_loss"),
+        (lambda: CrossEntropy()(torch.zeros(2, 3), torch.ones(2, 3)), "loss", "wrong_labels"),
+        (lambda: CrossEntropy()(torch.zeros(2, 1), torch.ones(2)), "loss", "wrong_labels"),
+        (lambda: BinaryCrossEntropy()(torch.zeros(2, 3), torch.tensor([0, 1])), "loss", "wrong_labels"),
+        (lambda: MeanSquaredError()(torch.zeros(2, 3), torch.tensor([0, 1])), "loss", "wrong_labels"),
     ],
 )
 def test_wrong_arguments(make_loss, key, code):

@@ -325,6 +325,12 @@ def test_wrong_examples_are_refused(train, tmp_path, rows, overrides, code):
     assert str(path.name) in str(error.value) or error.value.code in ("one_class",)
 
 
+def test_a_loss_of_embeddings_is_refused(train):
+    with pytest.raises(UserError) as error:
+        train("run", "loss={_component_: torchrecipes.losses.InfoNCE}")
+    assert [(e.key, e.code) for e in error.value.problems or [error.value]] == [("loss", "not_a_loss_of_logits")]
+
+
 def test_a_decoder_and_rows_beyond_the_positions_are_refused(train, tmp_path, folder):
     decoder = tmp_path / "decoder"
     shutil.copytree(folder / "encoder", decoder)

@@ -191,6 +191,19 @@ def test_a_guide_has_to_have_the_same_tokenizer(train, tmp_path):
     assert (error.value.key, error.value.code) == ("guide", "other_tokenizer")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key", "code"),
+    [
+        (["repeat_texts=true"], "repeat_texts", "several_texts"),
+        (["loss={_component_: torchrecipes.losses.CrossEntropy}"], "loss", "not_a_loss_of_embeddings"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(train, overrides, key, code):
+    with pytest.raises(UserError) as error:
+        train("run", *overrides)
+    assert (error.value.key, error.value.code) == (key, code)
+
+
 def test_several_datasets_come_in_turns(train, folder):
     several = f"source: null\n  sources: {{one: {PAIRS}, two: {PAIRS}}}\n  weights: round_robin"
     settings = re.sub(r"source: .*", several, SETTINGS, count=1)

@@ -33,16 +33,19 @@ def check_shared_keys(config: Any) -> list[UserError]:
                 code="no_validation_text",
             )
         )
-    checkpoint = getattr(config, "checkpoint", None)
-    if getattr(checkpoint, "keep_best", None) and not getattr(config, "eval_every", True):
-        problems.append(
+    if reason := _not_evaluated(config):
+        uses = {"checkpoint.keep_best": getattr(getattr(config, "checkpoint", None), "keep_best", None)}
+        uses["early_stopping"] = getattr(config, "early_stopping", None)
+        problems += [
             UserError(
-                "nothing is evaluated, so no checkpoint is the best one: eval_every is null",
-                key="checkpoint.keep_best",
-                hint="Set eval_every, or checkpoint.keep_best=null",
+                f"nothing is evaluated, so there is no metric to judge by: {reason}",
+                key=key,
+                hint=f"Evaluate something, or set {key}=null",
                 code="no_evaluation",
             )
-        )
+            for key, value in uses.items()
+            if value
+        ]
     compute = getattr(config, "compute", None)
     precision = str(getattr(compute, "precision", ""))
     if precision == "fp32" and getattr(compute, "residual", None) == "bf16":
@@ -75,3 +78,15 @@ def check_shared_keys(config: Any) -> list[UserError]:
             )
         )
     return problems
+
+
+def _not_evaluated(config: Any) -> str | None:
+    """Why a run has no metric of an evaluation; None: it may have one."""
+    if not getattr(config, "eval_every", True):
+        return "eval_every is null"
+    if hasattr(config, "evaluators"):
+        return None if config.evaluators else "there are no evaluators"
+    data = getattr(config, "data", None)
+    if hasattr(data, "validation") and not data.validation and not data.validation_fraction:
+        return "there is no validation data"
+    return None

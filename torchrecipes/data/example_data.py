@@ -1,13 +1,17 @@
 """`load_examples`: the tokenizer and the examples of a fine-tuning run; corpora that are not there yet are built."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from torchrecipes.atomic_write import write_atomically
 from torchrecipes.config import Component, build
+from torchrecipes.config.components import resolve
 from torchrecipes.config.metadata import Count, Fraction, MayChange
 from torchrecipes.data.batching.dataset_batches import DatasetBatches
 from torchrecipes.data.batching.example_rows import ExampleRows
@@ -15,7 +19,7 @@ from torchrecipes.data.batching.grouped_rows import GroupedRows
 from torchrecipes.data.batching.loader import rows_per_rank
 from torchrecipes.data.batching.streamed_examples import StreamedExampleRows
 from torchrecipes.data.corpus.shard_writer import to_json
-from torchrecipes.data.examples import StreamedExamples, open_examples, prepare_examples
+from torchrecipes.data.examples import ExampleCorpus, StreamedExamples, open_examples, prepare_examples
 from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.data.tokenizers.load import load_model_tokenizer
 from torchrecipes.distributed.collectives import rank0_first, world_size
@@ -55,6 +59,10 @@ class ExampleData:
         if isinstance(self.weights, dict) and self.weights.keys() != self.sources.keys():
             names = ", ".join(self.sources) or "there are none"
             return [UserError(f"needs a weight for every source: {names}", key="weights", code="unknown_name")]
+        if self.sources and self.validation_fraction and self.validation is None:
+            hint = "Give data.validation, or train without: data.validation_fraction=0."
+            problem = "a share is held out of one source, and these are several"
+            return [UserError(problem, key="validation_fraction", hint=hint, code="several_sources")]
         if unknown := self.dataset_prompts.keys() - self.sources.keys():
             return [UserError("there is no such source", key=f"dataset_prompts.{min(unknown)}", code="unknown_name")]
         if self.window:
@@ -135,6 +143,7 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
             train, _ = prepare(_folder(corpus_dir, name), source, validation_fraction=fraction, **options)
             print(train.summary(name), flush=True)
         if labels:
+            _check_same_names(corpus_dir, () if data.window else sources)
             labels |= {"label_names": train.label_names or None}
         for name in (VALIDATION, TEST):
             if (node := getattr(data, name)) is not None:
@@ -146,7 +155,12 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
         names, origins = tuple(train.stream.label_names or ()), tuple(source.name for source in sources.values())
         return ExampleSets(tokenizer, train, eval_sets, names, origins=origins)
     corpora = [open_examples(_folder(corpus_dir, name) / "train") for name in sources]
-    counts = tuple(map(sum, zip(*(corpus.label_counts for corpus in corpora), strict=True)))
+    # Without a task the labels of each dataset are its own.
+    counts = tuple(map(sum, zip(*(corpus.label_counts for corpus in corpora), strict=True))) if labels else ()
+    if labels:
+        _check_classes(labels["task"], counts)
+    for name, corpus in zip(sources, corpora, strict=True):
+        _check_loss(f"sources.{name}" if data.sources else "source", corpus, getattr(config, "loss", None))
     sizes = [corpus.num_examples for corpus in corpora]
     origins = tuple(f"{source.name}: {size:,} examples" for source, size in zip(sources.values(), sizes, strict=True))
     return ExampleSets(tokenizer, train, eval_sets, tuple(corpora[0].label_names or ()), counts, sum(sizes), origins)
@@ -215,6 +229,54 @@ def _folder(corpus_dir: Path, name: str) -> Path:
 
 def _eval_folder(corpus_dir: Path, name: str) -> Path:
     return corpus_dir / "eval_sets" / name
+
+
+def _check_same_names(corpus_dir: Path, sources: Iterable[str]) -> None:
+    """Checks that a number is the same class in all sources."""
+    names = {name: open_examples(_folder(corpus_dir, name) / "train").label_names for name in sources}
+    if len(set(map(tuple, names.values()))) <= 1:
+        return
+    lines = [f"{name}: {', '.join(found[:20])}" for name, found in names.items()]
+    raise UserError(
+        "\n  ".join(["the sources have different labels:", *lines]),
+        key="label_names",
+        hint="List the labels of all sources in label_names.",
+        code="different_labels",
+    )
+
+
+def _check_classes(task: str, counts: tuple[int, ...]) -> None:
+    """Checks that there is something to tell apart; `label_names` may name classes that do not occur."""
+    least = {"single_label": 2, "multi_label": 1}.get(task, 0)
+    if sum(map(bool, counts)) < least:
+        problem = "all examples have the same label" if least == 2 else "no example has a label"
+        hint = "Give data with other labels, or check which column is the label."
+        raise UserError(problem, key="data", hint=hint, code="one_class")
+
+
+def _check_loss(key: str, corpus: ExampleCorpus, loss: Component | None) -> None:
+    """Checks scores against what the loss makes of them: its class may have `ignores_scores` and `score_range`."""
+    loss = loss and loss.args.get("loss", loss)  # of Matryoshka: the loss in it
+    target = loss and resolve(loss.path)
+    if corpus.kind == "scored_pairs" and getattr(target, "ignores_scores", False):
+        raise UserError(
+            f"{target.__name__} takes every pair as one that belongs together, whatever its score",
+            key=f"data.{key}",
+            hint="Use CoSENT or CosineRegression as loss, or read pairs that belong together with "
+            "torchrecipes.data.examples.pairs.",
+            code="ignored_scores",
+        )
+    limits = getattr(target, "score_range", None)
+    values = [shard.values for shard in corpus.shards if shard.values is not None]
+    if limits and values:
+        low, high = min(map(np.nanmin, values)), max(map(np.nanmax, values))
+        if low < limits[0] or high > limits[1]:
+            raise UserError(
+                f"scores are between {low:g} and {high:g}, and {target.__name__} takes {limits[0]} to {limits[1]}",
+                key=f"data.{key}",
+                hint="Name the ends of the scale in low and high of the source, such as low=0 high=5.",
+                code="score_range",
+            )
 
 
 def _corpus_dir(config: Any) -> Path:

@@ -199,9 +199,11 @@ class Retrieval:
         of_document: dict[str, set[int]] = {}
         documents: dict[str, set[str]] = {}  # of every query
         for example in self.data:
-            if len(example.texts) < 2:
+            is_scored = getattr(self.data, "kind", None) == "scored_pairs"
+            if len(example.texts) < 2 or is_scored:
                 hint = "Read it with torchrecipes.data.examples.pairs."
-                problem = f"{example.source}: {len(example.texts)} text, not a query and a passage"
+                found = "a scored pair" if is_scored else "one text"
+                problem = f"{example.source}: {found}, not a query and a passage that is relevant to it"
                 raise UserError(problem, key="data", hint=hint, code="not_pairs")
             query, *passages = example.texts
             for passage in passages:

@@ -67,4 +67,7 @@ class STS:
         if not pairs:
             raise UserError("there are no pairs to evaluate", key="data", code="no_examples")
         first, second, scores = zip(*pairs, strict=True)
+        if len(set(scores)) == 1:
+            problem = f"all {len(pairs):,} pairs have the score {scores[0]:g}, so there is no correlation"
+            raise UserError(problem, key="data", hint="Give pairs with other scores.", code="one_score")
         return list(first), list(second), np.array(scores, np.float64)

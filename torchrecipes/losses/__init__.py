@@ -21,6 +21,7 @@ from torchrecipes.losses.classification import (
     BinaryCrossEntropy,
     CrossEntropy,
     MeanSquaredError,
+    check_loss_of_logits,
 )
 from torchrecipes.losses.contrastive import InfoNCE
 from torchrecipes.losses.distillation import KLDistillation, MarginMSE
@@ -49,6 +50,7 @@ __all__ = [
     "by_dataset",
     "by_source",
     "causal_lm_loss",
+    "check_loss_of_logits",
     "linear_cross_entropy",
     "masked_lm_loss",
     "max_sim",

@@ -1,5 +1,7 @@
 """Losses of classifiers: sums over examples."""
 
+import inspect
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -7,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchrecipes.config import Component
+from torchrecipes.config.components import resolve
 from torchrecipes.errors import UserError
 
 
@@ -51,8 +55,12 @@ class CrossEntropy:
             labels: `[n]` int64, the classes.
 
         Raises:
-            UserError: as many class weights as there are classes are needed (code `invalid_loss`).
+            UserError: labels of another task (code `wrong_labels`), or as many class weights as there are classes are
+                needed (`invalid_loss`).
         """
+        _check_labels(
+            type(self).__name__, labels.ndim == 1 and not labels.is_floating_point(), "one class of each example"
+        )
         logits = _at_least_fp32(logits)
         weights = _for_classes(self.class_weights, logits, "class_weights")
         losses = F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing, reduction="none")
@@ -97,8 +105,10 @@ class BinaryCrossEntropy:
             labels: `[n, L]` float32, 0 or 1.
 
         Raises:
-            UserError: as many weights as there are labels are needed (code `invalid_loss`).
+            UserError: labels of another task (code `wrong_labels`), or as many weights as there are labels are needed
+                (`invalid_loss`).
         """
+        _check_labels(type(self).__name__, labels.ndim == 2, "0 or 1 for each label of an example")
         logits = _at_least_fp32(logits)
         weights = _for_classes(self.pos_weight, logits, "pos_weight")
         losses = F.binary_cross_entropy_with_logits(
@@ -116,7 +126,11 @@ class MeanSquaredError:
         Args:
             logits: `[n, 1]`, the predictions.
             labels: `[n]` floating point.
+
+        Raises:
+            UserError: labels of another task (code `wrong_labels`).
         """
+        _check_labels(type(self).__name__, labels.ndim == logits.shape[1] == 1, "a number of each example")
         return (_at_least_fp32(logits)[:, 0] - labels).square().sum()
 
 
@@ -126,6 +140,33 @@ CLASSIFICATION_LOSSES = {
     "multi_label": BinaryCrossEntropy,
     "regression": MeanSquaredError,
 }
+
+
+def check_loss_of_logits(loss: Component | None) -> None:
+    """Checks that a loss is one of a classifier.
+
+    Args:
+        loss: of a config; None: the one of the task.
+
+    Raises:
+        UserError: it compares embeddings (code `not_a_loss_of_logits`).
+    """
+    if loss and "examples" in inspect.signature(resolve(loss.path).__call__).parameters:
+        problem, hint = (
+            f"{loss.path} is a loss of embeddings",
+            "Use CrossEntropy, or leave out loss for the task's own.",
+        )
+        raise UserError(problem, key="loss", hint=hint, code="not_a_loss_of_logits")
+
+
+def _check_labels(name: str, are_right: bool, wanted: str) -> None:
+    if not are_right:
+        raise UserError(
+            f"{name} takes {wanted}, and the labels are of another task",
+            key="loss",
+            hint="Leave out loss, which takes the one of the task, or set another task.",
+            code="wrong_labels",
+        )
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
@@ -149,8 +190,8 @@ def _counts(counts: Sequence[int] | None, key: str) -> Sequence[int]:
 def _weights(weights: Sequence[float] | None, key: str) -> Tensor | None:
     if weights is None:
         return None
-    if not all(weight > 0 for weight in weights):
-        raise UserError(f"{list(weights)} are not all positive", key=key, code="invalid_loss")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise UserError(f"{list(weights)} are not all positive and finite", key=key, code="invalid_loss")
     return torch.tensor(weights, dtype=torch.float64)
 
 

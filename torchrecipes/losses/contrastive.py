@@ -54,6 +54,8 @@ class InfoNCE:
         UserError: an argument that is out of range (code `invalid_loss`).
     """
 
+    ignores_scores = True
+
     def __init__(
         self,
         temperature: float | None = 0.05,

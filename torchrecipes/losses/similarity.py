@@ -70,6 +70,8 @@ class CoSENT:
 class CosineRegression:
     """Squared difference between a pair's cosine and its score (Reimers and Gurevych, 2019, arXiv:1908.10084, 3)."""
 
+    score_range = (-1, 1)
+
     def __call__(
         self,
         embeddings: Tensor,

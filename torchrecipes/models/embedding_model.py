@@ -1,6 +1,7 @@
 """`EmbeddingModel`: an encoder whose hidden states are pooled to one vector per text."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.config.components import resolve
 from torchrecipes.config.metadata import Positive
 from torchrecipes.errors import UserError
 from torchrecipes.model_folder import resolve_model_folder
@@ -62,14 +64,18 @@ class EmbeddingConfig:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def check_loss(self, loss: Any) -> None:
-        """Checks that a loss sees the learnable temperature: a cosine does not depend on the length of embeddings.
+        """Checks that a loss is one of embeddings, and sees the learnable temperature, as no loss of cosines does.
 
         Args:
             loss: its `Component`, with `args`.
 
         Raises:
-            UserError: it would not (code `inert_temperature`).
+            UserError: a loss of a classifier (code `not_a_loss_of_embeddings`), or one that does not see the
+                temperature (`inert_temperature`).
         """
+        if "labels" in inspect.signature(resolve(loss.path).__call__).parameters:
+            problem, hint = f"{loss.path} is a loss of a classifier", "Use one of embeddings, such as InfoNCE."
+            raise UserError(problem, key="loss", hint=hint, code="not_a_loss_of_embeddings")
         args = {**loss.args, **getattr(loss.args.get("loss"), "args", {})}  # of Matryoshka: the loss in it
         takes_dot = args.get("similarity") == "dot" or ("temperature" in args and args["temperature"] is None)
         if self.learnable_temperature is not None and not takes_dot:

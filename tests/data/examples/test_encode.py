@@ -71,16 +71,16 @@ def test_two_sentences_are_cut_as_transformers_cuts_them(both, max_length):
     assert encoded.truncated.tolist() == [len(ids) > max_length for ids in uncut]
 
 
-@pytest.mark.parametrize("max_length", [3, 8, 64])
+@pytest.mark.parametrize("max_length", [3, 8, 64])  # 3: no room for a prompt
 def test_a_text_is_cut_as_transformers_cuts_it(both, max_length):
     ours, theirs = both
     generator = np.random.default_rng(max_length)
     examples = [Example(tuple(sentence(generator) for _ in range(3))) for _ in range(50)]
-    prompts = {"query": "query: ", "passage": "passage: "}
+    prompts = {"query": "query: ", "passage": "passage: "} if max_length > 3 else {"query": "", "passage": ""}
     columns = ("query", "positive", "negative")
     encoded = ExampleEncoder(ours, "pairs", columns, max_length, prompts).encode(examples)
     texts = [
-        ("query: " if column == 0 else "passage: ") + text
+        prompts["query" if column == 0 else "passage"] + text
         for example in examples
         for column, text in enumerate(example.texts)
     ]
@@ -116,6 +116,11 @@ def test_prompts_by_kind(both):
     with pytest.raises(UserError) as error:
         ExampleEncoder(ours, "pairs", ("query", "positive"), 2)
     assert (error.value.code, error.value.key) == ("invalid_value", "seq_len")
+    length = ExampleEncoder(ours, "pairs", ("query", "positive"), 64, {"query": "the query"}).prompt_lengths[0]
+    with pytest.raises(UserError) as error:
+        ExampleEncoder(ours, "pairs", ("query", "positive"), length + 1, {"query": "the query"})
+    assert (error.value.code, error.value.key) == ("invalid_value", "seq_len")
+    ExampleEncoder(ours, "pairs", ("query", "positive"), length + 2, {"query": "the query"})
 
 
 def test_a_text_without_tokens_of_its_own_takes_its_example_along(tmp_path):

@@ -11,6 +11,7 @@ from torchrecipes.data.batching.late_interaction import LateInteractionTexts, wi
 from torchrecipes.data.batching.texts import batch_of_examples, made_up_batch
 from torchrecipes.data.examples.block import ExampleBlock
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
+from torchrecipes.errors import UserError
 
 if TYPE_CHECKING:
     from torchrecipes.models import LateInteraction
@@ -54,7 +55,7 @@ class PairCollator:
             step: the optimizer step, not used.
 
         Raises:
-            ValueError: `repeat_texts`, and the examples have several texts.
+            UserError: `repeat_texts`, and the examples have several texts (code `several_texts`).
         """
         block = rows.examples(numbers)
         if self.repeat_texts:
@@ -92,7 +93,12 @@ def _with_markers(block: ExampleBlock, texts: LateInteractionTexts) -> tuple[Exa
 
 def _with_copies(block: ExampleBlock) -> ExampleBlock:
     if block.example_texts.shape[1] != 1:
-        raise ValueError(f"repeat_texts takes examples of one text; these have {block.example_texts.shape[1]}")
+        raise UserError(
+            f"a text is its own positive, and these examples have {block.example_texts.shape[1]} texts",
+            key="repeat_texts",
+            hint="Use torchrecipes.data.examples.raw_texts as source, or set repeat_texts=false.",
+            code="several_texts",
+        )
     copies = block.example_texts + len(block.text_lengths)
     per_text = ("tokens", "text_lengths", "second_starts", "text_hashes", "prompt_lengths")
     twice = {name: np.concatenate([getattr(block, name)] * 2) for name in per_text}

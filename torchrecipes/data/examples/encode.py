@@ -84,6 +84,10 @@ class ExampleEncoder:
         # Of a text of two sentences only the first one's prompt is at its beginning.
         prompts_at_start = self.prompts[:1] if self.is_pair else self.prompts
         self.prompt_lengths = tuple(self._prompt_length(prompt) for prompt in prompts_at_start)
+        least += max(len(self._content(prompt)) if prompt else 0 for prompt in prompts_at_start)
+        if max_length < least:
+            problem = f"{max_length} tokens leave no room for a text after its prompt"
+            raise UserError(problem, key="seq_len", hint=f"Set {least} or more.", code="invalid_value")
 
     def encode(self, examples: Sequence[Example]) -> EncodedExamples:
         """Return the tokens of some examples; threads may call this at the same time."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrecipes.data.examples.example import Example
+from torchrecipes.data.examples.labels import LARGEST
 from torchrecipes.data.sources.records import BadRecord
 from torchrecipes.data.sources.text_column import checked_text, kind_of
 
@@ -143,7 +144,7 @@ def _number(value: Any, name: str) -> float:
         number = math.nan if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise Unusable(NOT_A_SCORE, f"column '{name}': {_shown(value)}")
     return number
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from torchrecipes.errors import UserError
 
+LARGEST = float(np.finfo(np.float32).max)  # numbers are stored in fp32
 TASKS = ("single_label", "multi_label", "regression")
 
 
@@ -80,7 +81,7 @@ def as_number(label: Any) -> float:
         number = float(label)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise LookupError(label_name(label))
     return number
 
