@@ -210,7 +210,7 @@ def main(config: Config) -> None:
                 write_calibration(folder, **calibration)
                 after = metrics.evaluation(step) | metrics.evaluation(best)
                 write_card(folder, config, data, metrics.evaluation(0), after)
-    print(f"finished {step:,} steps; the result is that of step {best:,}: {run.output_dir / 'model'}")
+    print(f"finished {step:,} steps; the result is step {best:,}: {run.output_dir / 'model'}")
 
 
 if __name__ == "__main__":

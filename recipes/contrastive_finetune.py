@@ -50,7 +50,7 @@ class Config:
     lora: Component | None = component(None, injected=("model", "seed"))  # torchrecipes.modules.apply_lora
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)  # pooling, projection, normalization, prompts
     loss: Component = component("torchrecipes.losses.InfoNCE", temperature=0.05)  # of the embeddings of a step
-    guide: str | None = None  # an embedding model of the same tokenizer that tells false negatives: GISTEmbed
+    guide: str | None = None  # an embedding model of the same tokenizer that finds false negatives: GISTEmbed
     repeat_texts: bool = False  # SimCSE: every text is its own positive, with other dropout
 
     seq_len: Tokens = 256  # tokens of a text, at most
@@ -67,7 +67,7 @@ class Config:
     guard: MayChange[Component] = component("torchrecipes.training.guard.Guard")  # non-finite steps and loss spikes
     evaluators: dict[str, Component] = field(default_factory=dict)  # by name: torchrecipes.evaluation.STS, Retrieval
     final_evaluators: dict[str, Component] = field(default_factory=dict)  # of the result, once, at the end
-    eval_dims: list[int] = field(default_factory=list)  # Matryoshka: also with the first so many numbers
+    eval_dims: list[int] = field(default_factory=list)  # Matryoshka: evaluate these first dimensions, too
     eval_every: MayChange[Steps | None] = 500  # steps; also before the first and after the last step
     early_stopping: Component | None = component(None)  # torchrecipes.training.EarlyStopping
 
@@ -212,7 +212,7 @@ def main(config: Config) -> None:
             with run_result(checkpointer.saved, run.output_dir) as folder:
                 after = metrics.evaluation(step) | metrics.evaluation(best)
                 write_card(folder, config, data, metrics.evaluation(0), after)
-    print(f"finished {step:,} steps; the result is that of step {best:,}: {run.output_dir / 'model'}")
+    print(f"finished {step:,} steps; the result is step {best:,}: {run.output_dir / 'model'}")
 
 
 if __name__ == "__main__":

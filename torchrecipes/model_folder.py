@@ -1,5 +1,6 @@
 """Finds the model folder that a path stands for: the folder itself, or what a run has to give."""
 
+import difflib
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def resolve_model_folder(path: str | Path, warn: bool = False) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         hint = "Give a Hugging Face folder, a checkpoint, or a run's folder. Models are not downloaded"
+        near = difflib.get_close_matches(folder.name, [other.name for other in folder.parent.glob("*/")], n=1)
+        hint = f"Did you mean {folder.parent / near[0]}?" if near else hint
         raise UserError(f"{folder} does not exist", hint=hint, code="not_found")
     if any((folder / name).is_file() for name in ("config.json", "model.safetensors", INDEX)):
         return folder

@@ -121,3 +121,13 @@ def test_mistakes(tmp_path, run, capsys):
         assert main(["embed", *arguments]) == 2, arguments
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out.npy").exists() and not list(tmp_path.glob(".*"))
+    (tmp_path / "other.jsonl").write_text('{"body": "a"}\n' * 9)
+    assert main(["embed", folder, "--input", str(tmp_path / "other.jsonl"), *output]) == 2
+    printed = capsys.readouterr().err
+    assert "--text-column" in printed and "on_bad_record" not in printed  # which this verb does not have
+    assert printed.count("no key 'text'") == 1 and "8 more" in printed
+
+
+def test_a_folder_with_its_pooling_reports_nothing(run, capsys):
+    assert main(["embed", str(run[0]), "a text"]) == 0
+    assert not capsys.readouterr().err

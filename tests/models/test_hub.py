@@ -239,6 +239,8 @@ def test_a_tied_head_that_differs_is_an_error(tmp_path):
 
 def test_corrupt_folders(tmp_path):
     assert error_of(tmp_path / "nowhere").code == "not_found"
+    (tmp_path / "paris").mkdir()
+    assert str(tmp_path / "paris") in error_of(tmp_path / "pairs").hint
     saved(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

@@ -29,7 +29,15 @@ def test_an_embedding_model(tmp_path):
     assert front["library_name"] == "sentence-transformers" and front["pipeline_tag"] == "sentence-similarity"
     assert front["base_model"] == "someone/encoder-base"
     assert not {"language", "license"} & front.keys()
-    for part in ("20 tokens", "7 numbers", "dot product", '`query`: "q: "', "encode_query", "5,749 pairs", "lr: 1e-3"):
+    for part in (
+        "20 tokens",
+        "7 dimensions",
+        "dot product",
+        '`query`: "q: "',
+        "encode_query",
+        "5,749 pairs",
+        "lr: 1e-3",
+    ):
         assert part in body, part
     assert "| stsb/spearman | 0.5000 | 0.7500 |\n| loss |  | 1.0000 |" in body
     assert [line[3:] for line in body.splitlines() if line.startswith("## ")] == [

@@ -16,6 +16,7 @@ from torchrecipes.config import load
 from torchrecipes.config.catalog import find_recipe
 from torchrecipes.errors import UserError
 from torchrecipes.models import load_embedding_model
+from torchrecipes.planning import check_components
 
 RECIPE = find_recipe("contrastive_finetune")
 ENCODER = """
@@ -242,6 +243,16 @@ def test_a_decoder_is_refused(train, folder, tmp_path):
     assert error.value.code == "not_an_encoder"
 
 
+def test_texts_longer_than_the_positions_are_refused_by_the_key_of_the_config(folder, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(SETTINGS.replace("FOLDER", str(folder)))
+    module = load_recipe(RECIPE)
+    problems = check_components(
+        module, load(module.Config, config, ["seq_len=100000", "output_dir=run"], recipe=RECIPE)
+    )
+    assert [problem.key for problem in problems] == ["seq_len"]
+
+
 def test_early_stopping_ends_the_run_with_its_best_model(train):
     metric = "eval/held_out/mrr@10"
     stopping = f"{{_component_: torchrecipes.training.EarlyStopping, metric: {metric}, patience: 2, min_delta: 2}}"
@@ -280,3 +291,4 @@ def test_the_card_has_the_figures_before_and_after(train):
     run = train("run", "max_steps=2", "eval_every=2")
     card = (run / "model" / "README.md").read_text()
     assert "80 examples" in card and "held_out/mrr@10" in card and card.startswith("---\nlibrary_name: ")
+    assert "max_steps: 2" in card and "# override" in card  # where each setting comes from

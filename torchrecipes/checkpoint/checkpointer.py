@@ -296,8 +296,9 @@ class Checkpointer:
         for name, key in keys.items():
             if name not in metrics:
                 raise UserError(
-                    f"{name} is not a metric of this run: {', '.join(metrics)}",
+                    f"this run has no metric {name}",
                     key=f"checkpoint.keep_best.{key}",
+                    hint=f"Its metrics are {', '.join(metrics)}",
                     code="unknown_metric",
                 )
         self.wait()

@@ -126,8 +126,8 @@ def _write(texts: Iterable[str], encoder: Any, args: argparse.Namespace, output:
         progress.close()
     seconds = max(time.perf_counter() - begin, 1e-9)
     print(
-        f"{count:,} texts, {width} dimensions: {output}; {count / seconds:,.0f} texts per second, "
-        f"{progress.tokens / seconds:,.0f} tokens per second"
+        f"{count:,} {'text' if count == 1 else 'texts'}, {width} dimensions: {output}; {count / seconds:,.0f} texts/s, "
+        f"{progress.tokens / seconds:,.0f} tokens/s"
     )
 
 

@@ -126,7 +126,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 1
-        message = format_user_error(_in_options(error) if hasattr(args, "on_bad_record") else error)
+        message = format_user_error(_in_options(error, args))
         if _is_one_of_many():
             from torchrecipes.distributed.error_file import report_error
 
@@ -148,11 +148,22 @@ def _no_command(command: str, verb: str, verbs: Iterable[str]) -> int:
     return 2
 
 
-def _in_options(error: Exception) -> Exception:
-    # A source of text names its arguments, which a config sets with `=` and these verbs with options.
+def _in_options(error: Exception, args: argparse.Namespace) -> Exception:
+    # A source names its arguments, which a config sets with `=` and some verbs with options.
     if not isinstance(error, UserError) or not error.hint:
         return error
-    hint = error.hint.replace("on_bad_record=skip", "--on-bad-record skip").replace("text_column", "--text-column")
+    hint = error.hint
+    if hasattr(args, "on_bad_record"):
+        hint = hint.replace("on_bad_record=skip", "--on-bad-record skip")
+    elif hasattr(args, "set"):
+        hint = hint.replace("on_bad_record=skip", "--set on_bad_record=skip").replace(
+            " with query", " with --set query"
+        )
+    elif hasattr(args, "text_column"):  # a verb with a row in the output for each in the input
+        hint = hint.replace(", or count and skip such records with on_bad_record=skip", "")
+        hint = hint.replace("data, name", "data, or name").replace("the columns of the data", "the column of the text")
+    if hasattr(args, "text_column"):
+        hint = hint.replace("text_column", "--text-column")
     return UserError(error.problem, key=error.key, hint=hint, code=error.code, problems=error.problems)
 
 

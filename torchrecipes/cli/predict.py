@@ -89,7 +89,8 @@ def main(args: argparse.Namespace) -> None:
     count = progress.documents
     seconds = max(time.perf_counter() - begin, 1e-9)
     where = f" in {output}" if output else ""
-    print(f"{count:,} predictions{where}; {count / seconds:,.0f} texts per second", file=sys.stderr)
+    what = "prediction" if count == 1 else "predictions"
+    print(f"{count:,} {what}{where}; {count / seconds:,.0f} texts/s", file=sys.stderr)
     _report(classify, texts)
 
 

@@ -78,12 +78,16 @@ def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, A
 
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.evaluation import TextEncoder
-    from torchrecipes.models import load_embedding_model
+    from torchrecipes.models import load_hf_weights, meta_embedding_model
     from torchrecipes.modules import pack_linears
     from torchrecipes.training.precision import autocast
 
     device = _device(args.device)
-    model = load_embedding_model(folder, report=partial(print, file=sys.stderr)).to(device)
+    report = partial(print, file=sys.stderr)
+    model = meta_embedding_model(folder, report=report).to_empty(device="cpu")
+    is_complete = (folder / "modules.json").is_file()  # a pooler beside it is never used: not worth a line
+    load_hf_weights(model, folder, report=(lambda _: None) if is_complete else report)
+    model = model.eval().to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
     half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32

@@ -78,8 +78,8 @@ class MiningStats:
         """Return what to print, line by line."""
         lines = [
             f"{self.pairs:,} pairs of {self.queries:,} queries; {self.passages:,} passages",
-            f"{self.written:,} lines with {self.negatives:,} negatives: {self.incomplete:,} with fewer than asked for; "
-            f"{self.without:,} pairs left out, with too few",
+            f"{self.written:,} lines with {self.negatives:,} negatives; {self.incomplete:,} lines have fewer than "
+            f"asked for; {self.without:,} pairs left out with too few",
         ]
         names = {"positive": "positives of the query", "query": "the query itself", "rank": "rank before the range"}
         lines += [f"removed {count:,}: {names.get(rule, rule)}" for rule, count in self.removed.items() if count]
@@ -162,7 +162,7 @@ def mine_hard_negatives(
     if not stats.written:
         counts = "\n".join(f"  {line}" for line in stats.lines()[2:-1])
         raise UserError(
-            f"no pair has {min_negatives} negatives\n{counts}",
+            f"no pair has {min_negatives} or more negatives\n{counts}",
             key="range",
             hint="Let lower ranks in, loosen the margins, or give a larger corpus.",
             code="no_negatives",

@@ -232,13 +232,13 @@ def load_hf_weights(
         loaded = [name for name in targets if name not in head]
         if dropped:
             report(
-                f"{folder}: {len(stored)} tensors are loaded, {len(dropped)} are not used, which the model does not "
-                f"have: {', '.join(sorted(dropped))}"
+                f"{folder}: loaded {len(stored)} tensors; not used, because the model has no such parameters: "
+                f"{', '.join(sorted(dropped))}"
             )
         if head:
             report(
-                f"{folder} has no weights for the head: {len(loaded)} of {len(targets)} parameters are loaded; new, "
-                f"initialized with seed {seed}, are {', '.join(sorted(head))}. "
+                f"{folder} has no weights for the head: {len(loaded)} of {len(targets)} parameters were loaded; newly "
+                f"initialized, with seed {seed}: {', '.join(sorted(head))}. "
                 "Consider training them first, with the other parameters frozen (freeze)"
             )
             model.init_weights(seed)

@@ -83,7 +83,7 @@ def _embeddings(folder: Path, config: dict, name: str) -> tuple[dict, str, str]:
     tags = ["sentence-transformers", "feature-extraction", "sentence-similarity"]
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity", "tags": tags}
     first = (
-        f"It maps a text of up to {bert['max_seq_length']:,} tokens to {size} numbers; texts are compared by their "
+        f"It maps a text of up to {bert['max_seq_length']:,} tokens to {size} dimensions; texts are compared by their "
         f"{whole['similarity_fn_name']}{' similarity' if whole['similarity_fn_name'] == 'cosine' else ' product'}."
     )
     prompts = {key: text for key, text in whole["prompts"].items() if text}

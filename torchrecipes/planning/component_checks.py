@@ -44,7 +44,7 @@ UNKNOWN_LENGTH = 10**9  # steps, where the corpus decides how many there are
 # Keys that `build_model` does not use; all other components of a config may become part of the model.
 _NOT_IN_MODEL = (
     *("tokenizer", "data", "optimizer", "lr_scheduler", "guard", "ema"),
-    *("checkpoint", "compute", "log"),
+    *("checkpoint", "compute", "log", "loss", "evaluators", "final_evaluators", "early_stopping"),
 )
 
 
@@ -66,6 +66,9 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
             return make()
         except UserError as error:
             for problem in error.problems or [error]:
+                if problem.key == "max_length":  # of a model whose recipe gives it seq_len
+                    fields = {"hint": problem.hint, "code": problem.code, "problems": problem.problems}
+                    problem = UserError(problem.problem, key="seq_len", **fields)
                 is_complete = problem.key and problem.key.split(".")[0] in vars(config)
                 problems.append(problem if is_complete else problem.under(key))
         except Exception as error:  # of a component of the user's own

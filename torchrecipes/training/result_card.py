@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrecipes.config import to_yaml
 from torchrecipes.models.model_card import write_model_card
 
 
@@ -27,5 +26,5 @@ def write_card(folder: Path, config: Any, data: Any, before: Mapping[str, float]
         base_model=config.init_from,
         training_data=data.origins,
         figures={column: values for column, values in figures.items() if values},
-        settings=to_yaml(config),
+        settings=(folder / "config.yaml").read_text(encoding="utf-8"),  # says where each value comes from
     )

@@ -39,6 +39,18 @@ def test_a_nested_key_and_a_key_with_a_dot(here):
     assert error.code == "bad_record" and "no key 'data.title'" in error.problem and "'data'" in error.problem
 
 
+def test_records_with_one_fault_are_counted_and_others_are_listed(here):
+    (here / "a.jsonl").write_text('{"body": "x"}\n' * 30)
+    error = refused("a.jsonl")
+    assert error.problem.startswith("a.jsonl:1: ") and "29 more" in error.problem and "\n" not in error.problem
+    (here / "b.jsonl").write_text('{"text": 5}\n{"body": "x"}\n{"text": 6}\n')
+    assert [line.partition(": ")[0] for line in refused("b.jsonl").problem.splitlines()] == [
+        "b.jsonl:1",
+        "b.jsonl:2",
+        "b.jsonl:3",
+    ]
+
+
 def test_a_field_of_a_struct(here):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -116,9 +116,8 @@ class ExampleCorpus:
         split = self.account["split"]
         title = split if name is None else name if split == "train" else f"{name}, {split}"
         what = {"pairs": "pairs", "scored_pairs": "scored pairs", "labeled": "labeled texts", "texts": "texts"}
-        lines = [
-            f"{title}: {self.num_examples:,} {what[self.kind]}, {self.num_texts:,} texts, {self.num_tokens:,} tokens"
-        ]
+        texts = "" if self.num_texts == self.num_examples else f", {self.num_texts:,} texts"
+        lines = [f"{title}: {self.num_examples:,} {what[self.kind]}{texts}, {self.num_tokens:,} tokens"]
         for column, (mean, median, most, longest) in self.account["statistics"]["lengths"].items():
             lines.append(
                 f"  {column}: {mean:,.1f} tokens, half up to {median:,}, 90% up to {most:,}, longest {longest:,}"

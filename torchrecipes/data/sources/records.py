@@ -245,8 +245,11 @@ def _bad_records(first: BadRecord, rest: Iterator[Document | BadRecord], remedy:
     near = [item for item in islice(rest, 10_000) if type(item) is BadRecord and item.reason != EMPTY_TEXT]
     bad = [first, *near[:9]]
     column = f"{remedy}, " if remedy and any(item.reason.startswith("no ") for item in bad) else ""
+    lines = list(map(str, bad))
+    if len(near) > 2 and all(item[1:] == first[1:] for item in near):  # a wrong column: one line says it
+        lines = [f"{first} (as in {len(near):,} more records)"]
     return UserError(
-        "\n".join(map(str, bad)),
+        "\n".join(lines),
         hint=f"Repair the data, {column}or count and skip such records with on_bad_record=skip.",
         code="bad_record",
     )
