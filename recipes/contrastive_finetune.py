@@ -102,8 +102,9 @@ def embedding_loss(embeddings: Tensor, examples: Examples, config: Config, guide
 
 
 def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """`embedding_loss` of one batch."""
-    return embedding_loss(model.embed(batch), batch.examples, config)
+    """`embedding_loss` of one batch, to time and estimate a step; the model's own embeddings stand for the guide's."""
+    embeddings = model.embed(batch)
+    return embedding_loss(embeddings, batch.examples, config, embeddings.detach() if config.guide else None)
 
 
 def main(config: Config) -> None:

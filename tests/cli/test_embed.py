@@ -97,6 +97,18 @@ def test_a_file_with_no_texts_gives_no_rows(tmp_path, run):
     assert np.load(tmp_path / "out.npy").shape == (0, 16)
 
 
+def test_the_folder_of_the_output_is_made(tmp_path, run):
+    output = tmp_path / "new" / "folder" / "out.npy"
+    assert main(["embed", str(run[0]), "a text", "-o", str(output)]) == 0
+    assert np.load(output).shape == (1, 16)
+
+
+def test_a_closed_standard_input_is_a_mistake(tmp_path, run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)  # Python's, where the shell has closed it
+    assert main(["embed", str(run[0]), "-i", "-", "-o", str(tmp_path / "out.npy")]) == 2
+    assert "--input" in capsys.readouterr().err
+
+
 def test_mistakes(tmp_path, run, capsys):
     folder = str(run[0])
     file, _ = write(tmp_path, "jsonl")

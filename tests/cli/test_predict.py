@@ -68,7 +68,7 @@ def test_every_row_of_a_file_has_a_prediction(tmp_path, run, kind, capsys):
 
 def test_a_table(tmp_path, run):
     file, _ = write(tmp_path, "txt")
-    output = tmp_path / "out.csv"
+    output = tmp_path / "new" / "out.csv"
     assert main(["predict", str(run), "-i", str(file), "-o", str(output)]) == 0
     rows = list(csv.DictReader(output.open()))
     assert list(rows[0]) == ["text", "label", *NAMES] and [row["text"] for row in rows] == TEXTS

@@ -180,3 +180,15 @@ def test_no_attribute_hides_a_module_of_its_package():
         if not inspect.ismodule(getattr(importlib.import_module(package), name)):
             hidden.append(found.name)
     assert hidden == []
+
+
+@pytest.mark.parametrize("wrap", [lambda encoder: encoder, models.EmbeddingModel])
+def test_positions_that_begin_after_the_padding_need_the_padding_of_the_tokenizer(wrap):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = wrap(models.roberta(vocab_size=100, **sizes, pad_token_id=1))
+    models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100, pad_id=1), 32)
+    with pytest.raises(UserError) as error:
+        models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=100, pad_id=0), 32)
+    assert (error.value.key, error.value.code) == ("model.pad_token_id", "other_padding")
+    bert = wrap(models.bert(vocab_size=100, **sizes))
+    models.check_tokenizer_compatibility(bert, SimpleNamespace(vocab_size=100, pad_id=3), 32)

@@ -187,6 +187,7 @@ def test_a_guide_has_to_have_the_same_tokenizer(train, tmp_path):
     loss = "loss={_component_: torchrecipes.losses.InfoNCE, guide_margin: 0.0}"
     run = train("run", "max_steps=2", "eval_every=null", f"guide={guide}", loss)
     assert len(lines(run)) == 2
+    train("auto", "max_steps=1", "eval_every=null", f"guide={guide}", loss, "micro_batch_size=auto")
     with pytest.raises(UserError) as error:
         train("other", "max_steps=2", "eval_every=null", f"guide={guide}", loss, "tokenizer.vocab_size=200")
     assert (error.value.key, error.value.code) == ("guide", "other_tokenizer")

@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> None:
 
     if output is not None:
         check_writable(output.parent, key="--output")
+        output.parent.mkdir(parents=True, exist_ok=True)
     try:
         texts = args.texts or TextRows(args.input, args.text_column)
         folder, encoder = load_text_encoder(args, max_length=args.max_length, tokens_per_batch=args.batch_tokens)

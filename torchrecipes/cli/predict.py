@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
 
     if output is not None:
         check_writable(output.parent, key="--output")
+        output.parent.mkdir(parents=True, exist_ok=True)
     try:
         texts: Any = args.texts
         if args.input is not None:

@@ -50,17 +50,17 @@ def check_causal(model: nn.Module, causal: bool) -> None:
 
 
 def check_tokenizer_compatibility(model: nn.Module, tokenizer: "Tokenizer", seq_len: int) -> None:
-    """Checks that the model has an embedding for every token and a position for every place in a row.
+    """Checks that the model has an embedding for every token, a position for every place in a row, and the padding.
 
     A model without a `config` that says so passes.
 
     Args:
         model: may have `config.vocab_size` and `config.max_position_embeddings`.
-        tokenizer: has `vocab_size`.
+        tokenizer: has `vocab_size` and `pad_id`.
         seq_len: tokens per row.
 
     Raises:
-        UserError: `vocab_too_large` or `seq_len_too_long`.
+        UserError: `vocab_too_large`, `seq_len_too_long` or `other_padding`.
     """
     rows = getattr(getattr(model, "config", None), "vocab_size", None)
     if rows is not None and tokenizer.vocab_size > rows:
@@ -69,6 +69,16 @@ def check_tokenizer_compatibility(model: nn.Module, tokenizer: "Tokenizer", seq_
             key="tokenizer",
             hint="Use the model's own tokenizer, with pad_vocab_to_multiple_of: 1 if it was made without padding",
             code="vocab_too_large",
+        )
+    pad_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+    keeps_pad_id = getattr(getattr(model, "hf_adapter", None), "keeps_pad_id", False)
+    if keeps_pad_id and getattr(tokenizer, "pad_id", None) not in (None, pad_id):
+        raise UserError(
+            f"positions begin after the id of padding, which is {pad_id} for the model and {tokenizer.pad_id} for the "
+            f"tokenizer: other libraries would give token {pad_id} the position of padding",
+            key="model.pad_token_id",
+            hint=f"Set model.pad_token_id={tokenizer.pad_id}, or use the tokenizer of the model.",
+            code="other_padding",
         )
     check_positions(model, seq_len)
 

@@ -113,6 +113,8 @@ class TextRows:
                 raise UserError(f"{file.name}: {error.reason} {error.detail}".rstrip(), code="bad_record") from None
 
     def _stdin_lines(self) -> Iterator[str]:
+        if sys.stdin is None:  # Python's, where the shell has closed it
+            raise UserError("standard input is closed", key="--input", code="no_input")
         for number, line in enumerate(sys.stdin.buffer, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
