@@ -62,9 +62,10 @@ def _where_gradients_are_needed(block: nn.Module, checkpointed: Callable) -> Cal
     """Frozen blocks before the first that is trained keep nothing anyway, and compiled checkpoints fail there."""
     forward = block.forward
 
-    def choose(hidden: Tensor, *args, **kwargs):
-        is_needed = hidden.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
-        return (checkpointed if is_needed else forward)(hidden, *args, **kwargs)
+    def choose(*args, **kwargs):
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        is_needed = any(tensor.requires_grad for tensor in (*inputs, *block.parameters()))
+        return (checkpointed if is_needed else forward)(*args, **kwargs)
 
     return choose
 
