@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `data mine-negatives`."""
     parser.epilog = (
         "example: tune-style data mine-negatives --model runs/embeddings --data pairs.jsonl --output mined.jsonl\n"
-        "         tune-style data mine-negatives --model runs/embeddings --data faq.csv \\\\\n"
-        "             --set query=question positive=answer --positive-id doc \\\\\n"
+        "         tune-style data mine-negatives --model runs/embeddings --data faq.csv \\\n"
+        "             --set query=question positive=answer --positive-id doc \\\n"
         "             --corpus corpus.jsonl --corpus-id _id --range 0 100 --relative-margin 0.05 -o mined.jsonl\n\n"
         "Train on the result: data.source._component_=torchrecipes.data.examples.pairs data.source.path=mined.jsonl\n"
         "data.source.negatives=negatives (and data.source.scores=scores for a loss that learns from scores)."
@@ -37,14 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="arguments of torchrecipes.data.examples.pairs, such as query=question positive=answer",
     )
-    group.add_argument("--positive-id", metavar="COLUMN", help="of the pairs: the identity of the positive's document")
+    group.add_argument(
+        "--positive-id", metavar="COLUMN", help="column of the pairs that identifies the positive's document"
+    )
     group.add_argument(
         "--corpus",
         metavar="PATH",
         help="more candidates: a file, or a folder in BEIR's layout (default: the positives)",
     )
-    group.add_argument("--corpus-text", default="text", metavar="COLUMN", help="of the corpus (default text)")
-    group.add_argument("--corpus-id", metavar="COLUMN", help="of the corpus: the identity of a passage's document")
+    group.add_argument(
+        "--corpus-text", default="text", metavar="COLUMN", help="text column of the corpus (default text)"
+    )
+    group.add_argument(
+        "--corpus-id", metavar="COLUMN", help="column of the corpus that identifies a passage's document"
+    )
     group = parser.add_argument_group("rules")
     group.add_argument(
         "--range",
@@ -64,8 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-score", type=float, metavar="S", help="negatives score at most S")
     group.add_argument("--min-score", type=float, metavar="S", help="negatives score at least S")
-    group.add_argument("--strategy", choices=("top", "random"), default="top", help="of the candidates (default top)")
-    group.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
+    group.add_argument(
+        "--strategy", choices=("top", "random"), default="top", help="which candidates are taken (default top)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of the random choice (default 0)")
     group.add_argument("--cross-encoder", metavar="RUN", help="a reranker, whose scores the rules judge by")
     group = parser.add_argument_group("search")
     group.add_argument(
@@ -76,7 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--similarity", choices=("cosine", "dot"), help="default: the model's")
     group.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: the model's)")
-    group.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 1024 a thread)")
+    group.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="tokens per forward pass (default 1,024 per thread, 32,768 on a GPU)",
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: bf16 on a GPU")
     group.add_argument(

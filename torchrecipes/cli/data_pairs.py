@@ -13,9 +13,9 @@ SEQ_LEN = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `data pairs`."""
     parser.epilog = (
-        "example: tune-style data pairs --data faq.jsonl --set query=question positive=answer --tokenizer minilm \\\\\n"
+        "example: tune-style data pairs --data faq.jsonl --set query=question positive=answer --tokenizer minilm \\\n"
         "             -o corpus\n"
-        "         tune-style data pairs --data sts.csv --kind scored_pairs --set low=0 high=5 \\\\\n"
+        "         tune-style data pairs --data sts.csv --kind scored_pairs --set low=0 high=5 \\\n"
         "             --tokenizer minilm -o sts\n"
         "         tune-style data pairs --config my.yaml -o corpus\n\n"
         "A run trains on it with data.corpus_dir=CORPUS and the same data.source, tokenizer, seq_len and prompts."
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--data", nargs="+", metavar="PATH", help="files, folders, patterns: .jsonl, .csv, .tsv, .parquet")
     one.add_argument("--dataset", metavar="NAME", help="a Hugging Face dataset, on the hub or a folder")
     one.add_argument("--config", metavar="CONFIG", help="a config of a fine-tuning recipe; all its data are tokenized")
-    group.add_argument("--kind", choices=KINDS, help="of the examples (default pairs)")
+    group.add_argument("--kind", choices=KINDS, help="kind of examples (default pairs)")
     group.add_argument(
         "--set",
         nargs="+",
@@ -38,13 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that override the config's"
     )
-    group = parser.add_argument_group("how they are tokenized (a config says it itself)")
+    group = parser.add_argument_group("tokenization (with --config, the config has these)")
     group.add_argument("--tokenizer", metavar="TOKENIZER", help="a tokenizer's folder or file, a model or a run")
     group.add_argument("--seq-len", type=int, metavar="N", help=f"tokens of a text at most (default {SEQ_LEN})")
     group.add_argument(
         "--prompt", action="append", metavar="KIND=TEXT", help="written before texts: query='query: ', passage=..."
     )
-    group.add_argument("--task", metavar="TASK", help="of labels: single_label (the default), multi_label, regression")
+    group.add_argument(
+        "--task", metavar="TASK", help="what a label is: single_label (the default), multi_label, regression"
+    )
     group.add_argument("--label-names", metavar="A,B", help="the classes in their order (default: sorted)")
     group.add_argument("--validation-fraction", type=float, metavar="F", help="share of the examples held out")
     group.add_argument(

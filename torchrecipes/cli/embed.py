@@ -33,14 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="lines of text, .jsonl, .csv, .tsv or .parquet; -: lines of standard input",
     )
-    parser.add_argument("--text-column", default="text", metavar="KEY", help="of JSON lines and tables (default text)")
+    parser.add_argument("--text-column", default="text", metavar="KEY", help="the text's key or column (default text)")
     parser.add_argument(
         "-o", "--output", metavar="FILE", help=".npy: [texts, dimensions] float32; .jsonl, .parquet: with the texts"
     )
     parser.add_argument("--prompt", metavar="NAME", help="query, passage, ... (default: the model's default, if any)")
     parser.add_argument("--dim", type=int, metavar="D", help="the first D dimensions, of length 1 again (Matryoshka)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: the model's)")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 1024 a thread)")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="tokens per forward pass (default 1,024 per thread, 32,768 on a GPU)",
+    )
 
 
 def main(args: argparse.Namespace) -> None:

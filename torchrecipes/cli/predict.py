@@ -38,12 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="lines of text, .jsonl, .csv, .tsv or .parquet; -: lines of standard input",
     )
-    parser.add_argument("--text-column", default="text", metavar="KEY", help="of JSON lines and tables (default text)")
+    parser.add_argument("--text-column", default="text", metavar="KEY", help="the text's key or column (default text)")
     parser.add_argument("--text-pair-column", metavar="KEY", help="that of the second text, for a classifier of pairs")
     parser.add_argument("-o", "--output", metavar="FILE", help=".jsonl or .csv (default: JSON lines on stdout)")
     parser.add_argument("--top-k", type=int, metavar="K", help="the K most probable labels only (default: all)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: as in training)")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="per forward pass (default 1024 a thread)")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="tokens per forward pass (default 1,024 per thread, 32,768 on a GPU)",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
