@@ -182,3 +182,15 @@ def test_numbers_that_fp32_does_not_hold_are_refused(tmp_path):
     with pytest.raises(UserError) as error:
         load_examples(config_of(tmp_path / "other", source=scored))
     assert error.value.code == "bad_record"
+
+
+def test_a_classifier_needs_labels_and_the_same_number_of_texts_everywhere(tmp_path, files):
+    pairs = source(files["train"], LABELED, text_pair="label")
+    for data, key, code in (
+        ({"source": source(files["a"])}, "data.source", "no_labels"),
+        ({"source": source(files["train"], LABELED), "test": pairs}, "data.test", "pairs"),
+        ({"sources": {"one": pairs, "two": source(files["train"], LABELED)}}, "data.sources.two", "pairs"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_examples(config_of(tmp_path, **data), task="single_label")
+        assert (error.value.key, error.value.code) == (key, code)

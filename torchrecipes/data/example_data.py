@@ -19,7 +19,7 @@ from torchrecipes.data.batching.grouped_rows import GroupedRows
 from torchrecipes.data.batching.loader import rows_per_rank
 from torchrecipes.data.batching.streamed_examples import StreamedExampleRows
 from torchrecipes.data.corpus.shard_writer import to_json
-from torchrecipes.data.examples import ExampleCorpus, StreamedExamples, open_examples, prepare_examples
+from torchrecipes.data.examples import ExampleCorpus, ExampleSource, StreamedExamples, open_examples, prepare_examples
 from torchrecipes.data.tokenizers import Tokenizer
 from torchrecipes.data.tokenizers.load import load_model_tokenizer
 from torchrecipes.distributed.collectives import rank0_first, world_size
@@ -127,6 +127,10 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
     rows_per_rank(config.global_batch_size, world_size())  # refused now, not after hours of tokenizing
     data, corpus_dir = config.data, _corpus_dir(config)
     sources = {name: _build(f"sources.{name}" if data.sources else "source", x) for name, x in _sources(data).items()}
+    nodes = {name: getattr(data, name) for name in (VALIDATION, TEST)}
+    evaluated = {name: _build(name, node) for name, node in nodes.items() if node is not None}
+    if labels:
+        _check_labeled({f"sources.{name}" if data.sources else "source": x for name, x in sources.items()} | evaluated)
     with rank0_first("tokenizer and examples"):
         if config.tokenizer is None:
             tokenizer = load_model_tokenizer(resolve_model_folder(config.init_from))
@@ -145,10 +149,9 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
         if labels:
             _check_same_names(corpus_dir, () if data.window else sources)
             labels |= {"label_names": train.label_names or None}
-        for name in (VALIDATION, TEST):
-            if (node := getattr(data, name)) is not None:
-                evaluated, _ = prepare(_eval_folder(corpus_dir, name), _build(name, node), prompts=prompts, **labels)
-                print(evaluated.summary(name), flush=True)
+        for name, source in evaluated.items():
+            corpus, _ = prepare(_eval_folder(corpus_dir, name), source, prompts=prompts, **labels)
+            print(corpus.summary(name), flush=True)
     train, eval_sets = open_example_rows(config, corpus_dir, tokenizer)
     print(f"training examples: {train}", flush=True)
     if data.window:
@@ -229,6 +232,18 @@ def _folder(corpus_dir: Path, name: str) -> Path:
 
 def _eval_folder(corpus_dir: Path, name: str) -> Path:
     return corpus_dir / "eval_sets" / name
+
+
+def _check_labeled(sources: dict[str, ExampleSource]) -> None:
+    """Checks that all sources have labels, and as many texts in an example as the first."""
+    number = len(next(iter(sources.values())).columns)
+    for key, source in sources.items():
+        if source.kind != "labeled":
+            problem, hint = f"{source.name} has no labels", "Read it with torchrecipes.data.examples.labeled_texts."
+            raise UserError(problem, key=f"data.{key}", hint=hint, code="no_labels")
+        if len(source.columns) != number:
+            problem = f"{source.name} has {len(source.columns)} texts in an example, and {number} are trained on"
+            raise UserError(problem, key=f"data.{key}", hint="Set text_pair in all sources, or in none.", code="pairs")
 
 
 def _check_same_names(corpus_dir: Path, sources: Iterable[str]) -> None:
