@@ -52,6 +52,14 @@ def test_one_source_is_split_by_the_hash_of_a_text(tmp_path, files):
     assert train.identity() == found.train.identity() and eval_sets.keys() == {"validation"}
 
 
+def test_a_step_of_more_examples_than_there_are_is_said(tmp_path, files, capsys):
+    config = config_of(tmp_path, source=source(files["b"]))
+    for size, is_said in ((10, False), (11, True)):
+        config.global_batch_size = size
+        load_examples(config)
+        assert ("warning: global_batch_size=11" in capsys.readouterr().out) == is_said
+
+
 def test_prompts_of_a_dataset_replace_those_of_the_model(tmp_path, files):
     sources = {"one": source(files["a"]), "two": source(files["b"])}
     config = config_of(tmp_path, sources=sources, dataset_prompts={"two": {"query": "who who who "}})

@@ -165,6 +165,9 @@ def load_examples(config: Any, prompts: dict[str, str] | None = None, **labels: 
     for name, corpus in zip(sources, corpora, strict=True):
         _check_loss(f"sources.{name}" if data.sources else "source", corpus, getattr(config, "loss", None))
     sizes = [corpus.num_examples for corpus in corpora]
+    if config.global_batch_size > min(sizes):
+        few = f"global_batch_size={config.global_batch_size} is more than the {min(sizes):,} examples there are"
+        print(f"warning: {few}: a step has some of them several times", flush=True)
     origins = tuple(f"{source.name}: {size:,} examples" for source, size in zip(sources.values(), sizes, strict=True))
     return ExampleSets(tokenizer, train, eval_sets, tuple(corpora[0].label_names or ()), counts, sum(sizes), origins)
 
