@@ -102,7 +102,7 @@ def test_copies_of_a_text_are_in_the_same_batch():
     assert batch.num_texts == 12 and batch.num_targets == 6
     assert examples_of(batch) == [texts * 2 for texts in as_tuples(corpus)]
     assert (batch.examples.texts[:, 0] != batch.examples.texts[:, 1]).all()
-    with pytest.raises(ValueError, match="repeat_texts"):
+    with pytest.raises(UserError, match="repeat_texts"):
         PairCollator(TOKENIZER, repeat_texts=True).batch(rows_of(random_examples(6, least=2)), np.arange(6), keys=None)
 
 
