@@ -1,4 +1,4 @@
-"""`PairClassification`: how well similarity tells pairs that belong together from others."""
+"""`PairClassification`: how well similarity separates pairs that belong together from others."""
 
 import math
 from collections.abc import Sequence

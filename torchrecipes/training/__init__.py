@@ -12,7 +12,7 @@ frozen_features            `FeatureCache`: a frozen encoder's outputs, computed 
 few_shot                   `few_shot_start`: pairs of labels train the encoder, then the classifier is fitted (SetFit)
 forgetting                 `ForgettingController`: evaluations against a baseline; more replay, or the end of the run
 grad_cache                 `random_state`, `replay`: a contrastive step in the memory of one micro-batch
-guide                      `load_guide`: a model that tells false negatives
+guide                      `load_guide`: a model that finds false negatives
 early_stopping             `EarlyStopping`: ends a run whose metric no longer improves
 guard                      `Guard`: skips non-finite steps, reports spikes, rolls back
 graceful_stop              Ctrl+C and SIGTERM end a run after its step

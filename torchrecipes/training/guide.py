@@ -1,4 +1,4 @@
-"""A guide: an embedding model that tells which passages of a step are no true negatives (GISTEmbed).
+"""A guide: an embedding model that finds the passages of a step that are no true negatives (GISTEmbed).
 
 Solatorio 2024, arXiv:2402.16829. It reads the same tokens as the model that is trained.
 """

@@ -200,6 +200,8 @@ class MetricLogger:
 
     def log_eval(self, step: int, results: dict[str, dict[str, float]], suffix: str = "") -> dict[str, float]:
         """Logs evaluations, by set, as `eval/<set><suffix>/<metric>`, and returns them under these names."""
+        if not results:
+            return {}
         named = {f"eval/{name}{suffix}/{key}": results[name][key] for name in results for key in results[name]}
         self._evaluations[step] = self.evaluation(step) | named
         self._record({"step": step} | named, step)  # one line: all sets or none, whenever the run is interrupted

@@ -377,6 +377,7 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
     raise UserError(
         "\n  ".join([f"{folder} holds a corpus that was built from something else:", *lines]),
         key="data.corpus_dir",
-        hint=f"Give another folder, or delete {folder}.",
+        hint=f"Delete {folder} to tokenize the examples again, unless a run with checkpoints needs it; or give another "
+        "folder, as in output_dir=OTHER.",
         code="other_corpus",
     )
