@@ -1,6 +1,6 @@
 """Turn an encoder into a classifier of texts or pairs of texts: one label, several labels, or a number.
 
-    tune-style run classify_finetune --config classify_finetune/quickstart  # five minutes on two CPU cores
+    tune-style run classify_finetune --config classify_finetune/quickstart  # minutes on two CPU cores
     tune-style run classify_finetune --config classify_finetune/labels data.source.path='my/*.csv' init_from=RUN
     tune-style predict runs/classify_quickstart "Send the request and wait for the response."
 

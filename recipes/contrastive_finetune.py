@@ -1,6 +1,6 @@
 """Turn an encoder into a text embedding model, by contrastive learning on pairs, triplets, scores, labels or raw text.
 
-    tune-style run contrastive_finetune --config contrastive_finetune/quickstart  # five minutes on two CPU cores
+    tune-style run contrastive_finetune --config contrastive_finetune/quickstart  # minutes on two CPU cores
     tune-style run contrastive_finetune --config contrastive_finetune/pairs data.source.path='my/*.jsonl' init_from=RUN
     tune-style embed runs/contrastive_quickstart "sort a list in place"
 
@@ -137,8 +137,8 @@ def main(config: Config) -> None:
     metrics = MetricLogger(run, config.log, first_step=step + 1, **lengths, **flops)
     encoder = TextEncoder(model, tokenizer, max_length=config.seq_len, autocast=run.autocast)
 
-    def evaluate(evaluators: dict, suffix: str = "") -> dict[str, float]:
-        return metrics.log_eval(step, {k: evaluators[k](encoder, config.eval_dims) for k in evaluators}, suffix)
+    def evaluate(evaluators: dict) -> dict[str, float]:
+        return metrics.log_eval(step, {k: evaluators[k](encoder, config.eval_dims) for k in evaluators})
 
     def judge() -> bool:
         results = metrics.evaluation(step) or evaluate(evaluators)  # once: a resumed run reads what was logged

@@ -163,6 +163,12 @@ def test_a_rollback_removes_the_lines_after_its_step(tmp_path, clock):
         assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
+def test_an_evaluation_of_nothing_leaves_no_line(tmp_path):
+    with make(tmp_path) as metrics:
+        assert metrics.log_eval(3, {}) == {} and not metrics.is_evaluated(3)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_evaluations_are_read_again_unless_the_run_rolled_back_before_them(tmp_path):
     values = {"general": {"loss": 2.5, "perplexity": math.inf}, "domain": {"loss": math.nan, "perplexity": 1.0}}
     with make(tmp_path) as metrics:
