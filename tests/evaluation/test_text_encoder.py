@@ -63,7 +63,7 @@ def test_texts_in_one_packed_row_have_the_same_embeddings():
     encoder = TextEncoder(model.eval(), tokenizer(), tokens_per_batch=1024)
     window = encoder._tokenize(encoder._encoder(PROMPTS["query"]), texts)
     batches = over_texts.TextBatches(encoder.tokenizer.pad_id, 1024, torch.device("cpu"))
-    for places in batches.split(np.array([len(ids) for ids in window.ids]), True):
+    for places in batches.split(window.lengths, True):
         batch, _ = batches.packed(window, places)
         assert batch.input_ids.shape[0] == 1 and batch.input_ids.shape[1] in (64, 128, 256, 512, 1024)
         with torch.no_grad():

@@ -13,6 +13,7 @@ text_encoder          `TextEncoder`: embeddings of any number of texts
 text_vectors          `TextVectors`, `max_sim_scores`: late interaction
 text_classifier       `TextClassifier`: labels and probabilities of any number of texts
 over_texts            `map_texts`: what both compute, in windows that are sorted by length
+text_tokens           tokens of many texts at once
 sts                   `STS`: correlation with people's scores
 retrieval             `Retrieval`: MRR, nDCG and recall of an exact search
 pair_classification   `PairClassification`: average precision and the best thresholds

@@ -36,16 +36,21 @@ class TextWindow:
     """Some texts, tokenized.
 
     Attributes:
-        ids: tokens of each text, at least one.
-        num_bytes: of each text, for the progress.
+        tokens: integers, 1-D: the tokens of n texts, one text after the other.
+        lengths: `[n]` int64, of the texts, at least 1.
+        num_bytes: `[n]` int64, of the texts, for the progress.
         prompt_length: tokens at the start of each text that pooling leaves out.
-        second_starts: where the second sentence begins in each text, for a model with token types. None: it has none.
+        token_type_ids: int64, of the tokens, for a model with token types. None: it has none.
     """
 
-    ids: list[list[int]]
-    num_bytes: list[int]
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_bytes: np.ndarray
     prompt_length: int = 0
-    second_starts: list[int] | None = None
+    token_type_ids: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.starts = np.cumsum(self.lengths) - self.lengths
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -101,10 +106,9 @@ def _compute(
     batches: "TextBatches",
     progress: Progress | None,
 ) -> np.ndarray:
-    lengths = np.array([len(ids) for ids in window.ids])
-    results = torch.zeros(len(lengths), width, device=batches.device)
+    results = torch.zeros(len(window.lengths), width, device=batches.device)
     is_packed = batches.are_packed()
-    parts = batches.split(lengths, is_packed)
+    parts = batches.split(window.lengths, is_packed)
     rounds = -(-len(parts) // world_size())  # shards are gathered by all ranks, as often on each
     for number in range(rank(), rounds * world_size(), world_size()):
         places = parts[number % len(parts)]
@@ -115,10 +119,8 @@ def _compute(
         found = found if documents is None else found[torch.from_numpy(documents).to(batches.device)]
         results[torch.from_numpy(places).to(batches.device)] = found
         if progress is not None:
-            done = parts[number - rank() : number - rank() + world_size()]
-            texts = [place for places in done for place in places.tolist()]
-            num_bytes = sum(window.num_bytes[place] for place in texts)
-            progress.add(len(texts), num_bytes, int(lengths[texts].sum()))
+            done = np.concatenate(parts[number - rank() : number - rank() + world_size()])
+            progress.add(len(done), int(window.num_bytes[done].sum()), int(window.lengths[done].sum()))
     return all_reduce_sum_(results).cpu().numpy()
 
 
@@ -147,53 +149,45 @@ class TextBatches:
 
     def padded(self, window: TextWindow, places: np.ndarray) -> tuple[Batch, np.ndarray | None]:
         """A row for each text; and which documents are texts, where some are padding."""
-        ids = [window.ids[place] for place in places]
-        rows, width = len(ids), max(map(len, ids))
-        tokens = np.full((rows, width), self.pad_id)
-        boundaries, texts = [], []
-        for row, text in enumerate(ids):
-            tokens[row, : len(text)] = text
-            texts.append(len(boundaries))
-            boundaries.append(row * width)
-            if len(text) < width:
-                boundaries.append(row * width + len(text))
-        documents = len(boundaries)
-        is_dense = documents == rows
-        fields = dense_fields(tokens.shape) if is_dense else document_fields(np.array(boundaries), tokens.shape)
-        if window.second_starts is not None:
-            seconds = np.array([window.second_starts[place] for place in places])[:, None]
-            ends = np.array([len(text) for text in ids])[:, None]
-            columns = np.arange(width)
-            types = (columns >= seconds) & (columns < ends)
-            fields["token_type_ids"] = torch.from_numpy(types.astype(np.int64))
-        batch = self._batch(tokens, documents, window.prompt_length, fields)
-        return batch, None if is_dense else np.array(texts)
+        lengths = window.lengths[places]
+        shape = rows, width = len(places), int(lengths.max())
+        columns = np.arange(width)
+        is_text = columns < lengths[:, None]
+        source = np.where(is_text, window.starts[places, None] + columns, 0)
+        is_document = np.column_stack((np.ones(rows, bool), lengths < width))  # the text, and padding after it
+        starts = np.arange(rows) * width
+        boundaries = np.column_stack((starts, starts + lengths))[is_document]
+        is_dense = len(boundaries) == rows
+        fields = dense_fields(shape) if is_dense else document_fields(boundaries, shape)
+        batch = self._batch(window, source, is_text, fields, len(boundaries))
+        return batch, None if is_dense else (np.cumsum(is_document) - 1)[::2]
 
     def packed(self, window: TextWindow, places: np.ndarray) -> tuple[Batch, None]:
         """One row of all texts, then padding."""
-        ids = [window.ids[place] for place in places]
-        lengths = np.array([len(text) for text in ids])
-        total = int(lengths.sum())
+        lengths = window.lengths[places]
+        ends = np.cumsum(lengths)
+        total = int(ends[-1])
         # A few texts get a shorter row, of few lengths.
         width = max(64, 1 << (total - 1).bit_length())
         width = width if width <= self.tokens_per_batch // 2 else max(self.tokens_per_batch, total)
-        tokens = np.full((1, width), self.pad_id)
-        tokens[0, :total] = np.concatenate(ids)
-        ends = np.cumsum(lengths)
+        is_text = np.arange(width)[None] < total
+        source = np.zeros((1, width), np.int64)
+        source[0, :total] = np.arange(total) + np.repeat(window.starts[places] - (ends - lengths), lengths)
         boundaries = np.concatenate(([0], ends if total < width else ends[:-1]))
-        fields = document_fields(boundaries, tokens.shape)
+        fields = document_fields(boundaries, (1, width))
         fields["position_ids"][0, total:] = 0  # padding may be longer than the table of positions
-        if window.second_starts is not None:
-            seconds = np.repeat([window.second_starts[place] for place in places], lengths)
-            types = np.zeros(tokens.shape, np.int64)
-            types[0, :total] = fields["position_ids"][0, :total].numpy() >= seconds
-            fields["token_type_ids"] = torch.from_numpy(types)
-        return self._batch(tokens, len(ids), window.prompt_length, fields), None
+        return self._batch(window, source, is_text, fields, len(places)), None
 
-    def _batch(self, tokens: np.ndarray, num_texts: int, prompt_length: int, fields: dict) -> Batch:
-        pool_from = torch.full((num_texts,), prompt_length, dtype=torch.int32) if prompt_length else None
-        input_ids = torch.from_numpy(tokens)
-        return Batch(input_ids=input_ids, num_targets=num_texts, num_texts=num_texts, pool_from=pool_from, **fields)
+    def _batch(
+        self, window: TextWindow, source: np.ndarray, is_text: np.ndarray, fields: dict, num_texts: int
+    ) -> Batch:
+        """The batch whose token at each place is that of the window at `source`, or padding."""
+        tokens = np.where(is_text, window.tokens[source], self.pad_id).astype(np.int64, copy=False)
+        if window.token_type_ids is not None:
+            fields["token_type_ids"] = torch.from_numpy(np.where(is_text, window.token_type_ids[source], 0))
+        if window.prompt_length:
+            fields["pool_from"] = torch.full((num_texts,), window.prompt_length, dtype=torch.int32)
+        return Batch(input_ids=torch.from_numpy(tokens), num_targets=num_texts, num_texts=num_texts, **fields)
 
 
 def _windows(texts: Iterable[Text], characters: int, size_of: Callable[[Text], int]) -> Iterator[list[Text]]:

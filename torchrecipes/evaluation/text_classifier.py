@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from torchrecipes.data.examples.encode import ExampleEncoder
-from torchrecipes.data.examples.example import Example
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.over_texts import TextWindow, default_batch_tokens, map_texts
+from torchrecipes.evaluation.text_tokens import tokenize_pairs, tokenize_texts, utf8_lengths
 from torchrecipes.models import SequenceClassifier, max_positions
 
 Text = str | tuple[str, str]
@@ -72,7 +72,7 @@ class TextClassifier:
             raise UserError(f"{max_length} must be {wanted}", key="max_length", code="out_of_range")
         self.tokens_per_batch = tokens_per_batch or default_batch_tokens(next(model.parameters()).device)
         self.num_truncated = self.num_empty = 0
-        self._encoders: dict[int, ExampleEncoder] = {}
+        self._encoders: dict[bool, ExampleEncoder] = {}
 
     def predict(self, texts: Sequence[Text], progress: Progress | None = None) -> list[Prediction]:
         """Predictions for texts, or for pairs of texts, in their order; the same on all ranks."""
@@ -103,21 +103,16 @@ class TextClassifier:
             yield logits
 
     def _tokenize(self, texts: list[Text]) -> tuple[TextWindow, np.ndarray]:
-        pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-        width = len(pairs[0])
-        if width not in self._encoders:
-            columns = ("text", "text_pair")[:width]
-            self._encoders[width] = ExampleEncoder(self.tokenizer, "labeled", columns, self.max_length)
-        encoded = self._encoders[width].encode([Example(pair) for pair in pairs])
-        pieces = np.split(encoded.tokens, np.cumsum(encoded.text_lengths)[:-1]) if encoded.text_lengths.size else []
-        found = iter(zip(pieces, encoded.second_starts.tolist(), strict=True))
-        empty = np.array([self.tokenizer.pad_id or 0]), 1
-        ids, seconds = zip(*(next(found) if is_kept else empty for is_kept in encoded.kept), strict=True)
-        self.num_truncated += int(encoded.truncated.sum())
-        self.num_empty += int((~encoded.kept).sum())
-        has_types = width == 2 and self.model.hf_adapter.token_types
-        num_bytes = [sum(len(text.encode()) for text in pair) for pair in pairs]
-        return TextWindow(list(ids), num_bytes, second_starts=list(seconds) if has_types else None), encoded.kept
+        is_pair, pad_id = not isinstance(texts[0], str), self.tokenizer.pad_id or 0
+        if is_pair not in self._encoders:
+            columns = ("text", "text_pair")[: 1 + is_pair]
+            self._encoders[is_pair] = ExampleEncoder(self.tokenizer, "labeled", columns, self.max_length)
+        found = (tokenize_pairs if is_pair else tokenize_texts)(self._encoders[is_pair], texts, pad_id)
+        self.num_truncated += int(found.is_truncated.sum())
+        self.num_empty += int(found.is_empty.sum())
+        num_bytes = sum(map(utf8_lengths, zip(*texts, strict=True))) if is_pair else utf8_lengths(texts)
+        types = found.token_type_ids if self.model.hf_adapter.token_types else None
+        return TextWindow(found.tokens, found.lengths, num_bytes, token_type_ids=types), ~found.is_empty
 
     def _predictions(self, logits: np.ndarray) -> list[Prediction]:
         labels = self.model.labels

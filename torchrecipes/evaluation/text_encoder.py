@@ -11,6 +11,7 @@ from torchrecipes.data.progress import Progress
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.over_texts import TextWindow, default_batch_tokens, map_texts
+from torchrecipes.evaluation.text_tokens import tokenize_texts, utf8_lengths
 from torchrecipes.evaluation.text_vectors import TextVectors, encode_vectors
 from torchrecipes.models.embedding_model import EmbeddingModel
 
@@ -120,17 +121,11 @@ class TextEncoder:
         return self._encoders[prompt]
 
     def _tokenize(self, encoder: ExampleEncoder, texts: list[str]) -> TextWindow:
-        prompt, before, after = encoder.prompts[0], encoder.before, encoder.after
+        prompt = encoder.prompts[0]
         prompted = [prompt + text for text in texts] if prompt else texts
-        room = self.max_length - len(before) - len(after)
-        ids = []
-        for text, encoding in zip(
-            texts, encoder.backend.encode_batch_fast(prompted, add_special_tokens=False), strict=True
-        ):
-            found = encoding.ids
-            self.num_truncated += len(found) > room
-            self.num_empty += not found or not text.strip()
-            # A tokenizer without special tokens makes nothing of an empty text.
-            ids.append(before + found[:room] + after or [self.tokenizer.pad_id or 0])
+        found = tokenize_texts(encoder, prompted, self.tokenizer.pad_id or 0)
+        is_blank = np.fromiter((not text.strip() for text in texts), bool, len(texts))
+        self.num_truncated += int(found.is_truncated.sum())
+        self.num_empty += int((found.is_empty | is_blank).sum())
         skipped = 0 if self.model.include_prompt else encoder.prompt_lengths[0]
-        return TextWindow(ids, [len(text.encode()) for text in texts], skipped)
+        return TextWindow(found.tokens, found.lengths, utf8_lengths(texts), skipped)

@@ -64,7 +64,9 @@ def encode_vectors(
         )
     model, pad_id = encoder.model, encoder.tokenizer.pad_id or 0
     late, window = LateInteractionTexts(encoder.tokenizer, model.late_interaction), encoder.tokenize(texts, prompt)
-    arranged = [late.arrange_text(np.array(ids), prompt == "query") for ids in window.ids]
+    arranged = [
+        late.arrange_text(ids, prompt == "query") for ids in np.split(window.tokens, window.starts[1:])[: len(texts)]
+    ]
     empty = np.empty((0, model.embedding_size), np.float32)
     found = [empty] * len(arranged)
     lengths = np.array([len(tokens) for tokens, _ in arranged], np.int64)

@@ -1,0 +1,72 @@
+"""Tokens of many texts at once, for inference."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from torchrecipes.data.examples.encode import ExampleEncoder
+from torchrecipes.data.examples.example import Example
+
+
+class TextTokens(NamedTuple):
+    """Tokens of n texts, one text after the other.
+
+    Attributes:
+        tokens: int64, 1-D.
+        lengths: `[n]` int64, at least 1.
+        is_empty: `[n]` bool: texts without a token of their own.
+        is_truncated: `[n]` bool: texts whose ends were cut off.
+        token_type_ids: int64, of the tokens: 1 in the second sentence of a pair. None: texts are one sentence.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    is_empty: np.ndarray
+    is_truncated: np.ndarray
+    token_type_ids: np.ndarray | None = None
+
+
+def tokenize_texts(encoder: ExampleEncoder, texts: Sequence[str], pad_id: int) -> TextTokens:
+    """The tokens of texts, with special tokens around them, cut to the encoder's `max_length`.
+
+    Args:
+        encoder: of one column.
+        texts: with their prompts.
+        pad_id: the only token of a text that has none, not even a special one.
+    """
+    before, after = encoder.before, encoder.after
+    room = encoder.max_length - len(before) - len(after)
+    ids = [found.ids for found in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    num_tokens = np.fromiter(map(len, ids), np.int64, len(ids))
+    framed = [before + found[:room] + after or [pad_id] for found in ids]
+    lengths = np.fromiter(map(len, framed), np.int64, len(framed))
+    tokens = np.fromiter(chain.from_iterable(framed), np.int64, int(lengths.sum()))
+    return TextTokens(tokens, lengths, num_tokens == 0, num_tokens > room)
+
+
+def tokenize_pairs(encoder: ExampleEncoder, pairs: Sequence[tuple[str, str]], pad_id: int) -> TextTokens:
+    """The same of pairs of texts; one is empty where one of its texts is.
+
+    Args:
+        encoder: of two columns.
+        pairs: the texts.
+        pad_id: the only token of an empty pair.
+    """
+    encoded = encoder.encode([Example(tuple(pair)) for pair in pairs])
+    lengths, seconds = np.ones((2, len(pairs)), np.int64)
+    lengths[encoded.kept], seconds[encoded.kept] = encoded.text_lengths, encoded.second_starts
+    tokens = np.full(lengths.sum(), pad_id, np.int64)
+    tokens[np.repeat(encoded.kept, lengths)] = encoded.tokens
+    is_truncated = np.zeros(len(pairs), bool)
+    is_truncated[encoded.kept] = encoded.truncated
+    positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    types = (positions >= np.repeat(seconds, lengths)).astype(np.int64)
+    return TextTokens(tokens, lengths, ~encoded.kept, is_truncated, types)
+
+
+def utf8_lengths(texts: Sequence[str]) -> np.ndarray:
+    """Bytes of each text, `[n]` int64."""
+    # Only text that is not ASCII has to be encoded.
+    return np.fromiter((len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts))
