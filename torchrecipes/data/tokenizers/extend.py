@@ -119,6 +119,9 @@ def _nothing(problem: str) -> UserError:
 
 def _content(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as JSON, without vocabulary padding at its end."""
+    if tokenizer.domain is not None:
+        problem, hint = "a tokenizer of domain names has the tokens that it has", "Leave it as it is."
+        raise UserError(problem, hint=hint, code="unsupported_tokenizer")
     content = json.loads(tokenizer.backend.to_str())
     content["added_tokens"] = [
         token

@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from torchrecipes.data.tokenizers.tokenizer import IN_DOCUMENTS, Tokenizer, make_tokenizer, special_names
-from torchrecipes.data.tokenizers.tokenizer_files import ROLES, USUAL_NAMES, read_tokenizer
+from torchrecipes.data.tokenizers.tokenizer_files import DOMAIN_SUFFIXES, ROLES, USUAL_NAMES, read_tokenizer
 from torchrecipes.data.tokenizers.train import train_bpe, train_char, train_unigram, train_wordpiece
 from torchrecipes.errors import UserError
 
@@ -27,7 +27,8 @@ def load_tokenizer(
         path: a `tokenizer.json`, a folder that has one (a Hugging Face model's or tokenizer's, a checkpoint), a BERT
             `vocab.txt`, or a SentencePiece `.model`; to the latter `[CLS]`, `[SEP]`, `[PAD]` and `[MASK]` are added
             where it has none (its begin- and end-of-sentence tokens are `[CLS]` and `[SEP]` where it has these).
-        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this. 1: not padded.
+        pad_vocab_to_multiple_of: the vocabulary is padded to a multiple of this. 1: not padded, as that of domain names
+            never is.
         required: roles that must be filled. None: `("mask", "pad")`, which masked language modeling needs, or
             `("eos",)` with `causal`.
         causal: for a model that predicts the next token. Whatever the tokenizer's own form of a document is, it becomes
@@ -58,8 +59,15 @@ def load_tokenizer(
     if causal:
         roles = {"bos": roles["eos"], "pad": roles["eos"], **roles}
     special_tokens = special_tokens or files.config.get(IN_DOCUMENTS, "text")
-    tokenizer = make_tokenizer(files.backend, roles, pad_vocab_to_multiple_of, causal, special_tokens)
-    return replace(tokenizer, config=files.config, chat_template=files.chat_template)
+    is_of_domains = DOMAIN_SUFFIXES in files.config
+    multiple = 1 if is_of_domains else pad_vocab_to_multiple_of
+    tokenizer = make_tokenizer(files.backend, roles, multiple, causal, special_tokens)
+    tokenizer = replace(tokenizer, config=files.config, chat_template=files.chat_template)
+    if not is_of_domains:
+        return tokenizer
+    from torchrecipes.data.domains.encoding import DomainEncoding  # it imports this package
+
+    return tokenizer.with_domain(DomainEncoding.from_config(files.config))
 
 
 def load_model_tokenizer(folder: Path, causal: bool = False) -> Tokenizer:

@@ -12,12 +12,13 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tokenizers
 import xxhash
 from tokenizers import AddedToken, Regex, pre_tokenizers
@@ -33,6 +34,9 @@ from torchrecipes.data.tokenizers.tokenizer_files import (
     ids_checksum,
 )
 from torchrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from torchrecipes.data.domains.encoding import DomainEncoding
 
 SPECIAL_TOKENS = ("text", "honor")
 IN_DOCUMENTS = "special_tokens_in_documents"  # key of tokenizer_config.json; others ignore it
@@ -54,6 +58,7 @@ class Tokenizer:
             the tokens.
         config: further keys of `tokenizer_config.json`, which `save` keeps.
         chat_template: content of `chat_template.jinja`, which `save` keeps.
+        domain: what a tokenizer of domain names knows of a name beside its characters; None: a tokenizer of text.
     """
 
     backend: tokenizers.Tokenizer
@@ -72,6 +77,7 @@ class Tokenizer:
     special_tokens: str = "text"
     config: dict[str, Any] = field(default_factory=dict)
     chat_template: bytes | None = None
+    domain: "DomainEncoding | None" = None
 
     def __getstate__(self) -> dict:
         # Pickling a backend loses `encode_special_tokens`: the text backend is made anew where it is needed.
@@ -146,6 +152,36 @@ class Tokenizer:
     def decode_token(self, token: int) -> str:
         """The text of one token, as `##ing` or ` the`; of a special token, its name."""
         return self.backend.id_to_token(token) if token in self.special_ids else self.decode([token])
+
+    def token_type_ids(
+        self, tokens: np.ndarray, lengths: np.ndarray, second_starts: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The token types of texts, for a model that has them.
+
+        They are 1 from the second sentence of a pair on (Devlin et al. 2018). For domain names they say which public
+        suffix a name has, and which part of the name a character belongs to: `DomainEncoding.token_type_ids`.
+
+        Args:
+            tokens: `[N]`, of the texts, one after the other, as `encode` gives them.
+            lengths: `[T]`, tokens of each text.
+            second_starts: `[T]`, where the second sentence begins in its text; the text's length where there is none.
+
+        Returns:
+            int64 `[N]`.
+        """
+        if self.domain is not None:
+            return self.domain.token_type_ids(tokens, lengths, second_starts)
+        if second_starts is None:
+            return np.zeros(len(tokens), np.int64)
+        lengths = np.asarray(lengths, np.int64)
+        firsts = np.cumsum(lengths) - lengths
+        return (np.arange(len(tokens)) >= (firsts + second_starts).repeat(lengths)).astype(np.int64)
+
+    def with_domain(self, domain: "DomainEncoding") -> "Tokenizer":
+        """This tokenizer of characters as one of domain names: its fingerprint covers their suffixes and rules."""
+        content = "\n".join([self.fingerprint, *domain.config.values()])
+        fingerprint = xxhash.xxh3_128_hexdigest(content.encode())
+        return replace(self, domain=domain, config=self.config | domain.config, fingerprint=fingerprint)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
         """Writes the files that `AutoTokenizer` and `load_tokenizer` read.

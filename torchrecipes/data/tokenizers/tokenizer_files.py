@@ -41,6 +41,7 @@ SLOW_FILES = "vocab.json merges.txt tokenizer.model spiece.model sentencepiece.b
 
 CHAT_TEMPLATE = "chat_template.jinja"
 IDS_KEY = "ids_xxh3"  # in tokenizer_config.json: how many ids there were when it was saved, and a checksum of the names
+DOMAIN_SUFFIXES = "domain_suffixes"  # in tokenizer_config.json of a tokenizer of domain names
 # Keys of tokenizer_config.json with which `transformers` would change what tokenizer.json says, or that name files.
 REBUILD_KEYS = set(
     "add_bos_token add_eos_token add_prefix_space added_tokens_decoder auto_map backend clean_up_tokenization_spaces "

@@ -1,0 +1,172 @@
+"""`DomainEncoding`: the tokens of domain names, and what is known of a name beside them.
+
+| id | token |
+|---|---|
+| 0 .. 4 | `[PAD]` `[UNK]` `[CLS]` `[SEP]` `[MASK]` |
+| 5 .. 30 | `a` .. `z` |
+| 31 .. 40 | `0` .. `9` |
+| 41 | `-` |
+| 42 | `.` |
+
+These are all characters that a host name may have (RFC 1123, section 2.1), in lower case; any other one is `[UNK]`. A
+name is `[CLS] name [SEP]`. A public suffix (`com`, `co.uk`) has an id, too: 0 stands for all that are not in the list
+of the most frequent ones. The rules of the Public Suffix List travel with the list, so that a name has the same suffix
+wherever and whenever the tokenizer is loaded.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from torchrecipes.data.tokenizers.tokenizer_files import DOMAIN_SUFFIXES
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789-."
+VOCABULARY = (*SPECIAL, *CHARACTERS)
+PAD, UNK, CLS, SEP, MASK = range(5)
+DOT = VOCABULARY.index(".")
+
+KINDS = ("label", "subdomain", "suffix", "dot")  # of a character, by number: see `DomainEncoding.token_type_ids`
+NUM_KINDS = len(KINDS)
+LABEL, SUBDOMAIN, SUFFIX, SEPARATOR = range(NUM_KINDS)
+
+RULES_KEY = "public_suffix_rules"  # in tokenizer_config.json
+
+# In a name, an unknown or masked character is one that no suffix has.
+CHARACTER_OF = np.frombuffer(b"\0_\0\0?" + CHARACTERS.encode(), np.uint8)
+TOKEN_OF = np.full(256, UNK, np.uint8)
+TOKEN_OF[np.frombuffer(CHARACTERS.encode(), np.uint8)] = np.arange(len(SPECIAL), len(VOCABULARY))
+IN_NAME = np.ones(len(VOCABULARY), bool)
+IN_NAME[[PAD, CLS, SEP]] = False
+
+
+class DomainEncoding:
+    """Tokens, suffix ids and token types of domain names.
+
+    Args:
+        suffixes: public suffixes in lower-case ASCII; the first has id 1.
+        rules: of the Public Suffix List, in lower-case ASCII (punycode).
+
+    Attributes:
+        suffixes, rules: the arguments.
+    """
+
+    def __init__(self, suffixes: list[str], rules: list[str]):
+        self.suffixes, self.rules = list(suffixes), list(rules)
+        self._ids = {suffix: i for i, suffix in enumerate(self.suffixes, 1)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"suffixes": self.suffixes, "rules": self.rules, "_ids": self._ids}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys of `tokenizer_config.json` from which `from_config` makes this again."""
+        return {DOMAIN_SUFFIXES: " ".join(self.suffixes), RULES_KEY: " ".join(self.rules)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "DomainEncoding":
+        """The encoding that the keys of a `tokenizer_config.json` describe."""
+        return cls(config[DOMAIN_SUFFIXES].split(), config[RULES_KEY].split())
+
+    @cached_property
+    def _list(self) -> Any:
+        from publicsuffixlist import PublicSuffixList
+
+        return PublicSuffixList("\n".join(self.rules), accept_encoded_idn=False)
+
+    def suffix_starts(self, characters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The place of the first character of every name's public suffix: int64 `[D]`.
+
+        Args:
+            characters: uint8 `[C]`, of the names, one after the other.
+            lengths: int64 `[D]`, characters of each name.
+        """
+        starts, end, text = np.zeros(len(lengths), np.int64), 0, characters.tobytes().decode("latin-1")
+        for i, length in enumerate(lengths.tolist()):
+            name = text[end : end + length]
+            starts[i] = length - len(self._list.publicsuffix(name) or name.rpartition(".")[2])
+            end += length
+        return starts
+
+    def suffix_ids(self, characters: np.ndarray, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The id of every name's public suffix, 0 where it is not in `suffixes`: uint16 `[D]`.
+
+        Args:
+            characters, lengths: of the names, as for `suffix_starts`.
+            starts: int64 `[D]`, what it gave.
+        """
+        text, ends = characters.tobytes().decode("latin-1"), np.cumsum(lengths)
+        places = zip((ends - lengths + starts).tolist(), ends.tolist(), strict=True)
+        return np.array([self._ids.get(text[i:j], 0) for i, j in places], np.uint16)
+
+    def encode(self, parsed: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Turns names into documents.
+
+        Args:
+            parsed: `ParsedNames`.
+
+        Returns:
+            The tokens of all documents, uint8 `[N]`; the tokens of each, int64 `[D]`; and what a corpus holds of each:
+            `suffix_ids` uint16 `[D]` and `suffix_starts` uint8 `[D]`, tokens before the first one of the suffix.
+        """
+        lengths = np.asarray(parsed.lengths, np.int64)
+        document = np.arange(len(lengths)).repeat(lengths)
+        tokens = np.empty(len(parsed.characters) + 2 * len(lengths), np.uint8)
+        tokens[np.arange(len(parsed.characters)) + 2 * document + 1] = TOKEN_OF[parsed.characters]
+        ends = np.cumsum(lengths + 2)
+        tokens[ends - lengths - 2], tokens[ends - 1] = CLS, SEP
+        ids = self.suffix_ids(parsed.characters, lengths, parsed.suffix_starts)
+        columns = {"suffix_ids": ids, "suffix_starts": (parsed.suffix_starts + 1).astype(np.uint8)}
+        return tokens, lengths + 2, columns
+
+    def token_type_ids(
+        self, tokens: np.ndarray, lengths: np.ndarray, second_starts: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What a model is told of every token: 4 * suffix id + kind.
+
+        Kinds: 0 the label before the suffix (and special tokens), 1 subdomains, 2 the suffix with the dots inside it, 3
+        other dots. The suffix id is that of the name, on all its tokens; 0 where a character of the suffix is `[MASK]`.
+
+        Args:
+            tokens: `[N]`, of the texts, one after the other; a text is `[CLS] name [SEP]`, or that and `name [SEP]`.
+            lengths: `[T]`, tokens of each text.
+            second_starts: `[T]`, where the second name begins in its text; the text's length where there is none.
+
+        Returns:
+            int64 `[N]`.
+        """
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths, np.int64)
+        if second_starts is not None:
+            lengths = np.stack([second_starts, lengths - second_starts], axis=1).ravel()
+        name_of = np.arange(len(lengths)).repeat(lengths)
+        inside = IN_NAME[tokens]
+        sizes = np.bincount(name_of[inside], minlength=len(lengths))
+        characters = CHARACTER_OF[tokens[inside]]
+        starts = np.zeros_like(sizes)
+        starts[sizes > 0] = self.suffix_starts(characters, sizes[sizes > 0])
+        types = NUM_KINDS * self.suffix_ids(characters, sizes, starts).astype(np.int64)[name_of]
+        types[inside] += character_kinds(characters, sizes, starts)
+        return types
+
+
+def character_kinds(characters: np.ndarray, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The kind of every character, the place of its name in `KINDS`: uint8 `[C]`.
+
+    Args:
+        characters: uint8 `[C]`, of the names, one after the other.
+        lengths: int64 `[D]`, characters of each name.
+        starts: int64 `[D]`, characters before the suffix of each name.
+    """
+    firsts = np.cumsum(lengths) - lengths
+    suffixes = firsts + starts
+    is_dot = characters == ord(".")
+    dots = np.flatnonzero(is_dot)
+    # The label before the suffix begins after the last dot but the one before the suffix.
+    before = dots.searchsorted(suffixes - 1)
+    labels = np.maximum(firsts, np.concatenate([[0], dots + 1])[before])
+    place = np.arange(len(characters))
+    kinds = np.where(place < labels.repeat(lengths), np.uint8(SUBDOMAIN), np.uint8(LABEL))
+    kinds[is_dot] = SEPARATOR
+    kinds[place >= suffixes.repeat(lengths)] = SUFFIX
+    return kinds
