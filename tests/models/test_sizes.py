@@ -38,6 +38,8 @@ from torchrecipes.errors import UserError
         ("roberta tiny", {}, 1_536_256),
         ("distilbert base", {}, 66_985_530),
         ("distilbert tiny", {}, 4_416_442),
+        ("domain_bert base", {}, 86_801_260),
+        ("domain_bert tiny", {}, 551_660),
         ("mistral 7b", {}, 7_241_732_096),
         ("mistral tiny", {}, 1_411_712),
         ("qwen2 0.5b", {}, 494_032_768),
@@ -158,7 +160,14 @@ def test_a_model_that_does_not_fit_the_rows_or_the_tokenizer_is_refused(builder)
         with pytest.raises(UserError) as error:
             models.check_tokenizer_compatibility(model, SimpleNamespace(vocab_size=vocab_size), seq_len)
         assert error.value.code == code
-    causal = builder not in (models.neobert, models.bert, models.modernbert, models.roberta, models.distilbert)
+    causal = builder not in (
+        models.neobert,
+        models.bert,
+        models.modernbert,
+        models.roberta,
+        models.distilbert,
+        models.domain_bert,
+    )
     models.check_causal(model, causal)
     with pytest.raises(UserError) as error:
         models.check_causal(model, not causal)

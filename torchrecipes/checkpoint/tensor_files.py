@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchrecipes.distributed import collectives
-from torchrecipes.models.hub import hf_state_dict
+from torchrecipes.models.hub import iterate_hf_tensors
 from torchrecipes.models.stored_tensors import file_of
 from torchrecipes.modules.lora import merged_tensors, without_lora
 
@@ -37,10 +37,10 @@ def unsharded_files(
     count = max(number_of.values()) + 1
     files: dict[str, dict[str, Tensor]] = {}
     weight_map, seen = {}, set()
-    for name, full in merged_tensors(model, state):
+    for name, stored in iterate_hf_tensors(model, merged_tensors(model, state)):
         number = number_of[name]
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-        for key, value in hf_state_dict(model, {name: full}).items():
+        for key, value in stored.items():
             target, key = file_of(key, file)
             if target == file:
                 weight_map[key] = file

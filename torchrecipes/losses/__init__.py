@@ -1,6 +1,7 @@
 """Losses: functions that return a sum over targets. The caller divides once by the targets of the whole step.
 
 masked_lm, causal_lm     over tokens, through `linear_cross_entropy` (chunked_cross_entropy, fused_softmax)
+document_class           over documents, beside the loss of their tokens
 source_sums              `by_source`: the loss of each source of a mixture
 contrastive              `InfoNCE`
 similarity               `CoSENT`, `CosineRegression`: pairs with scores
@@ -25,6 +26,7 @@ from torchrecipes.losses.classification import (
 )
 from torchrecipes.losses.contrastive import InfoNCE
 from torchrecipes.losses.distillation import KLDistillation, MarginMSE
+from torchrecipes.losses.document_class import document_class_loss
 from torchrecipes.losses.late_interaction import max_sim
 from torchrecipes.losses.masked_lm import masked_lm_loss
 from torchrecipes.losses.matryoshka import Matryoshka
@@ -51,6 +53,7 @@ __all__ = [
     "by_source",
     "causal_lm_loss",
     "check_loss_of_logits",
+    "document_class_loss",
     "linear_cross_entropy",
     "masked_lm_loss",
     "max_sim",

@@ -45,6 +45,7 @@ from torchrecipes.models.embedding_model import (
 from torchrecipes.models.families.bert import bert
 from torchrecipes.models.families.custom_moe import moe
 from torchrecipes.models.families.distilbert import distilbert
+from torchrecipes.models.families.domain_bert import domain_bert
 from torchrecipes.models.families.gpt2 import gpt2
 from torchrecipes.models.families.llama import llama
 from torchrecipes.models.families.mistral import mistral
@@ -80,7 +81,7 @@ from torchrecipes.models.transformers_model import TransformersModel, from_trans
 from torchrecipes.models.vocabulary_extension import extend_vocabulary
 
 FAMILY_BUILDERS = (
-    *(neobert, modernbert, bert, roberta, distilbert),
+    *(neobert, modernbert, bert, roberta, distilbert, domain_bert),
     *(gpt2, llama, mistral, qwen2, qwen3, qwen3_moe, olmoe, moe),
 )
 
@@ -102,6 +103,7 @@ __all__ = [
     "check_positions",
     "check_tokenizer_compatibility",
     "distilbert",
+    "domain_bert",
     "extend_context",
     "extend_vocabulary",
     "from_transformers",

@@ -66,6 +66,7 @@ class HFAdapter:
         has_pooler: whether that class has a pooler.
         config_class: the family's config, a dataclass whose fields are the keys of config.json that it follows.
         tied: (name, source): a stored copy of a tied head, and what it is a copy of.
+        combined: our parameters from which `combine` computes tensors.
         fixed: keys of config.json without a field -> the values that mean what the network does.
         ignored: keys of config.json that do not change the network.
         required: keys that a config.json must have.
@@ -80,6 +81,7 @@ class HFAdapter:
     has_pooler: ClassVar[bool] = False
     config_class: ClassVar[type | None] = None
     tied: ClassVar[tuple[str, str] | None] = None
+    combined: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[dict[str, tuple]] = {}
     ignored: ClassVar[frozenset[str]] = frozenset()
     required: ClassVar[frozenset[str]] = frozenset()
@@ -123,6 +125,10 @@ class HFAdapter:
         """The config of the model without its head."""
         return self.config
 
+    def for_encoder(self) -> "HFAdapter":
+        """The adapter for the model without its head, where it is stored as another family's."""
+        return self
+
     # The tensors.
 
     @cached_property
@@ -155,8 +161,16 @@ class HFAdapter:
         return "head"
 
     def is_constant(self, name: str) -> bool:  # noqa: ARG002
-        """Whether the tensor of this Hugging Face name is one that `split` adds, of values that never change."""
+        """Whether no parameter is read from the tensor of this Hugging Face name, which `split` or `combine` adds."""
         return False
+
+    def combine(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002
+        """Tensors that are stored for `transformers`, and follow from several of ours.
+
+        Args:
+            tensors: those that `combined` names.
+        """
+        return {}
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Our tensor as the tensors that are stored: views of it."""

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +49,8 @@ FAMILIES = {
     "olmoe": "olmoe",
     "torchrecipes_moe": "custom_moe",
 }
+# A key of config.json that only a `domain_bert` writes, and the file beside its `bert` (families/domain_bert.py).
+SUFFIX_KEY, SUFFIX_FILE = "num_suffixes", "domain_bert/model.safetensors"
 COMPANIONS = ("chat_template.jinja", "generation_config.json")
 
 
@@ -123,6 +125,8 @@ def meta_model_from_hf(path: str | Path, report: Callable[[str], None] = print_o
         )
     raw = read_json(file)
     family = FAMILIES.get(raw.get("model_type"))
+    if head and SUFFIX_KEY in raw:
+        family = _with_suffixes(folder, family, report)
     with torch.device("meta"):
         if family is None:
             model = _from_transformers(raw, folder)
@@ -305,10 +309,29 @@ def hf_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> d
         model: any module.
         state: all or some tensors by our names, where they are not the model's own (gathered, averaged, ...).
     """
-    adapter, tensors = adapter_of(model), {}
-    for name, tensor in merged_tensors(model, model.state_dict()) if state is None else state.items():
-        tensors |= adapter.split(name, tensor.detach())
-    return tensors
+    ours = merged_tensors(model, model.state_dict()) if state is None else state.items()
+    return {name: tensor for _, stored in iterate_hf_tensors(model, ours) for name, tensor in stored.items()}
+
+
+def iterate_hf_tensors(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(Our name, the tensors that are stored for it), one of ours at a time.
+
+    A tensor that is computed from several of ours comes with the last of them.
+
+    Args:
+        model: has the adapter.
+        tensors: (our name, full tensor).
+    """
+    adapter, parts = adapter_of(model), {}
+    for name, tensor in tensors:
+        stored = adapter.split(name, tensor.detach())
+        if name in adapter.combined:
+            parts[name] = tensor.detach()
+            if len(parts) == len(adapter.combined):
+                stored |= adapter.combine(parts)
+        yield name, stored
 
 
 def stored_tensors(model: nn.Module, path: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -408,6 +431,17 @@ def stop_token_ids(path: str | Path) -> list[int]:
             if found is not None:
                 return list(found) if isinstance(found, list) else [found]
     return []
+
+
+def _with_suffixes(folder: Path, family: str | None, report: Callable[[str], None]) -> str | None:
+    """The family of a folder that a `domain_bert` was saved in."""
+    if (folder / SUFFIX_FILE).is_file():
+        return "domain_bert"
+    report(
+        f"{folder} holds a domain_bert without its {SUFFIX_FILE}: loading it as {family}, with a table of token types "
+        "in place of suffix embeddings, and without the classifier of suffixes"
+    )
+    return family
 
 
 def _stored_names(parts: dict[str, Any]) -> set[str]:

@@ -12,6 +12,7 @@ from torchrecipes.models.encoder_adapter import EncoderAdapter
 from torchrecipes.models.hf_adapter import HFAdapter
 from torchrecipes.modules import (
     BertEmbedding,
+    FactoredTypeEmbedding,
     KVCache,
     LMHead,
     choose_attention_backend,
@@ -22,7 +23,7 @@ from torchrecipes.modules import (
 )
 from torchrecipes.modules.cpu.dropout import dropout
 
-ENCODERS = ("neobert", "modernbert", "bert", "roberta", "distilbert")
+ENCODERS = ("neobert", "modernbert", "bert", "roberta", "distilbert", "domain_bert")
 
 
 class Transformer(nn.Module):
@@ -31,6 +32,7 @@ class Transformer(nn.Module):
     Attributes:
         hf_adapter: the Hugging Face layout of the family.
         head: the output layer, an `LMHead`; None after `remove_head`.
+        document_head: classifies documents by the state of their first token; None: there is none.
         routing: what the routers of the MoE blocks did in the last forward pass: a NamedTuple of tensors with a leading
             dimension for the MoE layers. None for a dense model.
         router_loss: what to add to the sum of the tokens' losses for the routers' sake, from the last forward pass:
@@ -56,6 +58,7 @@ class Transformer(nn.Module):
             attention weight.
         tied: whether the head shares the token embedding's weight.
         head_bias, head_transform: see `LMHead`.
+        document_head: see above.
         seed: of the initial weights.
     """
 
@@ -78,6 +81,7 @@ class Transformer(nn.Module):
         tied: bool,
         head_bias: bool = False,
         head_transform: nn.Module | None = None,
+        document_head: nn.Module | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -97,13 +101,14 @@ class Transformer(nn.Module):
             bias=head_bias,
             transform=head_transform,
         )
+        self.document_head = document_head
         self.position_offset = position_offset
         self.routing, self.router_loss = None, 0.0
         self.residual_dtype: torch.dtype | None = None
         self.init_weights(seed)
 
     def remove_head(self) -> None:
-        """Removes the language-model head: `head` becomes None, and the layout that of the encoder alone.
+        """Removes the heads: they become None, and the layout that of the encoder alone.
 
         Raises:
             UserError: the model is a decoder (code `not_an_encoder`).
@@ -113,8 +118,12 @@ class Transformer(nn.Module):
             problem = f"{name} is a decoder: a token sees none of the later ones, so an encoder cannot be made of it"
             hint = f"Use one of {', '.join(ENCODERS)}"
             raise UserError(problem, key="model", hint=hint, code="not_an_encoder")
-        self.head, self.hf_adapter = None, EncoderAdapter(self.hf_adapter)
+        self.head = self.document_head = None
+        self.hf_adapter = EncoderAdapter(self.hf_adapter.for_encoder())
         self.config = self.hf_adapter.config
+        types = getattr(self.embedding, "token_type_embeddings", None)
+        if isinstance(types, FactoredTypeEmbedding):
+            self.embedding.token_type_embeddings = types.to_embedding()
 
     def init_weights(self, seed: int) -> None:
         """Sets every parameter to its initial value; those on the meta device stay as they are."""

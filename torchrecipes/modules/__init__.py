@@ -13,7 +13,7 @@ Tensors are named by the letters of their dimensions where that helps (`x_BSD`, 
 from torchrecipes.modules.attention_backend import AttentionBackend, choose_attention_backend
 from torchrecipes.modules.cache import KVCache
 from torchrecipes.modules.cpu.packed_linear import pack_linears
-from torchrecipes.modules.embedding import BertEmbedding
+from torchrecipes.modules.embedding import BertEmbedding, FactoredTypeEmbedding, factored_type_table
 from torchrecipes.modules.feed_forward import GeGLU, GeluMLP, SwiGLU
 from torchrecipes.modules.head import ClassificationHead, LMHead, MLMTransform
 from torchrecipes.modules.init import init_tensor, init_weights
@@ -30,6 +30,7 @@ __all__ = [
     "BertEmbedding",
     "ClassificationHead",
     "Experts",
+    "FactoredTypeEmbedding",
     "GeGLU",
     "GeluMLP",
     "KVCache",
@@ -53,6 +54,7 @@ __all__ = [
     "attention",
     "choose_attention_backend",
     "compute_dtype",
+    "factored_type_table",
     "init_lora",
     "init_tensor",
     "init_weights",

@@ -1,6 +1,7 @@
 """Embedding layers beyond `nn.Embedding`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecipes.modules.cpu.dropout import dropout
@@ -17,7 +18,8 @@ class BertEmbedding(nn.Module):
     Args:
         vocab_size, hidden_size: sizes of the table of tokens.
         max_position_embeddings: rows of the table of positions. None: there is none.
-        type_vocab_size: rows of the table of token types. None: there is none.
+        type_vocab_size: rows of the table of token types. None: there is none, or `type_embedding`.
+        type_embedding: the table of token types where it is no `nn.Embedding`: has `weight`, too.
         position_offset: row of position 0.
         eps: epsilon of the LayerNorm.
         norm_bias: whether the LayerNorm has a bias.
@@ -31,6 +33,7 @@ class BertEmbedding(nn.Module):
         max_position_embeddings: int | None,
         type_vocab_size: int | None,
         *,
+        type_embedding: nn.Module | None = None,
         position_offset: int = 0,
         eps: float,
         norm_bias: bool = True,
@@ -38,7 +41,7 @@ class BertEmbedding(nn.Module):
     ):
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, hidden_size)
-        self.position_embeddings = self.token_type_embeddings = None
+        self.position_embeddings, self.token_type_embeddings = None, type_embedding
         if max_position_embeddings is not None:
             self.position_embeddings = nn.Embedding(max_position_embeddings, hidden_size)
         if type_vocab_size is not None:
@@ -60,3 +63,42 @@ class BertEmbedding(nn.Module):
         if self.position_embeddings is not None:
             hidden_BSD = hidden_BSD + self.position_embeddings(position_ids + self.position_offset)
         return dropout(self.norm(to_residual_dtype(hidden_BSD, self.residual_dtype)), self.dropout_p, self.training)
+
+
+class FactoredTypeEmbedding(nn.Module):
+    """A table of token types that are pairs: the row of `num_types * g + t` is type t's, plus group g's projected.
+
+    Groups have few dimensions, as the tokens of ALBERT (Lan et al. 2019, arXiv:1909.11942, section 3.1). The table is
+    computed once per forward pass, in fp32: that is less work than projecting the group of every token.
+
+    Args:
+        num_types, num_groups: T and G.
+        group_size: dimensions of a group's embedding.
+        hidden_size: D.
+    """
+
+    def __init__(self, num_types: int, num_groups: int, group_size: int, hidden_size: int):
+        super().__init__()
+        self.types = nn.Embedding(num_types, hidden_size)
+        self.groups = nn.Embedding(num_groups, group_size)
+        self.projection = nn.Linear(group_size, hidden_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """`[G * T, D]`, the table."""
+        projection = self.projection
+        return factored_type_table(self.types.weight, self.groups.weight, projection.weight, projection.bias)
+
+    def to_embedding(self) -> nn.Embedding:
+        """The table as parameters of its own."""
+        return nn.Embedding.from_pretrained(self.weight.detach(), freeze=False)
+
+    def forward(self, token_type_ids: Tensor) -> Tensor:
+        """Args: token_type_ids `[B, S]`. Returns: `[B, S, D]`."""
+        return F.embedding(token_type_ids, self.weight)
+
+
+def factored_type_table(types: Tensor, groups: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The table of a `FactoredTypeEmbedding`, `[G * T, D]`, from its parameters."""
+    with torch.autocast(types.device.type, enabled=False):
+        return (F.linear(groups, weight, bias)[:, None] + types).flatten(0, 1)

@@ -105,8 +105,8 @@ class Adapter(HFAdapter):
         "position_embedding_type": ("absolute",),
         "tie_word_embeddings": (True,),
     }
-    # How the first published models made their pooler.
-    ignored = frozenset({"directionality"}) | {
+    # How the first published models made their pooler, and how `domain_bert` made its token types.
+    ignored = frozenset({"directionality", "num_suffixes", "suffix_embedding_size"}) | {
         f"pooler_{key}" for key in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
     }
 
