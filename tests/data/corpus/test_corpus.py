@@ -9,11 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+import xxhash
 from safetensors.numpy import load_file
 
 from torchrecipes.data.corpus.corpus import open_corpus
 from torchrecipes.data.corpus.shard_writer import ShardWriter, Tokenized
-from torchrecipes.data.corpus.shards import Statistics
+from torchrecipes.data.corpus.shards import Statistics, open_shard, write_shard
 from torchrecipes.data.sources.records import ReadStats
 from torchrecipes.data.tokenizers.load import load_tokenizer, train_wordpiece
 from torchrecipes.errors import UserError
@@ -262,3 +263,71 @@ def test_a_corpus_json_that_is_not_json(tmp_path, content):
     with pytest.raises(UserError) as error:
         open_corpus(corpus.folder)
     assert error.value.code == "corrupt_corpus" and "corpus.json" in str(error.value)
+
+
+# Columns, and the format without them
+
+
+def test_columns_are_numbers_of_every_document(tmp_path):
+    draw, folders = np.random.default_rng(0), {"train": tmp_path / "train", "validation": tmp_path / "validation"}
+    lengths = draw.integers(0, 9, 300)
+    documents = [draw.integers(0, 43, length).astype(np.uint8) for length in lengths]
+    columns = {"wide": draw.integers(0, 60_000, 300).astype(np.uint16), "narrow": np.arange(300).astype(np.uint8)}
+    for name, rare in (("often", 0.5), ("rarely", 0.02)):
+        splits = (draw.random(300) < rare).astype(np.int64)
+        folders = {split: tmp_path / name / split for split in ("train", "validation")}
+        writer = ShardWriter(folders, {"dtype": "uint8", "shard_tokens": 100, "format": "torchrecipes-corpus-3"})
+        for first in range(0, 300, 70):
+            part = slice(first, first + 70)
+            own = {column: values[part] for column, values in columns.items()}
+            counts = np.ones((len(lengths[part]), 4), np.uint8)
+            writer.add(Tokenized(np.concatenate(documents[part]), lengths[part], counts, splits[part], own))
+        writer.finish(ReadStats(), Maker)
+        for number, folder in enumerate(folders.values()):
+            corpus = open_corpus(folder)
+            corpus.verify()
+            chosen = (splits == number) & (lengths > 0)
+            assert corpus.column_names == ("wide", "narrow") and corpus.dtype == np.uint8
+            for column, values in columns.items():
+                found = np.concatenate([shard.columns[column] for shard in corpus.shards])
+                assert found.dtype == values.dtype and np.array_equal(found, values[chosen])
+            tokens = np.concatenate([documents[i] for i in np.flatnonzero(chosen)])
+            assert np.array_equal(corpus.read(0, corpus.num_tokens), tokens)
+            assert corpus.statistics.characters == (splits == number).sum()
+            shard = corpus.shards[0]
+            stored = load_file(shard.path)
+            assert {key: values.tolist() for key, values in stored.items()} == {
+                "document_offsets": shard.document_offsets.tolist(),
+                "tokens": shard.tokens.tolist(),
+                **{key: values.tolist() for key, values in shard.columns.items()},
+            }
+            assert pickle.loads(pickle.dumps(corpus)).shards[0].columns.keys() == columns.keys()
+
+
+def test_without_columns_a_shard_is_of_format_2_byte_for_byte(tmp_path):
+    """As it was before there were columns: offsets, tokens, and this header."""
+    tokens, offsets = np.arange(5, dtype="<u2"), np.array([0, 2, 5], "<i8")
+    arrays = offsets.tobytes() + tokens.tobytes()
+    header = {
+        "__metadata__": {
+            "format": "torchrecipes-corpus-2",
+            "statistics": "{}",
+            "arrays_xxh3": xxhash.xxh3_64_hexdigest(arrays),
+        },
+        "document_offsets": {"dtype": "I64", "shape": [3], "data_offsets": [0, 24]},
+        "tokens": {"dtype": "U16", "shape": [5], "data_offsets": [24, 34]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "shard"
+    write_shard(path, [tokens[:3], tokens[3:]], offsets, {"statistics": "{}"})
+    assert path.read_bytes() == struct.pack("<Q", len(text)) + text + arrays
+    shard, metadata = open_shard(path, 0, 0)
+    assert shard.columns == {} and metadata["format"] == "torchrecipes-corpus-2"
+
+
+def test_a_column_of_another_length_is_damage(tmp_path):
+    path = tmp_path / "shard"
+    write_shard(path, [np.arange(4, dtype=np.uint8)], np.array([0, 1, 4]), {}, {"column": [np.zeros(3, np.uint8)]})
+    with pytest.raises(ValueError, match="size"):
+        open_shard(path, 0, 0)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from torchrecipes.data.corpus import prepare_corpus
 from torchrecipes.data.domains import domain_tokenizer
 from torchrecipes.data.sources.records import Document, ReadStats, documents
 from torchrecipes.data.tokenizers.load import load_tokenizer
@@ -179,3 +180,15 @@ def test_token_types_of_text_are_the_sentences():
     tokens, lengths = np.arange(7), np.array([4, 3])
     assert tokenizer.token_type_ids(tokens, lengths).tolist() == [0] * 7
     assert tokenizer.token_type_ids(tokens, lengths, np.array([2, 3])).tolist() == [0, 0, 1, 1, 0, 0, 0]
+
+
+def test_a_corpus_holds_suffixes_of_documents_that_are_read_one_by_one(tokenizer, psl, tmp_path):
+    train, _ = prepare_corpus(tmp_path, Names([*NAMES, "a_b.com"]), tokenizer, 0)
+    tokens, lengths, columns = tokenizer.domain.encode(parsed(NAMES, psl))
+    (shard,) = train.shards
+    assert json.loads((tmp_path / "train" / "corpus.json").read_text())["format"] == "torchrecipes-corpus-3"
+    assert shard.tokens.dtype == np.uint8 and shard.tokens[: len(tokens)].tolist() == tokens.tolist()
+    for name, values in columns.items():
+        assert shard.columns[name].dtype == values.dtype and shard.columns[name][:-1].tolist() == values.tolist()
+    assert shard.columns["suffix_ids"][-1] == 1 and shard.columns["suffix_starts"][-1] == 5
+    assert train.statistics.unknown == 1 and np.diff(shard.document_offsets)[:-1].tolist() == lengths.tolist()

@@ -35,7 +35,7 @@ from torchrecipes.data.corpus.shard_writer import (
     to_json,
     writing,
 )
-from torchrecipes.data.corpus.shards import FORMAT
+from torchrecipes.data.corpus.shards import COLUMNS_FORMAT, FORMAT
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, Document, ReadStats, Source, require_documents
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, one_thread
@@ -103,12 +103,15 @@ def corpus_settings(
         validation = {"samples": eval_samples}
     else:
         validation = {"fraction": validation_fraction}
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    if tokenizer.domain is not None:
+        dtype = "uint8"
     return {
-        "format": FORMAT,
+        "format": FORMAT if tokenizer.domain is None else COLUMNS_FORMAT,
         "source": source.fingerprint,
         "validation": validation,
         "tokenizer": tokenizer.fingerprint,
-        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        "dtype": dtype,
         "shard_tokens": shard_tokens,
     }
 
@@ -324,7 +327,8 @@ def _tokenize(documents: list[tuple[str, int]], backend: Any, tokenizer: Tokeniz
             np.concatenate([[0], np.cumsum(lengths)])
         ]
         counts[:, 2] = np.diff(before)
-    return Tokenized(tokens, lengths, counts)
+    columns = tokenizer.domain.columns(tokens, lengths) if tokenizer.domain is not None else {}
+    return Tokenized(tokens, lengths, counts, columns=columns)
 
 
 def num_threads(tokenizer_threads: int | None) -> int:

@@ -20,7 +20,7 @@ import xxhash
 
 from torchrecipes.data.corpus.build import build_corpus, corpus_settings
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
-from torchrecipes.data.corpus.shards import FORMAT, Shard, Statistics, checksums, open_shard
+from torchrecipes.data.corpus.shards import FORMAT, FORMATS, Shard, Statistics, checksums, open_shard
 from torchrecipes.data.sources.records import Source
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
@@ -38,7 +38,8 @@ class Corpus:
         shards: the open shards, in order; their arrays may be read directly.
         num_documents, num_tokens: totals, special tokens included.
         shortest_document, longest_document: lengths in tokens, special ones included.
-        dtype: type of the tokens, uint16 or uint32.
+        dtype: type of the tokens, uint8, uint16 or uint32.
+        column_names: of the numbers that its shards hold of every document (`Shard.columns`), such as `suffix_ids`.
         tokenizer_fingerprint: fingerprint of the tokenizer that made it.
         fingerprint: xxh3-128 (hex) of the tokenizer's fingerprint and the tokens, wherever they came from.
         statistics: more numbers: see `summary`.
@@ -53,6 +54,7 @@ class Corpus:
         self.num_documents, self.num_tokens = self.statistics.documents, self.statistics.tokens
         self.shortest_document, self.longest_document = self.statistics.shortest, self.statistics.longest
         self.dtype = shards[0].tokens.dtype
+        self.column_names = tuple(shards[0].columns)
         self.tokenizer_fingerprint: str = account["tokenizer"]["fingerprint"]
         self.fingerprint = _fingerprint(account, len(shards))
         self._first = [shard.token_offset for shard in shards]
@@ -200,7 +202,7 @@ def account_of(
 ) -> dict[str, Any]:
     """What `corpus.json` would hold of some shards: what a `Corpus` needs of it."""
     return {
-        "format": FORMAT,
+        "format": settings.get("format", FORMAT),
         "split": split,
         "tokenizer": {"fingerprint": settings["tokenizer"]},
         "settings": settings,
@@ -230,9 +232,10 @@ def open_corpus(folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpu
     except (OSError, ValueError) as error:
         raise _corrupt(folder, f"{CORPUS_FILE} cannot be read ({error})") from error
     try:
-        if account["format"] != FORMAT:
+        if account["format"] not in FORMATS:
             raise UserError(
-                f"{file} has the format {account['format']!r}, and this version of torchrecipes reads {FORMAT!r}",
+                f"{file} has the format {account['format']!r}, and this version of torchrecipes reads "
+                f"{' and '.join(map(repr, FORMATS))}",
                 hint="Build the corpus again, in another folder.",
                 code="corpus_format",
             )
@@ -319,7 +322,9 @@ def _reopen(folder: Path, fingerprint: str) -> Corpus:
 def _fingerprint(account: dict[str, Any], num_shards: int) -> str:
     """The fingerprint of the first shards of a corpus."""
     arrays = [shard["arrays_xxh3"] for shard in account["shards"][:num_shards]]
-    return xxhash.xxh3_128_hexdigest(" ".join([FORMAT, account["tokenizer"]["fingerprint"], *arrays]).encode())
+    return xxhash.xxh3_128_hexdigest(
+        " ".join([account["format"], account["tokenizer"]["fingerprint"], *arrays]).encode()
+    )
 
 
 def _open_shards(folder: Path, account: dict[str, Any]) -> list[Shard]:

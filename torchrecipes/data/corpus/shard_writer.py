@@ -35,14 +35,16 @@ class Tokenized:
     Attributes:
         tokens: `[N]`, of all documents.
         lengths: int64 `[D]`, tokens of each document; 0: it has none of its own, and is counted only.
-        counts: int64 `[D, 4]`: characters, bytes, unknown tokens and names of special tokens in each document.
+        counts: integers `[D, 4]`: characters, bytes, unknown tokens and names of special tokens in each document.
         splits: `[D]`, the place of each document's split in `ShardWriter.folders`. None: the first.
+        columns: arrays `[D]` by name that the shards hold, too; the same names in every batch.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     counts: np.ndarray
     splits: np.ndarray | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class _Split:
     written: list[Statistics] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
+    columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
     pending: Statistics = field(default_factory=Statistics)
 
 
@@ -150,7 +153,7 @@ class ShardWriter:
                 )
         for number, name in reversed(list(enumerate(self._splits))):
             account = {
-                "format": FORMAT,
+                "format": self.settings.get("format", FORMAT),
                 "split": name,
                 "tokenizer": {
                     "fingerprint": tokenizer.fingerprint,
@@ -241,9 +244,11 @@ class ShardWriter:
                 continue
             own_lengths = lengths[own]
             kept = own_lengths[own_lengths > 0]
-            characters, num_bytes, unknown, special_names = counts[own].sum(0).tolist()
-            split.tokens.append(tokens if own.all() else tokens[np.repeat(own, lengths)])
+            characters, num_bytes, unknown, special_names = counts[own].sum(0, dtype=np.int64).tolist()
+            split.tokens += _tokens_of(tokens, lengths, own)
             split.lengths.append(kept)
+            for column, values in batch.columns.items():
+                split.columns.setdefault(column, []).append(values[first:last][own & (lengths > 0)])
             split.pending += Statistics(
                 seen=len(own_lengths),
                 documents=len(kept),
@@ -280,9 +285,19 @@ class ShardWriter:
                 "commit": json.dumps(commit),
             }
             with writing(split.folder):
-                write_shard(split.folder / shard_name(len(split.written)), split.tokens, offsets, metadata)
+                path = split.folder / shard_name(len(split.written))
+                write_shard(path, split.tokens, offsets, metadata, split.columns)
             split.written.append(split.pending)
-            split.tokens, split.lengths, split.pending = [], [], Statistics()
+            split.tokens, split.lengths, split.columns, split.pending = [], [], {}, Statistics()
+
+
+def _tokens_of(tokens: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
+    """The tokens of some documents, as slices where few of them are between others."""
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))  # where a run of chosen documents starts, ends
+    if len(edges) > len(chosen) // 8:
+        return [tokens[np.repeat(chosen, lengths)]]
+    places = np.concatenate([[0], np.cumsum(lengths)])[edges].tolist()
+    return [tokens[i:j] for i, j in zip(places[::2], places[1::2], strict=True)]
 
 
 @contextmanager

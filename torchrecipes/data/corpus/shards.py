@@ -1,8 +1,11 @@
 """The file format of a corpus: a shard is a safetensors file with `tokens` and `document_offsets`.
 
-`tokens` is uint16 or uint32 `[N]`; `document_offsets` is int64 `[D+1]`, from 0 to N. The header's `__metadata__` holds
-what the shard was made from, its statistics, and how far the source had been read, so that an interrupted call can be
-continued after the last shard.
+`tokens` is uint8, uint16 or uint32 `[N]`; `document_offsets` is int64 `[D+1]`, from 0 to N. The header's `__metadata__`
+holds what the shard was made from, its statistics, and how far the source had been read, so that an interrupted call
+can be continued after the last shard.
+
+Shards may have columns: arrays `[D]` with a number of every document, such as the public suffix of a domain name. Those
+that have are of format 3, others are of format 2, which has none.
 """
 
 import contextlib
@@ -10,7 +13,8 @@ import errno
 import json
 import os
 import struct
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +29,9 @@ except ImportError:  # Windows
     resource = None
 
 FORMAT = "torchrecipes-corpus-2"
-DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
+COLUMNS_FORMAT = "torchrecipes-corpus-3"
+FORMATS = (FORMAT, COLUMNS_FORMAT)
+DTYPES = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 OFFSETS = np.dtype("<i8")
 
 
@@ -66,8 +72,9 @@ class Shard:
         path: the file.
         token_offset: global position of its first token.
         document_offset: number of documents in the shards before it.
-        tokens: uint16 or uint32 `[N]`.
+        tokens: uint8, uint16 or uint32 `[N]`.
         document_offsets: int64 `[D+1]`, positions in `tokens`.
+        columns: arrays `[D]` by name.
     """
 
     path: Path
@@ -75,6 +82,7 @@ class Shard:
     document_offset: int
     tokens: np.ndarray
     document_offsets: np.ndarray
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def shard_name(index: int) -> str:
@@ -82,32 +90,40 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
 
 
-def write_shard(path: Path, tokens: list[np.ndarray], document_offsets: np.ndarray, metadata: dict[str, str]) -> None:
+def write_shard(
+    path: Path,
+    tokens: list[np.ndarray],
+    document_offsets: np.ndarray,
+    metadata: dict[str, str],
+    columns: Mapping[str, list[np.ndarray]] | None = None,
+) -> None:
     """Writes a shard, complete or not at all.
 
     Args:
         path: the file.
-        tokens: arrays of one type, uint16 or uint32, whose concatenation is the shard's tokens; one at least.
+        tokens: arrays of one type, uint8, uint16 or uint32, whose concatenation is the shard's tokens; one at least.
         document_offsets: int64 `[D+1]`.
         metadata: for the header; a checksum of the arrays is added (`arrays_xxh3`, as `checksums` gives it).
+        columns: arrays of one type, as for `tokens`, whose concatenation is a column `[D]`, by the column's name.
     """
-    code = next(code for code, dtype in DTYPES.items() if dtype == tokens[0].dtype)
-    num_tokens = sum(map(len, tokens))
-    # The offsets come first, so that both arrays are aligned.
-    middle = OFFSETS.itemsize * len(document_offsets)
-    end = middle + num_tokens * DTYPES[code].itemsize
-    arrays = [
-        memoryview(array).cast("B") for array in (document_offsets.astype(OFFSETS, copy=False), *tokens) if array.size
-    ]
-    digest = xxhash.xxh3_64()
+    codes = {dtype: code for code, dtype in DTYPES.items()} | {OFFSETS: "I64"}
+    parts = {"document_offsets": [document_offsets.astype(OFFSETS, copy=False)], "tokens": tokens, **(columns or {})}
+    # The widest come first, so that every array is aligned.
+    names = sorted(parts, key=lambda name: -parts[name][0].dtype.itemsize)
+    arrays: list[memoryview] = []
+    entries, end, digest = {}, 0, xxhash.xxh3_64()
+    for name in names:
+        dtype, start = parts[name][0].dtype, end
+        own = [memoryview(array).cast("B") for array in parts[name] if array.size]
+        end += sum(map(len, own))
+        entries[name] = {
+            "dtype": codes[dtype], "shape": [(end - start) // dtype.itemsize], "data_offsets": [start, end]
+        }  # fmt: skip
+        arrays += own
     for array in arrays:
         digest.update(array)
-    header = {
-        "__metadata__": {"format": FORMAT, **metadata, "arrays_xxh3": digest.hexdigest()},
-        "document_offsets": {"dtype": "I64", "shape": [len(document_offsets)], "data_offsets": [0, middle]},
-        "tokens": {"dtype": code, "shape": [num_tokens], "data_offsets": [middle, end]},
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    metadata = {"format": COLUMNS_FORMAT if columns else FORMAT, **metadata, "arrays_xxh3": digest.hexdigest()}
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_atomically(path, [struct.pack("<Q", len(text)), text, *arrays])
 
@@ -128,24 +144,23 @@ def open_shard(path: Path, token_offset: int, document_offset: int) -> tuple[Sha
     if header_size > size - 8:
         raise ValueError("its header is corrupt")
     header = json.loads(bytes(content[8 : 8 + header_size]))
-    if header["__metadata__"]["format"] != FORMAT:
-        raise ValueError(f"its format is not {FORMAT}")
-    offsets, tokens = header["document_offsets"], header["tokens"]
-    first = 8 + header_size
-    middle, end = tokens["data_offsets"]
-    dtype = DTYPES[tokens["dtype"]]
-    count, length = offsets["shape"][0], tokens["shape"][0]
-    if (middle, end, size) != (8 * count, middle + length * dtype.itemsize, first + end) or count < 2:
-        raise ValueError("its size is not what its header says")
+    metadata = header.pop("__metadata__")
+    if metadata["format"] not in FORMATS:
+        raise ValueError(f"its format is none of {', '.join(FORMATS)}")
+    arrays, place = {}, 8 + header_size
     # Plain arrays over the map: slices of np.memmap itself cost three times as much.
-    shard = Shard(
-        path=path,
-        token_offset=token_offset,
-        document_offset=document_offset,
-        tokens=np.ndarray(length, dtype, content, first + middle),
-        document_offsets=np.ndarray(count, OFFSETS, content, first),
-    )
-    return shard, header["__metadata__"]
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = OFFSETS if name == "document_offsets" else DTYPES[entry["dtype"]]
+        start, end = (8 + header_size + offset for offset in entry["data_offsets"])
+        (length,) = entry["shape"]
+        if (start, end) != (place, place + length * dtype.itemsize) or end > size:
+            raise ValueError("its size is not what its header says")
+        arrays[name] = np.ndarray(length, dtype, content, start)
+        place = end
+    offsets, tokens = arrays.pop("document_offsets"), arrays.pop("tokens")
+    if place != size or len(offsets) < 2 or any(len(column) != len(offsets) - 1 for column in arrays.values()):
+        raise ValueError("its size is not what its header says")
+    return Shard(path, token_offset, document_offset, tokens, offsets, arrays), metadata
 
 
 def map_file(path: Path) -> np.ndarray:

@@ -120,6 +120,24 @@ class DomainEncoding:
         columns = {"suffix_ids": ids, "suffix_starts": (parsed.suffix_starts + 1).astype(np.uint8)}
         return tokens, lengths + 2, columns
 
+    def columns(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """What a corpus holds of documents beside their tokens, as `encode` gives it.
+
+        Args:
+            tokens: `[N]`, of documents `[CLS] name [SEP]`, one after the other.
+            lengths: int64 `[D]`, tokens of each.
+        """
+        _, _, starts, ids = self._split(tokens, lengths)
+        return {"suffix_ids": ids, "suffix_starts": np.minimum(starts + (lengths > 0), 255).astype(np.uint8)}
+
+    def _split(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The names in texts: which tokens are theirs `[N]`, and of each name its length, suffix's start and id."""
+        inside = IN_NAME[tokens]
+        sizes = np.bincount(np.arange(len(lengths)).repeat(lengths)[inside], minlength=len(lengths))
+        characters, starts = CHARACTER_OF[tokens[inside]], np.zeros_like(sizes)
+        starts[sizes > 0] = self.suffix_starts(characters, sizes[sizes > 0])
+        return inside, sizes, starts, self.suffix_ids(characters, sizes, starts)
+
     def token_type_ids(
         self, tokens: np.ndarray, lengths: np.ndarray, second_starts: np.ndarray | None = None
     ) -> np.ndarray:
@@ -139,14 +157,9 @@ class DomainEncoding:
         tokens, lengths = np.asarray(tokens), np.asarray(lengths, np.int64)
         if second_starts is not None:
             lengths = np.stack([second_starts, lengths - second_starts], axis=1).ravel()
-        name_of = np.arange(len(lengths)).repeat(lengths)
-        inside = IN_NAME[tokens]
-        sizes = np.bincount(name_of[inside], minlength=len(lengths))
-        characters = CHARACTER_OF[tokens[inside]]
-        starts = np.zeros_like(sizes)
-        starts[sizes > 0] = self.suffix_starts(characters, sizes[sizes > 0])
-        types = NUM_KINDS * self.suffix_ids(characters, sizes, starts).astype(np.int64)[name_of]
-        types[inside] += character_kinds(characters, sizes, starts)
+        inside, sizes, starts, ids = self._split(tokens, lengths)
+        types = (NUM_KINDS * ids.astype(np.int64)).repeat(lengths)
+        types[inside] += character_kinds(CHARACTER_OF[tokens[inside]], sizes, starts)
         return types
 
 
