@@ -5,6 +5,7 @@ token_files  corpora that other tools have tokenized
 tokenizers   load one, or train one on the text
 corpus       tokenized documents on disk, read by memory map
 examples     pairs, scores and labels to fine-tune on, tokenized on disk
+domains      domain names: parsing, public suffixes, sources
 batching     rows, their order, targets, micro-batches
 text_data    `TextData` and `load_text`: all of it, from a pretraining recipe's config
 example_data `ExampleData` and `load_examples`: the same for examples, from a fine-tuning recipe's config

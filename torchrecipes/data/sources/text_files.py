@@ -184,7 +184,7 @@ class files:
         try:
             described = [(file.format, file.compression, content_checksum(file.path)) for file in self.found]
         except OSError as error:
-            raise _unreadable(error.filename, error) from error
+            raise unreadable(error.filename, error) from error
         return hashlib.sha256(json.dumps([options, described]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Document]:
@@ -222,10 +222,7 @@ class files:
 
     def _read(self, file: FoundFile) -> Iterator[Document | BadRecord]:
         try:
-            status = os.stat(file.path)
-            if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
-                hint = "Start again when it is complete."
-                raise UserError(f"{file.name} has changed since this run started", hint=hint, code="file_changed")
+            check_unchanged(file)
             if file.format == "parquet":
                 yield from read_parquet(file.path, file.name, self._column, self._cursor)
             else:
@@ -234,7 +231,7 @@ class files:
         except UnreadableFile as error:
             yield BadRecord(file.name, error.reason, error.detail)
         except OSError as error:
-            raise _unreadable(file.name, error) from error
+            raise unreadable(file.name, error) from error
 
     def _read_lines(self, file: FoundFile, blocks: Iterator[Block]) -> Iterator[Document | BadRecord]:
         name, limit, cursor = file.name, self.max_document_chars, self._cursor
@@ -255,5 +252,19 @@ class files:
         return read_csv(read_lines(blocks, LONGEST_RECORD, first), name, self._column, delimiter, self.columns, cursor)
 
 
-def _unreadable(name: str, error: OSError) -> UserError:
+def check_unchanged(file: FoundFile) -> None:
+    """Check that a file is as it was when it was found.
+
+    Raises:
+        UserError: it has changed (code `file_changed`).
+        OSError: it is gone.
+    """
+    status = os.stat(file.path)
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
+        hint = "Start again when it is complete."
+        raise UserError(f"{file.name} has changed since this run started", hint=hint, code="file_changed")
+
+
+def unreadable(name: str, error: OSError) -> UserError:
+    """Return the error for a file that the system cannot read."""
     return UserError(f"{name} cannot be read: {error.strerror or error}", code="unreadable_file")

@@ -1,0 +1,370 @@
+"""`domain_names`: domain names in files, one per line or in a column of a table.
+
+The source gives names in two ways that agree: as an ordinary source of documents, and in bulk. In bulk, `blocks` reads
+complete lines, a few MiB at a time, in one thread; `parse` turns a block into names, in as many threads as there are.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from torchrecipes.config.suggest import did_you_mean
+from torchrecipes.data.domains.parsing import (
+    EXAMPLE_CHARACTERS,
+    MAX_LINE,
+    NO_NAMES,
+    REASONS,
+    NameOptions,
+    ParsedNames,
+    mix,
+    parse_lines,
+)
+from torchrecipes.data.domains.public_suffix_list import PublicSuffixList, default_list
+from torchrecipes.data.progress import Progress
+from torchrecipes.data.sources.line_reader import UnreadableFile, open_blocks
+from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, BadRecord, Document, ReadStats
+from torchrecipes.data.sources.resolve_paths import FoundFile
+from torchrecipes.data.sources.text_files import check_unchanged, files, unreadable
+from torchrecipes.errors import UserError
+
+PARSING = 1  # raise it when the same files give other names than before: it enters the fingerprint
+BLOCK_BYTES = 2 << 20
+LONGEST_LINE = 2 * MAX_LINE  # bytes that are kept of a line
+TABLE_ROWS = 1 << 16  # rows of a table in a block
+SAMPLES = {"tiny": 10_000, "small": 1_000_000, "medium": 10_000_000, "large": 100_000_000, "full": None}
+SAMPLE_KEY = np.uint64(0xA0761D6478BD642F)
+SAMPLE_BITS = 20
+SAMPLE_BINS = 1 << SAMPLE_BITS
+HASHES = 1 << 64  # number of values of a hash
+
+
+class NameBlock(NamedTuple):
+    """Complete lines of a file, each with its `\\n`.
+
+    Attributes:
+        data: the lines.
+        name: the file.
+        lines: the numbers of the lines in the file, from 1, `[L]`; or the first one, where they follow each other.
+        position: where to read on after these lines, for `blocks` and `read`.
+        sample_limit: names whose `sample_hashes` are lower are in the sample.
+    """
+
+    data: bytes
+    name: str
+    lines: int | np.ndarray
+    position: dict[str, Any]
+    sample_limit: int = HASHES
+
+    def source_of(self, line: int) -> str:
+        """Return `file:line` of a line, which is numbered from 0 in the block."""
+        return f"{self.name}:{self.lines + line if isinstance(self.lines, int) else self.lines[line]}"
+
+    def text_of(self, line: int) -> str:
+        """Return the beginning of a line, which is numbered from 0 in the block."""
+        return _beginning(self.data.split(b"\n", line + 1)[line])
+
+
+@dataclass
+class domain_names:
+    """Domain names in files: a name per line of plain text, or in a column of .csv, .tsv, .jsonl or .parquet.
+
+    All but Parquet may be compressed (.gz, .xz, .zst). A line becomes a name as `parse_name` says; one that gives none
+    is counted by its reason, one of `REASONS`. Blank lines and comments (`#`) are counted, too, and never stop.
+
+    Args:
+        path: a file, a folder, a pattern, or a list of those, as for `torchrecipes.data.sources.files`.
+        column: the column of tables, or key of JSON objects, that holds the name.
+        columns: names of the columns of CSV and TSV files that have no header line.
+        delimiter: the character between the fields of .csv files.
+        strip_url: remove scheme, user, port, path and a leading `*.`.
+        underscore: "accept" or "reject" names with underscores.
+        idna: turn Unicode names into punycode (UTS 46); False: reject them.
+        public_suffix_list: a .dat file; None: the one of the package `publicsuffixlist`.
+        only_icann: leave out the list's rules of private owners, such as `blogspot.com`.
+        sample: a part of the names, chosen by a hash of the name: "tiny" (10,000 names at most), "small" (1 M),
+            "medium" (10 M), "large" (100 M), "full", or a share above 0 and up to 1. A larger sample holds the smaller.
+            A number of names takes one more pass over the files.
+        on_bad_record: "skip" counts and reports a line that gives no name, "stop" raises there.
+        max_documents: names to read at most, from the first; None: all.
+
+    Attributes:
+        report: counts of the latest `read`; of `blocks`, it counts only what is skipped in reading the files, and
+            `count` adds what `parse` gave.
+
+    Raises:
+        UserError: a path that matches nothing, an invalid value; and, when the source is read, what `on_bad_record`
+            says, or a file that has changed or cannot be read.
+    """
+
+    path: str | list[str]
+    column: str = "domain"
+    columns: list[str] | None = None
+    delimiter: str = ","
+    strip_url: bool = False
+    underscore: str = "reject"
+    idna: bool = True
+    public_suffix_list: str | None = None
+    only_icann: bool = False
+    sample: str | float | None = None
+    on_bad_record: str = "skip"
+    max_documents: int | None = None
+    report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
+    _position: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        self.options = NameOptions(self.strip_url, self.underscore, self.idna)
+        _check_sample(self.sample)
+        self._files = files(
+            self.path, self.column, "line", columns=self.columns, delimiter=self.delimiter,
+            on_bad_record=self.on_bad_record, max_documents=self.max_documents,
+        )  # fmt: skip
+        is_default = self.public_suffix_list is None
+        self.suffixes = (
+            default_list(self.only_icann) if is_default else PublicSuffixList(self.public_suffix_list, self.only_icann)
+        )
+
+    @property
+    def name(self) -> str:
+        """The first files, and how many there are."""
+        return self._files.name
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files in bytes as stored; 0 where some names are left out."""
+        return self._files.num_bytes if self.sample in (None, "full", 1) else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the files' content, the options, and the rules of public suffixes."""
+        options = [PARSING, astuple(self.options), self.sample, self.suffixes.fingerprint, self._files.fingerprint]
+        return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Document]:
+        """Yield the names as documents, with a new report.
+
+        Args:
+            position: what `position` returned, or a block's; None: from the first name.
+
+        Raises:
+            UserError: a line that gives no name and `on_bad_record` is "stop"; a file that cannot be read.
+        """
+        place = dict(position or {})
+        skip, documents = place.pop("records", 0), place.pop("documents", 0)
+        self._position, self.report = {**place, "records": skip, "documents": documents}, ReadStats()
+        return self._documents(place, position is None, skip, documents)
+
+    def _documents(self, place: dict[str, Any], is_start: bool, skip: int, documents: int) -> Iterator[Document]:
+        for block in self._blocks(place, is_start):
+            parsed = self.parse(block)
+            names, reasons = parsed.names(), list(REASONS)
+            lines = np.concatenate([parsed.line_numbers, parsed.rejected_lines])
+            texts = block.data.split(b"\n") if len(parsed.rejected_lines) else []
+            for records, item in enumerate(np.argsort(lines, kind="stable").tolist(), 1):
+                line = int(lines[item])
+                if skip:
+                    skip -= 1
+                elif item < len(names):
+                    if documents == self.max_documents:
+                        return
+                    documents += 1
+                    self.report.documents += 1
+                    self.report.characters += len(names[item])
+                    self._position = {**place, "records": records, "documents": documents}
+                    yield Document(names[item], block.source_of(line))
+                else:
+                    reason = reasons[parsed.rejected_reasons[item - len(names)]]
+                    self.report.add(BadRecord(block.source_of(line), reason, _beginning(texts[line])))
+            place = block.position
+
+    def position(self) -> dict[str, Any]:
+        """Return the position after the last document or block that was read."""
+        return self._position
+
+    def blocks(self, position: dict[str, Any] | None = None) -> Iterator[NameBlock]:
+        """Yield complete lines, some MiB at a time, for `parse`, with a new report.
+
+        With `max_documents` the last block ends after the last name; names are counted by parsing them here.
+
+        Args:
+            position: a block's position; None: from the first line.
+
+        Raises:
+            UserError: a file that cannot be read; a record of a table without a name and `on_bad_record` is "stop".
+            ValueError: the position is inside a block, as those of `read` are.
+        """
+        place = dict(position or {})
+        if place.pop("records", 0):
+            raise ValueError("this position of read is inside a block")
+        documents = place.pop("documents", 0)
+        self._position, self.report = dict(position or {}), ReadStats()
+        for block in self._blocks(place, position is None):
+            if self.max_documents is not None:
+                parsed = self.parse(block)
+                left = self.max_documents - documents
+                if left <= len(parsed):
+                    lines = int(parsed.line_numbers[left - 1]) + 1 if left else 0
+                    block = block._replace(data=b"\n".join([*block.data.split(b"\n", lines)[:lines], b""]))
+                documents += min(left, len(parsed))
+                block = block._replace(position={**block.position, "documents": documents})
+            self._position = block.position
+            if block.data:
+                yield block
+            if documents == self.max_documents:
+                return
+
+    def parse(self, block: NameBlock) -> ParsedNames:
+        """Return the names of a block that are in the sample. Threads may call it at the same time.
+
+        Raises:
+            UserError: a line gives no name and `on_bad_record` is "stop" (code `bad_record`).
+        """
+        parsed = parse_lines(block.data, self.options, self.suffixes)
+        if self.on_bad_record == "stop" and (bad := {*parsed.rejected} - NO_NAMES):
+            records = (
+                BadRecord(block.source_of(line), reason, text)
+                for reason in bad
+                for line, text in parsed.rejected[reason].examples
+            )
+            lines = "\n".join(map(str, islice(records, 10)))
+            hint = "Repair the lines, or count and skip them with on_bad_record=skip."
+            raise UserError(lines, hint=hint, code="bad_record")
+        if block.sample_limit < HASHES:
+            return parsed.select(sample_hashes(parsed.hashes) < np.uint64(block.sample_limit))
+        return parsed
+
+    def count(self, block: NameBlock, parsed: ParsedNames) -> None:
+        """Add what `parse` gave for a block to the report."""
+        count_names(self.report, block, parsed)
+
+    def _blocks(self, place: dict[str, Any], is_start: bool) -> Iterator[NameBlock]:
+        limit = place.get("sample_limit") or self._sample_limit()
+        kept = {} if limit == HASHES else {"sample_limit": limit}
+        if is_start:
+            for record in self._files.skipped:
+                self.report.add(record)
+        for block in self._all_lines(place):
+            yield block._replace(position=block.position | kept, sample_limit=limit)
+
+    def _all_lines(self, place: dict[str, Any]) -> Iterator[NameBlock]:
+        first = place.get("file", 0)
+        for number, file in enumerate(self._files.found[first:], first):
+            read = _text_lines if file.format == "text" else self._table_lines
+            try:
+                check_unchanged(file)
+                for block in read(file, place if number == first else {}):
+                    yield block._replace(position={"file": number, **block.position})
+            except UnreadableFile as error:
+                record = BadRecord(file.name, error.reason, error.detail)
+                if self.on_bad_record == "stop":
+                    hint = "Repair the file, or read what is good of it with on_bad_record=skip."
+                    raise UserError(str(record), hint=hint, code="bad_record") from None
+                self.report.add(record)
+            except OSError as error:
+                raise unreadable(file.name, error) from error
+
+    def _table_lines(self, file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
+        table = copy.copy(self._files)
+        table.found, table.skipped, table.max_documents = [file], [], None
+        rows = table.read(place.get("row"))
+        try:
+            while some := list(islice(rows, TABLE_ROWS)):
+                data = "".join(row.text.replace("\n", " ") + "\n" for row in some).encode()
+                numbers = np.array([int(row.source.rpartition(":")[2]) for row in some])
+                yield NameBlock(data, file.name, numbers, {"row": table.position()})
+        finally:
+            add_skipped(self.report, table.report)
+
+    def _sample_limit(self) -> int:
+        """The hash below which a name is in the sample, so that it has no more names than wanted.
+
+        Names are counted by the highest bits of their sample hash; the sample ends where one of these counts does.
+        """
+        wanted = SAMPLES[self.sample or "full"] if not isinstance(self.sample, float | int) else None
+        if isinstance(self.sample, float | int):
+            return min(HASHES, int(self.sample * HASHES))
+        if wanted is None:
+            return HASHES
+        counts = np.zeros(SAMPLE_BINS, np.int64)
+        everything = replace(self, sample=None)
+        progress = Progress("counting names", everything.num_bytes, unit="names")
+        try:
+            for block in everything.blocks():
+                hashes = sample_hashes(everything.parse(block).hashes)
+                counts += np.bincount(hashes >> np.uint64(64 - SAMPLE_BITS), minlength=SAMPLE_BINS)
+                progress.add(len(hashes), len(block.data))
+        finally:
+            progress.close()
+        bins = int(np.searchsorted(np.cumsum(counts), wanted, side="right"))
+        return bins << (64 - SAMPLE_BITS)
+
+
+def sample_hashes(hashes: np.ndarray) -> np.ndarray:
+    """Return a hash of each name, `[D]` uint64, that is independent of `hashes`, which decide the split."""
+    return mix(hashes ^ SAMPLE_KEY)
+
+
+def count_names(report: ReadStats, block: NameBlock, parsed: ParsedNames) -> None:
+    """Add the names and the rejected lines of a block to a report."""
+    report.documents += len(parsed)
+    report.characters += len(parsed.characters)
+    rejected = ReadStats()
+    for reason, (count, some) in parsed.rejected.items():
+        rejected.skipped[reason] = count
+        rejected.examples[reason] = [
+            f"{block.source_of(line)}: {text}" if text else block.source_of(line) for line, text in some
+        ]
+    add_skipped(report, rejected)
+
+
+def add_skipped(report: ReadStats, more: ReadStats) -> None:
+    """Add what another report says was skipped."""
+    for reason, count in more.skipped.items():
+        report.skipped[reason] = report.skipped.get(reason, 0) + count
+        examples = report.examples.setdefault(reason, [])
+        examples += more.examples[reason][: EXAMPLES_PER_REASON - len(examples)]
+
+
+def _text_lines(file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
+    """Yield the lines of a text file; of a line that is too long for any name, its beginning at least."""
+    line, size, tail = place.get("line", 1), 0, 0  # size of `pieces`, and of what follows their last line end
+    pieces: list[bytes] = []
+    with open_blocks(file.path, file.compression, place.get("byte", 0)) as blocks:
+        for data, _, stop, _ in blocks:
+            end = data.rfind(b"\n") + 1
+            if end:
+                first = data.find(b"\n") if tail >= LONGEST_LINE else 0
+                pieces.append(data[first:end])
+                size += end - first
+                if size >= BLOCK_BYTES:
+                    lines = b"".join(pieces)
+                    count = lines.count(b"\n")
+                    yield NameBlock(lines, file.name, line, {"byte": stop - len(data) + end, "line": line + count})
+                    line, size, pieces = line + count, 0, []
+                tail = 0
+            rest = data[end:][: LONGEST_LINE - tail]
+            pieces.append(rest)
+            size, tail = size + len(rest), tail + len(rest)
+    if size:
+        lines = b"".join(pieces) + (b"\n" if tail else b"")
+        yield NameBlock(lines, file.name, line, {"byte": stop, "line": line + lines.count(b"\n")})
+
+
+def _check_sample(sample: str | float | None) -> None:
+    is_share = isinstance(sample, float | int) and not isinstance(sample, bool)
+    if sample is None or (is_share and 0 < sample <= 1) or (isinstance(sample, str) and sample in SAMPLES):
+        return
+    hint = did_you_mean(str(sample), SAMPLES, "Set a share above 0 and up to 1, or one of")
+    raise UserError(f"'{sample}' is no sample", key="sample", hint=hint, code="invalid_value")
+
+
+def _beginning(line: bytes) -> str:
+    return line[: 4 * EXAMPLE_CHARACTERS].decode(errors="replace")[:EXAMPLE_CHARACTERS]
