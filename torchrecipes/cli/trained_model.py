@@ -128,6 +128,40 @@ def load_text_classifier(args: argparse.Namespace, **options: Any) -> tuple[Path
     return folder, TextClassifier(model, tokenizer, autocast=context, **options)
 
 
+def load_mask_filler(args: argparse.Namespace, **options: Any) -> Any:
+    """Return a `MaskFiller` of the encoder in a folder.
+
+    Args:
+        args: what `add_model_arguments` declared.
+        options: of the `MaskFiller`.
+
+    Raises:
+        UserError: no model there, one without its head (code `no_head`), a decoder (`not_an_encoder`), no such device.
+    """
+    folder = newest_valid_checkpoint(args.run)
+
+    import torch
+
+    from torchrecipes.data.tokenizers.load import load_tokenizer
+    from torchrecipes.evaluation import MaskFiller
+    from torchrecipes.models import load_hf, meta_model_from_hf
+    from torchrecipes.modules import pack_linears
+    from torchrecipes.training.precision import autocast
+
+    if getattr(meta_model_from_hf(folder, report=lambda _: None), "causal", False):
+        hint = f"For a decoder use: tune-style generate {folder} --prompt ..."
+        raise UserError(f"{folder} is a decoder, which fills no masks", hint=hint, code="not_an_encoder")
+    device = _device(args.device)
+    model = load_hf(folder, report=partial(print, file=sys.stderr), require_head=True).to(device)
+    tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1)
+    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if half else torch.float32
+    context = partial(autocast, device, dtype)
+    if device.type == "cpu":
+        pack_linears(model, dtype)
+    return MaskFiller(model, tokenizer, autocast=context, **options)
+
+
 def load_trained(args: argparse.Namespace) -> tuple[Path, Any, Any, Callable[[], AbstractContextManager]]:
     """Return what `load_causal` does, for a model of either kind: `model.causal` says which.
 

@@ -7,7 +7,7 @@ sampling           from logits to the next token
 document_loss      `document_losses`: the loss of every document, to find bad data
 text_perplexity    `perplexity` of documents, in windows
 position_loss      `loss_by_position`: sums of the loss for ranges of positions
-mask_filling       `fill_mask`: the tokens that fit into [MASK]
+mask_filling       `fill_mask`, `MaskFiller`: the tokens that fit into [MASK]
 
 text_encoder          `TextEncoder`: embeddings of any number of texts
 text_vectors          `TextVectors`, `max_sim_scores`: late interaction
@@ -43,7 +43,7 @@ from torchrecipes.evaluation.classification_plots import plot_calibration, plot_
 from torchrecipes.evaluation.classification_report import calibrate, report_classification
 from torchrecipes.evaluation.document_loss import DocumentLoss, document_losses
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
-from torchrecipes.evaluation.mask_filling import fill_mask
+from torchrecipes.evaluation.mask_filling import MaskFiller, fill_mask
 from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
 from torchrecipes.evaluation.mteb_tasks import MTEBTasks
 from torchrecipes.evaluation.over_examples import map_examples, predict_examples
@@ -62,6 +62,7 @@ __all__ = [
     "ClassScores",
     "DocumentLoss",
     "MTEBTasks",
+    "MaskFiller",
     "PairClassification",
     "Prediction",
     "Retrieval",

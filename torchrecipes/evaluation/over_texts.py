@@ -29,6 +29,7 @@ BATCHES_PER_WINDOW = 128
 TEXTS_PER_WINDOW = 32_768  # at most
 
 Text = TypeVar("Text")
+Tokenized = TypeVar("Tokenized")
 
 
 @dataclass
@@ -87,16 +88,34 @@ def map_texts(
         progress: counts what is done.
         size_of: characters of a text.
     """
-    windows = _windows(texts, 4 * BATCHES_PER_WINDOW * tokens_per_batch * world_size(), size_of)
     batches = TextBatches(pad_id, tokens_per_batch, next(model.parameters()).device)
+    for window in tokenized_windows(texts, tokenize, tokens_per_batch * world_size(), size_of):
+        with torch.no_grad(), evaluation_mode(model), autocast():
+            results = _compute(window, function, width, batches, progress)
+        yield results
+
+
+def tokenized_windows(
+    texts: Iterable[Text],
+    tokenize: Callable[[list[Text]], Tokenized],
+    tokens_per_batch: int,
+    size_of: Callable[[Text], int] = len,
+) -> Iterator[Tokenized]:
+    """Yields what `tokenize` makes of each window of texts; a thread prepares the next one meanwhile.
+
+    Args:
+        texts: may be a generator; it is read in the calling thread.
+        tokenize: called in a thread.
+        tokens_per_batch: a window has texts for some hundred batches.
+        size_of: characters of a text.
+    """
+    windows = _windows(texts, 4 * BATCHES_PER_WINDOW * tokens_per_batch, size_of)
     with ThreadPoolExecutor(1) as thread:
         waiting = [thread.submit(tokenize, window) for window in islice(windows, 1)]
         while waiting:
             window = waiting.pop().result()
             waiting = [thread.submit(tokenize, found) for found in islice(windows, 1)]
-            with torch.no_grad(), evaluation_mode(model), autocast():
-                results = _compute(window, function, width, batches, progress)
-            yield results
+            yield window
 
 
 def _compute(
@@ -138,6 +157,8 @@ class TextBatches:
 
     def split(self, lengths: np.ndarray, is_packed: bool) -> list[np.ndarray]:
         """The places of each batch's texts: the longest first, so that too large a batch is noticed at once."""
+        if not len(lengths):
+            return []
         order = np.argsort(-lengths, kind="stable")
         batches, first, used = [], 0, 0
         for number, length in enumerate(lengths[order].tolist()):

@@ -40,9 +40,7 @@ def tokenize_texts(encoder: ExampleEncoder, texts: Sequence[str], pad_id: int) -
     room = encoder.max_length - len(before) - len(after)
     ids = [found.ids for found in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)]
     num_tokens = np.fromiter(map(len, ids), np.int64, len(ids))
-    framed = [before + found[:room] + after or [pad_id] for found in ids]
-    lengths = np.fromiter(map(len, framed), np.int64, len(framed))
-    tokens = np.fromiter(chain.from_iterable(framed), np.int64, int(lengths.sum()))
+    tokens, lengths = flatten_ids([before + found[:room] + after or [pad_id] for found in ids])
     return TextTokens(tokens, lengths, num_tokens == 0, num_tokens > room)
 
 
@@ -64,6 +62,12 @@ def tokenize_pairs(encoder: ExampleEncoder, pairs: Sequence[tuple[str, str]], pa
     positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     types = (positions >= np.repeat(seconds, lengths)).astype(np.int64)
     return TextTokens(tokens, lengths, ~encoded.kept, is_truncated, types)
+
+
+def flatten_ids(ids: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts, one text after the other, and their number in each: int64, `[N]` and `[n]`."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
 
 
 def utf8_lengths(texts: Sequence[str]) -> np.ndarray:
