@@ -61,7 +61,7 @@ class Config:
     optimizer: Component = component("torchrecipes.optim.adamw", injected=("model", "params"), lr=1e-3)
     lr_scheduler: Component = component("torchrecipes.optim.cosine", injected=("optimizer", "max_steps"))
     max_grad_norm: Positive | None = 1.0  # gradients are scaled down to this norm; None: never
-    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard")  # non-finite steps and loss spikes
+    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard", injected=("dtype",))  # NaN, spikes
     ema: Component | None = component(None, injected=("model",))  # torchrecipes.training.ema.EMA: averaged weights
     eval_every: MayChange[Steps | None] = 500  # steps; also before the first and after the last step
     eval_sequences: MayChange[Rows | None] = 1024  # rows of the validation text that are used; None: all
@@ -99,7 +99,7 @@ def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor
 
 def main(config: Config) -> None:
     run = start_run(config)
-    guard = build(config.guard)
+    guard = build(config.guard, dtype=run.dtype)
     text = load_text(config, causal=True)
     tokenizer, collator = text.tokenizer, build_collator(config, text.tokenizer)
     objective = (config, tokenizer, build_model, build_collator, compute_loss)  # to time and estimate this recipe
@@ -176,11 +176,11 @@ def main(config: Config) -> None:
                 set_grad_sync(model, last=batch is batches[-1])
                 with run.autocast():
                     loss, sums = compute_loss(model, batch, config)
-                (loss * (run.world_size / num_targets)).backward()  # gradients are averaged over the processes
+                (loss * (guard.loss_scale * run.world_size / num_targets)).backward()  # averaged over the processes
                 logged.append(sums)
                 balance.add(model)
             sums = sum_over_ranks(logged)
-            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
+            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"), guard.loss_scale)
             lr = lr_scheduler.get_last_lr()[0]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)  # optimizer.step() if finite
             optimizer.zero_grad()

@@ -62,7 +62,7 @@ class Config:
     optimizer: Component = component("torchrecipes.optim.adamw", injected=("model", "params"), lr=2e-5)
     lr_scheduler: Component = component("torchrecipes.optim.linear", injected=("optimizer", "max_steps"))
     max_grad_norm: Positive | None = 1.0  # gradients are scaled down to this norm; None: never
-    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard")  # non-finite steps and loss spikes
+    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard", injected=("dtype",))  # NaN, spikes
     eval_every: MayChange[Steps | None] = 200  # steps; also before the first and after the last step
     early_stopping: Component | None = component(None)  # torchrecipes.training.EarlyStopping
 
@@ -102,7 +102,7 @@ def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor
 
 def main(config: Config) -> None:
     run = start_run(config)
-    guard, early_stopping = build(config.guard), build(config.early_stopping)
+    guard, early_stopping = build(config.guard, dtype=run.dtype), build(config.early_stopping)
     data, config_yaml = load_examples(config, task=config.task, label_names=config.label_names), to_yaml(config)
     config = data.complete(config)  # label names and counts
     if config.few_shot:
@@ -166,10 +166,10 @@ def main(config: Config) -> None:
                 set_grad_sync(model, last=batch is batches[-1])
                 with run.autocast():
                     loss, sums = compute_loss(model, batch, config)
-                (loss * (run.world_size / num_targets)).backward()  # gradients are averaged over the processes
+                (loss * (guard.loss_scale * run.world_size / num_targets)).backward()  # averaged over the processes
                 logged.append(sums)
             sums = sum_over_ranks(logged)
-            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
+            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"), guard.loss_scale)
             lr = lr_scheduler.get_last_lr()[0]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)  # optimizer.step() if finite
             optimizer.zero_grad()

@@ -64,7 +64,7 @@ class Config:
     optimizer: Component = component("torchrecipes.optim.adamw", injected=("model", "params"), lr=2e-5)
     lr_scheduler: Component = component("torchrecipes.optim.linear", injected=("optimizer", "max_steps"))
     max_grad_norm: Positive | None = 1.0  # gradients are scaled down to this norm; None: never
-    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard")  # non-finite steps and loss spikes
+    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard", injected=("dtype",))  # NaN, spikes
     evaluators: dict[str, Component] = field(default_factory=dict)  # by name: torchrecipes.evaluation.STS, Retrieval
     final_evaluators: dict[str, Component] = field(default_factory=dict)  # of the result, once, at the end
     eval_dims: list[int] = field(default_factory=list)  # Matryoshka: evaluate these first dimensions, too
@@ -109,7 +109,7 @@ def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor
 
 def main(config: Config) -> None:
     run = start_run(config)
-    guard, early_stopping = build(config.guard), build(config.early_stopping)
+    guard, early_stopping = build(config.guard, dtype=run.dtype), build(config.early_stopping)
     prompts, _ = config.embedding.prompting(config.init_from)
     data = load_examples(config, prompts=prompts)
     tokenizer, collator = data.tokenizer, build_collator(config, data.tokenizer)
@@ -169,7 +169,7 @@ def main(config: Config) -> None:
             embeddings = torch.cat(parts).detach().requires_grad_() if is_cached else parts[0]
             examples = Examples.join([batch.examples for batch in batches])
             loss, sums = embedding_loss(embeddings, examples, config, guide and embed_all(guide, batches, run.autocast))
-            (loss * (run.world_size / num_targets)).backward()  # gradients are averaged over the processes
+            (loss * (guard.loss_scale * run.world_size / num_targets)).backward()  # averaged over the processes
             if is_cached:
                 gradients = embeddings.grad.split([len(part) for part in parts])
                 for batch, state, gradient in zip(metrics.track(batches), states, gradients, strict=True):
@@ -177,7 +177,7 @@ def main(config: Config) -> None:
                     with replay(state), run.autocast():
                         model.embed(batch).backward(gradient)
             sums = sum_over_ranks([sums | by_dataset(loss, batches)])
-            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
+            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"), guard.loss_scale)
             lr = lr_scheduler.get_last_lr()[0]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)  # optimizer.step() if finite
             optimizer.zero_grad()

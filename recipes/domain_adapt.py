@@ -70,7 +70,7 @@ class Config:
     # A model whose learning rate has decayed needs a warm-up and a decay again (Ibrahim et al. 2024, 2403.08763).
     lr_scheduler: Component = component("torchrecipes.optim.cosine", injected=("optimizer", "max_steps"))
     max_grad_norm: Positive | None = 1.0  # gradients are scaled down to this norm; None: never
-    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard")  # non-finite steps and loss spikes
+    guard: MayChange[Component] = component("torchrecipes.training.guard.Guard", injected=("dtype",))  # NaN, spikes
     forgetting: MayChange[ForgettingConfig | None] = field(default_factory=ForgettingConfig)  # bands; None: only logged
     eval_every: MayChange[Steps | None] = 200  # steps; also before the first and after the last step
     eval_sequences: Rows | None = 512  # rows of each evaluation set that are used; None: all
@@ -118,7 +118,7 @@ def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor
 
 def main(config: Config) -> None:
     run = start_run(config)
-    guard, causal = build(config.guard), is_causal(config)
+    guard, causal = build(config.guard, dtype=run.dtype), is_causal(config)
     text = load_text(config, causal=causal)
     tokenizer, collator = text.tokenizer, build_collator(config, text.tokenizer)
     objective = (config, tokenizer, build_model, build_collator, compute_loss)  # to time and estimate this recipe
@@ -191,11 +191,11 @@ def main(config: Config) -> None:
                 set_grad_sync(model, last=batch is batches[-1])
                 with run.autocast():
                     loss, sums = compute_loss(model, batch, config)
-                (loss * (run.world_size / num_targets)).backward()  # gradients are averaged over the processes
+                (loss * (guard.loss_scale * run.world_size / num_targets)).backward()  # averaged over the processes
                 logged.append(sums)
                 balance.add(model)
             sums = sum_over_ranks(logged)
-            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"))
+            grad_norm = clip_grad_norm(model, config.max_grad_norm or float("inf"), guard.loss_scale)
             lr = lr_scheduler.get_last_lr()[0]
             skipped = guard.step(optimizer, sums["loss"] / num_targets, grad_norm)  # optimizer.step() if finite
             optimizer.zero_grad()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -561,3 +562,16 @@ def test_a_copied_recipe_runs(train, corpus, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "MINE" in result.stdout
     assert "MINE" in (run / "checkpoints" / f"step-{STEPS:08d}" / "recipe.py").read_text()
+
+
+def test_fp16_skips_what_overflows_and_a_resumed_run_repeats_it(train, tmp_path):
+    settings = ["compute.precision=fp16", "guard.init_scale=1e8", "guard.growth_interval=3"]
+    whole = train("whole", *settings)
+    logged = [line for line in lines(whole) if "loss_scale" in line]
+    assert logged[0]["loss_scale"] == 5e7 and logged[-1]["overflowed_steps"] > 3 and logged[-1]["skipped_steps"] == 0
+    scales = [line["loss_scale"] for line in logged]
+    assert min(scales) < 2**21 and any(later > now for now, later in pairwise(scales))  # and grown again
+    resumed = stop_at(whole, 8, tmp_path / "resumed")
+    train("resumed", *settings)
+    assert_same_weights(whole, resumed)
+    assert [line["loss_scale"] for line in lines(resumed)] == scales

@@ -12,6 +12,7 @@ CPU = torch.device("cpu")
 
 def test_named_precisions():
     assert resolve_dtype("bf16", CPU) == torch.bfloat16
+    assert resolve_dtype("fp16", CPU) == torch.float16
     assert resolve_dtype("fp32", CPU) == torch.float32
 
 
@@ -25,14 +26,25 @@ def test_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch, feature):
 
 def test_unknown_precision_names_the_choices():
     with pytest.raises(UserError) as error:
-        resolve_dtype("fp16", CPU)
-    assert error.value.code == "unknown_name" and "auto, bf16, fp32, float8, float8_rowwise" in str(error.value)
+        resolve_dtype("half", CPU)
+    assert error.value.code == "unknown_name" and "auto, bf16, fp16, fp32, float8" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [((6, 1), torch.float32), ((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
+)
+def test_auto_is_fp16_on_gpus_with_tensor_cores_for_it_alone(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", torch.device("cuda")) == dtype
 
 
 def test_autocast_computes_in_the_format_that_was_chosen():
     a = torch.ones(2, 2)
     with autocast(CPU, torch.bfloat16):
         assert (a @ a).dtype == torch.bfloat16
+    with autocast(CPU, torch.float16):
+        assert (a @ a).dtype == torch.float16
     with autocast(CPU, torch.float32):
         assert (a @ a).dtype == torch.float32
 

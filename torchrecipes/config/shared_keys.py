@@ -48,10 +48,10 @@ def check_shared_keys(config: Any) -> list[UserError]:
         ]
     compute = getattr(config, "compute", None)
     precision = str(getattr(compute, "precision", ""))
-    if precision == "fp32" and getattr(compute, "residual", None) == "bf16":
+    if precision in ("fp16", "fp32") and getattr(compute, "residual", None) == "bf16":
         problems.append(
             UserError(
-                "a residual stream in bf16 needs a forward pass in bf16, and compute.precision is fp32",
+                f"a residual stream in bf16 needs a forward pass in bf16, and compute.precision is {precision}",
                 key="compute.residual",
                 hint="Set compute.residual=auto, or compute.precision=bf16",
                 code="residual_needs_bf16",

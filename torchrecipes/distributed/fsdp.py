@@ -225,11 +225,23 @@ def set_grad_sync(model: nn.Module, last: bool) -> None:
             model.set_reshard_after_backward(last)
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales all gradients so that their total norm, over all ranks, is at most `max_norm`.
+def clip_grad_norm(model: nn.Module, max_norm: float, loss_scale: float | Tensor = 1.0) -> Tensor:
+    """Divides all gradients by `loss_scale`, and scales them so that their total norm, over all ranks, is at most
+    `max_norm`: in one pass.
+
+    Args:
+        model: its gradients are changed in place.
+        max_norm: infinity: they are not clipped.
+        loss_scale: what the loss was multiplied by, such as `Guard.loss_scale`: a number, or `[]` on any device.
 
     Returns:
-        The norm before scaling, a scalar on the device, the same on all ranks.
+        The norm before clipping, of gradients divided by `loss_scale`: a scalar on the device, the same on all ranks.
+        Infinite or NaN if a gradient overflowed on any of them.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / loss_scale
+    if gradients:
+        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale  # 1e-6 as in `nn.utils.clip_grad_norm_`
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], coefficient)
+    return norm

@@ -21,8 +21,9 @@ def to_residual_dtype(embedded: Tensor, dtype: torch.dtype | None = None) -> Ten
 
     Args:
         embedded: in the dtype of the embedding's weight, which `fully_shard` may have gathered in bf16.
-        dtype: of the stream under autocast. None: autocast's on CUDA, where a stream of half the bytes saves time; fp32
-            elsewhere, so that a run has the same numbers on any number of ranks.
+        dtype: of the stream under autocast. None: bf16 with autocast's bf16 on CUDA, where a stream of half the bytes
+            saves time; fp32 elsewhere, so that a run has the same numbers on any number of ranks, and with fp16, whose
+            range a sum over all blocks may leave.
 
     Returns:
         The same in `dtype`; without autocast, `embedded` as it is.
@@ -31,7 +32,9 @@ def to_residual_dtype(embedded: Tensor, dtype: torch.dtype | None = None) -> Ten
     if not torch.is_autocast_enabled(device.type):
         return embedded
     if dtype is None:
-        dtype = torch.get_autocast_dtype(device.type) if kernel_device(device) == "cuda" else torch.float32
+        dtype = torch.get_autocast_dtype(device.type)
+        if kernel_device(device) != "cuda" or dtype == torch.float16:
+            dtype = torch.float32
     return embedded.to(dtype)
 
 

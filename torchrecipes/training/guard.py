@@ -1,4 +1,4 @@
-"""Skips steps whose loss or gradient is not finite, reports loss spikes, and rolls back."""
+"""Skips steps whose loss or gradient is not finite, reports loss spikes, rolls back, and scales the loss in fp16."""
 
 import math
 from collections import deque
@@ -13,6 +13,8 @@ from torchrecipes.errors import UserError
 
 MIN_DEVIATION = 0.01  # nats: the noise of a flat loss is not a spike
 JUDGES_FROM = 0.5  # share of the window that must be filled before a loss is judged
+GROWTH_FACTOR, BACKOFF_FACTOR = 2.0, 0.5  # of the loss scale, those of `torch.amp.GradScaler`
+MIN_LOSS_SCALE = 1.0  # at which an overflow is no matter of the scale any more
 
 
 class Guard:
@@ -27,6 +29,16 @@ class Guard:
 
     Every decision follows from numbers that are equal on all ranks, so all decide alike without communication.
 
+    In fp16 most gradients would be below 6e-8 and round to 0. So the loss is multiplied by `loss_scale`, and clipping
+    divides the gradients by it (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2):
+
+        (loss * guard.loss_scale).backward()
+        grad_norm = clip_grad_norm(model, 1.0, guard.loss_scale)
+
+    The scale is as large as it can be, by the rule of `torch.amp.GradScaler`: a step whose gradients overflow is
+    skipped and halves it, and `growth_interval` steps without an overflow double it. An overflow is the scale's doing:
+    it counts as a step that is not finite only if the loss is not finite, too, or the scale is 1 already.
+
     Args:
         on_nonfinite: what happens after a step whose loss or gradient norm is not finite. Its update is always skipped.
             `skip`: `max_skips` of them in a row stop the run. `rollback`: `max_skips` of them in a row roll back.
@@ -37,8 +49,12 @@ class Guard:
         spike_window: the number of past losses that a loss is compared with, from half of them on. Spikes are left out,
             until half a window of them came in a row: then the loss has settled there, and they become the window.
         max_rollbacks: in the whole run; one more stops it.
+        init_scale: the loss scale of the first step, in fp16.
+        growth_interval: steps without an overflow after which the loss scale is doubled.
+        dtype: of the forward and backward pass; the loss is scaled in `torch.float16` only.
 
     Attributes:
+        loss_scale: 1.0, or in fp16 a tensor `[]` fp32 on the device, which changes with every `step`.
         log_fn: prints a line. Beside a progress bar, set it to a function that prints above the bar.
 
     Raises:
@@ -53,6 +69,9 @@ class Guard:
         spike_zscore: float | None = 6.0,
         spike_window: int = 128,
         max_rollbacks: int = 3,
+        init_scale: float = 2.0**16,
+        growth_interval: int = 2000,
+        dtype: torch.dtype = torch.float32,
     ):
         problems = []
         if on_nonfinite not in ("skip", "rollback", "stop"):
@@ -67,17 +86,25 @@ class Guard:
             problems.append(("spike_window", f"{spike_window} is not 2 or more"))
         if max_rollbacks < 0:
             problems.append(("max_rollbacks", f"{max_rollbacks} is not 0 or more"))
+        if not MIN_LOSS_SCALE <= init_scale < math.inf:
+            problems.append(("init_scale", f"{init_scale} is not {MIN_LOSS_SCALE:g} or more"))
+        if growth_interval < 1:
+            problems.append(("growth_interval", f"{growth_interval} is not 1 or more"))
         if problems:
             errors = [UserError(problem, key=key, code="out_of_range") for key, problem in problems]
             raise UserError("\n".join(map(str, errors)), code="out_of_range", problems=errors)
         self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
         self.on_spike, self.spike_zscore, self.spike_window = on_spike, spike_zscore, spike_window
-        self.max_rollbacks = max_rollbacks
+        self.max_rollbacks, self.growth_interval = max_rollbacks, growth_interval
+        self.scales_loss = dtype == torch.float16
+        # Moved to the loss' device by the first step; a scalar on the CPU multiplies a loss anywhere.
+        self.loss_scale: float | Tensor = torch.tensor(float(init_scale)) if self.scales_loss else 1.0
+        self._good_steps = torch.tensor(0.0)  # since the scale changed, on the same device
         self.log_fn: Callable[[str], object] = partial(print, flush=True)
         self.window: deque[float] = deque(maxlen=spike_window)  # finite losses that are not spikes
         self.spiking: list[float] = []  # the latest losses, while all of them are spikes
         self.skipping: list[int] = []  # the latest steps, while all of them are skipped
-        self.skipped_steps = self.spikes = self.rollbacks = 0
+        self.skipped_steps = self.overflowed_steps = self.spikes = self.rollbacks = 0
         self._stepped: tuple[Tensor, torch.cuda.Event | None] | None = None  # not checked yet
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
@@ -90,7 +117,8 @@ class Guard:
         Args:
             optimizer: its gradients are ready: clipped, if they are.
             loss: `[]`, the step's mean over targets, of all ranks.
-            grad_norm: `[]`, before clipping, of all ranks: a plain tensor, not a DTensor.
+            grad_norm: `[]`, before clipping, of all ranks: a plain tensor, not a DTensor. In fp16 of the gradients
+                divided by `loss_scale`.
 
         Returns:
             `[]` float32 on the device of the loss: 1 where the step was skipped, else 0.
@@ -105,8 +133,20 @@ class Guard:
                 del optimizer.found_inf
         elif not skip.item():
             optimizer.step()
+        if self.scales_loss:
+            scale = self.loss_scale.to(skip.device)
+            values = torch.cat((values, scale[None]))
+            self._update_loss_scale(scale, skip)
         self._stepped = _to_host(values)
         return skip
+
+    def _update_loss_scale(self, scale: Tensor, overflowed: Tensor) -> None:
+        good_steps = (self._good_steps.to(scale.device) + 1) * (1 - overflowed)
+        grows = good_steps >= self.growth_interval
+        larger = torch.where(grows & (scale * GROWTH_FACTOR).isfinite(), scale * GROWTH_FACTOR, scale)
+        smaller = (scale * BACKOFF_FACTOR).clamp(min=MIN_LOSS_SCALE)
+        self.loss_scale = torch.where(overflowed > 0, smaller, larger)
+        self._good_steps = torch.where(grows, 0, good_steps)
 
     def check(self, step: int, *, sync: bool = False, checkpoint: str | Path | None = None) -> str:
         """Judges the last step. Call it once after every `step`, and before saving.
@@ -131,10 +171,14 @@ class Guard:
             judged, values, copied = self._unread.popleft()
             if copied is not None:
                 copied.synchronize()
-            loss, grad_norm = values.tolist()
+            loss, grad_norm, *scale = values.tolist()
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.skipping.clear()
                 reason = self._judge_finite(judged, loss)
+            elif math.isfinite(loss) and scale and scale[0] > MIN_LOSS_SCALE:
+                self.overflowed_steps += 1
+                self.log_fn(f"step {judged}: a gradient overflowed fp16 at loss scale {scale[0]:g}: step skipped")
+                reason = None
             else:
                 reason = self._judge_nonfinite(judged, loss, grad_norm, checkpoint)
             if reason:
@@ -143,11 +187,11 @@ class Guard:
                 return "rollback"
         return "continue"
 
-    def state_dict(self) -> dict[str, int | list]:
+    def state_dict(self) -> dict[str, int | float | list]:
         """JSON values for a checkpoint. Call `check(step, sync=True)` first."""
         if self._unread or self._stepped is not None:
             raise RuntimeError("a step was not judged yet: call check(step, sync=True) before state_dict()")
-        return {
+        state: dict[str, int | float | list] = {
             "window": list(self.window),
             "spiking": list(self.spiking),
             "skipping": list(self.skipping),
@@ -155,8 +199,9 @@ class Guard:
             "spikes": self.spikes,
             "rollbacks": self.rollbacks,
         }
+        return state | (self._loss_scale_state() if self.scales_loss else {})
 
-    def load_state_dict(self, state: dict[str, int | list]) -> None:
+    def load_state_dict(self, state: dict[str, int | float | list]) -> None:
         """Restores a `state_dict()` after a restart or a rollback; what was counted since stays counted."""
         rolled_back = self.rollbacks > state["rollbacks"]  # later data comes next: the row of skipped steps ends here
         self.skipping = [] if rolled_back else list(state["skipping"])
@@ -165,10 +210,27 @@ class Guard:
         self.skipped_steps = max(self.skipped_steps, state["skipped_steps"])
         self.spikes = max(self.spikes, state["spikes"])
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
+        if self.scales_loss and "loss_scale" in state:  # not in one of a run in bf16 or fp32
+            self.overflowed_steps = max(self.overflowed_steps, state["overflowed_steps"])
+            self.loss_scale = torch.tensor(state["loss_scale"])
+            self._good_steps = torch.tensor(state["good_steps"])
 
     def metrics(self) -> dict[str, float]:
-        """`skipped_steps`, `spikes` and `rollbacks` of the run so far."""
-        return {"skipped_steps": self.skipped_steps, "spikes": self.spikes, "rollbacks": self.rollbacks}
+        """`skipped_steps`, `spikes` and `rollbacks` of the run so far.
+
+        In fp16 also `overflowed_steps` and the `loss_scale` of the next step, which waits for the device.
+        """
+        counts = {"skipped_steps": self.skipped_steps, "spikes": self.spikes, "rollbacks": self.rollbacks}
+        if self.scales_loss:
+            counts |= {"overflowed_steps": self.overflowed_steps, "loss_scale": float(self.loss_scale)}
+        return counts
+
+    def _loss_scale_state(self) -> dict[str, float]:
+        return {
+            "overflowed_steps": self.overflowed_steps,
+            "loss_scale": float(self.loss_scale),
+            "good_steps": float(self._good_steps),
+        }
 
     def _judge_nonfinite(self, step: int, loss: float, grad_norm: float, checkpoint: str | Path | None) -> str | None:
         """Counts a skipped step. Returns why to roll back, or None."""

@@ -10,28 +10,32 @@ from torchrecipes.errors import UserError
 from torchrecipes.optim.newton_schulz import fast_dtype
 from torchrecipes.training.float8 import RECIPES, check_float8
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def resolve_dtype(precision: str, device: torch.device, emulate_float8: bool = False) -> torch.dtype:
-    """Resolves `auto` to bf16 where the device multiplies bf16 matrices in hardware, else to fp32.
+    """Resolves `auto` to bf16 where the device multiplies bf16 matrices in hardware, to fp16 on GPUs with tensor cores
+    for fp16 alone (Volta and Turing: compute capability 7, where bf16 is emulated), else to fp32.
 
     Args:
-        precision: `auto`, `bf16`, `fp32`, `float8` or `float8_rowwise`. With float8, all but the layers that
-            `convert_to_float8` converts computes in bf16.
+        precision: `auto`, `bf16`, `fp16`, `fp32`, `float8` or `float8_rowwise`. With fp16 the loss has to be scaled
+            (`Guard`). With float8, all but the layers that `convert_to_float8` converts computes in bf16.
         device: where the model runs.
         emulate_float8: emulates float8 on devices that do not have it.
 
     Returns:
-        `torch.bfloat16` or `torch.float32`. It depends on the machine alone, never on a timing, so a run that resumes
-        on the same machine keeps its dtype.
+        `torch.bfloat16`, `torch.float16` or `torch.float32`. It depends on the machine alone, never on a timing, so a
+        run that resumes on the same machine keeps its dtype.
 
     Raises:
         UserError: an unknown name, or the device does not have float8.
     """
     if precision == "auto":
-        return fast_dtype(device)
+        has_fp16_only = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 7
+        return torch.float16 if has_fp16_only else fast_dtype(device)
     if precision in RECIPES:
         check_float8(precision, device, emulate_float8)
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32} | dict.fromkeys(RECIPES, torch.bfloat16)
+    dtypes = DTYPES | dict.fromkeys(RECIPES, torch.bfloat16)
     if precision not in dtypes:
         known = ", ".join(("auto", *dtypes))
         raise UserError(f"{precision!r} is not one of {known}", key="compute.precision", code="unknown_name")
@@ -39,8 +43,9 @@ def resolve_dtype(precision: str, device: torch.device, emulate_float8: bool = F
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """`torch.autocast` for bf16; for fp32 the same context, switched off."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    """`torch.autocast` for bf16 and fp16; for fp32 the same context, switched off."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def set_residual_dtype(model: nn.Module, residual: str, dtype: torch.dtype) -> None:
@@ -48,18 +53,20 @@ def set_residual_dtype(model: nn.Module, residual: str, dtype: torch.dtype) -> N
 
     Args:
         model: changed in place.
-        residual: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on a CPU. Where `dtype` is fp32, so is the stream.
+        residual: `bf16`, `fp32`, or `auto`: bf16 on CUDA and fp32 on a CPU. Where `dtype` is fp32, so is the stream;
+            with fp16 it is fp32, too (`to_residual_dtype`).
         dtype: of the forward and backward pass.
 
     Raises:
-        UserError: `bf16` with a `dtype` of fp32 (code `residual_needs_bf16`), or a choice for a model without such a
+        UserError: `bf16` with another `dtype` (code `residual_needs_bf16`), or a choice for a model without such a
             module (code `no_residual_dtype`).
     """
     dtypes = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
     modules = [module for module in model.modules() if hasattr(module, "residual_dtype")]
-    if residual == "bf16" and dtype == torch.float32:
+    if residual == "bf16" and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
         raise UserError(
-            "a residual stream in bf16 needs a forward pass in bf16, and this one is in fp32",
+            f"a residual stream in bf16 needs a forward pass in bf16, and this one is in {name}",
             key="compute.residual",
             hint="Use compute.residual=auto, or compute.precision=bf16.",
             code="residual_needs_bf16",

@@ -34,7 +34,7 @@ from torchrecipes.training.precision import (
 class ComputeConfig:
     """The config group `compute`: number formats, compilation, and how the model is spread over processes."""
 
-    precision: Literal["auto", "bf16", "fp32", "float8", "float8_rowwise"] = "auto"  # of matrix products
+    precision: Literal["auto", "bf16", "fp16", "fp32", "float8", "float8_rowwise"] = "auto"  # of products
     residual: Literal["auto", "bf16", "fp32"] = "auto"  # of the residual stream; auto: bf16 on GPUs
     float32_matmul_precision: Literal["high", "highest"] = "high"  # of fp32 runs on a GPU: high is TF32
     emulate_float8: bool = False  # on a device without float8: slow, for tests
@@ -54,7 +54,7 @@ class Run:
     Attributes:
         output_dir: the run's folder; it exists and can be written.
         device: where this process' model lives: its GPU if there is one, else the CPU.
-        dtype: of the forward and backward pass, bf16 or fp32.
+        dtype: of the forward and backward pass: bf16, fp16 or fp32.
         rank, world_size: this process among all.
         local_world_size: processes on this machine.
         resumes: a checkpoint is there to be restored, so initial weights need not be read.
