@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer, run_result
 from torchrecipes.config import MISSING, Component, MayChange, Positive, Rows, Steps, Tokens
 from torchrecipes.config import build, component, parse, to_yaml
-from torchrecipes.data import Batch, ExampleData, Examples, Loader, PairCollator, Tokenizer, load_examples
+from torchrecipes.data import Batch, Collator, ExampleData, Examples, Loader, Tokenizer, load_examples
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import TextEncoder
 from torchrecipes.losses import by_dataset
@@ -51,7 +51,9 @@ class Config:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)  # pooling, projection, normalization, prompts
     loss: Component = component("torchrecipes.losses.InfoNCE", temperature=0.05)  # of the embeddings of a step
     guide: str | None = None  # an embedding model of the same tokenizer that finds false negatives: GISTEmbed
-    repeat_texts: bool = False  # SimCSE: every text is its own positive, with other dropout
+    collator: Component = component(  # of texts as they are; of SimCSE with repeat_texts: true
+        "torchrecipes.data.PairCollator", injected=("tokenizer", "include_prompt", "late_interaction")
+    )
 
     seq_len: Tokens = 256  # tokens of a text, at most
     global_batch_size: Rows = 64  # examples per optimizer step in the whole run: what negatives are taken from
@@ -88,12 +90,11 @@ def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
     return model
 
 
-def build_collator(config: Config, tokenizer: Tokenizer) -> PairCollator:
+def build_collator(config: Config, tokenizer: Tokenizer) -> Collator:
     """Makes batches of examples."""
     _, include_prompt = config.embedding.prompting(config.init_from)
     late = config.embedding.tokens_as_vectors(config.init_from)
-    options = {"include_prompt": include_prompt, "late_interaction": late, "repeat_texts": config.repeat_texts}
-    return PairCollator(tokenizer, **options)
+    return build(config.collator, tokenizer=tokenizer, include_prompt=include_prompt, late_interaction=late)
 
 
 def embedding_loss(embeddings: Tensor, examples: Examples, config: Config, guide: Tensor | None = None):
@@ -110,8 +111,7 @@ def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor
 def main(config: Config) -> None:
     run = start_run(config)
     guard, early_stopping = build(config.guard, dtype=run.dtype), build(config.early_stopping)
-    prompts, _ = config.embedding.prompting(config.init_from)
-    data = load_examples(config, prompts=prompts)
+    data = load_examples(config, prompts=config.embedding.prompting(config.init_from)[0])
     tokenizer, collator = data.tokenizer, build_collator(config, data.tokenizer)
     evaluators = {name: build(evaluator) for name, evaluator in config.evaluators.items()}
     objective = (config, tokenizer, build_model, build_collator, compute_loss)  # to time and estimate this recipe

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer
 from torchrecipes.config import MISSING, Component, Fraction, MayChange, Positive, Rows, Steps, Tokens
 from torchrecipes.config import build, component, parse, to_yaml
-from torchrecipes.data import Batch, Loader, MLMCollator, TextData, Tokenizer, load_text
+from torchrecipes.data import Batch, Collator, Loader, TextData, Tokenizer, load_text
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import evaluate_mlm, unigram_baseline
 from torchrecipes.losses import by_source, masked_lm_loss
@@ -48,6 +48,9 @@ class Config:
     freeze: list[str] = field(default_factory=list)  # patterns of parameters that are not trained, as in blocks.*
     mlm_probability: Fraction = 0.2  # share of the tokens to predict (NeoBERT: 0.2, BERT: 0.15)
     mask_all: bool = False  # True: all of them become [MASK] (NeoBERT); False: 80 % [MASK], 10 % random, 10 % kept
+    collator: Component = component(  # what is masked, and how
+        "torchrecipes.data.MLMCollator", injected=("tokenizer", "mlm_probability", "mask_all")
+    )
     masked_logits_only: bool = True  # False: logits of all positions, the same loss, slower
 
     seq_len: Tokens = 256  # tokens per row
@@ -81,9 +84,10 @@ def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
     return model
 
 
-def build_collator(config: Config, tokenizer: Tokenizer) -> MLMCollator:
+def build_collator(config: Config, tokenizer: Tokenizer) -> Collator:
     """Makes batches of rows. The probability may also be a function of the optimizer step."""
-    return MLMCollator(tokenizer, config.mlm_probability, mask_all=config.mask_all)
+    masking = {"mlm_probability": config.mlm_probability, "mask_all": config.mask_all}
+    return build(config.collator, tokenizer=tokenizer, **masking)
 
 
 def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,7 +139,8 @@ def main(config: Config) -> None:
     )
     tokens = (tokenizer.special_ids, tokenizer.vocab_size)
     baselines = {name: unigram_baseline(rows.corpus, *tokens) for name, rows in text.eval_sets.items()}
-    eval_collator = MLMCollator(tokenizer, config.mlm_probability, mask_all=config.mask_all)  # a constant rate
+    masking = {"mlm_probability": config.mlm_probability, "mask_all": config.mask_all}  # at a constant rate
+    eval_collator = build(config.collator, tokenizer=tokenizer, **masking)
 
     def evaluate(suffix: str = "") -> dict[str, float]:
         sets = text.eval_batches(eval_collator, loader.micro_batch_size, config.eval_sequences, **run.placement)

@@ -162,7 +162,7 @@ PAIRS = "{_component_: torchrecipes.data.examples.pairs, path: FOLDER/pairs.json
     ("source", "loss", "overrides"),
     [
         (SCORED, "{_component_: torchrecipes.losses.CoSENT}", []),
-        (RAW, "{_component_: torchrecipes.losses.InfoNCE}", ["repeat_texts=true"]),
+        (RAW, "{_component_: torchrecipes.losses.InfoNCE}", ["collator.repeat_texts=true"]),
         (LABELED, "{_component_: torchrecipes.losses.BatchHardTriplet}", ["data.per_label=4"]),
         (PAIRS, "{_component_: torchrecipes.losses.InfoNCE, similarity: dot, temperature: 1}",
          ["embedding.learnable_temperature=0.05", "embedding.projection=16", "embedding.pooling=cls"]),
@@ -196,7 +196,7 @@ def test_a_guide_has_to_have_the_same_tokenizer(train, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "key", "code"),
     [
-        (["repeat_texts=true"], "repeat_texts", "several_texts"),
+        (["collator.repeat_texts=true"], "collator.repeat_texts", "several_texts"),
         (["loss={_component_: torchrecipes.losses.CrossEntropy}"], "loss", "not_a_loss_of_embeddings"),
     ],
 )

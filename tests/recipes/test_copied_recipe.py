@@ -75,7 +75,10 @@ EDITS = {
                 "def build_collator(",
                 "def rising(step: int) -> float:\n    return 0.1 + 0.02 * min(step, 10)\n\n\ndef build_collator(",
             ),
-            ("    return MLMCollator(tokenizer, config.mlm_probability,", "    return MLMCollator(tokenizer, rising,"),
+            (
+                '    masking = {"mlm_probability": config.mlm_probability, "mask_all": config.mask_all}\n    return',
+                '    masking = {"mlm_probability": rising, "mask_all": config.mask_all}\n    return',
+            ),
         ],
         ["data.num_workers=1"],
     ),

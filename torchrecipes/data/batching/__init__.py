@@ -12,6 +12,7 @@ grouped_rows  `GroupedRows`: labeled examples, some of each label together
 dataset_batches  `DatasetBatches`: several datasets, every step from one
 features      `FeatureRows`, `FeatureCollator`: outputs of a frozen encoder in the place of texts
 shuffle       the order of the rows as arithmetic: a permutation without a list
+collator      `Collator`: what a loader makes batches with
 mlm           `MLMCollator`: masked tokens
 causal        `CausalLMCollator`: next tokens
 pairs         `PairCollator`: texts that belong together
@@ -25,6 +26,7 @@ loader        `Loader`: from a step's number to its micro-batches
 from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.collator import Collator
 from torchrecipes.data.batching.dataset_batches import DatasetBatches
 from torchrecipes.data.batching.example_rows import ExampleRows
 from torchrecipes.data.batching.examples import Examples
@@ -46,6 +48,7 @@ __all__ = [
     "Batch",
     "BestFitDataset",
     "CausalLMCollator",
+    "Collator",
     "DatasetBatches",
     "ExampleRows",
     "Examples",

@@ -38,27 +38,27 @@ class CausalLMCollator:
             )
         self.eos_id, self.cross_document_attention = eos_id, cross_document_attention
 
-    def batch(self, dataset: Rows, numbers: np.ndarray, _row_keys: np.ndarray, _step: int = 1) -> Batch:
-        """Reads rows with their next tokens. Nothing is drawn, so row keys and step are not used.
+    def batch(self, rows: Rows, numbers: np.ndarray, keys: np.ndarray, step: int = 1) -> Batch:  # noqa: ARG002
+        """Reads rows with their next tokens. Nothing is drawn, so keys and step are not used.
 
         Args:
-            dataset: the rows, with `lookahead=1`.
+            rows: the rows, with `lookahead=1`.
             numbers: `[B]`, the rows' numbers; -1 is a row of padding.
+            keys, step: not used.
 
         Raises:
             ValueError: rows without the token after them.
         """
-        if dataset.lookahead != 1:
+        if rows.lookahead != 1:
             raise ValueError(
-                f"the rows have lookahead={dataset.lookahead}; next tokens need {type(dataset).__name__}(..., "
-                f"lookahead=1)"
+                f"the rows have lookahead={rows.lookahead}; next tokens need {type(rows).__name__}(..., lookahead=1)"
             )
-        block = dataset.rows(numbers)
+        block = rows.rows(numbers)
         tokens, following = block.tokens[:, :-1], block.tokens[:, 1:]
         is_start = np.zeros(block.tokens.shape, dtype=bool)
         is_start.reshape(-1)[block.boundaries] = True
         # The token of padding may be the one that ends documents.
-        is_padding = np.arange(dataset.seq_len + 1) >= block.lengths[:, None]
+        is_padding = np.arange(rows.seq_len + 1) >= block.lengths[:, None]
         labels = following.copy()
         ends = (is_padding if self.cross_document_attention else is_start)[:, 1:]
         labels[ends] = np.where(tokens[ends] == self.eos_id, IGNORED, self.eos_id)
@@ -67,15 +67,15 @@ class CausalLMCollator:
         if self.cross_document_attention:
             documents = dense_fields(tokens.shape)
         else:
-            row, column = np.divmod(block.boundaries, dataset.seq_len + 1)
-            boundaries = (row * dataset.seq_len + column)[column < dataset.seq_len]
+            row, column = np.divmod(block.boundaries, rows.seq_len + 1)
+            boundaries = (row * rows.seq_len + column)[column < rows.seq_len]
             documents = document_fields(boundaries, tokens.shape)
         return Batch(
             input_ids=torch.from_numpy(tokens.copy()),
             labels=torch.from_numpy(labels),
             num_targets=int((labels != IGNORED).sum()),
             **documents,
-            **source_fields(dataset, block),
+            **source_fields(rows, block),
         )
 
     def example_batch(self, num_rows: int, seq_len: int) -> Batch:

@@ -22,20 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchrecipes.data.batching.appended import AppendedRows
 from torchrecipes.data.batching.batch import Batch
-from torchrecipes.data.batching.causal import CausalLMCollator
+from torchrecipes.data.batching.collator import Collator
 from torchrecipes.data.batching.dataset_batches import DatasetBatches
 from torchrecipes.data.batching.example_rows import ReadsExamples, share_by_length, split_by_length
-from torchrecipes.data.batching.features import FeatureCollator
 from torchrecipes.data.batching.grouped_rows import GroupedRows
-from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.data.batching.mixture import MixtureRows, exhausted
-from torchrecipes.data.batching.mlm import MLMCollator
-from torchrecipes.data.batching.pairs import PairCollator
 from torchrecipes.data.batching.rows import Rows, number_in_source
 from torchrecipes.data.batching.shuffle import fold_in, permute
 from torchrecipes.errors import UserError
 
-Collator = MLMCollator | CausalLMCollator | PairCollator | LabeledCollator | FeatureCollator
 EVALUATION = 2**32  # takes the place of a seed in what evaluation draws
 
 
@@ -51,7 +46,7 @@ class Loader:
     Args:
         dataset: `PackedDataset`, `PaddedDataset`, `ExampleRows`, or other `Rows`.
         collator: makes batches of rows: `MLMCollator`, `CausalLMCollator`, `PairCollator`, `LabeledCollator`, or
-            anything with their `batch`.
+            another `Collator`.
         seed: chooses order and masks.
         global_batch_size: rows of an optimizer step, over all ranks and micro-batches.
         micro_batch_size: rows of a forward pass on one rank, at most: see `largest_micro_batch`. Of examples it is the

@@ -70,25 +70,25 @@ class MLMCollator:
         """Places for targets in every row of `seq_len` tokens."""
         return math.ceil(self.probability(step) * seq_len)
 
-    def batch(self, dataset: Rows, numbers: np.ndarray, row_keys: np.ndarray, step: int = 1) -> Batch:
+    def batch(self, rows: Rows, numbers: np.ndarray, keys: np.ndarray, step: int = 1) -> Batch:
         """Reads rows and hides their targets.
 
         Args:
-            dataset: the rows.
+            rows: the rows.
             numbers: `[B]`, the rows' numbers; -1 is a row of padding.
-            row_keys: `[B]` uint64, from which the targets are drawn.
+            keys: `[B]` uint64, from which the targets are drawn.
             step: the optimizer step, for a probability that depends on it.
         """
-        block = dataset.rows(numbers)
+        block = rows.rows(numbers)
         documents = document_fields(block.boundaries, block.tokens.shape)
-        positions, labels, num_targets = self(block.tokens, row_keys, step)
+        positions, labels, num_targets = self(block.tokens, keys, step)
         return Batch(
             input_ids=torch.from_numpy(block.tokens),
             num_targets=num_targets,
             masked_positions=torch.from_numpy(positions),
             masked_labels=torch.from_numpy(labels),
             **documents,
-            **source_fields(dataset, block),
+            **source_fields(rows, block),
         )
 
     def example_batch(self, num_rows: int, seq_len: int) -> Batch:

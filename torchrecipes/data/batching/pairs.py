@@ -95,8 +95,8 @@ def _with_copies(block: ExampleBlock) -> ExampleBlock:
     if block.example_texts.shape[1] != 1:
         raise UserError(
             f"a text is its own positive, and these examples have {block.example_texts.shape[1]} texts",
-            key="repeat_texts",
-            hint="Use torchrecipes.data.examples.raw_texts as source, or set repeat_texts=false.",
+            key="collator.repeat_texts",
+            hint="Use torchrecipes.data.examples.raw_texts as source, or set collator.repeat_texts=false.",
             code="several_texts",
         )
     copies = block.example_texts + len(block.text_lengths)
