@@ -1,4 +1,4 @@
-"""Domain names: parsing, public suffixes, sources, their tokenizer and what a corpus holds of them.
+"""Domain names: parsing, public suffixes, sources, their tokenizer, what a corpus holds of them, look-alikes.
 
 public_suffix_list  `PublicSuffixList`: where the public suffix of a name starts
 parsing             `parse_name` and `parse_lines`: from lines to normalized names, or the reason why there is none
@@ -6,9 +6,13 @@ name_files          `domain_names`: names in files
 made_names          `synthetic_names`: names made by a generator
 tokenizer           `domain_tokenizer`: 43 tokens and the most frequent public suffixes
 encoding            `DomainEncoding`: tokens, suffix ids and token types of names
+lookalike_names     `lookalikes`: names that pass for another one
+lookalike_examples  `LookalikeCollator`, `domain_texts`, `lookalike_pairs`: look-alikes to train on and to search with
 """
 
 from torchrecipes.data.domains.encoding import DomainEncoding
+from torchrecipes.data.domains.lookalike_examples import LookalikeCollator, domain_texts, lookalike_pairs
+from torchrecipes.data.domains.lookalike_names import Lookalike, lookalikes
 from torchrecipes.data.domains.made_names import synthetic_names
 from torchrecipes.data.domains.name_files import NameBlock, count_names, domain_names
 from torchrecipes.data.domains.parsing import (
@@ -27,6 +31,8 @@ from torchrecipes.data.domains.tokenizer import domain_tokenizer
 __all__ = [
     "REASONS",
     "DomainEncoding",
+    "Lookalike",
+    "LookalikeCollator",
     "NameBlock",
     "NameOptions",
     "ParsedNames",
@@ -35,7 +41,10 @@ __all__ = [
     "RejectedLines",
     "count_names",
     "domain_names",
+    "domain_texts",
     "domain_tokenizer",
+    "lookalike_pairs",
+    "lookalikes",
     "name_hashes",
     "parse_lines",
     "parse_name",
