@@ -16,6 +16,7 @@ from torchrecipes.evaluation.over_texts import TextBatches, TextWindow, default_
 from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.evaluation.text_tokens import flatten_ids, utf8_lengths
 from torchrecipes.models.compatibility import max_positions
+from torchrecipes.models.hf_adapter import adapter_of
 
 if TYPE_CHECKING:
     from torchrecipes.data.tokenizers.tokenizer import Tokenizer
@@ -163,7 +164,9 @@ class MaskFiller:
 
     def _tokenize(self, texts: list[str]) -> tuple[TextWindow, np.ndarray, dict[int, str]]:
         tokens, lengths = flatten_ids([found.ids for found in self.tokenizer.backend.encode_batch_fast(texts)])
-        window = TextWindow(tokens, lengths, utf8_lengths(texts))
+        has_types = self.tokenizer.domain is not None and adapter_of(self.model).token_types
+        types = self.tokenizer.token_type_ids(tokens, lengths) if has_types else None
+        window = TextWindow(tokens, lengths, utf8_lengths(texts), token_type_ids=types)
         text_of = np.repeat(np.arange(len(texts)), lengths)
         num_masks = np.bincount(text_of[tokens == self.tokenizer.mask_id], minlength=len(texts))
         reasons = dict.fromkeys(np.flatnonzero(num_masks == 0).tolist(), NO_MASK)

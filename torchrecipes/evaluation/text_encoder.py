@@ -128,4 +128,5 @@ class TextEncoder:
         self.num_truncated += int(found.is_truncated.sum())
         self.num_empty += int((found.is_empty | is_blank).sum())
         skipped = 0 if self.model.include_prompt else encoder.prompt_lengths[0]
-        return TextWindow(found.tokens, found.lengths, utf8_lengths(texts), skipped)
+        types = found.token_type_ids if self.model.hf_adapter.token_types else None
+        return TextWindow(found.tokens, found.lengths, utf8_lengths(texts), skipped, types)

@@ -18,7 +18,7 @@ class TextTokens(NamedTuple):
         lengths: `[n]` int64, at least 1.
         is_empty: `[n]` bool: texts without a token of their own.
         is_truncated: `[n]` bool: texts whose ends were cut off.
-        token_type_ids: int64, of the tokens: 1 in the second sentence of a pair. None: texts are one sentence.
+        token_type_ids: int64, of the tokens, see `Tokenizer.token_type_ids`. None: all are 0.
     """
 
     tokens: np.ndarray
@@ -41,7 +41,9 @@ def tokenize_texts(encoder: ExampleEncoder, texts: Sequence[str], pad_id: int) -
     ids = [found.ids for found in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)]
     num_tokens = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens, lengths = flatten_ids([before + found[:room] + after or [pad_id] for found in ids])
-    return TextTokens(tokens, lengths, num_tokens == 0, num_tokens > room)
+    tokenizer = encoder.tokenizer
+    types = None if tokenizer.domain is None else tokenizer.token_type_ids(tokens, lengths)
+    return TextTokens(tokens, lengths, num_tokens == 0, num_tokens > room, types)
 
 
 def tokenize_pairs(encoder: ExampleEncoder, pairs: Sequence[tuple[str, str]], pad_id: int) -> TextTokens:
@@ -59,8 +61,7 @@ def tokenize_pairs(encoder: ExampleEncoder, pairs: Sequence[tuple[str, str]], pa
     tokens[np.repeat(encoded.kept, lengths)] = encoded.tokens
     is_truncated = np.zeros(len(pairs), bool)
     is_truncated[encoded.kept] = encoded.truncated
-    positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    types = (positions >= np.repeat(seconds, lengths)).astype(np.int64)
+    types = encoder.tokenizer.token_type_ids(tokens, lengths, seconds)
     return TextTokens(tokens, lengths, ~encoded.kept, is_truncated, types)
 
 

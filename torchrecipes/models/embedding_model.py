@@ -242,7 +242,8 @@ class EmbeddingModel(nn.Module):
         """Embeddings of the first `num_texts` documents.
 
         Args:
-            input_ids, position_ids, document_ids, cu_seqlens, max_seqlen, token_type_ids: see `Transformer.forward`.
+            input_ids, position_ids, document_ids, cu_seqlens, max_seqlen: see `Transformer.forward`.
+            token_type_ids: in the shape of `input_ids`. An encoder without token types ignores them.
             num_texts, pool_from: see `Pooling`.
             vector_positions: `[V]` int64, with late interaction: the tokens that give vectors, see `Batch`.
 
@@ -250,7 +251,8 @@ class EmbeddingModel(nn.Module):
             `[num_texts, E]` fp32; with late interaction `[V, E]`.
         """
         documents = {"position_ids": position_ids, "document_ids": document_ids, "cu_seqlens": cu_seqlens}
-        hidden_BSD = self.encoder(input_ids, **documents, max_seqlen=max_seqlen, token_type_ids=token_type_ids)
+        types = token_type_ids if self.hf_adapter.token_types else None
+        hidden_BSD = self.encoder(input_ids, **documents, max_seqlen=max_seqlen, token_type_ids=types)
         if self.late_interaction is None:
             embeddings_ND = self.pooling(hidden_BSD, num_texts, cu_seqlens, pool_from)
         else:

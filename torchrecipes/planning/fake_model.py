@@ -35,6 +35,7 @@ class TokenizerStandIn:
     append_eos: bool = False
     special_tokens: str = "text"
     fingerprint: str = ""
+    domain: None = None
 
     @property
     def unpadded_vocab_size(self) -> int:

@@ -17,8 +17,8 @@ class LabeledCollator:
     """Packs some labeled texts into one row. An example has one text.
 
     Args:
-        tokenizer: gives the padding token.
-        token_types: whether the model takes `token_type_ids`.
+        tokenizer: gives the padding token and the token types.
+        token_types: whether batches have `token_type_ids`, as those of domain names always do.
         task: which labels a batch of made-up tokens has; those of real examples are as the corpus has them.
         num_labels: L, of a batch of made-up tokens.
     """
@@ -26,8 +26,9 @@ class LabeledCollator:
     def __init__(
         self, tokenizer: Tokenizer, *, token_types: bool = False, task: Task = "single_label", num_labels: int = 2
     ):
-        self._pad_id, self._token = tokenizer.pad_id or 0, tokenizer.unpadded_vocab_size - 1
-        self.token_types, self.task, self.num_labels = token_types, task, num_labels
+        self.tokenizer, self._token = tokenizer, tokenizer.unpadded_vocab_size - 1
+        self.token_types = token_types or tokenizer.domain is not None
+        self.task, self.num_labels = task, num_labels
 
     def batch(self, rows: Any, numbers: np.ndarray, keys: np.ndarray, step: int = 1) -> Batch:  # noqa: ARG002
         """Reads examples and packs their texts. Nothing is drawn.
@@ -39,7 +40,7 @@ class LabeledCollator:
             step: the optimizer step, not used.
         """
         options = {"token_types": self.token_types, "include_prompt": True}
-        return batch_of_examples(rows, rows.examples(numbers), self._pad_id, **options)
+        return batch_of_examples(rows, rows.examples(numbers), self.tokenizer, **options)
 
     def example_batch(self, num_rows: int, seq_len: int) -> Batch:
         """A batch of `num_rows` texts of `seq_len` made-up tokens, with labels: for estimates and trial steps.

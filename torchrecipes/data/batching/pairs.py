@@ -21,8 +21,8 @@ class PairCollator:
     """Packs the texts of some examples into one row.
 
     Args:
-        tokenizer: gives the padding token.
-        token_types: whether the model takes `token_type_ids`.
+        tokenizer: gives the padding token and the token types.
+        token_types: whether batches have `token_type_ids`, as those of domain names always do.
         repeat_texts: every example is one text and a copy of it, which dropout makes another one (SimCSE, Gao et al.
             2021, arXiv:2104.08821). Both are in the same batch.
         include_prompt: False: pooling leaves out the tokens of a text's prompt.
@@ -40,9 +40,10 @@ class PairCollator:
         late_interaction: "LateInteraction | None" = None,
         texts_per_example: int = 2,
     ):
-        self._pad_id, self._token = tokenizer.pad_id or 0, tokenizer.unpadded_vocab_size - 1
+        self.tokenizer, self._token = tokenizer, tokenizer.unpadded_vocab_size - 1
         self.late_texts = LateInteractionTexts(tokenizer, late_interaction) if late_interaction else None
-        self.token_types, self.repeat_texts, self.include_prompt = token_types, repeat_texts, include_prompt
+        self.token_types = token_types or tokenizer.domain is not None
+        self.repeat_texts, self.include_prompt = repeat_texts, include_prompt
         self.texts_per_example = 2 if repeat_texts else texts_per_example
 
     def batch(self, rows: Any, numbers: np.ndarray, keys: np.ndarray, step: int = 1) -> Batch:  # noqa: ARG002
@@ -64,7 +65,7 @@ class PairCollator:
         if self.late_texts:
             block, kept = _with_markers(block, self.late_texts)
         options = {"token_types": self.token_types, "include_prompt": self.include_prompt}
-        batch = batch_of_examples(rows, block, self._pad_id, **options)
+        batch = batch_of_examples(rows, block, self.tokenizer, **options)
         return batch if kept is None else with_vectors(batch, block.text_lengths, kept)
 
     def example_batch(self, num_rows: int, seq_len: int) -> Batch:

@@ -8,6 +8,7 @@ from torch import Tensor, from_numpy
 from torchrecipes.data.batching.batch import Batch, dense_fields, document_fields
 from torchrecipes.data.batching.examples import Examples
 from torchrecipes.data.examples.block import ExampleBlock
+from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
 MULTIPLE = 64  # of which a row's length is one, at least
 
@@ -26,7 +27,7 @@ def pack_texts(
     lengths: np.ndarray,
     pad_id: int,
     *,
-    second_starts: np.ndarray | None = None,
+    token_type_ids: np.ndarray | None = None,
     pool_from: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Packs texts into one row, the shortest first: attention is fastest where neighbours are of one length.
@@ -35,7 +36,7 @@ def pack_texts(
         tokens: integers, 1-D: the tokens of N texts, one text after the other.
         lengths: `[N]` int64, of the texts, at least 1.
         pad_id: the padding token. What fills up the row is one more document.
-        second_starts: `[N]`, where the second sentence of a text begins; for a model with token types.
+        token_type_ids: int64, of the tokens, for a model with token types.
         pool_from: `[N]`, tokens at the start of each text that pooling leaves out; at least one is left.
 
     Returns:
@@ -48,35 +49,39 @@ def pack_texts(
     packed_lengths = lengths[order]
     starts = np.cumsum(packed_lengths) - packed_lengths
     source = (np.cumsum(lengths) - lengths)[order] - starts
+    source = np.arange(total) + np.repeat(source, packed_lengths)
     input_ids = np.full((1, row_length(total)), pad_id, dtype=np.int64)
-    input_ids[0, :total] = tokens[np.arange(total) + np.repeat(source, packed_lengths)]
+    input_ids[0, :total] = tokens[source]
     fields: dict[str, Any] = {"input_ids": from_numpy(input_ids), "num_texts": num_texts}
     fields |= document_fields(np.append(starts, total) if total < input_ids.size else starts, input_ids.shape)
     fields["position_ids"][0, total:] = 0  # padding may be longer than the table of positions
     if pool_from is not None and pool_from.any():
         fields["pool_from"] = from_numpy(np.minimum(pool_from, lengths - 1)[order].astype(np.int32))
-    if second_starts is not None:
-        positions, types = fields["position_ids"].numpy(), np.zeros_like(input_ids)
-        types[0, :total] = positions[0, :total] >= np.repeat(second_starts[order], packed_lengths)
+    if token_type_ids is not None:
+        types = np.zeros_like(input_ids)
+        types[0, :total] = token_type_ids[source]
         fields["token_type_ids"] = from_numpy(types)
     return fields, places
 
 
-def batch_of_examples(rows: Any, block: ExampleBlock, pad_id: int, *, token_types: bool, include_prompt: bool) -> Batch:
+def batch_of_examples(
+    rows: Any, block: ExampleBlock, tokenizer: Tokenizer, *, token_types: bool, include_prompt: bool
+) -> Batch:
     """The batch of some examples.
 
     Args:
         rows: what they come from, for the names of its sources.
         block: the examples.
-        pad_id: the padding token.
-        token_types: whether the model takes `token_type_ids`.
+        tokenizer: has the padding token, and gives the token types.
+        token_types: whether the batch has `token_type_ids`.
         include_prompt: False: pooling leaves out the tokens of a text's prompt.
     """
+    types = tokenizer.token_type_ids(block.tokens, block.text_lengths, block.second_starts) if token_types else None
     fields, places = pack_texts(
         block.tokens,
         block.text_lengths,
-        pad_id,
-        second_starts=block.second_starts if token_types else None,
+        tokenizer.pad_id or 0,
+        token_type_ids=types,
         pool_from=None if include_prompt else block.prompt_lengths,
     )
     hashes = np.empty_like(block.text_hashes)
@@ -97,7 +102,7 @@ def made_up_batch(num_examples: int, num_texts: int, seq_len: int, token: int, *
         num_texts: k, of each example.
         seq_len: tokens of a text.
         token: the token.
-        token_types: whether the model takes `token_type_ids`.
+        token_types: whether the batch has `token_type_ids`.
     """
     shape, count = (num_examples * num_texts, seq_len), num_examples * num_texts
     documents = dense_fields(shape) | {"cu_seqlens": from_numpy(np.arange(0, count * seq_len + 1, seq_len, np.int32))}

@@ -54,6 +54,7 @@ class ExampleEncoder:
             `""` for the texts of the other kinds.
 
     Attributes:
+        tokenizer: see above.
         prompts: the prompt of every column.
         prompt_lengths: tokens of the prompt of every column, the special ones before it included, as
             `sentence-transformers` counts them; 0 where there is none. Two sentences in one text are one column.
@@ -71,7 +72,7 @@ class ExampleEncoder:
         max_length: int,
         prompts: dict[str, str] | None = None,
     ):
-        self.backend = tokenizer.text_backend
+        self.tokenizer, self.backend = tokenizer, tokenizer.text_backend
         self.is_pair = kind == "labeled" and len(columns) == 2
         self.max_length = max_length
         self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
