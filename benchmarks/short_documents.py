@@ -97,7 +97,7 @@ class Corpus:
 
 def texts_per_second(batch_size: int, steps: int = 100) -> float:
     """Texts in batches, with reading left out."""
-    tokenizer = SimpleNamespace(pad_id=0, unpadded_vocab_size=100)
+    tokenizer = SimpleNamespace(pad_id=0, unpadded_vocab_size=100, domain=None)
     sizes = {"global_batch_size": batch_size, "micro_batch_size": 64}
     loader = Loader(ExampleRows(Corpus(), 64, 0), PairCollator(tokenizer), seed=0, **sizes)
     loader.next_step()

@@ -105,7 +105,7 @@ def classifier(seed=0):
     return SequenceClassifier(encoder, label_names=["low", "high"], seed=seed)
 
 
-TOKENIZER = SimpleNamespace(pad_id=0, unpadded_vocab_size=64)
+TOKENIZER = SimpleNamespace(pad_id=0, unpadded_vocab_size=64, domain=None)
 
 
 def rows(**options):
@@ -137,7 +137,9 @@ def recipe(tmp_path):
     """The arguments of `few_shot_start`."""
     save_hf(classifier(seed=5), tmp_path / "start")
     config = SimpleNamespace(init_from=str(tmp_path / "start"), seed=0)
-    tokenizer = SimpleNamespace(pad_id=0, unpadded_vocab_size=64, save=lambda *_, **__: None, cls_id=2, sep_id=3)
+    tokenizer = SimpleNamespace(
+        pad_id=0, unpadded_vocab_size=64, domain=None, save=lambda *_, **__: None, cls_id=2, sep_id=3
+    )
     tokenizer.bos_id = tokenizer.eos_id = tokenizer.mask_id = None
 
     def build_model(config, _):

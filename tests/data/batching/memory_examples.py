@@ -1,13 +1,16 @@
 """Examples in memory, read as an `ExampleCorpus` reads them from disk."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 
 from torchrecipes.data.examples import ExampleBlock
+from torchrecipes.data.tokenizers import Tokenizer
 
 PAD = 0
-TOKENIZER = SimpleNamespace(pad_id=PAD, unpadded_vocab_size=1000)
+TOKENIZER = SimpleNamespace(pad_id=PAD, unpadded_vocab_size=1000, domain=None)
+TOKENIZER.token_type_ids = partial(Tokenizer.token_type_ids, TOKENIZER)
 
 
 class MemoryExamples:
