@@ -25,6 +25,7 @@ class PublicSuffixList:
     Args:
         path: a .dat file in the format of https://publicsuffix.org/list; None: the one in `publicsuffixlist`.
         only_icann: leave out the rules of private owners, such as `blogspot.com`.
+        text: the content of such a file, in place of `path`.
 
     Attributes:
         rules: for the tail of names that a rule speaks of, in ASCII (punycode) and lower case: the labels of the suffix
@@ -35,8 +36,10 @@ class PublicSuffixList:
             (`missing_package`).
     """
 
-    def __init__(self, path: str | Path | None = None, only_icann: bool = False):
+    def __init__(self, path: str | Path | None = None, only_icann: bool = False, text: str | None = None):
         self.path, self.only_icann = path, only_icann
+        if text is not None:
+            self._text = text
         self.rules = _parse_rules(self._text, only_icann)
         if not self.rules:
             hint = "Give a file like https://publicsuffix.org/list/public_suffix_list.dat, with its section marks."
@@ -50,6 +53,12 @@ class PublicSuffixList:
         """A hash of the rules."""
         text = "".join(f"{tail} {extra}\n" for tail, extra in sorted(self.rules.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def text(self) -> str:
+        """The rules in the format of the list, one per line, in ASCII and alphabetical order: what `text` takes."""
+        signs = {0: "", 1: "*.", -1: "!"}
+        return "\n".join(sorted(signs[extra] + tail for tail, extra in self.rules.items()))
 
     def split_suffix(self, name: str) -> str:
         """Return the public suffix of a lower-case name without a trailing dot, by `publicsuffixlist`."""

@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import tokenizers
-import xxhash
 from tokenizers import decoders, models, normalizers
 
 from torchrecipes.atomic_write import check_writable, write_atomically
 from torchrecipes.data.domains.encoding import SPECIAL, VOCABULARY, DomainEncoding
+from torchrecipes.data.domains.public_suffix_list import PublicSuffixList
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.records import Source, require_documents
 from torchrecipes.data.tokenizers.load import load_tokenizer
@@ -38,13 +38,13 @@ def domain_tokenizer(
             None: not saved.
         causal: must be False: a name has no order in which its characters are predicted.
         num_suffixes: suffixes that get an id; fewer where the source has fewer. Id 0 is that of all others.
-        public_suffix_list: a file of rules in the format of publicsuffix.org. None: those of the package
-            `publicsuffixlist`.
+        public_suffix_list: a file of rules in the format of publicsuffix.org. None: the rules of the source, or where
+            it has none those of the package `publicsuffixlist`.
         only_icann: the rules of registries alone, without those of private domains such as `blogspot.com`.
 
     Raises:
         UserError: no names (code `no_documents`); `causal`; `folder` holds another tokenizer (`other_tokenizer`) or
-            cannot be written.
+            cannot be written; the source has other rules (`other_suffix_list`).
     """
     if causal:
         hint = "Use it for masked language modeling, or train_char for a model that predicts the next character."
@@ -54,9 +54,9 @@ def domain_tokenizer(
     if not 1 <= num_suffixes <= 1 << 15:
         problem, hint = f"{num_suffixes} is out of range", "Set 1 to 32768."
         raise UserError(problem, key="num_suffixes", hint=hint, code="invalid_value")
-    rules = _rules(public_suffix_list, only_icann)
+    suffix_list = _suffix_list(source, public_suffix_list, only_icann)
     settings = {"type": "domain", "num_suffixes": num_suffixes, "source": source.fingerprint}
-    settings["rules"] = xxhash.xxh3_128_hexdigest("\n".join(rules).encode())
+    settings["rules"] = suffix_list.fingerprint
     record = Path(folder) / "training.json" if folder is not None else None
     if record is not None and record.exists():
         saved = json.loads(record.read_text("utf-8"))
@@ -69,7 +69,8 @@ def domain_tokenizer(
         return load_tokenizer(record.parent)
     if folder is not None:
         check_writable(folder)
-    tokenizer = _characters().with_domain(DomainEncoding(_frequent_suffixes(source, rules, num_suffixes), rules))
+    suffixes = _frequent_suffixes(source, suffix_list, num_suffixes)
+    tokenizer = _characters().with_domain(DomainEncoding(suffixes, suffix_list))
     if record is not None:
         tokenizer.save(record.parent)
         write_atomically(record, [(json.dumps(settings, indent=2) + "\n").encode()])  # last: the tokenizer is complete
@@ -87,25 +88,35 @@ def _characters() -> Tokenizer:
     return make_tokenizer(backend, roles, pad_vocab_to_multiple_of=1)
 
 
-def _rules(path: str | Path | None, only_icann: bool) -> list[str]:
-    from publicsuffixlist import PublicSuffixList
+def _suffix_list(source: Source, path: str | Path | None, only_icann: bool) -> PublicSuffixList:
+    """The rules that are asked for; those of the source where none are.
 
-    content = None if path is None else Path(path).read_text("utf-8")
-    found = PublicSuffixList(content, only_icann=only_icann)._publicsuffix
-    return sorted(rule for rule in found if rule.isascii())
+    Raises:
+        UserError: the source splits its names by other rules (code `other_suffix_list`).
+    """
+    own = getattr(source, "suffixes", None)
+    if path is None and not only_icann and own is not None:
+        return own
+    asked = PublicSuffixList(path, only_icann)
+    if own is not None and own.fingerprint != asked.fingerprint:
+        raise UserError(
+            f"{source.name} splits names by other rules than the tokenizer",
+            key="public_suffix_list",
+            hint="Set public_suffix_list and only_icann of the source, and leave them out here.",
+            code="other_suffix_list",
+        )
+    return asked
 
 
-def _frequent_suffixes(source: Source, rules: list[str], count: int) -> list[str]:
-    from publicsuffixlist import PublicSuffixList
-
-    suffixes, counts = PublicSuffixList("\n".join(rules), accept_encoded_idn=False), Counter()
+def _frequent_suffixes(source: Source, suffix_list: PublicSuffixList, count: int) -> list[str]:
+    counts: Counter[str] = Counter()
     progress = Progress("counting suffixes", source.num_bytes, "names")
     try:
         for document in source:
-            counts[suffixes.publicsuffix(document.text) or ""] += 1
-            progress.add(1, len(document.text) + 1)
+            name = document.text
+            counts[name[suffix_list.suffix_start(name) :]] += 1
+            progress.add(1, len(name) + 1)
     finally:
         progress.close()
     require_documents(source, source.report)
-    del counts[""]
     return sorted(counts, key=lambda suffix: (-counts[suffix], suffix))[:count]
