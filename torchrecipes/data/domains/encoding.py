@@ -38,6 +38,8 @@ RULES_KEY = "public_suffix_rules"  # in tokenizer_config.json
 
 # In a name, an unknown or masked character is one that no suffix has.
 CHARACTER_OF = np.frombuffer(b"\0_\0\0?" + CHARACTERS.encode(), np.uint8)
+TOKEN_OF = np.full(256, UNK, np.uint8)
+TOKEN_OF[np.frombuffer(CHARACTERS.encode(), np.uint8)] = np.arange(len(SPECIAL), len(VOCABULARY))
 IN_NAME = np.ones(len(VOCABULARY), bool)
 IN_NAME[[PAD, CLS, SEP]] = False
 
