@@ -73,6 +73,10 @@ class DomainEncoding:
         rules = "\n".join(config[RULES_KEY].split())
         return cls(config[DOMAIN_SUFFIXES].split(), PublicSuffixList(text=rules))
 
+    def suffix_starts(self, characters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The characters of every name before its public suffix: int64 `[D]`, see `PublicSuffixList.suffix_starts`."""
+        return self.suffix_list.suffix_starts(characters, lengths)
+
     def suffix_ids(self, characters: np.ndarray, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """The id of every name's public suffix, 0 where it is not in `suffixes`: uint16 `[D]`.
 
@@ -122,7 +126,7 @@ class DomainEncoding:
         characters, starts, ids = CHARACTER_OF[tokens[inside]], np.zeros_like(sizes), np.zeros(len(sizes), np.uint16)
         named = np.flatnonzero(sizes)
         if len(named):
-            starts[named] = self.suffix_list.suffix_starts(characters, sizes[named])
+            starts[named] = self.suffix_starts(characters, sizes[named])
             ids = self.suffix_ids(characters, sizes, starts)
         return inside, sizes, starts, ids
 
