@@ -1,5 +1,7 @@
 """Embedding layers beyond `nn.Embedding`."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,5 +102,6 @@ class FactoredTypeEmbedding(nn.Module):
 
 def factored_type_table(types: Tensor, groups: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The table of a `FactoredTypeEmbedding`, `[G * T, D]`, from its parameters."""
-    with torch.autocast(types.device.type, enabled=False):
+    # The meta device has no autocast.
+    with nullcontext() if types.is_meta else torch.autocast(types.device.type, enabled=False):
         return (F.linear(groups, weight, bias)[:, None] + types).flatten(0, 1)

@@ -214,9 +214,6 @@ def test_lookalikes_are_no_longer_than_a_text_may_be(tokenizer, rows):
 
 def test_what_cannot_be_paired_is_refused(tokenizer, rows):
     with pytest.raises(UserError) as error:
-        LookalikeCollator(tokenizer, repeat_texts=True)
-    assert (error.value.key, error.value.code) == ("repeat_texts", "several_objectives")
-    with pytest.raises(UserError) as error:
         LookalikeCollator(replace(tokenizer, domain=None))
     assert error.value.code == "not_domain_names"
     block = rows.examples(np.arange(4))

@@ -39,11 +39,9 @@ class LookalikeCollator:
         kinds: how often each kind of `lookalikes` is drawn, relative to the others; None: all equally.
         include_prompt: False: pooling leaves out the tokens of a text's prompt.
         late_interaction: those settings of the model. None: it pools texts.
-        repeat_texts: False. The recipe's key of that name makes other pairs.
 
     Raises:
-        UserError: the tokenizer is one of text (code `not_domain_names`), `repeat_texts` is set (`several_objectives`),
-            or `kinds` are no weights (`invalid_value`).
+        UserError: the tokenizer is one of text (code `not_domain_names`), or `kinds` are no weights (`invalid_value`).
     """
 
     def __init__(
@@ -53,16 +51,12 @@ class LookalikeCollator:
         *,
         include_prompt: bool = True,
         late_interaction: "LateInteraction | None" = None,
-        repeat_texts: bool = False,
     ):
         from torchrecipes.data.batching.pairs import PairCollator  # it imports torch
 
         if tokenizer.domain is None:
             hint = "Use torchrecipes.data.domains.domain_tokenizer, or init_from=RUN of a model of domain names."
             raise UserError("look-alikes need a tokenizer of domain names", hint=hint, code="not_domain_names")
-        if repeat_texts:
-            problem, hint = "a look-alike is the other text of a pair already", "Set repeat_texts=false."
-            raise UserError(problem, key="repeat_texts", hint=hint, code="several_objectives")
         self.domain, self.kinds = tokenizer.domain, checked_kinds(kinds)
         self.pairs = PairCollator(tokenizer, include_prompt=include_prompt, late_interaction=late_interaction)
 
