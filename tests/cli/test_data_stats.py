@@ -72,9 +72,10 @@ def test_rows_of_every_packing(corpus, capsys, seq_len):
     assert rows["concat"]["cut_share"] == crossing / len(lengths)
     assert rows["none"]["rows"] == sum(-(-length // seq_len) for length in lengths)
     assert rows["none"]["cut_share"] == sum(length > seq_len for length in lengths) / len(lengths)
-    assert rows["best_fit"]["cut_share"] == rows["none"]["cut_share"]
-    assert -(-sum(lengths) // seq_len) <= rows["best_fit"]["rows"] <= rows["none"]["rows"]
-    assert list(rows) == ["concat", "best_fit", "none"]
+    for packing in ("best_fit", "next_fit"):
+        assert rows[packing]["cut_share"] == rows["none"]["cut_share"]
+        assert -(-sum(lengths) // seq_len) <= rows[packing]["rows"] <= rows["none"]["rows"]
+    assert list(rows) == ["concat", "best_fit", "next_fit", "none"]
     for row in rows.values():
         assert row["fill"] == pytest.approx(sum(lengths) / row["rows"] / seq_len)
 

@@ -124,14 +124,22 @@ def _none(_corpus: Any, lengths: Any, seq_len: int) -> tuple[int, int]:
 
 
 def _best_fit(corpus: Any, lengths: Any, seq_len: int) -> tuple[int, int]:
-    from torchrecipes.data.batching import make_rows
+    from torchrecipes.data.batching.best_fit import plan_rows
 
-    rows = make_rows("best_fit", corpus, seq_len, pad_id=0).num_rows
+    rows = sum(plan_rows(shard.document_offsets, seq_len).num_rows for shard in corpus.shards)
+    return rows, int(lengths.counts[lengths.values > seq_len].sum())
+
+
+def _next_fit(corpus: Any, lengths: Any, seq_len: int) -> tuple[int, int]:
+    from torchrecipes.data.batching.next_fit import plan_rows
+
+    shortest = corpus.shortest_document
+    rows = sum(len(plan_rows(shard.document_offsets, seq_len, shortest)) - 1 for shard in corpus.shards)
     return rows, int(lengths.counts[lengths.values > seq_len].sum())
 
 
 # Of each packing, the rows of the corpus and the documents that do not lie in one row.
-PACKINGS = {"concat": _concat, "best_fit": _best_fit, "none": _none}
+PACKINGS = {"concat": _concat, "best_fit": _best_fit, "next_fit": _next_fit, "none": _none}
 
 
 def _example(corpus: Any, number: int) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class TextData:
     cache_dir: MayChange[str | None] = None  # folder of streams, shared by runs; None: ~/.cache/torchrecipes
     block_rows: NumRows = BLOCK_ROWS  # of a stream: rows are shuffled within blocks of so many
     tokenizer_threads: MayChange[Count | None] = None  # threads that tokenize; None: one per core
-    packing: Packing = "concat"  # concat: rows are full; best_fit: no document is cut that fits; none: one in each row
+    packing: Packing = "concat"  # concat: full rows; best_fit, next_fit: no document is cut that fits; none: one a row
     shuffle: bool = True  # False: rows in the order of the corpus
     num_workers: MayChange[Count] = 0  # loader processes; 0: in this process, which is fast enough for most models
 

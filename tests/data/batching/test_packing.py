@@ -6,6 +6,7 @@ import pytest
 from torchrecipes.data.batching.best_fit import best_fit_decreasing, plan_rows
 from torchrecipes.data.batching.packing import (
     BestFitDataset,
+    NextFitDataset,
     PackedDataset,
     PaddedDataset,
     documents_cut,
@@ -15,7 +16,7 @@ from torchrecipes.data.corpus.corpus import prepare_corpus
 from torchrecipes.data.sources.text_files import files
 from torchrecipes.data.tokenizers.load import train_wordpiece
 
-KINDS = [PackedDataset, BestFitDataset, PaddedDataset]
+KINDS = [PackedDataset, BestFitDataset, NextFitDataset, PaddedDataset]
 ROW_LENGTHS = [4, 7, 16, 64, 1000]
 
 
@@ -107,7 +108,7 @@ def test_best_fit_rows_hold_every_token_once_and_cut_only_documents_that_do_not_
     pieces = [
         (first + start, size)
         for index, first in shards
-        for _, start, size in zip(*rows._pieces(index, np.arange(rows._plans[index].num_rows)), strict=True)
+        for _, _, start, size in zip(*rows._pieces(index, np.arange(rows._plans[index].num_rows)), strict=True)
     ]
     stops = np.cumsum([len(document) for document in documents])
     starts_at, found = dict(pieces), []
@@ -134,6 +135,38 @@ def test_best_fit_rows_hold_every_token_once_and_cut_only_documents_that_do_not_
         covered += starts_at[start]
     assert covered == corpus.num_tokens
     assert rows.tokens_per_row * rows.num_rows == pytest.approx(corpus.num_tokens)
+
+
+def slow_next_fit(documents, seq_len, lookahead, first_of_shards):
+    """The rows as lists of pieces; a piece that continues shows its next tokens."""
+    rows, used = [], seq_len
+    for number, document in enumerate(documents):
+        if used + len(document) > seq_len or number in first_of_shards:
+            rows.append([])
+            used = 0
+        while len(document) > seq_len:
+            rows[-1].append(document[: seq_len + lookahead])
+            rows.append([])
+            document = document[seq_len:]
+        rows[-1].append(document)
+        used += len(document)
+    return rows
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("row_len", ROW_LENGTHS)
+def test_next_fit_rows_take_documents_in_order_until_one_does_not_fit(made, row_len, lookahead):
+    corpus, tokenizer, documents = made
+    rows = NextFitDataset(corpus, row_len, tokenizer.pad_id, lookahead)
+    expected = slow_next_fit(documents, row_len, lookahead, {shard.document_offset for shard in corpus.shards})
+    assert rows.num_rows == len(expected)
+    block, width = rows.rows(np.arange(rows.num_rows)), row_len + lookahead
+    found = [[] for _ in expected]
+    for start, piece in zip(block.boundaries.tolist(), segments(block), strict=True):
+        found[start // width].append(piece)
+    for row, pieces, length in zip(found, expected, block.lengths.tolist(), strict=True):
+        held = sum(map(len, pieces))
+        assert length == held and row == pieces + ([[tokenizer.pad_id] * (width - held)] if held < width else [])
 
 
 @pytest.mark.parametrize("longest", [1.9, 3.0])
@@ -176,9 +209,7 @@ def test_the_share_of_documents_that_are_cut(made, kind):
     assert f"{cut / len(documents):.1%}" in str(rows)
 
 
-@pytest.mark.parametrize(
-    ("packing", "kind"), [("concat", PackedDataset), ("best_fit", BestFitDataset), ("none", PaddedDataset)]
-)
+@pytest.mark.parametrize(("packing", "kind"), [*zip(["concat", "best_fit", "next_fit", "none"], KINDS, strict=True)])
 def test_rows_by_the_name_of_their_packing(made, packing, kind):
     corpus, tokenizer, _ = made
     rows = make_rows(packing, corpus, 16, tokenizer.pad_id, lookahead=1)

@@ -1,8 +1,9 @@
 """From a corpus to batches: rows, their order, targets, micro-batches.
 
 rows          `Rows`: what a loader reads
-packing       `PackedDataset`, `BestFitDataset`, `PaddedDataset`: rows of equal length from documents
+packing       `PackedDataset`, `BestFitDataset`, `NextFitDataset`, `PaddedDataset`: rows of equal length from documents
 best_fit      the plan of `BestFitDataset`
+next_fit      the plan of `NextFitDataset`
 mixture       `MixtureRows`: rows of several sources in exact proportions
 appended      `AppendedRows`: rows of a corpus that text has been added to, also during a run
 streamed      `StreamedRows`: rows of a corpus that is still being written
@@ -36,7 +37,7 @@ from torchrecipes.data.batching.labeled import LabeledCollator
 from torchrecipes.data.batching.loader import Loader, evaluation_batches, rows_per_rank
 from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.mlm import MLMCollator
-from torchrecipes.data.batching.packing import BestFitDataset, PackedDataset, PaddedDataset, make_rows
+from torchrecipes.data.batching.packing import BestFitDataset, NextFitDataset, PackedDataset, PaddedDataset, make_rows
 from torchrecipes.data.batching.pairs import PairCollator
 from torchrecipes.data.batching.rows import RowBlock, Rows
 from torchrecipes.data.batching.streamed import StreamedRows
@@ -59,6 +60,7 @@ __all__ = [
     "Loader",
     "MLMCollator",
     "MixtureRows",
+    "NextFitDataset",
     "PackedDataset",
     "PaddedDataset",
     "PairCollator",

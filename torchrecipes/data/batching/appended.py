@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrecipes.data.batching.rows import RowBlock, Rows
+from torchrecipes.data.batching.rows import RowBlock, Rows, join_blocks
 from torchrecipes.data.corpus.corpus import Corpus
 
 SEGMENT_BIT = 40  # of a row's number: the bits from here on, below those of a mixture's source, are the segment
@@ -78,16 +78,9 @@ class AppendedRows:
         found = np.unique(of_segment).tolist()
         if len(found) == 1:
             return self._segments[found[0]].rows.rows(local)
-        row_len = self.seq_len + self.lookahead
-        tokens, lengths = np.empty((len(numbers), row_len), np.int64), np.empty(len(numbers), np.int64)
-        boundaries = []
-        for index in found:
-            where = (of_segment == index).nonzero()[0]
-            block = self._segments[index].rows.rows(local[where])
-            tokens[where], lengths[where] = block.tokens, block.lengths
-            row, column = np.divmod(block.boundaries, row_len)
-            boundaries.append(where[row] * row_len + column)
-        return RowBlock(tokens, np.sort(np.concatenate(boundaries)), lengths)
+        places = [(of_segment == index).nonzero()[0] for index in found]
+        read = (self._segments[index].rows.rows(local[where]) for index, where in zip(found, places, strict=True))
+        return join_blocks(list(zip(places, read, strict=True)))
 
     def state_dict(self) -> list[list[Any]]:
         """The segments, as [first position, fingerprint of the corpus]."""

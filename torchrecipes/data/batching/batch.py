@@ -33,12 +33,17 @@ class Batch:
         source_names: mixtures: the sources.
         num_texts: N, the documents that are texts to be pooled, the first ones; 0 in pretraining.
         pool_from: `[N]` int32: tokens at the start of each text that pooling leaves out. None: none.
-        token_type_ids: `[B, S]` int64: 1 in the second sentence of a text. None: the model has no token types.
+        token_type_ids: `[B, S]` int64: 1 in the second sentence of a text; for domain names those of their tokenizer
+            (`Tokenizer.token_type_ids`). None: the model has no token types.
         examples: which texts belong together, and their labels and scores.
         vector_positions: `[V]` int64: late interaction: the tokens, counted over the flattened batch, whose states
             become vectors, text by text; `examples.lengths` says how many are of each. None: texts are pooled.
         features: `[n, ...]`: outputs of a frozen encoder for the n examples, in place of tokens; `input_ids` is then
             `[1, 0]`.
+        class_positions: documents to classify beside the other targets: `[N]` int64, the first token of each, counted
+            over the flattened tokens. N is the same for all batches of a shape. None: none are classified.
+        class_labels: `[N]` int64, their classes; -100 in unused slots.
+        class_weights: `[N]` float32, what the loss of each counts in the batch's sum; 0 in unused slots.
     """
 
     input_ids: Tensor
@@ -58,6 +63,9 @@ class Batch:
     examples: Examples | None = None
     vector_positions: Tensor | None = None
     features: Tensor | None = None
+    class_positions: Tensor | None = None
+    class_labels: Tensor | None = None
+    class_weights: Tensor | None = None
 
     @property
     def documents(self) -> dict[str, Tensor | int | None]:

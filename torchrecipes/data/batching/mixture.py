@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrecipes.data.batching.rows import NUMBER_BITS, RowBlock, Rows, number_in_source
+from torchrecipes.data.batching.rows import NUMBER_BITS, RowBlock, Rows, join_blocks, number_in_source
 from torchrecipes.data.batching.shuffle import fold_in, splitmix64
 from torchrecipes.errors import UserError
 
@@ -145,18 +145,12 @@ class MixtureRows:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
         numbers = np.asarray(numbers, dtype=np.int64)
         source_ids, local = np.maximum(numbers, 0) >> NUMBER_BITS, number_in_source(numbers)
-        row_len = self.seq_len + self.lookahead
-        tokens = np.empty((len(numbers), row_len), dtype=np.int64)
-        lengths = np.empty(len(numbers), dtype=np.int64)
-        boundaries = []
+        parts = []
         for index, part in enumerate(self.parts.values()):
             where = (source_ids == index).nonzero()[0]
             if where.size:
-                block = part.rows(local[where])
-                tokens[where], lengths[where] = block.tokens, block.lengths
-                row, column = np.divmod(block.boundaries, row_len)
-                boundaries.append(where[row] * row_len + column)
-        return RowBlock(tokens, np.sort(np.concatenate(boundaries)), lengths, source_ids)
+                parts.append((where, part.rows(local[where])))
+        return join_blocks(parts, source_ids)
 
     def set_weights(self, weights: Mapping[str, float], first_row: int) -> int:
         """Changes the weights from a row of the run on. Weights that were set for a later row apply from there.

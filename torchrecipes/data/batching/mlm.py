@@ -130,7 +130,7 @@ class MLMCollator:
 
         # The k smallest of random numbers, one for each position. The position is their lower bits: no two are equal.
         bits = np.uint32(max(1, (row_len - 1).bit_length()))
-        draw = _hash32(row_keys, row_len) >> np.uint32(1)
+        draw = hash32(row_keys, row_len) >> np.uint32(1)
         draw &= ~((np.uint32(1) << bits) - np.uint32(1))
         draw |= np.arange(row_len, dtype=np.uint32)
         draw |= (~ordinary).astype(np.uint32) << np.uint32(31)
@@ -148,12 +148,12 @@ class MLMCollator:
             masked = rank < np.floor(0.8 * chosen + dither_kinds).astype(np.int64)[:, None]
             replaced = (rank < np.floor(0.9 * chosen + dither_kinds).astype(np.int64)[:, None]) & ~masked
             flat[position[masked]] = self.mask_id
-            noise = _hash32(keys[:, 0], slots)[replaced].astype(np.uint64)
+            noise = hash32(keys[:, 0], slots)[replaced].astype(np.uint64)
             flat[position[replaced]] = self._ordinary[(noise * np.uint64(self._ordinary.size)) >> np.uint64(32)]
         return position.reshape(-1), label.reshape(-1), int(chosen.sum())
 
 
-def _hash32(row_keys: np.ndarray, row_len: int) -> np.ndarray:
+def hash32(row_keys: np.ndarray, row_len: int) -> np.ndarray:
     """A random 32-bit number for every position, `[B, row_len]`: MurmurHash3's finalizer over both, twice."""
     low, high = row_keys.astype(np.uint32), (row_keys >> np.uint64(32)).astype(np.uint32)
     x = np.arange(row_len, dtype=np.uint32) * np.uint32(0x9E3779B9) + low[:, None]

@@ -1,10 +1,13 @@
 """`Rows`: what a `Loader` reads, and `RowBlock`: what it gets."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor, from_numpy
+
+from torchrecipes.errors import UserError
 
 NUMBER_BITS = 48  # of a row's number within its source; the bits above say which source it is
 
@@ -20,12 +23,15 @@ class RowBlock:
         lengths: `[B]` int64: tokens of a row before its padding.
         source_ids: `[B]` int64, the place of each row's source in `Rows.source_names`, 0 for padding; None where there
             is one source.
+        columns: what the corpus holds of its documents, by name: of the document at each of `boundaries`, an array as
+            long as these; 0 for padding. {} for a corpus without.
     """
 
     tokens: np.ndarray
     boundaries: np.ndarray
     lengths: np.ndarray
     source_ids: np.ndarray | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Rows(Protocol):
@@ -79,6 +85,36 @@ class Rows(Protocol):
 
     def rows(self, numbers: np.ndarray) -> RowBlock:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
+
+
+def join_blocks(parts: Sequence[tuple[np.ndarray, RowBlock]], source_ids: np.ndarray | None = None) -> RowBlock:
+    """Joins rows that were read from several places.
+
+    Args:
+        parts: the places of some rows among all, int64, and the rows. Every place occurs once.
+        source_ids: `[B]`, of the rows together.
+
+    Raises:
+        UserError: the documents of some have other columns than those of others (code `other_columns`).
+    """
+    num_rows, (_, row_len) = sum(len(where) for where, _ in parts), parts[0][1].tokens.shape
+    tokens, lengths = np.empty((num_rows, row_len), np.int64), np.empty(num_rows, np.int64)
+    boundaries = []
+    for where, block in parts:
+        tokens[where], lengths[where] = block.tokens, block.lengths
+        row, column = np.divmod(block.boundaries, row_len)
+        boundaries.append(where[row] * row_len + column)
+    if len({tuple(sorted(block.columns)) for _, block in parts}) > 1:
+        raise UserError(
+            "only some of the text is a corpus with columns, such as the suffixes of domain names",
+            key="data.source",
+            hint="Prepare all of it alike: with sources of one kind and the same tokenizer.",
+            code="other_columns",
+        )
+    joined = np.concatenate(boundaries)
+    order = np.argsort(joined, kind="stable")
+    columns = {name: np.concatenate([block.columns[name] for _, block in parts])[order] for name in parts[0][1].columns}
+    return RowBlock(tokens, joined[order], lengths, source_ids, columns)
 
 
 def number_in_source(numbers: np.ndarray) -> np.ndarray:

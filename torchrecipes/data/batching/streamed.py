@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from torchrecipes.atomic_write import write_atomically
-from torchrecipes.data.batching.rows import RowBlock, Rows
+from torchrecipes.data.batching.rows import RowBlock, Rows, join_blocks
 from torchrecipes.data.batching.shuffle import fold_in, permute
 from torchrecipes.data.corpus.corpus import Corpus
 from torchrecipes.data.corpus.stream import SHARDS_AHEAD, Stream
@@ -146,16 +146,9 @@ class StreamedRows:
         local = np.where(numbers < 0, -1, numbers - (self._ends - self._sizes)[blocks])
         if len(found) == 1:
             return self._block(int(found[0])).rows(local)
-        row_len = self.seq_len + self.lookahead
-        tokens, lengths = np.empty((len(numbers), row_len), np.int64), np.empty(len(numbers), np.int64)
-        boundaries = []
-        for block in found.tolist():
-            where = (blocks == block).nonzero()[0]
-            part = self._block(block).rows(local[where])
-            tokens[where], lengths[where] = part.tokens, part.lengths
-            row, column = np.divmod(part.boundaries, row_len)
-            boundaries.append(where[row] * row_len + column)
-        return RowBlock(tokens, np.sort(np.concatenate(boundaries)), lengths)
+        places = [(blocks == block).nonzero()[0] for block in found]
+        read = (self._block(int(block)).rows(local[where]) for block, where in zip(found, places, strict=True))
+        return join_blocks(list(zip(places, read, strict=True)))
 
     def _permuted(self, within: np.ndarray, epoch: int, seed: int) -> np.ndarray:
         """The rows at positions `[P]` within an epoch."""

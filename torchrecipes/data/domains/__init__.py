@@ -8,7 +8,10 @@ tokenizer           `domain_tokenizer`: 43 tokens and the most frequent public s
 encoding            `DomainEncoding`: tokens, suffix ids and token types of names
 lookalike_names     `lookalikes`: names that pass for another one
 lookalike_examples  `LookalikeCollator`, `domain_texts`, `lookalike_pairs`: look-alikes to train on and to search with
+collator            `DomainCollator`: masked characters and hidden suffixes
 """
+
+from typing import TYPE_CHECKING, Any
 
 from torchrecipes.data.domains.encoding import DomainEncoding
 from torchrecipes.data.domains.lookalike_examples import LookalikeCollator, domain_texts, lookalike_pairs
@@ -28,8 +31,12 @@ from torchrecipes.data.domains.parsing import (
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList
 from torchrecipes.data.domains.tokenizer import domain_tokenizer
 
+if TYPE_CHECKING:
+    from torchrecipes.data.domains.collator import DomainCollator
+
 __all__ = [
     "REASONS",
+    "DomainCollator",
     "DomainEncoding",
     "Lookalike",
     "LookalikeCollator",
@@ -50,3 +57,12 @@ __all__ = [
     "parse_name",
     "synthetic_names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is used: batches need torch, which takes seconds, and what prepares a corpus does without.
+    if name == "DomainCollator":
+        from torchrecipes.data.domains.collator import DomainCollator
+
+        return DomainCollator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
