@@ -17,7 +17,7 @@ from torchrecipes.config import MISSING, Component, Fraction, MayChange, Positiv
 from torchrecipes.config import build, component, parse, to_yaml
 from torchrecipes.data import Batch, Collator, Loader, TextData, Tokenizer, load_text
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
-from torchrecipes.evaluation import evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation import evaluate_mlm, mlm_baseline
 from torchrecipes.losses import by_source, masked_lm_loss
 from torchrecipes.models import check_causal, loading_hint, meta_model_from_hf
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
@@ -137,8 +137,7 @@ def main(config: Config) -> None:
         peak_flops=peak_flops(run.device, run.dtype),
         first_step=step + 1,
     )
-    tokens = (tokenizer.special_ids, tokenizer.vocab_size)
-    baselines = {name: unigram_baseline(rows.corpus, *tokens) for name, rows in text.eval_sets.items()}
+    baselines = {k: mlm_baseline(rows.corpus, tokenizer, text.train_corpora(k)) for k, rows in text.eval_sets.items()}
     masking = {"mlm_probability": config.mlm_probability, "mask_all": config.mask_all}  # at a constant rate
     eval_collator = build(config.collator, tokenizer=tokenizer, **masking)
 

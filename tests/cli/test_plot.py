@@ -54,6 +54,7 @@ def test_the_loss_by_position_before_and_after_is_a_panel(tmp_path, figures):
     run = write(tmp_path / "long")
     for step, losses in ((0, (3.0, 5.0)), (10, (2.5, 3.5)), (20, (2.0, 2.5))):
         line = {"step": step} | dict(zip(("eval/books/loss/0-63", "eval/books/loss/64-127"), losses, strict=True))
+        line["eval/books/loss/letter"] = 1.0  # of a kind of character: no position
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
     assert main(["plot", str(run)]) == 0

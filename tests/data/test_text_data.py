@@ -68,6 +68,7 @@ def test_evaluation_sets_are_added(tmp_path):
     data = {"validation_fraction": 0.1, "eval_sets": {"news": source(tmp_path, "news", 30)}}
     text = load_text(config(tmp_path, source(tmp_path, "law"), **data), causal=True)
     assert list(text.eval_sets) == ["validation", "news"]
+    assert text.train_corpora("news") == text.train_corpora("validation") == [text.train.corpus]
     batches = text.eval_batches(None, 4, None)
     assert list(batches) == ["validation", "news"]
 
@@ -79,6 +80,8 @@ def test_a_mixture_holds_out_a_share_of_every_part(tmp_path):
     assert text.train.source_names == ("law", "code")
     for name, total in (("law", 120), ("code", 240)):
         assert text.train.parts[name].corpus.num_documents + text.eval_sets[name].corpus.num_documents == total
+    assert text.train_corpora("code") == [text.train.parts["code"].corpus]
+    assert text.train_corpora("another") == [part.corpus for part in text.train.parts.values()]
     rows = [line["rows"] for line in text.train.account(1024)]
     assert rows == [256, 768]
     opened, eval_sets = open_rows(made, Path(made.output_dir) / "corpus", text.tokenizer, lookahead=1)
@@ -174,6 +177,7 @@ def test_a_stream_trains_on_the_documents_that_a_prepared_corpus_has(tmp_path):
     # The text fits into one shard, which is one block.
     assert finish(text.train).num_rows == prepared.train.num_rows
     assert text.train.stream.corpus(0, 1).fingerprint == prepared.train.corpus.fingerprint
+    assert text.train_corpora("validation")[0].fingerprint == prepared.train.corpus.fingerprint
     assert text.eval_sets["validation"].corpus.fingerprint == prepared.eval_sets["validation"].corpus.fingerprint
     again = load_text(stream_config(tmp_path, node), causal=True)
     assert again.train.stream.process is None and again.train.identity() == text.train.identity()

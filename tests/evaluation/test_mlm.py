@@ -1,12 +1,17 @@
 import math
+from collections import Counter
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from torchrecipes.data.batching.batch import Batch
-from torchrecipes.evaluation.mlm import UnigramBaseline, evaluate_mlm, unigram_baseline
+from torchrecipes.data.batching.batch import Batch, document_fields
+from torchrecipes.data.batching.mlm import MLMCollator
+from torchrecipes.data.sources.records import Document
+from torchrecipes.data.tokenizers import train_char, train_wordpiece
+from torchrecipes.evaluation.characters import KINDS, character_kinds
+from torchrecipes.evaluation.mlm import UnigramBaseline, evaluate_mlm, mlm_baseline, unigram_baseline
 from torchrecipes.models import neobert
 
 VOCAB, REAL = 50, 45
@@ -75,6 +80,7 @@ def test_scores_equal_a_loop_over_targets_in_float64():
     assert scores["accuracy"] == pytest.approx(right / count)
     assert scores["unigram_loss"] == pytest.approx(unigram_loss / count, rel=1e-5)
     assert scores["unigram_accuracy"] == pytest.approx(unigram_right / count)
+    assert scores["targets"] == count
     for name, losses in by_position.items():
         assert scores[name] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
@@ -111,6 +117,7 @@ def test_nothing_of_the_training_is_touched():
 def test_no_batches_give_nan():
     model = neobert(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     scores = evaluate_mlm(model, [], REAL, UnigramBaseline(torch.zeros(VOCAB), 0), nullcontext)
+    assert scores.pop("targets") == 0
     assert len(scores) == 5 and all(math.isnan(value) for value in scores.values())
 
 
@@ -126,3 +133,118 @@ def test_a_linear_layer_is_a_head():
     baseline = UnigramBaseline(torch.full((VOCAB,), 1 / VOCAB).log(), most_frequent=7)
     scores = evaluate_mlm(Net(), batches(), unpadded_vocab_size=REAL, baseline=baseline, autocast=nullcontext)
     assert 0 < scores["loss"] < 10
+
+
+class Guesses(torch.nn.Module):
+    """Hidden states are logits of its own choice."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)  # [positions, V]
+        self.head = torch.nn.Linear(logits.shape[1], logits.shape[1])
+        torch.nn.init.eye_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids, position_ids, document_ids, cu_seqlens, max_seqlen):
+        return self.logits.unflatten(0, input_ids.shape)
+
+
+@pytest.fixture(scope="module")
+def names():
+    """A tokenizer of characters, its ids of a few names, and a corpus of them."""
+    texts = [f"{a}{b}-{c}.{d}" for a in "abca" for b in "aab" for c in "12" for d in ("com", "ca")]
+    tokenizer = train_char([Document(text, "") for text in texts])
+    return tokenizer, [tokenizer.encode(text) for text in texts]
+
+
+def masked_names(tokenizer, ids, mlm_probability=0.3):
+    """Two batches of a row each."""
+    for seed, part in enumerate((ids[:20], ids[20:])):
+        tokens = np.array([token for name in part for token in name])[None]
+        starts = np.cumsum([0, *map(len, part)])[:-1]
+        documents = document_fields(starts, tokens.shape)
+        positions, labels, num_targets = MLMCollator(tokenizer, mlm_probability)(tokens, np.uint64([seed]))
+        yield Batch(
+            input_ids=torch.from_numpy(tokens),
+            num_targets=num_targets,
+            masked_positions=torch.from_numpy(positions),
+            masked_labels=torch.from_numpy(labels),
+            **documents,
+        )
+
+
+class Documents(Tokens):
+    def __init__(self, ids):
+        super().__init__([token for name in ids for token in name])
+        self.starts = np.cumsum([0, *map(len, ids)])
+
+    def boundaries(self, start, stop):
+        return self.starts[(self.starts > start) & (self.starts < stop)]
+
+
+def test_scores_by_kind_of_character_equal_a_loop(names):
+    tokenizer, ids = names
+    held_out, training = ids[::3], ids[1::3] + ids[2::3]
+    baseline = mlm_baseline(Documents(held_out), tokenizer, [Documents(training)])
+    batches = list(masked_names(tokenizer, held_out * 3))
+    generator = torch.Generator().manual_seed(0)
+    widest = max(batch.input_ids.numel() for batch in batches)
+    logits = torch.randn(widest, tokenizer.vocab_size, generator=generator)
+    model = Guesses(logits)
+    model.forward = lambda input_ids, **_: logits[: input_ids.numel()].unflatten(0, input_ids.shape)
+    scores = evaluate_mlm(model, batches, tokenizer.vocab_size, baseline, nullcontext)
+
+    kinds = {"letter": [], "digit": [], "hyphen": [], "dot": []}
+    counts = Counter(token for name in held_out for token in name if token not in tokenizer.special_ids)
+    for batch in batches:
+        rows, starts = batch.input_ids.flatten().tolist(), batch.cu_seqlens.tolist()
+        labels = dict(zip(batch.masked_positions.tolist(), batch.masked_labels.tolist(), strict=True))
+        true = [labels[i] if labels.get(i, -100) >= 0 else token for i, token in enumerate(rows)]
+        windows = baseline.characters.ngrams.windows(
+            *(torch.tensor([x]) for x in (true, batch.position_ids.flatten().tolist())),
+            torch.arange(len(true)),
+            torch.tensor(true),
+        )
+        trigrams = list(baseline.characters.ngrams.score(windows.numpy()))[2]
+        for position, label in labels.items():
+            if label >= 0:
+                text = tokenizer.decode([label])
+                kind = {"-": "hyphen", ".": "dot"}.get(text, "digit" if text.isdigit() else "letter")
+                likely = logits[position].double().log_softmax(-1)
+                kinds[kind].append(
+                    {
+                        "loss": -likely[label].item(),
+                        "accuracy": likely.argmax().item() == label,
+                        "unigram_loss": -math.log(counts[label] / counts.total()),
+                        "trigram_loss": -math.log(trigrams[0][position]),
+                        "trigram_accuracy": trigrams[1][position] == label,
+                        "label": label,
+                    }
+                )
+        assert starts[-1] == len(rows)
+    everything = [target for targets in kinds.values() for target in targets]
+    for suffix, targets in [("", everything), *((f"/{kind}", targets) for kind, targets in kinds.items())]:
+        assert scores[f"targets{suffix}"] == len(targets) > 0
+        for name in ("loss", "accuracy", "unigram_loss", "trigram_loss", "trigram_accuracy"):
+            assert scores[name + suffix] == pytest.approx(np.mean([target[name] for target in targets]), rel=1e-5)
+    favourite = max((token for token in counts if tokenizer.decode([token]) in "abcom"), key=lambda t: counts[t])
+    letters = [target["label"] == favourite for target in kinds["letter"]]
+    assert any(letters) and scores["unigram_accuracy/letter"] == pytest.approx(np.mean(letters))
+    assert "unigram_accuracy/dot" not in scores and "perplexity/letter" not in scores and "loss/other" not in scores
+    assert scores["fivegram_loss"] < scores["trigram_loss"] < scores["unigram_loss"]
+
+
+def test_words_have_no_kinds(names):
+    tokenizer, _ = names
+    assert [KINDS[kind] for kind in character_kinds(tokenizer)[[0, *tokenizer.encode("a1-.")[1:-1]]]] == [
+        "other",
+        "letter",
+        "digit",
+        "hyphen",
+        "dot",
+    ]
+    words = train_wordpiece([Document("some words and some more words", "")], vocab_size=60)
+    assert character_kinds(words) is None
+    assert mlm_baseline(Tokens([7, 8, 7]), words, [Tokens([7])]).characters is None
+    large = train_char([Document("".join(map(chr, range(0x4E00, 0x4F00))), "")])
+    assert mlm_baseline(Tokens([7, 8, 7]), large, [Tokens([7])]).characters.ngrams is None

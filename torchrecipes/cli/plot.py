@@ -3,11 +3,13 @@
 import argparse
 import itertools
 import json
+import re
 from pathlib import Path
 
 from torchrecipes.errors import UserError
 
 GREY = "0.6"
+RANGE = re.compile(r"eval/([^/]+)/loss/(\d+)-(\d+)")  # of positions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,10 +147,9 @@ def _by_position(lines: list[dict]) -> dict[str, tuple[tuple[list[float], list[f
     for line in lines:
         curves: dict[str, list] = {}
         for key, value in line.items():
-            if key.startswith("eval/") and key.count("/") == 3 and "/loss/" in key and value is not None:
-                split, positions = key.removeprefix("eval/").split("/loss/")
-                first, last = (int(position) for position in positions.split("-"))
-                curves.setdefault(split, []).append(((first + last) / 2, value))
+            if (found_range := RANGE.fullmatch(key)) and value is not None:
+                split, first, last = found_range.groups()
+                curves.setdefault(split, []).append(((int(first) + int(last)) / 2, value))
         for split, points in curves.items():
             found.setdefault(split, []).append(tuple(zip(*sorted(points), strict=True)))
     return {split: (curves[0], curves[-1]) for split, curves in found.items()}

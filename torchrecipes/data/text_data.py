@@ -20,7 +20,7 @@ from torchrecipes.data.batching.mixture import MixtureRows
 from torchrecipes.data.batching.packing import PackedRows, Packing, make_rows
 from torchrecipes.data.batching.rows import Rows
 from torchrecipes.data.batching.streamed import BLOCK_ROWS, StreamedRows
-from torchrecipes.data.corpus import Stream, check_corpus_dir, open_corpus, open_stream, prepare_corpus
+from torchrecipes.data.corpus import Corpus, Stream, check_corpus_dir, open_corpus, open_stream, prepare_corpus
 from torchrecipes.data.corpus.shard_writer import to_json
 from torchrecipes.data.sources.beginning import beginning_of
 from torchrecipes.data.sources.eval_split import split_for_evaluation
@@ -87,6 +87,14 @@ class Text:
     tokenizer: Tokenizer
     train: Rows
     eval_sets: dict[str, PackedRows]
+
+    def train_corpora(self, name: str) -> list[Corpus]:
+        """The training text that an evaluation set is compared with.
+
+        It is that of the part of a mixture with the set's name, or else of all parts; of a stream, the first block.
+        """
+        parts = self.train.parts if isinstance(self.train, MixtureRows) else {name: self.train}
+        return [part.corpus for part in ([parts[name]] if name in parts else parts.values())]
 
     def eval_batches(
         self, collator: Any, rows_per_batch: int, limit: int | None, **placement: Any

@@ -1,6 +1,8 @@
 """Evaluation: loss, perplexity, fill-mask, generation; similarity, retrieval and classification.
 
-mlm                `evaluate_mlm`, `unigram_baseline`: masked tokens, beside the frequency of words
+mlm                `evaluate_mlm`, `mlm_baseline`: masked tokens, beside token frequencies and n-grams
+characters         kinds of characters and baselines, where tokens are characters
+ngrams             `NGramModel`: interpolated n-grams
 causal             `evaluate_causal`: next tokens
 generation         `generate`, `generate_text`: text from prompts
 sampling           from logits to the next token
@@ -44,8 +46,9 @@ from torchrecipes.evaluation.classification_report import calibrate, report_clas
 from torchrecipes.evaluation.document_loss import DocumentLoss, document_losses
 from torchrecipes.evaluation.generation import check_prompts, generate, generate_text
 from torchrecipes.evaluation.mask_filling import MaskFiller, fill_mask
-from torchrecipes.evaluation.mlm import evaluate_mlm, unigram_baseline
+from torchrecipes.evaluation.mlm import UnigramBaseline, evaluate_mlm, mlm_baseline, unigram_baseline
 from torchrecipes.evaluation.mteb_tasks import MTEBTasks
+from torchrecipes.evaluation.ngrams import NGramModel
 from torchrecipes.evaluation.over_examples import map_examples, predict_examples
 from torchrecipes.evaluation.pair_classification import PairClassification
 from torchrecipes.evaluation.position_loss import loss_by_position, position_edges
@@ -63,12 +66,14 @@ __all__ = [
     "DocumentLoss",
     "MTEBTasks",
     "MaskFiller",
+    "NGramModel",
     "PairClassification",
     "Prediction",
     "Retrieval",
     "TextClassifier",
     "TextEncoder",
     "TextVectors",
+    "UnigramBaseline",
     "calibrate",
     "check_prompts",
     "class_scores",
@@ -86,6 +91,7 @@ __all__ = [
     "loss_by_position",
     "map_examples",
     "max_sim_scores",
+    "mlm_baseline",
     "perplexity",
     "plot_calibration",
     "plot_confusion_matrix",

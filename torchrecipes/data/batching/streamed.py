@@ -83,6 +83,11 @@ class StreamedRows:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": OrderedDict()}
 
+    @property
+    def corpus(self) -> Corpus:
+        """The first block: what there is of the text before the first step."""
+        return self.stream.corpus(self._blocks[0].start, self._blocks[0].stop)
+
     def held_out(self) -> Corpus | None:
         """The documents of the first block that are for validation; None: there are none.
 
