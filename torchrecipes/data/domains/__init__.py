@@ -1,7 +1,10 @@
 """Domain names: parsing, public suffixes, sources, their tokenizer, what a corpus holds of them, look-alikes.
 
 public_suffix_list  `PublicSuffixList`: where the public suffix of a name starts
-parsing             `parse_name` and `parse_lines`: from lines to normalized names, or the reason why there is none
+suffix_table        the same for many names at a time
+name_syntax         `parse_name`: from a line to a normalized name, or the reason why there is none
+line_parsing        `parse_lines`: the same for many lines at a time
+hashing             `name_hashes`
 name_files          `domain_names`: names in files
 made_names          `synthetic_names`: names made by a generator
 tokenizer           `domain_tokenizer`: 43 tokens and the most frequent public suffixes
@@ -14,20 +17,13 @@ collator            `DomainCollator`: masked characters and hidden suffixes
 from typing import TYPE_CHECKING, Any
 
 from torchrecipes.data.domains.encoding import DomainEncoding
+from torchrecipes.data.domains.hashing import name_hashes
+from torchrecipes.data.domains.line_parsing import ParsedNames, RejectedLines, parse_lines
 from torchrecipes.data.domains.lookalike_examples import LookalikeCollator, domain_texts, lookalike_pairs
 from torchrecipes.data.domains.lookalike_names import Lookalike, lookalikes
 from torchrecipes.data.domains.made_names import synthetic_names
 from torchrecipes.data.domains.name_files import NameBlock, count_names, domain_names
-from torchrecipes.data.domains.parsing import (
-    REASONS,
-    NameOptions,
-    ParsedNames,
-    Rejected,
-    RejectedLines,
-    name_hashes,
-    parse_lines,
-    parse_name,
-)
+from torchrecipes.data.domains.name_syntax import REASONS, NameOptions, Rejected, parse_name
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList
 from torchrecipes.data.domains.tokenizer import domain_tokenizer
 

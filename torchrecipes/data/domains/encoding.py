@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrecipes.data.domains.parsing import ParsedNames
+from torchrecipes.data.domains.line_parsing import ParsedNames
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList
 from torchrecipes.data.domains.suffix_keys import KeyTable, key_of, suffix_keys
 from torchrecipes.data.tokenizers.tokenizer_files import DOMAIN_SUFFIXES

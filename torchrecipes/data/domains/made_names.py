@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from torchrecipes.data.domains.line_parsing import ParsedNames, parse_lines
 from torchrecipes.data.domains.name_files import NameBlock, count_names
-from torchrecipes.data.domains.parsing import NameOptions, ParsedNames, parse_lines
+from torchrecipes.data.domains.name_syntax import NameOptions
 from torchrecipes.data.domains.public_suffix_list import default_list
 from torchrecipes.data.sources.records import Document, ReadStats
 from torchrecipes.errors import UserError

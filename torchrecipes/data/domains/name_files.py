@@ -15,16 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrecipes.config.suggest import did_you_mean
-from torchrecipes.data.domains.parsing import (
-    EXAMPLE_CHARACTERS,
-    MAX_LINE,
-    NO_NAMES,
-    REASONS,
-    NameOptions,
-    ParsedNames,
-    mix,
-    parse_lines,
-)
+from torchrecipes.data.domains.hashing import mix
+from torchrecipes.data.domains.line_parsing import ParsedNames, beginning_of_line, parse_lines
+from torchrecipes.data.domains.name_syntax import MAX_LINE, NO_NAMES, REASONS, NameOptions
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList, default_list
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.line_reader import UnreadableFile, open_blocks
@@ -67,7 +60,7 @@ class NameBlock(NamedTuple):
 
     def text_of(self, line: int) -> str:
         """Return the beginning of a line, which is numbered from 0 in the block."""
-        return _beginning(self.data.split(b"\n", line + 1)[line])
+        return beginning_of_line(self.data.split(b"\n", line + 1)[line])
 
 
 @dataclass
@@ -182,7 +175,7 @@ class domain_names:
                     yield Document(names[item], block.source_of(line))
                 else:
                     reason = reasons[parsed.rejected_reasons[item - len(names)]]
-                    self.report.add(BadRecord(block.source_of(line), reason, _beginning(texts[line])))
+                    self.report.add(BadRecord(block.source_of(line), reason, beginning_of_line(texts[line])))
             place = block.position
 
     def position(self) -> dict[str, Any]:
@@ -364,7 +357,3 @@ def _check_sample(sample: str | float | None) -> None:
         return
     hint = did_you_mean(str(sample), SAMPLES, "Set a share above 0 and up to 1, or one of")
     raise UserError(f"'{sample}' is no sample", key="sample", hint=hint, code="invalid_value")
-
-
-def _beginning(line: bytes) -> str:
-    return line[: 4 * EXAMPLE_CHARACTERS].decode(errors="replace")[:EXAMPLE_CHARACTERS]

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from torchrecipes.data.domains.hashing import words_of
+from torchrecipes.data.domains.suffix_table import PADDING, SuffixTable
 from torchrecipes.errors import UserError
 
 BEGIN_ICANN, END_ICANN = "// ===BEGIN ICANN DOMAINS===", "// ===END ICANN DOMAINS==="
@@ -49,10 +51,15 @@ class PublicSuffixList:
         self.max_labels = 1 + max(tail.count(".") for tail in self.rules)
 
     @cached_property
+    def lines(self) -> list[str]:
+        """The rules in ASCII, sorted, as in a file: `com`, `*.ck`, `!www.ck`."""
+        signs = {-1: "!", 0: "", 1: "*."}
+        return sorted(signs[extra] + tail for tail, extra in self.rules.items())
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the rules."""
-        text = "".join(f"{tail} {extra}\n" for tail, extra in sorted(self.rules.items()))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()[:32]
 
     @property
     def text(self) -> str:
@@ -74,11 +81,22 @@ class PublicSuffixList:
         Returns:
             `[D]` int64; 0: the name is a public suffix itself.
         """
-        starts, end, text = np.zeros(len(lengths), np.int64), 0, characters.tobytes().decode("latin-1")
-        for index, length in enumerate(lengths.tolist()):
-            name, end = text[end : end + length], end + length
-            starts[index] = self.suffix_start(name)
-        return starts
+        lengths = np.asarray(lengths, np.int64)
+        buffer = np.zeros(len(characters) + 2 * PADDING, np.uint8)
+        buffer[PADDING : PADDING + len(characters)] = characters
+        ends = np.cumsum(lengths, dtype=np.int64)
+        dots = np.flatnonzero(characters == ord("."))
+        dots_before = dots.searchsorted(ends)  # dots up to the end of each name
+        last = dots_before + np.arange(len(ends))
+        num_labels = np.diff(last, prepend=-1)
+        label_starts = np.empty(len(dots) + len(ends), np.int64)
+        is_first = np.zeros(len(label_starts), bool)
+        is_first[last - num_labels + 1] = True
+        label_starts[is_first] = ends - lengths
+        label_starts[~is_first] = dots + 1
+        label_starts += PADDING
+        labels = self.table.suffix_labels(words_of(buffer), ends + PADDING, label_starts, last, num_labels)
+        return label_starts[last - labels + 1] - PADDING - (ends - lengths)
 
     def suffix_start(self, name: str) -> int:
         """Return the number of characters of a lower-case name before its public suffix."""
@@ -90,6 +108,11 @@ class PublicSuffixList:
                 start = max(0, first - extra)
                 break
         return len(name) - len(".".join(labels[start:]))
+
+    @cached_property
+    def table(self) -> SuffixTable:
+        """The rules as arrays."""
+        return SuffixTable(self.rules)
 
     @cached_property
     def _text(self) -> str:
@@ -131,6 +154,8 @@ def _parse_rules(text: str, only_icann: bool) -> dict[str, int]:
             continue
         extra = -1 if rule[0] == "!" else int(rule.startswith("*."))
         tail = rule.removeprefix("!").removeprefix("*.")
+        if extra < 0 and "." not in tail:
+            continue
         try:
             tail = tail if tail.isascii() else tail.encode("idna").decode("ascii")
         except UnicodeError:

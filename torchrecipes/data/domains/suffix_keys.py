@@ -6,7 +6,7 @@ ASCII character has.
 
 import numpy as np
 
-from torchrecipes.data.domains.parsing import name_hashes
+from torchrecipes.data.domains.hashing import name_hashes
 
 WORD = 8  # bytes
 SHIFTS = np.array([64 - 8 * size for size in range(WORD + 1)], np.uint64)  # by the length of a suffix

@@ -1,6 +1,4 @@
-"""Parses lines with domain names: normalizes, validates, and splits off the public suffix.
-
-`parse_name` is the definition, one line at a time. `parse_lines` gives the same for all lines of a buffer in numpy.
+"""`parse_name`: from a line to a normalized domain name, or the reason why there is none.
 
 1. A blank line or a comment (`#`) is no name. With `strip_url`, scheme, user, port, path and a leading `*.` go.
 2. Unicode becomes ASCII by UTS 46, upper case lower case; a trailing dot is dropped.
@@ -16,15 +14,11 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList, default_list
 from torchrecipes.errors import UserError
 
 MAX_LINE = 8192  # bytes of UTF-8
 MAX_NAME, MAX_LABEL = 253, 63  # characters, RFC 1035 2.3.4 without the root's dot
-EXAMPLES = 5  # per reason and buffer
-EXAMPLE_CHARACTERS = 80
 REASONS = {
     "blank": "The line is blank.",
     "comment": "The line starts with #.",
@@ -50,6 +44,7 @@ NO_NAMES = frozenset({"blank", "comment"})  # lines that are as they should be
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 LDH = re.compile(r"[a-z0-9.-]*")
 LDH_UNDERSCORE = re.compile(r"[a-z0-9._-]*")
+PUNYCODE_DIGITS = {digit: value for value, digit in enumerate("abcdefghijklmnopqrstuvwxyz0123456789")}
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
@@ -82,63 +77,15 @@ class Rejected(NamedTuple):
     reason: str
 
 
-class RejectedLines(NamedTuple):
-    """Lines that were rejected for one reason: how many, and the first ones with their numbers from 0."""
-
-    count: int
-    examples: list[tuple[int, str]]
-
-
-@dataclass
-class ParsedNames:
-    """The names of a buffer of lines, in the order of the lines.
-
-    Attributes:
-        characters: lower-case ASCII of all names, one after the other, `[C]` uint8.
-        lengths: characters of each name, `[D]` int64.
-        suffix_starts: characters of each name before its public suffix, at least 2, `[D]` int64.
-        line_numbers: the line of each name, from 0, `[D]` int64.
-        hashes: `name_hashes` of the names, `[D]` uint64.
-        rejected: for each reason that occurred (a key of `REASONS`), the number of lines and examples.
-        rejected_lines: the numbers of the rejected lines, ascending, `[R]` int64.
-        rejected_reasons: their reasons, as indices into the keys of `REASONS`, `[R]` uint8.
-    """
-
-    characters: np.ndarray
-    lengths: np.ndarray
-    suffix_starts: np.ndarray
-    line_numbers: np.ndarray
-    hashes: np.ndarray
-    rejected: dict[str, RejectedLines]
-    rejected_lines: np.ndarray
-    rejected_reasons: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def names(self) -> list[str]:
-        """Return the names as strings."""
-        text, ends = self.characters.tobytes().decode("ascii"), np.cumsum(self.lengths).tolist()
-        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-    def select(self, mask: np.ndarray) -> "ParsedNames":
-        """Return the names where `mask`, `[D]` bool, is true; what was rejected stays."""
-        if mask.all():
-            return self
-        characters = self.characters[np.repeat(mask, self.lengths)]
-        arrays = (array[mask] for array in (self.lengths, self.suffix_starts, self.line_numbers, self.hashes))
-        return ParsedNames(characters, *arrays, self.rejected, self.rejected_lines, self.rejected_reasons)
-
-
-def parse_name(line: str, options: NameOptions = NameOptions(), psl: PublicSuffixList | None = None) -> str | Rejected:
+def parse_name(line: str, options: NameOptions | None = None, psl: PublicSuffixList | None = None) -> str | Rejected:
     """Return the normalized name of a line, or why it has none.
 
     Args:
         line: the line without its end.
-        options: what is removed and accepted.
+        options: what is removed and accepted; None: the defaults.
         psl: the public suffixes; None: those of the package `publicsuffixlist`.
     """
-    name = _normalize(line, options)
+    name = _normalize(line, options or NameOptions())
     if not isinstance(name, Rejected) and not (psl or default_list()).suffix_start(name):
         return Rejected("no_registrable_part")
     return name
@@ -185,7 +132,7 @@ def _check(name: str, options: NameOptions) -> str | Rejected:
         if label[2:4] == "--":
             if label[:2] != "xn":
                 return Rejected("reserved_hyphens")
-            if not _is_punycode(label[4:]):
+            if not is_punycode(label[4:]):
                 return Rejected("bad_punycode")
     if NUMBER.fullmatch(labels[-1]):
         return Rejected("ip_address" if len(labels) > 1 and _is_address(name) else "ends_in_number")
@@ -231,103 +178,39 @@ def _to_ascii(name: str, options: NameOptions) -> str | Rejected:
         return Rejected("not_idna")
 
 
-def _is_punycode(text: str) -> bool:
-    """Whether what follows `xn--` stands for a text with other characters than ASCII, in the one way it is written."""
-    try:
-        decoded = text.encode("ascii").decode("punycode")
-        return not decoded.isascii() and decoded.encode("punycode").decode("ascii") == text
-    except (UnicodeError, OverflowError, ValueError):
+def is_punycode(text: str) -> bool:
+    """Return whether what follows `xn--` stands for a text with other characters than ASCII.
+
+    The decoder of RFC 3492, section 6.2, without the text; every text has one form, so that nothing is encoded again.
+    """
+    split = text.rfind("-")
+    digits = text[split + 1 :]
+    if split == 0 or not digits:
         return False
-
-
-def name_hashes(characters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return a 64-bit hash of every name, the same on any machine; all its bits are well mixed.
-
-    The bytes of a name, padded with zeros to a multiple of 16, are little-endian words `w0, w1, ...` of 8 bytes. Modulo
-    2^64, starting from `h = length * K0`, every 16 bytes make `h = mix(h ^ (w0 * K1 + w1 * K2))`, where `mix` is the
-    finalizer of splitmix64 (https://prng.di.unimi.it/splitmix64.c).
-
-    Args:
-        characters: ASCII of the names, one after the other, `[C]` uint8.
-        lengths: characters of each name, 1 or more, `[D]`.
-
-    Returns:
-        `[D]` uint64.
-    """
-    buffer = np.zeros(len(characters) + 16, np.uint8)
-    buffer[: len(characters)] = characters
-    return hash_words(buffer, np.cumsum(lengths) - lengths, lengths)
-
-
-K0, K1, K2 = (np.uint64(key) for key in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xC2B2AE3D27D4EB4F))
-WORD_MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)  # by the number of bytes to keep
-
-
-def hash_words(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`name_hashes` of names that start anywhere in a buffer with 16 bytes after the last one."""
-    words = np.ndarray((len(buffer) - 7,), "<u8", buffer, 0, (1,))  # the word at every byte
-    hashes = lengths.astype(np.uint64) * K0
-    which: np.ndarray | slice = slice(None)
-    for chunk in range(0, int(lengths.max(initial=0)), 16):
-        if chunk:
-            which = np.flatnonzero(lengths > chunk)
-        start, left = starts[which] + chunk, lengths[which] - chunk
-        first = words[start] & WORD_MASKS[np.minimum(left, 8)]
-        second = words[start + 8] & WORD_MASKS[np.clip(left - 8, 0, 8)]
-        hashes[which] = mix(hashes[which] ^ (first * K1 + second * K2))
-    return hashes
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64, elementwise on uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def parse_lines(
-    data: bytes | np.ndarray,
-    options: NameOptions = NameOptions(),
-    psl: PublicSuffixList | None = None,
-) -> ParsedNames:
-    """Return the names of all lines of a buffer; each is what `parse_name` gives.
-
-    Args:
-        data: complete lines that end in `\\n` (the last one may lack it), as bytes or `[N]` uint8.
-        options: what is removed and accepted.
-        psl: the public suffixes; None: those of the package `publicsuffixlist`.
-    """
-    psl = psl or default_list()
-    lines = bytes(data).removesuffix(b"\n").split(b"\n") if len(data) else []
-    names, line_numbers = [], []
-    rejected: dict[str, RejectedLines] = {}
-    rejected_lines: list[int] = []
-    rejected_reasons: list[int] = []
-    codes = {reason: code for code, reason in enumerate(REASONS)}
-    for number, line in enumerate(lines):
-        try:
-            name = Rejected("line_too_long") if len(line) > MAX_LINE else parse_name(line.decode(), options, psl)
-        except UnicodeDecodeError:
-            name = Rejected("not_utf8")
-        if not isinstance(name, Rejected):
-            names.append(name)
-            line_numbers.append(number)
+    length, code, place, bias, damp = max(split, 0), 128, 0, 72, 700
+    delta, weight, base = 0, 1, 36
+    for digit in digits:
+        value = PUNYCODE_DIGITS.get(digit)
+        if value is None:
+            return False
+        delta += value * weight
+        threshold = 1 if base <= bias else 26 if base >= bias + 26 else base - bias
+        if value >= threshold:  # more digits follow
+            weight *= 36 - threshold
+            base += 36
             continue
-        rejected_lines.append(number)
-        rejected_reasons.append(codes[name.reason])
-        count, examples = rejected.get(name.reason, (0, []))
-        if len(examples) < EXAMPLES:
-            examples.append((number, line[: 4 * EXAMPLE_CHARACTERS].decode(errors="replace")[:EXAMPLE_CHARACTERS]))
-        rejected[name.reason] = RejectedLines(count + 1, examples)
-    characters = np.frombuffer("".join(names).encode(), np.uint8)
-    lengths = np.array([len(name) for name in names], np.int64)
-    return ParsedNames(
-        characters,
-        lengths,
-        psl.suffix_starts(characters, lengths),
-        np.array(line_numbers, np.int64),
-        name_hashes(characters, lengths),
-        rejected,
-        np.array(rejected_lines, np.int64),
-        np.array(rejected_reasons, np.uint8),
-    )
+        length += 1
+        place += delta
+        code += place // length
+        place = place % length + 1
+        if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+            return False
+        delta //= damp
+        delta += delta // length
+        bias, damp = 0, 2
+        while delta > 455:
+            delta //= 35
+            bias += 36
+        bias += 36 * delta // (delta + 38)
+        delta, weight, base = 0, 1, 36
+    return base == 36
