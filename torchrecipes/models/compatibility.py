@@ -50,7 +50,8 @@ def check_causal(model: nn.Module, causal: bool) -> None:
 
 
 def check_tokenizer_compatibility(model: nn.Module, tokenizer: "Tokenizer", seq_len: int) -> None:
-    """Checks that the model has an embedding for every token, a position for every place in a row, and the padding.
+    """Checks that the model has an embedding for every token and token type, a position for every place in a row, and
+    the padding.
 
     A model without a `config` that says so passes.
 
@@ -60,7 +61,7 @@ def check_tokenizer_compatibility(model: nn.Module, tokenizer: "Tokenizer", seq_
         seq_len: tokens per row.
 
     Raises:
-        UserError: `vocab_too_large`, `seq_len_too_long` or `other_padding`.
+        UserError: `vocab_too_large`, `too_few_token_types`, `seq_len_too_long` or `other_padding`.
     """
     rows = getattr(getattr(model, "config", None), "vocab_size", None)
     if rows is not None and tokenizer.vocab_size > rows:
@@ -70,6 +71,7 @@ def check_tokenizer_compatibility(model: nn.Module, tokenizer: "Tokenizer", seq_
             hint="Use the model's own tokenizer, with pad_vocab_to_multiple_of: 1 if it was made without padding",
             code="vocab_too_large",
         )
+    _check_token_types(model, tokenizer)
     pad_id = getattr(getattr(model, "config", None), "pad_token_id", None)
     keeps_pad_id = getattr(getattr(model, "hf_adapter", None), "keeps_pad_id", False)
     if keeps_pad_id and getattr(tokenizer, "pad_id", None) not in (None, pad_id):
@@ -83,14 +85,32 @@ def check_tokenizer_compatibility(model: nn.Module, tokenizer: "Tokenizer", seq_
     check_positions(model, seq_len)
 
 
+def _check_token_types(model: nn.Module, tokenizer: "Tokenizer") -> None:
+    domain, adapter = getattr(tokenizer, "domain", None), getattr(model, "hf_adapter", None)
+    if domain is None or not getattr(adapter, "token_types", False):
+        return
+    needed, has = domain.num_token_types, model.config.type_vocab_size * getattr(model.config, "num_suffixes", 1)
+    if has < needed:
+        raise UserError(
+            f"the tokenizer gives {needed:,} token types, those of {len(domain.suffixes):,} suffixes, and the model "
+            f"has {has:,}",
+            key="model",
+            hint=f"Use torchrecipes.models.domain_bert with num_suffixes={len(domain.suffixes) + 1}, or a tokenizer of "
+            "fewer suffixes.",
+            code="too_few_token_types",
+        )
+
+
 def check_positions(model: nn.Module, seq_len: int) -> None:
-    """Checks that the model has a position for every place in a row; one without a config that says so passes.
+    """Checks that the model has a position for every place in a row; one without a config that says so passes, and one
+    whose last position repeats.
 
     Raises:
         UserError: `seq_len_too_long`.
     """
     positions = max_positions(model)
-    if positions is not None and seq_len > positions:
+    repeats_last = getattr(getattr(model, "embedding", None), "repeat_last_position", False)
+    if positions is not None and seq_len > positions and not repeats_last:
         raise UserError(
             f"{seq_len} is more than the {positions} positions of the model (max_position_embeddings)",
             key="seq_len",

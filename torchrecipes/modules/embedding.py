@@ -22,6 +22,7 @@ class BertEmbedding(nn.Module):
         max_position_embeddings: rows of the table of positions. None: there is none.
         type_vocab_size: rows of the table of token types. None: there is none, or `type_embedding`.
         type_embedding: the table of token types where it is no `nn.Embedding`: has `weight`, too.
+        repeat_last_position: positions beyond the table have its last row. False: they are an error.
         position_offset: row of position 0.
         eps: epsilon of the LayerNorm.
         norm_bias: whether the LayerNorm has a bias.
@@ -36,6 +37,7 @@ class BertEmbedding(nn.Module):
         type_vocab_size: int | None,
         *,
         type_embedding: nn.Module | None = None,
+        repeat_last_position: bool = False,
         position_offset: int = 0,
         eps: float,
         norm_bias: bool = True,
@@ -50,6 +52,7 @@ class BertEmbedding(nn.Module):
             self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size)
         self.norm = LayerNorm(hidden_size, eps=eps, bias=norm_bias)
         self.position_offset, self.dropout_p = position_offset, dropout_p
+        self.repeat_last_position = repeat_last_position
         self.residual_dtype: torch.dtype | None = None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -63,7 +66,10 @@ class BertEmbedding(nn.Module):
         else:
             hidden_BSD = hidden_BSD + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
-            hidden_BSD = hidden_BSD + self.position_embeddings(position_ids + self.position_offset)
+            rows = position_ids + self.position_offset
+            if self.repeat_last_position:
+                rows = rows.clamp(max=self.position_embeddings.num_embeddings - 1)
+            hidden_BSD = hidden_BSD + self.position_embeddings(rows)
         return dropout(self.norm(to_residual_dtype(hidden_BSD, self.residual_dtype)), self.dropout_p, self.training)
 
 

@@ -30,7 +30,7 @@ from torchrecipes.optim.settings import bad_betas, negative, nothing_to_train, o
 
 SCALES = ("spectral", "match_rms_adamw")
 # Modules whose matrices make scores of tokens or classes, or choose experts.
-_NOT_HIDDEN = {"head", "lm_head", "score", "classifier", "gate", "router"}
+_NOT_HIDDEN = {"head", "document_head", "lm_head", "score", "classifier", "gate", "router"}
 
 
 def muon(
@@ -146,7 +146,7 @@ def muon_params(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     These are the trainable parameters of two dimensions, or of three, which are stacks (of experts), except
 
     - embeddings and norms (`weight_decay_groups`), and convolutions of any number of dimensions;
-    - those of a module named `head`, `lm_head`, `score`, `classifier`, `gate` or `router`;
+    - those of a module named `head`, `document_head`, `lm_head`, `score`, `classifier`, `gate` or `router`;
     - those of `get_output_embeddings()`, as `transformers` has it.
     """
     not_hidden = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters(recurse=False)}

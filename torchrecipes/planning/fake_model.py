@@ -60,7 +60,10 @@ def tokenizer_for(config: Any) -> Any:
     """
     if config.tokenizer is None:
         return _load(lambda causal: load_model_tokenizer(resolve_model_folder(config.init_from), causal))
-    accepted = parameters(resolve(config.tokenizer.path))
+    make = resolve(config.tokenizer.path)
+    if hasattr(make, "stand_in"):
+        return make.stand_in(**config.tokenizer.args)
+    accepted = parameters(make)
     if "source" not in accepted:
         return _load(lambda causal: build(config.tokenizer, causal=causal))
     values = {name: parameter.default for name, parameter in accepted.items()} | config.tokenizer.args

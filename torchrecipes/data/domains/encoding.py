@@ -67,6 +67,11 @@ class DomainEncoding:
         """The keys of `tokenizer_config.json` from which `from_config` makes this again."""
         return {DOMAIN_SUFFIXES: " ".join(self.suffixes), RULES_KEY: " ".join(self.suffix_list.text.split("\n"))}
 
+    @property
+    def num_token_types(self) -> int:
+        """Different values of `token_type_ids`."""
+        return NUM_KINDS * (len(self.suffixes) + 1)
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "DomainEncoding":
         """The encoding that the keys of a `tokenizer_config.json` describe."""

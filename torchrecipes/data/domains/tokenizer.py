@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers
@@ -75,6 +76,15 @@ def domain_tokenizer(
         tokenizer.save(record.parent)
         write_atomically(record, [(json.dumps(settings, indent=2) + "\n").encode()])  # last: the tokenizer is complete
     return tokenizer
+
+
+def _stand_in(num_suffixes: int = 512, **_: Any) -> Tokenizer:
+    """A tokenizer of the same sizes with made-up suffixes, for estimates before the names are read."""
+    suffixes = [f"suffix{number}" for number in range(num_suffixes)]
+    return _characters().with_domain(DomainEncoding(suffixes, PublicSuffixList(text="com")))
+
+
+domain_tokenizer.stand_in = _stand_in
 
 
 def _characters() -> Tokenizer:

@@ -44,7 +44,8 @@ class DomainBertConfig:
         intermediate_size: I, inside the feed-forward layer.
         hidden_dropout_prob: dropout of the embeddings and of what each layer adds, in training.
         attention_probs_dropout_prob: dropout of attention weights, in training; it rules out the fast kernels.
-        max_position_embeddings: longest name, in tokens.
+        max_position_embeddings: longest name, in tokens. In pretraining, what is beyond has the last position: of
+            130,602 popular names three have more than 62 characters.
         type_vocab_size: kinds of characters. `transformers` sees this times `num_suffixes`.
         num_suffixes: rows of the embedding of suffixes and classes of the classifier; suffix 0 is unknown.
         suffix_embedding_size: dimensions of a suffix's embedding, before it is projected to D.
@@ -156,6 +157,7 @@ def from_config(config: DomainBertConfig, seed: int = 0) -> Transformer:
             config.max_position_embeddings,
             None,
             type_embedding=FactoredTypeEmbedding(*types),
+            repeat_last_position=True,
             eps=config.layer_norm_eps,
             dropout_p=config.hidden_dropout_prob,
         ),
