@@ -1,0 +1,158 @@
+"""Generated-name (DGA) detection: a fine-tuned encoder against logistic regression on character n-grams, in one run.
+
+    python benchmarks/dga.py --csv dga_vs_legit.csv --init-from runs/domain_bert [--names top_domains.txt]
+
+The file has the columns kind (dga or legit), family and domain. A name is in the test set where
+`int(hashlib.md5(name).hexdigest(), 16) % 5 == 0`; all others train, a tenth of them to choose the checkpoint and the
+temperature. The regression (scikit-learn, C=1 and C=10) sees counts and TF-IDF of 1- to 4-grams of the name and fits
+all training names.
+
+`--init-from` is a run of mlm_pretrain (without it the encoder starts from random weights), `--names` the list it was
+trained on: the test names on it are counted and left out of a second figure. Further arguments are overrides of the
+config `domain_bert/dga_detection`, as in `epochs=5`.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from torchrecipes.evaluation.classification import classification_metrics
+
+CONFIG = "domain_bert/dga_detection"
+
+
+def main() -> None:
+    """Print a line per model, then the recall of every family."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", required=True)
+    parser.add_argument("--init-from", help="a run of mlm_pretrain")
+    parser.add_argument("--names", help="the list that the encoder was trained on")
+    parser.add_argument("--model", help="the folder of a classifier that this trained before: only evaluate it")
+    parser.add_argument("--json", help="write the figures here")
+    args, overrides = parser.parse_known_args()
+    with open(args.csv, encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    train, test = ([row for row in rows if is_test(row["domain"]) is part] for part in (False, True))
+    print(f"{len(train):,} names to train on, {len(test):,} to test: {sum(map(is_generated, test)):,} generated")
+    listed = set(Path(args.names).read_text("utf-8").split()) if args.names else set()
+    scores = regressions(train, test)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(args.model) if args.model else fine_tune(train, Path(work), args.init_from, overrides)
+        scores["fine-tuned encoder"] = classify(folder, test)
+    figures = {name: report(name, found, test, listed) for name, found in scores.items()}
+    recalls(scores, test)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
+
+
+def is_test(name: str) -> bool:
+    return int(hashlib.md5(name.encode()).hexdigest(), 16) % 5 == 0
+
+
+def is_generated(row: dict[str, str]) -> bool:
+    return row["kind"] == "dga"
+
+
+def regressions(train: list[dict], test: list[dict]) -> dict[str, np.ndarray]:
+    """The probability that each test name is generated, by the vectors and by C."""
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    found, labels = {}, list(map(is_generated, train))
+    for name, kind in (("counts", CountVectorizer), ("TF-IDF", TfidfVectorizer)):
+        for strength in (1, 10):
+            vectorizer = kind(analyzer="char", ngram_range=(1, 4), dtype=np.float32)
+            model = LogisticRegression(C=strength, max_iter=2000, solver="liblinear")
+            model.fit(vectorizer.fit_transform([row["domain"] for row in train]), labels)
+            begin = time.perf_counter()
+            vectors = vectorizer.transform([row["domain"] for row in test])
+            found[f"regression, {name}, C={strength}"] = model.predict_proba(vectors)[:, 1]
+            seconds = time.perf_counter() - begin
+    print(f"regression: {len(test) / seconds:,.0f} names/s")
+    return found
+
+
+def fine_tune(train: list[dict], work: Path, init_from: str | None, overrides: list[str]) -> Path:
+    """Runs the recipe on the training names; returns the folder of the result."""
+    with open(work / "train.csv", "w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, train[0])
+        writer.writeheader()
+        writer.writerows(train)
+    command = [sys.executable, "-m", "torchrecipes.cli.main", "run", "classify_finetune", "--config", CONFIG]
+    command += [f"data.source.path={work / 'train.csv'}", f"output_dir={work / 'run'}"]
+    command += [f"init_from={init_from}"] if init_from else []
+    begin = time.perf_counter()
+    subprocess.run([*command, *overrides], check=True)
+    print(f"fine-tuned in {time.perf_counter() - begin:.0f} s")
+    return work / "run" / "model"
+
+
+def classify(folder: Path, test: list[dict]) -> np.ndarray:
+    """The probability that each test name is generated."""
+    from torchrecipes.data.tokenizers import load_tokenizer
+    from torchrecipes.evaluation import TextClassifier
+    from torchrecipes.models import load_classifier
+
+    model = load_classifier(folder)
+    classifier = TextClassifier(model, load_tokenizer(folder))
+    names = [row["domain"] for row in test]
+    classifier.logits(names)  # warm
+    begin = time.perf_counter()
+    logits = classifier.logits(names * 5)[: len(names)]
+    seconds = time.perf_counter() - begin
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"fine-tuned encoder: {size:,} parameters, {5 * len(names) / seconds:,.0f} names/s")
+    return model.labels.probabilities(torch.from_numpy(logits))[:, model.label_names.index("dga")].double().numpy()
+
+
+def report(name: str, found: np.ndarray, test: list[dict], listed: set[str]) -> dict[str, float]:
+    """Prints and returns the figures of a model; of the names that are not listed, too."""
+    figures = metrics(found, test)
+    line = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
+    print(f"{name}: {line}")
+    if listed:
+        kept = [number for number, row in enumerate(test) if row["domain"] not in listed]
+        rest = metrics(found[kept], [test[number] for number in kept])
+        shown = f"accuracy {rest['accuracy']:.4f}, auc {rest['auc']:.4f}"
+        print(f"  without {len(test) - len(kept)} names of the list: {shown}")
+        figures |= {f"unlisted/{key}": value for key, value in rest.items()}
+    return figures
+
+
+def metrics(found: np.ndarray, test: list[dict]) -> dict[str, float]:
+    """Accuracy, AUC, log loss and calibration error of probabilities."""
+    found = np.clip(found, 1e-9, 1 - 1e-9)
+    logits = np.log(np.stack([1 - found, found], axis=1))
+    labels = np.array(list(map(is_generated, test))).astype(np.int64)
+    results = classification_metrics(logits, labels)
+    return {key: results[key] for key in ("accuracy", "auc", "log_loss", "ece")}
+
+
+def recalls(scores: dict[str, np.ndarray], test: list[dict]) -> None:
+    """Prints which share of every family is recognized, by the best regression and by the encoder."""
+    regression = max(
+        (name for name in scores if name.startswith("regression")), key=lambda n: metrics(scores[n], test)["auc"]
+    )
+    families = np.array([row["family"] for row in test])
+    right = {
+        name: (scores[name] > 0.5) == np.array(list(map(is_generated, test)))
+        for name in (regression, "fine-tuned encoder")
+    }
+    print(f"recall of every family: {', '.join(right)}")
+    for family in sorted(set(families)):
+        chosen = families == family
+        shares = "  ".join(f"{found[chosen].mean():.3f}" for found in right.values())
+        print(f"  {family:14} {chosen.sum():4}  {shares}")
+
+
+if __name__ == "__main__":
+    main()
