@@ -18,7 +18,7 @@ from torchrecipes.config import build, component, parse, to_yaml
 from torchrecipes.data import Batch, Collator, Loader, TextData, Tokenizer, load_text
 from torchrecipes.distributed import all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.evaluation import evaluate_mlm, mlm_baseline
-from torchrecipes.losses import by_source, masked_lm_loss
+from torchrecipes.losses import by_source, document_class_loss, masked_lm_loss
 from torchrecipes.models import check_causal, loading_hint, meta_model_from_hf
 from torchrecipes.planning import auto_micro_batch_size, flops_per_token, peak_flops, resolve_max_steps
 from torchrecipes.training import ComputeConfig, GracefulStop, LogConfig, MetricLogger
@@ -95,7 +95,8 @@ def compute_loss(model: nn.Module, batch: Batch, config: Config) -> tuple[Tensor
     hidden = model(batch.input_ids, **batch.documents)
     options = {"masked_logits_only": config.masked_logits_only, "return_token_loss": True}
     loss, token_loss = masked_lm_loss(hidden, model.head, batch.masked_positions, batch.masked_labels, **options)
-    return loss, {"loss": loss.detach()} | by_source(token_loss, batch)
+    class_loss, sums = document_class_loss(hidden, model, batch)
+    return loss + class_loss, {"loss": loss.detach()} | sums | by_source(token_loss, batch)
 
 
 def main(config: Config) -> None:

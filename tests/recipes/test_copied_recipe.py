@@ -93,7 +93,7 @@ EDITS = {
     "second_loss": Edit(
         [
             (
-                '    return loss, {"loss": loss.detach()} |',
+                '    return loss + class_loss, {"loss": loss.detach()} |',
                 "    penalty = 1e-3 * batch.num_targets * hidden.float().square().mean()\n"
                 '    return loss + penalty, {"loss": loss.detach(), "penalty": penalty.detach()} |',
             )
@@ -115,6 +115,11 @@ EDITS = {
                 '    token_loss = nn.functional.cross_entropy(logits, batch.masked_labels, reduction="none")\n'
                 "    loss = token_loss.sum()\n",
             ),
+            (
+                "    class_loss, sums = document_class_loss(hidden, model, batch)\n",
+                "",
+            ),
+            ('return loss + class_loss, {"loss": loss.detach()} | sums |', 'return loss, {"loss": loss.detach()} |'),
         ],
         ["eval_every=null"],
     ),
@@ -137,9 +142,9 @@ EDITS = {
     "own_metric": Edit(
         [
             (
-                '    return loss, {"loss": loss.detach()} |',
+                '    return loss + class_loss, {"loss": loss.detach()} |',
                 "    norm = hidden.detach().float().norm(dim=-1).mean() * batch.num_targets\n"
-                '    return loss, {"loss": loss.detach(), "hidden_norm": norm} |',
+                '    return loss + class_loss, {"loss": loss.detach(), "hidden_norm": norm} |',
             )
         ],
         logged="hidden_norm",
