@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -42,7 +42,12 @@ from torchrecipes.data.tokenizers.tokenizer import Tokenizer, one_thread
 from torchrecipes.errors import UserError
 from torchrecipes.file_lock import lock_folder
 
+if TYPE_CHECKING:
+    from torchrecipes.data.domains.name_split import NameSplit
+
 SETTINGS_FILE = "prepare.json"
+SPLIT_FILE = "split-00000.safetensors"  # which domain names are held out
+FEW = 100  # names of a public suffix from which on one of them at least is held out
 HASHES = 1 << 64  # number of values of a document's hash
 BATCH_CHARACTERS = 1 << 17  # tokenized at a time by one thread: encodings take 100 times as many bytes
 
@@ -73,7 +78,7 @@ def check_corpus_dir(
                 if len(hashes) > 1 or eval_samples or not validation_fraction:
                     return
             require_documents(source, source.report)
-            raise _one_document()
+            raise one_document()
 
 
 def corpus_settings(
@@ -83,6 +88,7 @@ def corpus_settings(
     validation_source: Source | None,
     eval_samples: int | None,
     shard_tokens: int,
+    is_stream: bool = False,
 ) -> dict[str, Any]:
     """What the files of a corpus depend on: `prepare.json`. Arguments: see `prepare_corpus`.
 
@@ -103,17 +109,41 @@ def corpus_settings(
         validation = {"samples": eval_samples}
     else:
         validation = {"fraction": validation_fraction}
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    if tokenizer.domain is not None:
-        dtype = "uint8"
+        if validation_fraction and not is_stream and is_bulk(source, tokenizer):
+            validation["names_per_suffix"] = FEW  # of a stream, no name is looked for ahead of the others
     return {
         "format": FORMAT if tokenizer.domain is None else COLUMNS_FORMAT,
         "source": source.fingerprint,
         "validation": validation,
         "tokenizer": tokenizer.fingerprint,
-        "dtype": dtype,
+        "dtype": token_dtype(tokenizer).name,
         "shard_tokens": shard_tokens,
     }
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The type of a corpus' tokens."""
+    if tokenizer.domain is not None:
+        return np.dtype(np.uint8)
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def is_bulk(source: Any, tokenizer: Tokenizer) -> bool:
+    """Whether a source gives domain names in bulk (bulk.py), for a tokenizer of domain names.
+
+    Raises:
+        UserError: they have other rules for public suffixes (code `other_suffix_list`).
+    """
+    if tokenizer.domain is None or not hasattr(source, "blocks"):
+        return False
+    if source.suffixes.fingerprint != tokenizer.domain.suffix_list.fingerprint:
+        raise UserError(
+            f"{source.name} splits names by other rules for public suffixes than the tokenizer",
+            key="data.source.public_suffix_list",
+            hint="Give both the same public_suffix_list and only_icann.",
+            code="other_suffix_list",
+        )
+    return True
 
 
 def build_corpus(
@@ -124,6 +154,7 @@ def build_corpus(
     validation_source: Source | None = None,
     tokenizer_threads: int | None = None,
     throttle: Callable[[int], None] | None = None,
+    split: "NameSplit | None" = None,
 ) -> bool:
     """Builds what is missing of the corpora `folder/train` and `folder/validation`.
 
@@ -132,6 +163,7 @@ def build_corpus(
         settings: what `corpus_settings` gave.
         throttle: for shards that are read while they are written: called with the number of training shards after every
             batch, it may wait. No document is looked for ahead of the others, so there may be none for validation.
+        split: which domain names are for validation; None: it is chosen here.
 
     Returns:
         Whether anything was missing.
@@ -163,13 +195,21 @@ def build_corpus(
             for one, writer in parts:
                 if all((part / CORPUS_FILE).exists() for part in writer.folders.values()):
                     continue
-                limit = writer.position.validation_limit
-                if limit is None:
-                    limit = int(fraction * HASHES)
-                    if limit and throttle is None:
-                        limit = _validation_limit(one, limit)
-                    writer.position = replace(writer.position, validation_limit=limit)
-                _tokenize_source(one, tokenizer, writer, samples, threads, throttle)
+                if is_bulk(one, tokenizer):
+                    if fraction and split is None:
+                        split = _choose_names(folder / SPLIT_FILE, one, fraction, threads, throttle is not None)
+                    from torchrecipes.data.corpus.bulk import NameReader  # it needs this module
+
+                    reader: Any = NameReader(one, tokenizer, writer.position, split, samples)
+                else:
+                    limit = writer.position.validation_limit
+                    if limit is None:
+                        limit = int(fraction * HASHES)
+                        if limit and throttle is None:
+                            limit = _validation_limit(one, limit)
+                        writer.position = replace(writer.position, validation_limit=limit)
+                    reader = DocumentReader(one, tokenizer, writer.position, samples)
+                _tokenize_source(reader, tokenizer, writer, threads, throttle)
         except KeyboardInterrupt:
             saved = sum(sum(writer.num_shards.values()) for _, writer in parts)
             kept = f"{saved} complete shards are kept in {folder}; run the same command to continue after them."
@@ -195,11 +235,12 @@ def _validation_limit(source: Source, limit: int) -> int:
         lowest, highest = min(lowest, value), max(highest, value)
     require_documents(source, source.report)
     if lowest == highest:
-        raise _one_document()
+        raise one_document()
     return lowest + 1
 
 
-def _one_document() -> UserError:
+def one_document() -> UserError:
+    """The mistake of holding out a fraction of a single document."""
     return UserError(
         "the source holds one document, so none can be held out for validation",
         key="data.validation_fraction",
@@ -230,49 +271,77 @@ class Batch(NamedTuple):
     splits: list[int]  # 0: train, 1: validation
 
 
+def _choose_names(path: Path, source: Any, fraction: float, threads: int, is_stream: bool) -> "NameSplit":
+    from torchrecipes.data.domains.name_split import first_split, split_names
+
+    limit = int(fraction * HASHES)
+    if is_stream:
+        return first_split(limit)
+    return split_names(path, source, limit, threads)
+
+
 def _tokenize_source(
-    source: Source,
+    reader: Any,
     tokenizer: Tokenizer,
     writer: ShardWriter,
-    samples: int,
     threads: int,
     throttle: Callable[[int], None] | None,
 ) -> None:
-    """Reads a source from the writer's position to its end; the first `samples` documents are for validation."""
+    """Reads a source from the writer's position to its end."""
+    source = reader.source
     progress = Progress("tokenizing", source.num_bytes)
     if complete := sum(writer.num_shards.values()):
         message = f"{complete} shards are complete from an earlier call: continuing after them"
         print(message, file=sys.stderr, flush=True)
         progress.add(0, 0, skipped_bytes=sum(writer.statistics(split).bytes for split in writer.folders))
-    start, backend = writer.position, tokenizer.text_backend
     try:
-        results = in_order(
-            lambda batch: _tokenize(batch.documents, backend, tokenizer, writer.dtype),
-            _batches(source, start, samples),
-            threads,
-        )
-        with one_thread(), closing(results):
-            for batch, tokenized in results:
-                if batch.documents:
-                    tokenized.splits = np.array(batch.splits)
-                    writer.add(tokenized, batch.start)
+        with one_thread(), closing(reader.batches(threads)) as batches:
+            for start, tokenized in batches:
+                if len(tokenized.lengths):
+                    writer.add(tokenized, start)
                 if throttle is not None:
                     throttle(writer.num_shards["train"])
-                progress.add(len(batch.documents), int(tokenized.counts[:, 1].sum()), len(tokenized.tokens))
+                num_bytes = int(tokenized.counts[:, 1].sum(dtype=np.int64))
+                progress.add(len(tokenized.lengths), num_bytes, len(tokenized.tokens))
     finally:
         progress.close()
-    report = _add_skipped(start, source.report)
+    report = reader.report
     report.documents = writer.position.documents
     require_documents(source, report)
     if "train" in writer.folders and not writer.statistics("train").seen:
         writer.clear()  # the remedy is another setting: nothing must be in its way
         raise UserError(
             f"all {report.documents:,} documents are for validation, none is for training",
-            key="data.eval_samples" if samples else "data.validation_fraction",
+            key="data.eval_samples" if reader.samples else "data.validation_fraction",
             hint="Lower it.",
             code="no_training_documents",
         )
     writer.finish(report, tokenizer)
+
+
+class DocumentReader:
+    """Reads documents from a position on; the first `samples` of the source are for validation.
+
+    Attributes:
+        report: what was skipped in the source, from its start to where it was read.
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, start: SourcePosition, samples: int):
+        self.source, self.tokenizer, self.start, self.samples = source, tokenizer, start, samples
+
+    @property
+    def report(self) -> ReadStats:  # noqa: D102, see above
+        return _add_skipped(self.start, self.source.report)
+
+    def batches(self, threads: int) -> Iterator[tuple[SourcePosition, Tokenized]]:
+        """Yields the documents in batches, each with the place of its first document."""
+        backend = self.tokenizer.text_backend
+        batches = _batches(self.source, self.start, self.samples)
+        results = in_order(lambda batch: _tokenize(batch.documents, backend, self.tokenizer), batches, threads)
+        with closing(results):
+            for batch, tokenized in results:
+                tokenized.splits = np.array(batch.splits)
+                yield batch.start, tokenized
 
 
 def _batches(source: Source, start: SourcePosition, samples: int) -> Iterator[Batch]:
@@ -314,7 +383,8 @@ def _add_skipped(start: SourcePosition, report: ReadStats) -> ReadStats:
     return skipped
 
 
-def _tokenize(documents: list[tuple[str, int]], backend: Any, tokenizer: Tokenizer, dtype: np.dtype) -> Tokenized:
+def _tokenize(documents: list[tuple[str, int]], backend: Any, tokenizer: Tokenizer) -> Tokenized:
+    dtype = token_dtype(tokenizer)
     ids = [encoding.ids for encoding in backend.encode_batch_fast([text for text, _ in documents])]
     around = backend.num_special_tokens_to_add(is_pair=False)
     ids = [one if len(one) > around else [] for one in ids]
@@ -389,7 +459,7 @@ def _same_settings(folder: Path, settings: dict[str, Any]) -> bool:
             lines.append("(a source changes with the content and order of its files, and with how they are read)")
         hint = f"Give another folder, or delete {folder}."
         saved = dict(made_with.get("validation") or {})
-        if differ == ["validation"] and saved.keys() == settings["validation"].keys() == {"fraction"}:
+        if differ == ["validation"] and "fraction" in saved and saved.keys() == settings["validation"].keys():
             hint = f"Set data.validation_fraction={saved['fraction']}, or give another folder."
         raise UserError(
             "\n  ".join([f"{folder} holds a corpus that was built from something else:", *lines]),

@@ -133,7 +133,7 @@ def open_stream(
         UserError: the folder cannot be written, or the source cannot be pickled (code `not_picklable`).
     """
     size = shard_tokens or SHARD_TOKENS
-    settings = corpus_settings(source, tokenizer, validation_fraction, None, eval_samples, size)
+    settings = corpus_settings(source, tokenizer, validation_fraction, None, eval_samples, size, is_stream=True)
     folder = Path(cache_dir or default_cache_dir()) / cache_key(settings)
     if not (folder / "train" / CORPUS_FILE).exists():
         check_writable(folder, key="data.cache_dir")

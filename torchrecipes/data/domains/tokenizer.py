@@ -11,7 +11,9 @@ from tokenizers import decoders, models, normalizers
 from torchrecipes.atomic_write import check_writable, write_atomically
 from torchrecipes.data.domains.encoding import SPECIAL, VOCABULARY, DomainEncoding
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList
+from torchrecipes.data.domains.suffix_counts import count_suffixes
 from torchrecipes.data.progress import Progress
+from torchrecipes.data.sources.mixed_sources import Mixture
 from torchrecipes.data.sources.records import Source, require_documents
 from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
@@ -55,7 +57,8 @@ def domain_tokenizer(
     if not 1 <= num_suffixes <= 1 << 15:
         problem, hint = f"{num_suffixes} is out of range", "Set 1 to 32768."
         raise UserError(problem, key="num_suffixes", hint=hint, code="invalid_value")
-    suffix_list = _suffix_list(source, public_suffix_list, only_icann)
+    sources = list(source.sources.values()) if isinstance(source, Mixture) else [source]
+    suffix_list = _suffix_list(sources, public_suffix_list, only_icann)
     settings = {"type": "domain", "num_suffixes": num_suffixes, "source": source.fingerprint}
     settings["rules"] = suffix_list.fingerprint
     record = Path(folder) / "training.json" if folder is not None else None
@@ -70,7 +73,7 @@ def domain_tokenizer(
         return load_tokenizer(record.parent)
     if folder is not None:
         check_writable(folder)
-    suffixes = _frequent_suffixes(source, suffix_list, num_suffixes)
+    suffixes = _frequent_suffixes(sources, suffix_list, num_suffixes)
     tokenizer = _characters().with_domain(DomainEncoding(suffixes, suffix_list))
     if record is not None:
         tokenizer.save(record.parent)
@@ -98,35 +101,38 @@ def _characters() -> Tokenizer:
     return make_tokenizer(backend, roles, pad_vocab_to_multiple_of=1)
 
 
-def _suffix_list(source: Source, path: str | Path | None, only_icann: bool) -> PublicSuffixList:
-    """The rules that are asked for; those of the source where none are.
+def _suffix_list(sources: list[Source], path: str | Path | None, only_icann: bool) -> PublicSuffixList:
+    """The rules that are asked for; those of the sources where none are.
 
     Raises:
-        UserError: the source splits its names by other rules (code `other_suffix_list`).
+        UserError: a source splits its names by other rules (code `other_suffix_list`).
     """
-    own = getattr(source, "suffixes", None)
-    if path is None and not only_icann and own is not None:
-        return own
-    asked = PublicSuffixList(path, only_icann)
-    if own is not None and own.fingerprint != asked.fingerprint:
+    own = [source.suffixes for source in sources if hasattr(source, "suffixes")]
+    chosen = own[0] if own and path is None and not only_icann else PublicSuffixList(path, only_icann)
+    if any(one.fingerprint != chosen.fingerprint for one in own):
         raise UserError(
-            f"{source.name} splits names by other rules than the tokenizer",
+            "the sources of names and the tokenizer have different rules for public suffixes",
             key="public_suffix_list",
-            hint="Set public_suffix_list and only_icann of the source, and leave them out here.",
+            hint="Give all sources the same public_suffix_list and only_icann, and leave them out here.",
             code="other_suffix_list",
         )
-    return asked
+    return chosen
 
 
-def _frequent_suffixes(source: Source, suffix_list: PublicSuffixList, count: int) -> list[str]:
+def _frequent_suffixes(sources: list[Source], suffix_list: PublicSuffixList, count: int) -> list[str]:
     counts: Counter[str] = Counter()
-    progress = Progress("counting suffixes", source.num_bytes, "names")
-    try:
-        for document in source:
-            name = document.text
-            counts[name[suffix_list.suffix_start(name) :]] += 1
-            progress.add(1, len(name) + 1)
-    finally:
-        progress.close()
-    require_documents(source, source.report)
+    for source in sources:
+        if hasattr(source, "blocks"):
+            found = count_suffixes(source)
+            counts.update(dict(zip(found.suffixes, found.counts.tolist(), strict=True)))
+            continue
+        progress = Progress("counting suffixes", source.num_bytes, "names")
+        try:
+            for document in source:
+                name = document.text.lower()
+                counts[name[suffix_list.suffix_start(name) :]] += 1
+                progress.add(1, len(name) + 1)
+        finally:
+            progress.close()
+        require_documents(source, source.report)
     return sorted(counts, key=lambda suffix: (-counts[suffix], suffix))[:count]
