@@ -9,6 +9,9 @@ name_files          `domain_names`: names in files
 made_names          `synthetic_names`: names made by a generator
 tokenizer           `domain_tokenizer`: 43 tokens and the most frequent public suffixes
 encoding            `DomainEncoding`: tokens, suffix ids and token types of names
+suffix_keys         suffixes as 64-bit keys, and the place of each in a list
+suffix_counts       `count_suffixes`: names by public suffix
+name_split          `NameSplit`: which names are held out
 lookalike_names     `lookalikes`: names that pass for another one
 lookalike_examples  `LookalikeCollator`, `domain_texts`, `lookalike_pairs`: look-alikes to train on and to search with
 collator            `DomainCollator`: masked characters and hidden suffixes
@@ -23,8 +26,10 @@ from torchrecipes.data.domains.lookalike_examples import LookalikeCollator, doma
 from torchrecipes.data.domains.lookalike_names import Lookalike, lookalikes
 from torchrecipes.data.domains.made_names import synthetic_names
 from torchrecipes.data.domains.name_files import NameBlock, count_names, domain_names
+from torchrecipes.data.domains.name_split import NameSplit
 from torchrecipes.data.domains.name_syntax import REASONS, NameOptions, Rejected, parse_name
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList
+from torchrecipes.data.domains.suffix_counts import SuffixCounts, count_suffixes
 from torchrecipes.data.domains.tokenizer import domain_tokenizer
 
 if TYPE_CHECKING:
@@ -38,11 +43,14 @@ __all__ = [
     "LookalikeCollator",
     "NameBlock",
     "NameOptions",
+    "NameSplit",
     "ParsedNames",
     "PublicSuffixList",
     "Rejected",
     "RejectedLines",
+    "SuffixCounts",
     "count_names",
+    "count_suffixes",
     "domain_names",
     "domain_texts",
     "domain_tokenizer",
