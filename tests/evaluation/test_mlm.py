@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from torchrecipes.data.batching.batch import Batch, document_fields
 from torchrecipes.data.batching.mlm import MLMCollator
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers import train_char, train_wordpiece
+from torchrecipes.errors import UserError
 from torchrecipes.evaluation.characters import KINDS, character_kinds
 from torchrecipes.evaluation.mlm import UnigramBaseline, evaluate_mlm, mlm_baseline, unigram_baseline
+from torchrecipes.evaluation.running import RunningSum
 from torchrecipes.models import neobert
 
 VOCAB, REAL = 50, 45
@@ -248,3 +251,43 @@ def test_words_have_no_kinds(names):
     assert mlm_baseline(Tokens([7, 8, 7]), words, [Tokens([7])]).characters is None
     large = train_char([Document("".join(map(chr, range(0x4E00, 0x4F00))), "")])
     assert mlm_baseline(Tokens([7, 8, 7]), large, [Tokens([7])]).characters.ngrams is None
+
+
+def test_classes_of_documents_equal_a_loop():
+    model = neobert(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model.document_head = torch.nn.Linear(16, 4)
+    positions = torch.tensor([0, 5, 12, 0])
+    classed = [
+        replace(batch, class_positions=positions, class_labels=torch.tensor(labels), class_weights=torch.ones(4))
+        for batch, labels in zip(batches(), ([3, 1, 1, -100], [1, -100, 2, -100]), strict=True)
+    ]
+    settings = (REAL, UnigramBaseline(torch.zeros(VOCAB), 0), nullcontext)
+    scores = evaluate_mlm(model, classed, *settings)
+    losses, hits = [], []
+    for batch in classed:
+        hidden = model(batch.input_ids).flatten(0, 1)
+        for position, label in zip(positions.tolist(), batch.class_labels.tolist(), strict=True):
+            if label >= 0:
+                likely = model.document_head(hidden[position]).double().log_softmax(-1)
+                losses.append(-likely[label].item())
+                hits.append(likely.argmax().item() == label)
+    assert scores["class_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert scores["class_accuracy"] == pytest.approx(np.mean(hits))
+    assert scores["class_majority_accuracy"] == pytest.approx(3 / 5)
+    without = [replace(batch, class_labels=torch.full((4,), -100)) for batch in classed]
+    assert not any(name.startswith("class") for name in evaluate_mlm(model, without, *settings))
+    del model.document_head
+    with pytest.raises(UserError) as error:
+        evaluate_mlm(model, classed, *settings)
+    assert error.value.code == "no_document_head"
+
+
+def test_sums_in_two_float32_are_as_exact_as_float64():
+    numbers = np.random.default_rng(0).uniform(0, 10, (5_000, 2)).astype(np.float32)
+    total = RunningSum((2,), torch.device("cpu"), torch.float32)
+    for number in torch.from_numpy(numbers):
+        total.add(number)
+    expected = [math.fsum(column) for column in numbers.T.tolist()]
+    assert total.over_ranks().dtype == torch.float64
+    assert total.over_ranks().tolist() == pytest.approx(expected, rel=1e-11)
+    assert np.cumsum(numbers, axis=0, dtype=np.float32)[-1].tolist() != pytest.approx(expected, rel=1e-8)

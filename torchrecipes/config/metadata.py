@@ -61,6 +61,7 @@ MAY_CHANGE = _MayChange()
 MayChange = Annotated[T, MAY_CHANGE]
 
 Steps = Annotated[int, Range(1), Unit("optimizer steps")]
+Evaluations = Annotated[int, Range(1), Unit("evaluations")]
 Rows = Annotated[int, Range(1), Unit("rows")]
 Documents = Annotated[int, Range(1), Unit("documents")]
 Tokens = Annotated[int, Range(1), Unit("tokens")]

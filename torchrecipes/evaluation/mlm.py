@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrecipes.evaluation.characters import KINDS, NGRAMS, CharacterBaselines, character_baselines
+from torchrecipes.evaluation.class_sums import ClassSums
 from torchrecipes.evaluation.position_loss import add_sums, loss_by_position, means_by_position
 from torchrecipes.evaluation.running import RunningSum, evaluation_mode
 from torchrecipes.losses import linear_cross_entropy
@@ -108,12 +109,18 @@ def evaluate_mlm(
         - and by the target's kind (letter, digit, hyphen, dot, other), where it has a target, all of these but the
           perplexity, as in `accuracy/letter`. `unigram_accuracy/letter` is the share of the most frequent letter: of
           a constant prediction that knows the kind. A kind of one character has none.
+        - where documents have classes `class_loss`, `class_accuracy`, and `class_majority_accuracy`, that of always the
+          most frequent class; left out without a document to classify.
 
         The same on all ranks; NaN where no token is masked.
+
+    Raises:
+        UserError: documents have classes, and the model has no `document_head` (code `no_document_head`).
     """
     device = next(model.parameters()).device
     targets = _TargetSums(baseline, device)
     transform = getattr(model.head, "transform", nn.Identity())  # an nn.Linear has none
+    classes = ClassSums(device)
     by_position: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for batch in batches:
@@ -127,13 +134,14 @@ def evaluate_mlm(
                     losses.append(linear_cross_entropy(row, model.head.weight, label, **options)[1])
                     logits = F.linear(row, model.head.weight, model.head.bias)
                     predictions.append(logits[:, :unpadded_vocab_size].argmax(-1))
+                classes.add(hidden, model, batch)
             token_loss = torch.cat(losses)
             targets.add(batch, token_loss, torch.cat(predictions))
             if position_edges:
                 positions = batch.position_ids.flatten()[batch.masked_positions]
                 sums = loss_by_position(token_loss, positions, position_edges, batch.masked_labels)
                 add_sums(by_position, sums)
-    return targets.means() | means_by_position(by_position)
+    return targets.means() | classes.means() | means_by_position(by_position)
 
 
 class _TargetSums:

@@ -23,7 +23,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class RunningSum:
-    """Adds up tensors of one shape, without waiting for the device, as exactly as float64 does.
+    """Adds up tensors of one shape in float64, or about as exactly, without waiting for the device.
 
     A sum over millions of tokens must not depend on how they are spread over batches and ranks. On a device without
     float64 (Apple's GPUs) the rounding error of every addition is kept in a second float32 (TwoSum: Knuth, The Art of

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from torchrecipes.atomic_write import write_atomically
 from torchrecipes.config import Component, MayChange, Steps, build, component
+from torchrecipes.config.metadata import Evaluations
 from torchrecipes.distributed import collectives
+from torchrecipes.training.baseline_check import baseline_warning, kinds_at_baseline
 from torchrecipes.training.run import Run
 
 T = TypeVar("T")
@@ -30,6 +32,7 @@ class LogConfig:
     """The config group `log`."""
 
     log_every: MayChange[Steps] = 10  # steps
+    baseline_evaluations: MayChange[Evaluations | None] = 3  # in a row at the unigram baseline: a warning; None: never
     loggers: MayChange[list[Component]] = component([], injected=("output_dir",))  # beside metrics.jsonl
 
 
@@ -74,6 +77,7 @@ class MetricLogger:
         self.is_main = collectives.rank() == 0
         loggers = options.loggers if options and self.is_main else []
         self.loggers = [build(logger, output_dir=str(run.output_dir)) for logger in loggers]
+        self.baseline_evaluations = options and options.baseline_evaluations
         self.max_steps, self.device = max_steps, run.device
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak_flops = peak_flops and peak_flops * collectives.world_size()
@@ -199,15 +203,32 @@ class MetricLogger:
         return line
 
     def log_eval(self, step: int, results: dict[str, dict[str, float]], suffix: str = "") -> dict[str, float]:
-        """Logs evaluations, by set, as `eval/<set><suffix>/<metric>`, and returns them under these names."""
+        """Logs evaluations, by set, as `eval/<set><suffix>/<metric>`, and returns them under these names.
+
+        With `log.baseline_evaluations` it adds `at_baseline`, the number of evaluations in a row, up to this one, whose
+        accuracy was no better than the unigram baseline's (see `kinds_at_baseline`; the one before the first step does
+        not count), and prints a warning whenever that is a multiple of `log.baseline_evaluations`.
+        """
         if not results:
             return {}
+        warnings = []
+        if self.baseline_evaluations:
+            results = dict(results)
+            for name, values in results.items():
+                kinds = kinds_at_baseline(values)
+                if kinds is not None:
+                    count = self._previous(f"eval/{name}{suffix}/at_baseline", step) + 1 if kinds and step else 0
+                    results[name] = values | {"at_baseline": count}
+                    if count and count % self.baseline_evaluations == 0:
+                        warnings.append(baseline_warning(name + suffix, values, kinds, count))
         named = {f"eval/{name}{suffix}/{key}": results[name][key] for name in results for key in results[name]}
         self._evaluations[step] = self.evaluation(step) | named
         self._record({"step": step} | named, step)  # one line: all sets or none, whenever the run is interrupted
         for name, values in results.items():
-            scores = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
-            self.print(f"step {step}: {name}{suffix} {scores}")
+            for scores in _describe(values):
+                self.print(f"step {step}: {name}{suffix} {scores}")
+        for warning in warnings:
+            self.print(f"step {step}: {warning}")
         return named
 
     def is_evaluated(self, step: int, suffix: str = "") -> bool:
@@ -217,6 +238,11 @@ class MetricLogger:
     def evaluation(self, step: int) -> dict[str, float]:
         """What `log_eval` has logged at `step`, also in a run before this one; {}: nothing. The same on all ranks."""
         return self._evaluations.get(step, {})
+
+    def _previous(self, name: str, step: int) -> int:
+        """The last value of an integer in evaluations before `step`; 0: none."""
+        found = [past for past in self._evaluations if past < step and name in self._evaluations[past]]
+        return int(self._evaluations[max(found)][name]) if found else 0
 
     def log_samples(self, step: int, samples: Sequence[Any]) -> None:
         """Shows generated text (objects with `prompt` and `text`) and appends it to `<output_dir>/samples.jsonl`."""
@@ -325,6 +351,19 @@ def _evaluations(path: Path) -> list[tuple[int, dict[str, float]]]:
         if named:
             found.setdefault(line["step"], {}).update(named)
     return list(found.items())
+
+
+def _describe(values: Mapping[str, float]) -> list[str]:
+    """The metrics of an evaluation as text, those by kind of target (`accuracy/letter`) on a line of their own."""
+    kinds = [name.removeprefix("accuracy/") for name in values if name.startswith("accuracy/")]
+    overall = {name: value for name, value in values.items() if name.partition("/")[2] not in kinds}
+    lines = [", ".join(f"{name} {overall[name]:.3f}" for name in overall if name not in ("targets", "at_baseline"))]
+    by_kind = []
+    for kind in kinds:
+        baselines = [name for name in values if name.endswith(f"_accuracy/{kind}")]
+        shown = ", ".join(f"{name.partition('_accuracy')[0]} {values[name]:.3f}" for name in baselines)
+        by_kind.append(f"{kind} {values[f'accuracy/{kind}']:.3f}" + (f" ({shown})" if shown else ""))
+    return lines + [f"accuracy by kind: {', '.join(by_kind)}"] * bool(kinds)
 
 
 def _clock(seconds: float) -> str:
