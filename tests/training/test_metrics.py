@@ -69,11 +69,15 @@ def test_the_loss_of_a_source_is_the_mean_over_its_own_targets(tmp_path):
     metrics = make(tmp_path)
     for loss, targets in ((3.0, 2.0), (5.0, 6.0)):
         sources = {"loss/a": loss, "loss/b": 0.0, "targets/a": targets, "targets/b": 0.0, "loss/own": 4.0}
+        sources |= {"class_loss": loss, "targets/class_loss": targets, "rare": 0.0, "targets/rare": 0.0, "sum": 2.0}
+        sources |= {"loss/loss": loss, "targets/loss": targets}  # a source may have any name
         metrics.update({name: torch.tensor(value) for name, value in ({"loss": 9.0} | sources).items()}, 10)
     line = metrics.log(2, lr=1e-3, grad_norm=torch.tensor(1.0))
     assert line["loss"] == pytest.approx(18 / 20) and line["loss/a"] == pytest.approx(8 / 8)
     assert line["loss/own"] == pytest.approx(8 / 20)  # without targets of its own it is any other sum
-    assert not {"loss/b", "targets/a", "targets/b"} & line.keys()
+    assert line["class_loss"] == line["loss/loss"] == pytest.approx(8 / 8) and line["sum"] == pytest.approx(4 / 20)
+    absent = {"loss/b", "rare"} | {f"targets/{name}" for name in ("a", "b", "class_loss", "rare", "loss")}
+    assert not absent & line.keys()
 
 
 def test_values_that_come_later_and_lists_are_logged(tmp_path):

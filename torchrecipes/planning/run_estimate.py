@@ -185,7 +185,7 @@ def _notes(config: Any, vocab_size: int, steps: int | None) -> list[str]:
     elif steps is None:
         notes.append(f"steps: as many as {config.max_minutes:g} minutes have room for, timed when the run begins")
     accepted = parameters(resolve(config.tokenizer.path)) if config.tokenizer else {}
-    if "source" in accepted and "vocab_size" not in accepted:
+    if "limit_alphabet" in accepted and "vocab_size" not in accepted:
         notes.append(
             f"counted with {vocab_size:,} ids, the most that tokenizer.limit_alphabet allows; a text of fewer "
             "characters has fewer"

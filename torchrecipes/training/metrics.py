@@ -104,8 +104,8 @@ class MetricLogger:
         """Counts a step, without waiting for the device.
 
         Args:
-            sums: name -> the sum over the step's targets, of all ranks; `loss` is among them. `loss/<name>` with
-                `targets/<name>` beside it is a sum over that many of them (see `by_source`).
+            sums: name -> the sum over the step's targets, of all ranks; `loss` is among them. `<name>` or `loss/<name>`
+                with `targets/<name>` beside it is a sum over that many (see `document_class_loss`, `by_source`).
             num_targets: how many targets.
             skipped: not 0 where the step was skipped, which is then not in the mean.
         """
@@ -157,7 +157,7 @@ class MetricLogger:
     def log(self, step: int, *, lr: float, grad_norm: Tensor, **more: float | list[float]) -> dict[str, float]:
         """Logs the steps since the last call: losses and other sums become means over their targets.
 
-        A pair `loss/<name>`, `targets/<name>` becomes `loss/<name>`, and is left out where there was no target.
+        A sum with `targets/<name>` beside it becomes a mean over these, and is left out where there was no target.
 
         Args:
             step: the last step done.
@@ -313,16 +313,20 @@ class MetricLogger:
 
 
 def _means(sums: dict[str, float], num_targets: float) -> dict[str, float]:
-    """Sums divided by the targets, `loss/<name>` by `targets/<name>` where there are any."""
+    """Sums divided by the targets, `<name>` and `loss/<name>` by `targets/<name>` where there are any."""
+    targets_of = {}
+    for name in sums:
+        own = f"targets/{name.removeprefix('loss/')}"
+        if own in sums and (name.startswith("loss/") or f"loss/{name}" not in sums):
+            targets_of[name] = own
     means = {}
     for name, value in sums.items():
-        if name.startswith("targets/") and name.replace("targets/", "loss/", 1) in sums:
+        if name in targets_of.values():
             continue
-        own = name.replace("loss/", "targets/", 1) if name.startswith("loss/") else None
-        count = sums.get(own, num_targets)
+        count = sums[targets_of[name]] if name in targets_of else num_targets
         if count:
             means[name] = value / count
-        elif own not in sums:
+        elif name not in targets_of:
             means[name] = math.nan
     return means
 
