@@ -3,8 +3,8 @@
     python benchmarks/domains.py [FILE] [--names 500000] [--rounds 5] [--only parse,encode] [--json FILE]
 
 FILE holds a name per line, such as a list of the most visited domains; it is repeated up to the number of names.
-Without it, the names are synthetic ones. A figure is the CPU time of one thread, the best of the rounds. Needs the extra
-`domains`.
+Without it, the names are synthetic ones. A figure is the CPU time of one thread, the best of the rounds. Needs the
+extra `domains`.
 """
 
 import argparse

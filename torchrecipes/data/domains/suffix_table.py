@@ -55,26 +55,27 @@ class SuffixTable:
         Returns:
             `[D]` int64, from 1 to `num_labels`.
         """
-        found = np.ones(len(ends), np.int64)
         end_words = words[ends - 8]
-        names = None  # all
+        names, lengths = None, ends - label_starts[last]  # of all names, the tail of one label
+        tails = []  # candidates: names, lengths of the tails, labels of the tails
         for labels in range(1, self.max_labels + 1):
-            if labels > 2:  # most names have two
+            if labels == 2:
+                lengths = ends - label_starts[last - 1]  # most names have two: the others are a suffix at any rate
+            elif labels > 2:
                 names = np.flatnonzero(num_labels >= labels) if names is None else names[num_labels[names] >= labels]
                 if not len(names):
                     break
-            if names is None:
-                lengths = ends - label_starts[last - (labels - 1)]
-                places = _filter_places(end_words, lengths)
-            else:
                 lengths = ends[names] - label_starts[last[names] - (labels - 1)]
-                places = _filter_places(end_words[names], lengths)
-            candidates = np.flatnonzero(self.filter[places])
-            if len(candidates):
-                which = candidates if names is None else names[candidates]
-                exact, rules = self._match(words, ends[which], lengths[candidates])
-                which = which[exact]
-                found[which] = np.minimum(labels + self.extra[rules], num_labels[which])
+            places = _filter_places(end_words if names is None else end_words[names], lengths)
+            some = np.flatnonzero(self.filter[places])
+            tails.append((some if names is None else names[some], lengths[some], np.full(len(some), labels)))
+        found = np.ones(len(ends), np.int64)
+        if tails:
+            names, lengths, labels = map(np.concatenate, zip(*tails, strict=True))
+            which, rules = self._match(words, ends[names], lengths)
+            names = names[which]
+            # Of several values for a name the last is kept, which is that of its longest tail.
+            found[names] = np.minimum(labels[which] + self.extra[rules], num_labels[names])
         return found
 
     def _match(self, words: np.ndarray, ends: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
