@@ -20,7 +20,7 @@ from torchrecipes.checkpoint import CheckpointConfig, Checkpointer, tensor_files
 from torchrecipes.data.sources.records import Document
 from torchrecipes.data.tokenizers.load import train_wordpiece
 from torchrecipes.distributed import collectives
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.errors import UserError
 from torchrecipes.models import neobert

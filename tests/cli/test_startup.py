@@ -36,6 +36,17 @@ def test_what_needs_no_torch_does_not_import_it(words):
     assert done.stdout
 
 
+def test_a_wrong_name_is_reported_before_torch_is_imported():
+    """Processes of a recipe that does not import torch do not, either: tests of the launcher rely on it."""
+    program = (
+        "import sys\nfrom torchrecipes.cli.main import main\n"
+        "for words in (['mlm_pretrian'], ['mlm_pretrain', '--config', 'none.yaml']): assert main(['run', *words]) == 2\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_reading_a_config_does_not_import_torch():
     program = (
         "import sys\nfrom dataclasses import dataclass\nfrom torchrecipes.config import load, to_yaml\n"

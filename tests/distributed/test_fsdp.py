@@ -24,7 +24,7 @@ from torch.profiler import profile
 from torchrecipes.errors import UserError
 from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models import bert, gpt2, llama, neobert
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed import collectives
 from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize, set_grad_sync
 from torchrecipes.training.run import Run
@@ -296,7 +296,7 @@ FOREIGN = """
 import json, sys
 import torch
 from torch import nn
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import clip_grad_norm, init_on_device, parallelize
 
 class WithLayers(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ranks
 from torchrecipes.cli import main as cli
 from torchrecipes.cli.main import main
 
@@ -79,22 +80,26 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def launcher(*words: str, **settings) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torchrecipes.cli.main", "run", "tiny.py", *words]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+def launcher(*words: str) -> ranks.Process:
+    """`tune-style run tiny.py`, forked from a process that has imported torch."""
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("needs Linux")
+    Path("tune_style.py").write_text("import sys\nfrom torchrecipes.cli.main import main\nsys.exit(main())\n")
+    return ranks.Process([str(Path("tune_style.py").absolute()), "run", "tiny.py", *words], dict(os.environ))
 
 
-def wait_for(process: subprocess.Popen, ranks: int) -> dict[int, int]:
+def wait_for(process: ranks.Process | subprocess.Popen, world_size: int) -> dict[int, int]:
     """The process number of each rank, as soon as they all listen to signals."""
-    lines = [process.stdout.readline().split() for _ in range(ranks)]
+    lines = [process.stdout.readline().split() for _ in range(world_size)]
     return {int(line[-1]): int(line[0]) for line in lines}
 
 
-def end_of(process: subprocess.Popen) -> tuple[int, str]:
+def end_of(process: ranks.Process | subprocess.Popen) -> tuple[int, str]:
     """Its exit code and what it said on stderr; what hangs is killed."""
     try:
         err = process.communicate(timeout=60)[1]
-    except subprocess.TimeoutExpired:
+        process.wait(60)
+    except (TimeoutError, subprocess.TimeoutExpired):
         process.kill()  # its ranks, which hold the pipes, notice
         process.stdout.close()
         process.stderr.close()
@@ -213,7 +218,9 @@ def test_only_the_cause_is_reported_when_a_rank_dies_in_a_collective(capfd):
 
 
 def test_sigterm_reaches_every_rank_once_and_they_exit_after_saving():
-    process = launcher("--nproc-per-node", "2", "--max-restarts", "1")
+    command = [sys.executable, "-m", "torchrecipes.cli.main", "run", "tiny.py"]
+    command += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(process, 2)
     process.terminate()
     assert end_of(process) == (143, "")
@@ -231,7 +238,7 @@ def test_sigterm_to_one_rank_alone_ends_all_after_saving():
 
 def test_a_rank_that_does_not_exit_is_killed_after_the_grace_period():
     # Ctrl+C on a terminal goes to the launcher's whole process group.
-    process = launcher("--nproc-per-node", "2", "--grace-period", "3", "fails=stubborn", process_group=0)
+    process = launcher("--nproc-per-node", "2", "--grace-period", "3", "fails=stubborn")
     wait_for(process, 2)
     os.killpg(process.pid, signal.SIGINT)
     code, err = end_of(process)
@@ -243,13 +250,13 @@ def test_a_rank_that_does_not_exit_is_killed_after_the_grace_period():
 def test_ranks_end_when_their_launcher_is_killed():
     process = launcher("--nproc-per-node", "2")
     wait_for(process, 2)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     end_of(process)  # when the last rank has closed the pipe
     for rank in (0, 1):  # the kernel tells of each thread of the launcher
         assert set(Path(f"out/saved-{rank}").read_text().split()) == {"15"}
 
 
-def two_nodes(*words: str) -> list[subprocess.Popen]:
+def two_nodes(*words: str) -> list[ranks.Process]:
     flags = ["--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port()}", "--local-addr", "localhost"]
     return [launcher(*flags, *words) for _ in range(2)]
 
@@ -267,7 +274,7 @@ def test_a_signal_to_one_node_ends_both_after_saving():
     nodes = two_nodes("--max-restarts", "1")
     for node in nodes:
         wait_for(node, 1)
-    nodes[0].terminate()
+    nodes[0].send_signal(signal.SIGTERM)
     codes, errs = zip(*[end_of(node) for node in nodes], strict=True)
     assert codes == (143, 143)
     assert all(re.fullmatch(r"rendezvous of 2 nodes at \S+ \.\.\.\n", err) for err in errs), errs

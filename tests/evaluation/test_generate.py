@@ -308,7 +308,7 @@ import json, sys
 import torch
 from torchrecipes.evaluation.generation import generate
 from torchrecipes.models import llama
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 
 folder, sizes, prompts, eos = sys.argv[1], *map(json.loads, sys.argv[2:])

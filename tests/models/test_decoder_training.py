@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 from tests.models.test_decoder_training import FAMILIES, SIZES, loss_of
 from torchrecipes.modules import KVCache
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.distributed.fsdp import init_on_device, parallelize, set_grad_sync
 from torchrecipes.training.run import Run

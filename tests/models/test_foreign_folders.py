@@ -244,7 +244,7 @@ sys.path.insert(0, ROOT)
 import torch
 from torch.distributed.fsdp import fully_shard
 from safetensors.torch import save_file
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.models import hf_state_dict, load_hf_weights, meta_model_from_hf
 from torchrecipes.models.transformers_model import from_transformers
 

@@ -275,7 +275,7 @@ import torch.distributed as dist
 from torchrecipes.models import moe
 from torchrecipes.optim import adamw
 from torchrecipes.distributed import collectives
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.checkpoint import Checkpointer
 from torchrecipes.training.expert_load_balancing import ExpertBalance
 from torchrecipes.distributed.fsdp import init_on_device, parallelize

@@ -268,7 +268,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torchrecipes.models import llama
 from torchrecipes.optim import muon
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

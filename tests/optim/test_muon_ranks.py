@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchrecipes.errors import UserError
 from torchrecipes.models import llama
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 
 module = importlib.import_module("torchrecipes.optim.muon_optimizer")  # the function has the same name
 dist.init_process_group("gloo")
@@ -134,7 +134,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torchrecipes.checkpoint import CheckpointConfig, Checkpointer
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.models import llama
 from torchrecipes.optim import muon

@@ -16,7 +16,7 @@ SCRIPT = """
 import json, sys
 import torch
 import torch.distributed as dist
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.models import SequenceClassifier, bert, modernbert, neobert
 from torchrecipes.training import set_trainable

@@ -11,7 +11,7 @@ SCRIPT = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.losses import causal_lm_loss
 from torchrecipes.models import bert, gpt2, llama, moe, neobert, qwen3_moe

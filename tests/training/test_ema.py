@@ -167,7 +167,7 @@ import torch
 import torch.distributed as dist
 sys.path.insert(0, ROOT)
 from tests.training.test_ema import IDS, logits, small, train
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import init_on_device, parallelize
 from torchrecipes.training.ema import EMA
 

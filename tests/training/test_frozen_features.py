@@ -159,7 +159,7 @@ import torch.distributed as dist
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.training.test_frozen_features import ROWS, classifier, LabeledCollator, TOKENIZER
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.distributed.fsdp import parallelize
 from torchrecipes.evaluation import map_examples
 from torchrecipes.training import FeatureCache

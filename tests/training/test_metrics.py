@@ -93,7 +93,7 @@ def test_micro_batches_are_added_up():
 
 SUMS = """
 import torch, torch.distributed as dist
-from torchrecipes.distributed.error_file import hard_exit
+from torchrecipes.error_file import hard_exit
 from torchrecipes.training import sum_over_ranks
 dist.init_process_group("gloo")
 part = {"loss": torch.tensor(1.0 + dist.get_rank()), "aux": torch.tensor(2.0)}

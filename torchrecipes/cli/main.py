@@ -128,7 +128,7 @@ def _main(argv: Sequence[str] | None) -> int:
             return 1
         message = format_user_error(_in_options(error, args))
         if _is_one_of_many():
-            from torchrecipes.distributed.error_file import report_error
+            from torchrecipes.error_file import report_error
 
             return report_error(error, message, debug=args.debug)
         if message is None:
@@ -220,7 +220,7 @@ def _as_process() -> None:
             raise
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if _is_one_of_many():
-        from torchrecipes.distributed.error_file import hard_exit
+        from torchrecipes.error_file import hard_exit
 
         hard_exit(code)
     sys.exit(code)

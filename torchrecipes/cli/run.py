@@ -124,7 +124,7 @@ def load_recipe_and_config(args: argparse.Namespace) -> tuple[ModuleType, object
         return load_stage(args)
     from torchrecipes.config.catalog import find_config
     from torchrecipes.config.loading import load, report_once
-    from torchrecipes.distributed.error_file import has_error_file
+    from torchrecipes.error_file import has_error_file
 
     # A launcher chooses among its processes' messages, so it needs them all.
     with contextlib.nullcontext() if has_error_file() else report_once():

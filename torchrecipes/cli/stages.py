@@ -141,7 +141,7 @@ def _load(
 ) -> tuple[ModuleType, Any]:
     # `stand_in` is the config of the start, where that has not run; one that is broken has no model to check against.
     from torchrecipes.config.loading import load, report_once
-    from torchrecipes.distributed.error_file import has_error_file
+    from torchrecipes.error_file import has_error_file
 
     with contextlib.nullcontext() if has_error_file() else report_once():
         path = find_recipe(stage.recipe or args.recipe)

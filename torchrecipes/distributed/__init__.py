@@ -4,7 +4,6 @@ collectives   numbers and objects exchanged by the ranks on the host
 gather        rows of all ranks, with gradients
 fsdp          `parallelize`: ddp, fsdp and hsdp over `fully_shard`
 launch        starts the processes of a run on this node and watches them
-error_file    how a process reports why it ended
 """
 
 from torchrecipes.distributed.collectives import all_reduce_max, all_reduce_min, all_reduce_sum, all_reduce_sum_

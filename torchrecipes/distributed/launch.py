@@ -36,7 +36,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from torchrecipes.distributed.error_file import RankError, read
+from torchrecipes.error_file import RankError, read
 from torchrecipes.errors import UserError
 
 POLL = 0.1  # seconds

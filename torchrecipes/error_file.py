@@ -2,7 +2,7 @@
 
 torchrun and `tune-style run --nproc-per-node` give each process a file for its error (TORCHELASTIC_ERROR_FILE). The
 launcher reads them all, shows the earliest and ends the other processes. A process of another launcher (srun, mpirun)
-has no such file and prints its error itself, after its rank.
+has no such file and prints its error itself, after its rank. This module does not import torch, which takes seconds.
 """
 
 import json
