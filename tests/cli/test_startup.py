@@ -40,7 +40,7 @@ def test_a_wrong_name_is_reported_before_torch_is_imported():
     """Processes of a recipe that does not import torch do not, either: tests of the launcher rely on it."""
     program = (
         "import sys\nfrom torchrecipes.cli.main import main\n"
-        "for words in (['mlm_pretrian'], ['mlm_pretrain', '--config', 'none.yaml']): assert main(['run', *words]) == 2\n"
+        "assert main(['run', 'mlm_pretrian']) == main(['run', 'mlm_pretrain', '--config', 'none.yaml']) == 2\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = python("-c", program)

@@ -151,31 +151,46 @@ EDITS = {
     ),
 }
 
-# Imports once, then forks for every verb and every start of the run: starting Python and torch costs seconds.
+# Imports once, then forks for every verb and every start of the run: starting Python and torch costs seconds. The dry
+# runs of preflight are forks, too; tests/cli/test_preflight.py starts them as the verb does.
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
 import torch.distributed.checkpoint
 import torchrecipes
 from torchrecipes.cli.main import main
+from torchrecipes.planning import dry_run
 
 assert "site" in torchrecipes.__file__, torchrecipes.__file__
 settings = sys.argv[1:]
+if "from_transformers" in str(settings):
+    import transformers.models.bert.modeling_bert
 
 
-def start(*words, log):
+def start(words, log):
     child = os.fork()
     if child:
         return child
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
-    os._exit(main([*words, *settings]))
+    os._exit(main(words))
+
+
+def finish(words, log):
+    code = os.waitstatus_to_exitcode(os.waitpid(start(words, log), 0)[1])
+    assert code == 0, (words, code, Path(log).read_text())
 
 
 def check(*words):
-    log = f"{words[0]}.log"
-    code = os.waitstatus_to_exitcode(os.waitpid(start(*words, log=log), 0)[1])
-    assert code == 0, (words, code, Path(log).read_text())
+    finish([*words, *settings], f"{words[0]}.log")
+
+
+def run_dry(command):
+    main_module = command.index("torchrecipes.cli.main")
+    finish(command[main_module + 1 :], "dry_run.log")
+
+
+dry_run.run = run_dry
 
 
 config = ["my_recipe.py", "--config", "my.yaml"]
@@ -183,7 +198,7 @@ check("validate", *config)
 check("estimate", *config)
 check("preflight", *config)
 check("run", *config, "output_dir=whole")
-child = start("run", *config, log="killed.log")
+child = start(["run", *config, *settings], "killed.log")
 while not Path("run/checkpoints/step-00000004/manifest.json").exists():
     time.sleep(0.002)
     assert os.waitpid(child, os.WNOHANG) == (0, 0), Path("killed.log").read_text()
