@@ -89,7 +89,9 @@ def fine_tune(train: list[dict], work: Path, init_from: str | None, overrides: l
         writer.writerows(train)
     command = [sys.executable, "-m", "torchrecipes.cli.main", "run", "classify_finetune", "--config", CONFIG]
     command += [f"data.source.path={work / 'train.csv'}", f"output_dir={work / 'run'}"]
-    command += [f"init_from={init_from}"] if init_from else []
+    scratch = ["init_from=null", "tokenizer=torchrecipes.data.domains.domain_tokenizer"]
+    scratch += ["model=torchrecipes.models.domain_bert", "model.size=tiny"]
+    command += [f"init_from={init_from}"] if init_from else scratch
     begin = time.perf_counter()
     subprocess.run([*command, *overrides], check=True)
     print(f"fine-tuned in {time.perf_counter() - begin:.0f} s")
