@@ -36,6 +36,8 @@ LABEL, SUBDOMAIN, SUFFIX, SEPARATOR = range(NUM_KINDS)
 
 RULES_KEY = "public_suffix_rules"  # in tokenizer_config.json
 
+NAMES_AT_A_TIME = 16384  # that are encoded: all arrays stay in the cache
+
 # In a name, an unknown or masked character is one that no suffix has.
 CHARACTER_OF = np.frombuffer(b"\0_\0\0?" + CHARACTERS.encode(), np.uint8)
 TOKEN_OF = np.full(256, UNK, np.uint8)
@@ -103,16 +105,25 @@ class DomainEncoding:
             The tokens of all documents, uint8 `[N]`; the tokens of each, int64 `[D]`; and what a corpus holds of each:
             `suffix_ids` uint16 `[D]` and `suffix_starts` uint8 `[D]`, tokens before the first one of the suffix.
         """
-        lengths, characters = parsed.lengths, parsed.characters
-        ends = np.cumsum(lengths + 2)
-        tokens = np.full(len(characters) + 2 * len(lengths), SEP, np.uint8)
-        is_character = np.ones(len(tokens), bool)
-        starts = ends - lengths - 2
-        tokens[starts], is_character[starts], is_character[ends - 1] = CLS, False, False
-        tokens[is_character] = tokens_of(characters)
-        ids = self.suffix_ids(characters, lengths, parsed.suffix_starts)
-        columns = {"suffix_ids": ids, "suffix_starts": (parsed.suffix_starts + 1).astype(np.uint8)}
-        return tokens, lengths + 2, columns
+        lengths, characters = parsed.lengths + 2, parsed.characters
+        ends = np.cumsum(lengths)
+        tokens = np.empty(len(characters) + 2 * len(lengths), np.uint8)
+        ids = np.empty(len(lengths), np.uint16)
+        for first in range(0, len(lengths), NAMES_AT_A_TIME):
+            these = slice(first, first + NAMES_AT_A_TIME)
+            stops = ends[these]
+            start, stop = int(stops[0] - lengths[first]), int(stops[-1])
+            own = characters[start - 2 * first : stop - 2 * (first + len(stops))]
+            ids[these] = self.suffix_ids(own, parsed.lengths[these], parsed.suffix_starts[these])
+            stops = stops - start
+            is_character = np.ones(stop - start, bool)
+            is_character[stops - 1] = False  # [SEP]
+            is_character[stops - lengths[these]] = False  # [CLS]
+            part = tokens[start:stop]
+            part.fill(SEP)
+            part[stops - lengths[these]] = CLS
+            part[is_character] = tokens_of(own)
+        return tokens, lengths, {"suffix_ids": ids, "suffix_starts": (parsed.suffix_starts + 1).astype(np.uint8)}
 
     def columns(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """What a corpus holds of documents beside their tokens, as `encode` gives it.
