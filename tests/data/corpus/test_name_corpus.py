@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from torchrecipes import atomic_write
-from torchrecipes.data.corpus import open_corpus, prepare_corpus
+from torchrecipes.data.corpus import append_to_corpus, open_corpus, prepare_corpus
 from torchrecipes.data.domains import domain_names, domain_tokenizer, name_hashes
 from torchrecipes.data.domains.suffix_counts import count_suffixes
+from torchrecipes.data.sources import files
 from torchrecipes.errors import UserError
 
 publicsuffixlist = pytest.importorskip("publicsuffixlist")
@@ -220,3 +222,90 @@ def test_rules_of_source_and_tokenizer_must_be_the_same(names, source, tokenizer
         with pytest.raises(UserError) as caught:
             call()
         assert caught.value.code == "other_suffix_list"
+
+
+# Additions
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory, names) -> tuple[Path, list[str]]:
+    """Names to add: some are there already; there are now 100 of com.br, and many of a suffix that was not there."""
+    folder = tmp_path_factory.mktemp("more")
+    old = [name for name in names[1] if name.endswith(".com.br")]
+    new = [*(f"new{i}.com.br" for i in range(3)), *(f"a{i}.org" for i in range(105))]
+    new = [name for name in new if hash_of(name) >= FRACTION * 2**64]  # so that one of each suffix is looked for
+    added = [*old[:50], *names[1][:40], *new, *sorted(names[1], key=hash_of)[:1]]
+    (folder / "more.txt").write_text("\n".join(added))
+    return folder / "more.txt", added
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, source, tokenizer):
+    folder = tmp_path_factory.mktemp("corpus") / "c"
+    prepare_corpus(folder, source, tokenizer, FRACTION, shard_tokens=4000)
+    tokenizer.save(folder / "tokenizer")
+    return folder
+
+
+def sides(folder, tokenizer) -> list[list[str]]:
+    return [names_of(open_corpus(folder / split), tokenizer) for split in ("train", "validation")]
+
+
+def test_additions_follow_the_rule_and_move_no_name(names, more, corpus, tokenizer, tmp_path):
+    folder, limit = copy_of(corpus, tmp_path / "c"), int(FRACTION * 2**64)
+    train, validation = sides(folder, tokenizer)
+    append_to_corpus(folder, domain_names(str(more[0])), tokenizer)
+    new_train, new_validation = sides(folder, tokenizer)
+    assert new_train[: len(train)] == train and new_validation[: len(validation)] == validation
+    assert not set(new_train) & set(new_validation)
+    new = [name for name in more[1] if name not in names[1]]
+    lowest = {min((name for name in new if name.endswith(suffix)), key=hash_of) for suffix in (".com.br", ".org")}
+    wanted = {name for name in more[1] if name in validation or hash_of(name) < limit} | lowest
+    assert len(wanted - set(validation)) == 2 and len(wanted) > 2
+    assert new_validation[len(validation) :] == [name for name in more[1] if name in wanted]
+    assert new_train[len(train) :] == [name for name in more[1] if name not in wanted]
+    # Once more, and all of them stay where they are.
+    append_to_corpus(folder, domain_names(str(more[0])), tokenizer, again=True)
+    assert [set(one) for one in sides(folder, tokenizer)] == [set(new_train), set(new_validation)]
+    (tmp_path / "none.txt").write_text("\n".join(name for name in more[1] if name not in wanted))
+    records = append_to_corpus(folder, domain_names(str(tmp_path / "none.txt")), tokenizer)
+    assert records["validation"]["documents"] == 0
+    assert [path.name for path in folder.glob("split-*")] == ["split-00003.safetensors"]
+
+
+def test_an_addition_that_dies_leaves_the_corpus_and_is_completed(more, corpus, tokenizer, tmp_path, monkeypatch):
+    source, synced, found = domain_names(str(more[0])), os.fsync, []
+    whole = copy_of(corpus, tmp_path / "whole")
+    append_to_corpus(whole, source, tokenizer, tokenizer_threads=0)
+    for die_at in range(1, 40):
+        folder, writes = copy_of(corpus, tmp_path / str(die_at)), 0
+
+        def fsync(file, die_at=die_at):
+            nonlocal writes
+            writes += 1
+            if writes == die_at:
+                raise Died
+            synced(file)
+
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(atomic_write.os, "fsync", fsync)
+                append_to_corpus(folder, source, tokenizer, tokenizer_threads=0)
+        except Died:
+            assert sides(folder, tokenizer) in (sides(corpus, tokenizer), sides(whole, tokenizer))
+            append_to_corpus(folder, source, tokenizer, tokenizer_threads=0)
+            found.append(sides(folder, tokenizer))
+        else:
+            break
+    assert len(found) > 5 and all(one == sides(whole, tokenizer) for one in found)
+
+
+def test_documents_are_not_added_to_names(names, corpus, tokenizer, tmp_path):
+    with pytest.raises(UserError) as caught:
+        append_to_corpus(copy_of(corpus, tmp_path / "c"), files(str(names[0]), sample_by="line"), tokenizer)
+    assert caught.value.code == "other_split"

@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from torchrecipes.atomic_write import write_atomically
-from torchrecipes.data.corpus.build import HASHES, SETTINGS_FILE
+from torchrecipes.data.corpus.build import HASHES, SETTINGS_FILE, is_bulk, num_threads, split_file
 from torchrecipes.data.corpus.corpus import PENDING_FILE, Corpus, open_corpus, prepare_corpus
 from torchrecipes.data.corpus.shard_writer import CORPUS_FILE, to_json, writing
 from torchrecipes.data.corpus.shards import Statistics, shard_name
@@ -61,7 +61,8 @@ def append_to_corpus(
 
     Raises:
         UserError: no corpus that `prepare_corpus` made (code `no_corpus`), another tokenizer (`other_tokenizer`), text
-            that the corpus holds already (`duplicate_addition`), or what `prepare_corpus` raises.
+            that the corpus holds already (`duplicate_addition`), domain names that are not read as those of the corpus
+            (`other_split`), or what `prepare_corpus` raises.
     """
     folder = Path(folder)
     settings = _settings(folder)
@@ -75,8 +76,13 @@ def append_to_corpus(
         corpora = _corpora(folder, tokenizer)
         _refuse_duplicate(folder, settings, source, again)
         staging = folder / f"addition-{source.fingerprint[:16]}-{len(_additions(folder))}"
-        fraction = settings["validation"].get("fraction", 0)
-        if fraction and not _holds_out_any(source, fraction):
+        fraction, split = settings["validation"].get("fraction", 0), None
+        if fraction and is_bulk(source, tokenizer) != ("names_per_suffix" in settings["validation"]):
+            raise _other_split(source)
+        if fraction and is_bulk(source, tokenizer):
+            split = _extend_split(folder, source, len(_additions(folder)), num_threads(tokenizer_threads))
+            fraction = fraction if split.holds_out_added else 0
+        elif fraction and not _holds_out_any(source, fraction):
             fraction = 0
         prepare_corpus(
             staging,
@@ -85,13 +91,15 @@ def append_to_corpus(
             fraction,
             tokenizer_threads=tokenizer_threads,
             shard_tokens=settings["shard_tokens"],
+            split=split,
         )
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "name": source.name}
         record["source"] = source.fingerprint
         bases = {split: corpus.account for split, corpus in corpora.items()}
         accounts = {split: _join(folder, split, bases[split], [staging], record) for split in bases}
         _commit(folder, accounts, staging.name)
-        return {split: account["additions"][-1] for split, account in accounts.items()}
+        (folder / split_file(len(_additions(folder)) - 1)).unlink(missing_ok=True)  # that of the names before
+        return {name: account["additions"][-1] for name, account in accounts.items()}
     finally:
         for file in lock:
             file.close()
@@ -212,6 +220,26 @@ def _refuse_duplicate(folder: Path, settings: dict[str, Any], source: Source, ag
 def _holds_out_any(source: Source, fraction: float) -> bool:
     limit = int(fraction * HASHES)
     return any(xxhash.xxh3_64_intdigest(document.text.encode()) < limit for document in source)
+
+
+def _extend_split(folder: Path, source: Any, additions: int, threads: int) -> Any:
+    from torchrecipes.data.domains.name_split import load_split, split_names  # it needs this package
+
+    earlier = load_split(folder / split_file(additions))
+    if earlier is None:
+        hint = "Restore the file, or build the corpus again."
+        raise UserError(f"{folder} holds no {split_file(additions)}", hint=hint, code="corrupt_corpus")
+    with writing(folder):
+        return split_names(folder / split_file(additions + 1), source, earlier.limit, threads, earlier)
+
+
+def _other_split(source: Any) -> UserError:
+    return UserError(
+        f"{source.name} is not read as the corpus was: domain names in bulk are held out by public suffix, documents "
+        "are not",
+        hint="Read it with torchrecipes.data.domains.domain_names if the corpus was, else with another source.",
+        code="other_split",
+    )
 
 
 def _join(

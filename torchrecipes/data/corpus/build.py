@@ -46,10 +46,14 @@ if TYPE_CHECKING:
     from torchrecipes.data.domains.name_split import NameSplit
 
 SETTINGS_FILE = "prepare.json"
-SPLIT_FILE = "split-00000.safetensors"  # which domain names are held out
 FEW = 100  # names of a public suffix from which on one of them at least is held out
 HASHES = 1 << 64  # number of values of a document's hash
 BATCH_CHARACTERS = 1 << 17  # tokenized at a time by one thread: encodings take 100 times as many bytes
+
+
+def split_file(additions: int) -> str:
+    """The file that says which domain names are held out, after so many additions to the corpus."""
+    return f"split-{additions:05d}.safetensors"
 
 
 def check_corpus_dir(
@@ -197,7 +201,7 @@ def build_corpus(
                     continue
                 if is_bulk(one, tokenizer):
                     if fraction and split is None:
-                        split = _choose_names(folder / SPLIT_FILE, one, fraction, threads, throttle is not None)
+                        split = _choose_names(folder / split_file(0), one, fraction, threads, throttle is not None)
                     from torchrecipes.data.corpus.bulk import NameReader  # it needs this module
 
                     reader: Any = NameReader(one, tokenizer, writer.position, split, samples)

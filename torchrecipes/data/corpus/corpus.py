@@ -13,7 +13,7 @@ import json
 from bisect import bisect_right
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -24,6 +24,9 @@ from torchrecipes.data.corpus.shards import FORMAT, FORMATS, Shard, Statistics, 
 from torchrecipes.data.sources.records import Source
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from torchrecipes.data.domains.name_split import NameSplit
 
 MUCH_UNKNOWN = 0.02  # fraction of the tokens above which the summary warns
 FEW_DOCUMENTS = 10  # for validation: below, the summary warns
@@ -264,6 +267,7 @@ def prepare_corpus(
     seq_len: int | None = None,
     eval_samples: int | None = None,
     name: str | None = None,
+    split: "NameSplit | None" = None,
 ) -> tuple[Corpus, Corpus | None]:
     """Tokenizes a source into the corpora `folder/train` and `folder/validation`, or opens them if that is done.
 
@@ -275,13 +279,15 @@ def prepare_corpus(
         source: the documents.
         tokenizer: makes the tokens.
         validation_fraction: fraction of the documents held out for validation, chosen by a hash of the text, so that
-            equal texts are always on the same side; at least one document. 0: no validation corpus.
+            equal texts are always on the same side; at least one document. Of domain names also one at least of every
+            public suffix with 100 names or more. 0: no validation corpus.
         validation_source: documents for validation; then all of `source` is for training.
         tokenizer_threads: threads that tokenize, beside one that reads. 0: that one does both; None: one per core.
         shard_tokens: maximum tokens of a shard (a longer document has a shard of its own). 64Mi are 128 MiB of uint16.
         seq_len: tokens per row, for the warning of `Corpus.summary`.
         eval_samples: the first documents, so many, are for validation, instead of a fraction.
         name: of the part of a mixture, or of the evaluation set, for messages; None: the only text.
+        split: which domain names are for validation, where they are added to others; None: it is chosen here.
 
     Returns:
         Train and validation; None for the latter if there is none.
@@ -293,7 +299,7 @@ def prepare_corpus(
     """
     folder = Path(folder)
     settings = corpus_settings(source, tokenizer, validation_fraction, validation_source, eval_samples, shard_tokens)
-    made = build_corpus(folder, source, tokenizer, settings, validation_source, tokenizer_threads)
+    made = build_corpus(folder, source, tokenizer, settings, validation_source, tokenizer_threads, split=split)
     corpora = [
         open_corpus(folder / split, tokenizer)
         for split in ("train", "validation")

@@ -38,6 +38,7 @@ class NameSplit:
         is_held_out: bool `[S]`, whether a name of each is.
         few_hashes: uint64 `[F]`, ascending: the names of suffixes of which none is held out.
         few_suffixes: int64 `[F]`, the place of their suffixes in `suffixes`.
+        holds_out_added: whether one of the names that were added last is held out.
     """
 
     limit: int
@@ -47,6 +48,7 @@ class NameSplit:
     is_held_out: np.ndarray
     few_hashes: np.ndarray
     few_suffixes: np.ndarray
+    holds_out_added: bool = False
 
     def holds_out(self, hashes: np.ndarray) -> np.ndarray:
         """Whether the names with these hashes, uint64 `[D]`, are for validation: bool `[D]`."""
@@ -58,7 +60,7 @@ class NameSplit:
         return held_out
 
     def extended(self, added: SuffixCounts) -> "NameSplit":
-        """The split of the names so far and of those that were counted without `few_hashes`."""
+        """The split of the names so far and of more names, which were counted with this one as the earlier split."""
         suffixes = sorted({*self.suffixes, *added.suffixes})
         place = {suffix: i for i, suffix in enumerate(suffixes)}
         old, new = (np.array([place[one] for one in own], np.int64) for own in (self.suffixes, added.suffixes))
@@ -78,7 +80,8 @@ class NameSplit:
         few = np.flatnonzero(~held_out[of_suffix])
         few = few[np.lexsort((of_suffix[few], hashes[few]))]
         chosen = np.union1d(self.chosen, lowest[choose])
-        return NameSplit(self.limit, chosen, suffixes, counts, held_out, hashes[few], of_suffix[few])
+        new_held_out = bool(added.num_held_out or choose.any() or (added.lowest < np.uint64(self.limit)).any())
+        return NameSplit(self.limit, chosen, suffixes, counts, held_out, hashes[few], of_suffix[few], new_held_out)
 
     def save(self, path: Path, made_from: dict[str, Any]) -> None:
         """Writes the split to a file; `load_split` gives it back for the same `made_from`."""
@@ -90,7 +93,8 @@ class NameSplit:
             "few_hashes": self.few_hashes,
             "few_suffixes": self.few_suffixes,
         }
-        about = {"format": SPLIT_FORMAT, "limit": self.limit, "made_from": made_from}
+        about = {"format": SPLIT_FORMAT, "limit": self.limit, "holds_out_added": self.holds_out_added}
+        about["made_from"] = made_from
         write_atomically(path, [save(arrays, {"about": json.dumps(about)})])  # safetensors writes keys in any order
 
 
@@ -116,7 +120,7 @@ def load_split(path: Path, made_from: dict[str, Any] | None = None) -> NameSplit
             return None
         arrays = load(content)
         suffixes = arrays.pop("suffixes").tobytes().decode().split("\n")
-        return NameSplit(limit=about["limit"], suffixes=suffixes, **arrays)
+        return NameSplit(limit=about["limit"], suffixes=suffixes, holds_out_added=about["holds_out_added"], **arrays)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -143,7 +147,7 @@ def split_names(
     made_from = {"source": source.fingerprint, "limit": limit, "names_before": before, "names_per_suffix": FEW}
     split = load_split(path, made_from)
     if split is None:
-        counts = count_suffixes(source, threads, earlier.few_hashes if earlier else NO_HASHES)
+        counts = count_suffixes(source, threads, earlier)
         if not earlier and counts.counts.sum() < FEW and len(np.unique(counts.few_hashes)) == 1:
             raise one_document()
         split = (earlier or first_split(limit)).extended(counts)

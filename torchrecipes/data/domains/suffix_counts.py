@@ -26,6 +26,7 @@ class SuffixCounts:
         lowest: uint64 `[S]`, the lowest hash of a name of each.
         few_hashes: uint64 `[F]`, ascending: the hashes of all names of the suffixes with fewer than `FEW` names.
         few_suffixes: int64 `[F]`, the place of their suffixes in `suffixes`.
+        num_held_out: names that an earlier split holds out.
     """
 
     suffixes: list[str]
@@ -33,13 +34,14 @@ class SuffixCounts:
     lowest: np.ndarray
     few_hashes: np.ndarray
     few_suffixes: np.ndarray
+    num_held_out: int = 0
 
 
 # The latest result: a tokenizer's suffixes are counted, and then the split of the same source is chosen.
 _latest: tuple[str, SuffixCounts] | None = None
 
 
-def count_suffixes(source: Any, threads: int | None = None, without: np.ndarray = NO_HASHES) -> SuffixCounts:
+def count_suffixes(source: Any, threads: int | None = None, earlier: Any = None) -> SuffixCounts:
     """Counts the names of a source by public suffix.
 
     The memory is a few numbers for every suffix and for every name of the suffixes with few names.
@@ -47,15 +49,16 @@ def count_suffixes(source: Any, threads: int | None = None, without: np.ndarray 
     Args:
         source: gives names in bulk: `blocks` and `parse`, as `domain_names` has them.
         threads: that parse names; None: one per core.
-        without: uint64, ascending: names with these hashes are counted, but are in neither `lowest` nor `few_hashes`.
+        earlier: the `NameSplit` of other names, to which these are added. Those of its `few_hashes` are counted, but
+            are in neither `lowest` nor `few_hashes`.
 
     Raises:
         UserError: no names (code `no_documents`), or what the source raises.
     """
     global _latest
-    if _latest is not None and _latest[0] == source.fingerprint and not len(without):
+    if _latest is not None and _latest[0] == source.fingerprint and earlier is None:
         return _latest[1]
-    counter = SuffixCounter(without)
+    counter = SuffixCounter(earlier)
     progress, report = Progress("counting suffixes", source.num_bytes, "names"), ReadStats()
 
     def work(block: Any) -> tuple[int, ReadStats, "_Found"]:
@@ -79,7 +82,7 @@ def count_suffixes(source: Any, threads: int | None = None, without: np.ndarray 
     add_skipped(report, source.report)
     require_documents(source, report)
     counts = counter.counts()
-    if not len(without):
+    if earlier is None:
         _latest = source.fingerprint, counts
     return counts
 
@@ -94,17 +97,18 @@ class _Found:
     names: dict[int, str]  # of suffixes that were not known
     few_keys: np.ndarray
     few_hashes: np.ndarray
+    num_held_out: int
 
 
 class SuffixCounter:
     """Adds up what is found in batches of names. `look` is for many threads, `add` for one.
 
     Args:
-        without: as for `count_suffixes`.
+        earlier: as for `count_suffixes`.
     """
 
-    def __init__(self, without: np.ndarray = NO_HASHES):
-        self._without = without
+    def __init__(self, earlier: Any = None):
+        self._earlier, self._num_held_out = earlier, 0
         self._known: tuple[KeyTable, np.ndarray, np.ndarray] = (
             KeyTable(np.empty(0, np.uint64)), np.empty(0, np.int64), np.empty(0, np.uint64)
         )  # fmt: skip
@@ -138,10 +142,11 @@ class SuffixCounter:
         is_few = np.concatenate([counts < FEW, np.ones(len(new_keys), bool)])
         few = self._left(np.flatnonzero(is_few[places]), hashes)
         there = np.flatnonzero(number)
-        return _Found(keys[there], number[there], minima[there], names, keys[places[few]], hashes[few])
+        held_out = 0 if self._earlier is None else int(self._earlier.holds_out(hashes).sum())
+        return _Found(keys[there], number[there], minima[there], names, keys[places[few]], hashes[few], held_out)
 
     def _left(self, numbers: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-        return numbers[~np.isin(hashes[numbers], self._without)] if len(self._without) else numbers
+        return numbers if self._earlier is None else numbers[~np.isin(hashes[numbers], self._earlier.few_hashes)]
 
     def add(self, found: _Found) -> None:
         """Adds what `look` found."""
@@ -156,6 +161,7 @@ class SuffixCounter:
         counts[places] += found.counts
         lowest[places] = np.minimum(lowest[places], found.lowest)
         self._known = table, counts, lowest
+        self._num_held_out += found.num_held_out
         if len(found.few_hashes):
             self._few.append((found.few_keys, found.few_hashes))
             self._num_few += len(found.few_hashes)
@@ -181,4 +187,6 @@ class SuffixCounter:
         keys, hashes = self._of_few()
         suffixes = rank[table.find(keys)]
         few = np.lexsort((suffixes, hashes))
-        return SuffixCounts([names[i] for i in order], counts[order], lowest[order], hashes[few], suffixes[few])
+        return SuffixCounts(
+            [names[i] for i in order], counts[order], lowest[order], hashes[few], suffixes[few], self._num_held_out
+        )
