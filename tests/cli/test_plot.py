@@ -50,6 +50,24 @@ def test_several_runs_are_drawn_into_one_picture(tmp_path, figures):
     assert {f"{runs[0]}, training", f"{runs[1]}, training", "plain, training"} <= labels
 
 
+def test_the_accuracy_by_kind_of_character_is_a_panel(tmp_path, figures):
+    run = write(tmp_path / "names")
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (10, 20):
+            values = {
+                "accuracy/letter": step / 50,
+                "trigram_accuracy/letter": 0.3,
+                "loss/letter": 2.0,
+                "accuracy/dot": 1.0,
+            }
+            file.write(json.dumps({"step": step} | {f"eval/validation/{k}": v for k, v in values.items()}) + "\n")
+    assert main(["plot", str(run)]) == 0
+    _, _, _, _, kinds = figures[0].axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in kinds.get_lines()}
+    assert curves["names, validation, letter"] == [0.2, 0.4] and curves["names, validation, dot"] == [1.0, 1.0]
+    assert [0.3, 0.3] in curves.values()
+
+
 def test_the_loss_by_position_before_and_after_is_a_panel(tmp_path, figures):
     run = write(tmp_path / "long")
     for step, losses in ((0, (3.0, 5.0)), (10, (2.5, 3.5)), (20, (2.0, 2.5))):

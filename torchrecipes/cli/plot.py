@@ -74,14 +74,16 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     by_position = {name: found for name, lines in runs.items() if (found := _by_position(lines))}
-    names = [["loss", "accuracy"], ["lr", "speed"]] + ([["positions"] * 2] if by_position else [])
+    keys = {key for lines in runs.values() for line in lines for key in line if key.startswith("eval/")}
+    kinds = sorted({key.split("/")[3] for key in keys if key.count("/") == 3 and key.split("/")[2] == "accuracy"})
+    names = [["loss", "accuracy"], ["lr", "speed"]]
+    names += [["kinds"] * 2] * bool(kinds) + [["positions"] * 2] * bool(by_position)
     figure, panels = pyplot.subplot_mosaic(names, figsize=(11, 3.5 * len(names)), layout="constrained")
     loss, accuracy, rate, speed = (panels[name] for name in ("loss", "accuracy", "lr", "speed"))
     for panel in (accuracy, rate, speed):
         panel.sharex(loss)
     for panel in (loss, accuracy):
         panel.tick_params(labelbottom=False)
-    keys = {key for lines in runs.values() for line in lines for key in line if key.startswith("eval/")}
     markers = dict(zip(sorted({key.split("/")[1] for key in keys}), itertools.cycle("os^Dv")))
     for number, (name, lines) in enumerate(runs.items()):
         color = f"C{number}"
@@ -101,10 +103,18 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
             style = {"color": color, "marker": markers[split], "markersize": 4}
             panel.plot(*before, linestyle="--", label=f"{label}, before", **style)
             panel.plot(*after, label=f"{label}, after", **style)
+        for kind, split in itertools.product(kinds, markers):
+            style = {"color": f"C{kinds.index(kind)}", "linewidth": 1.2 / (1 + number)}
+            label = f"{name}, {split}, {kind}"
+            panel, key = panels["kinds"], f"eval/{split}/{{}}accuracy/{kind}"
+            if any(key.format("") in line for line in lines):
+                panel.plot(*_series(lines, key.format("")), marker=markers[split], markersize=4, label=label, **style)
+            panel.plot(*_series(lines, key.format("trigram_")), linestyle=":", **style)
         rate.plot(*_series(lines, "lr"), color=color)
         speed.plot(*_series(lines, "tokens_per_second"), color=color)
     titles = {"loss": "loss (nats per token)", "accuracy": "accuracy", "lr": "learning rate"}
     titles |= {"speed": "tokens per second", "positions": "loss by position in the document"}
+    titles["kinds"] = "accuracy by kind of character (dotted: trigrams)"
     for name, panel in panels.items():
         panel.set_title(titles[name], loc="left", fontsize=10)
         panel.grid(alpha=0.25)

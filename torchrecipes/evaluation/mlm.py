@@ -101,16 +101,18 @@ def evaluate_mlm(
         position_edges: of ranges of positions whose losses are computed, too: see `loss_by_position`.
 
     Returns:
-        - `loss` (nats per masked token), `perplexity`, `accuracy` (share of masked tokens that are the model's first
-          choice), and `unigram_loss`, `unigram_accuracy`: the same for the baseline; `targets`, the masked tokens;
-        - with `position_edges` `loss/0-511`, ... for the ranges that have a target;
-        - where tokens are characters (see `mlm_baseline`) `trigram_loss`, `trigram_accuracy`, `fivegram_loss`,
-          `fivegram_accuracy` of the n-gram model, from the true tokens to the left of a target in its document and row;
-        - and by the target's kind (letter, digit, hyphen, dot, other), where it has a target, all of these but the
-          perplexity, as in `accuracy/letter`. `unigram_accuracy/letter` is the share of the most frequent letter: of
-          a constant prediction that knows the kind. A kind of one character has none.
-        - where documents have classes `class_loss`, `class_accuracy`, and `class_majority_accuracy`, that of always the
-          most frequent class; left out without a document to classify.
+        `loss` (nats per masked token), `perplexity`, `accuracy` (share of masked tokens that are the model's first
+        choice), and `unigram_loss`, `unigram_accuracy`: the same for the baseline. `targets`: the masked tokens. With
+        `position_edges` `loss/0-511`, ... for the ranges that have a target.
+
+        Where tokens are characters (see `mlm_baseline`) `trigram_loss`, `trigram_accuracy`, `fivegram_loss` and
+        `fivegram_accuracy` of the n-gram model, from the true tokens to the left of a target in its document and row;
+        and all of these but the perplexity by the target's kind, as in `accuracy/letter`, for kinds that have a target:
+        letter, digit, hyphen, dot, other. `unigram_accuracy/letter` is the share of the most frequent letter, that of a
+        constant prediction that knows the kind; a kind of one character has none.
+
+        Where documents have classes `class_loss`, `class_accuracy`, and `class_majority_accuracy`, that of always the
+        most frequent class; none of them without a document to classify.
 
         The same on all ranks; NaN where no token is masked.
 

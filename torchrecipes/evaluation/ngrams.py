@@ -23,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchrecipes.data.corpus.corpus import Corpus
 
-MAX_TOKENS = 2**24  # that are counted: in a second or two, with 400 MB of memory
+MAX_TOKENS = 2**24  # that are counted: in seconds, with 400 MB of memory
 CHUNK = 2**18  # tokens read at a time; of a larger corpus as many such pieces are read, evenly spaced
 
 
