@@ -28,7 +28,7 @@ CONFIGS = {config.name: config for config in builtin_configs()}
 NAMED_BY_USERS = ("eval_sets", "sources", "evaluators", "final_evaluators")
 
 
-VALUES_BY_NAME = ("weights", "at_most", "prompts", "dataset_prompts")  # numbers or texts of names of the user's own
+VALUES_BY_NAME = ("weights", "at_most", "prompts", "dataset_prompts", "kinds")  # names of the user's own
 
 
 @cache
@@ -72,12 +72,7 @@ def key_nodes(node: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, bool]]:
             if child[0].value in NAMED_BY_USERS:  # their keys are names of the user's own
                 for _, value in child[1].value:
                     yield from key_nodes(value)
-            elif child[0].value not in (
-                "weights",
-                "at_most",
-                "prompts",
-                "dataset_prompts",
-            ):  # numbers of the user's own names
+            elif child[0].value not in VALUES_BY_NAME:
                 yield from key_nodes(child[1])
         else:
             yield from key_nodes(child)
@@ -166,8 +161,11 @@ def test_every_misspelt_argument_of_a_component_is_refused_with_the_right_sugges
     schema = schema_of(config.recipe)
     instance = load(schema, path_of(config), left_to_the_user(config))
     injected = dict(injected_names(schema))
+    shared = {place for place, value in leaves(yaml.safe_load(path_of(config).read_text())) if "${" in str(value)}
     meant = {}
     for place, path in components(to_tree(instance)):
+        if shared & {place[:size] for size in range(len(place) + 1)}:
+            continue  # tested where it stands
         for argument in parameters(resolve(path)):
             if argument not in injected.get(place, ()):
                 meant[f"{format_key(place)}.{misspelled(argument)}=1"] = argument
