@@ -119,7 +119,7 @@ class HostCopies:
             if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
                 copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=torch.cuda.is_available())
                 self._memory[f"{prefix}/{name}"] = copy
-            copies[name] = copy.copy_(local, non_blocking=True)
+            copies[name] = copy.copy_(local, non_blocking=local.is_cuda)
             if isinstance(tensor, DTensor):
                 mesh = tensor.device_mesh
                 if mesh.device_type != "cpu":

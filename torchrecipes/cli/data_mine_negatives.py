@@ -90,8 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per forward pass (default 1,024 per thread, 32,768 on a GPU)",
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: bf16 on a GPU")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+    group.add_argument(
+        "--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="default: bf16 on a GPU"
+    )
     group.add_argument(
         "--work-dir",
         metavar="DIR",

@@ -14,9 +14,10 @@ from torchrecipes.errors import UserError
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder, the device and the precision."""
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a Hugging Face folder")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+    choices = ("auto", "bf16", "fp16", "fp32")
     parser.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default: bf16 on a GPU, else fp32"
+        "--precision", choices=choices, default="auto", help="default: on an NVIDIA GPU bf16 or fp16, else fp32"
     )
 
 
@@ -39,8 +40,6 @@ def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Ca
     """
     folder = newest_valid_checkpoint(args.run)
 
-    import torch
-
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.models import load_hf_weights, meta_model_from_hf
     from torchrecipes.training.precision import autocast
@@ -57,8 +56,7 @@ def load_causal(args: argparse.Namespace, verb: str) -> tuple[Path, Any, Any, Ca
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=True)
     model.to_empty(device=device)
     load_hf_weights(model, folder, report=report, require_head=True)
-    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    return folder, model, tokenizer, partial(autocast, device, torch.bfloat16 if half else torch.float32)
+    return folder, model, tokenizer, partial(autocast, device, _dtype(args.precision, device))
 
 
 def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, Any]:
@@ -74,8 +72,6 @@ def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, A
     """
     folder = newest_valid_checkpoint(args.run)
 
-    import torch
-
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.evaluation import TextEncoder
     from torchrecipes.models import load_hf_weights, meta_embedding_model
@@ -89,8 +85,7 @@ def load_text_encoder(args: argparse.Namespace, **options: Any) -> tuple[Path, A
     load_hf_weights(model, folder, report=(lambda _: None) if is_complete else report)
     model = model.eval().to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
-    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = _dtype(args.precision, device)
     context = partial(autocast, device, dtype)
     if device.type == "cpu":
         pack_linears(model, dtype)
@@ -109,8 +104,6 @@ def load_text_classifier(args: argparse.Namespace, **options: Any) -> tuple[Path
     """
     folder = newest_valid_checkpoint(args.run)
 
-    import torch
-
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.evaluation import TextClassifier
     from torchrecipes.models import load_classifier
@@ -120,8 +113,7 @@ def load_text_classifier(args: argparse.Namespace, **options: Any) -> tuple[Path
     device = _device(args.device)
     model = load_classifier(folder, report=partial(print, file=sys.stderr)).to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, required=("pad",))
-    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = _dtype(args.precision, device)
     context = partial(autocast, device, dtype)
     if device.type == "cpu":
         pack_linears(model, dtype)
@@ -140,8 +132,6 @@ def load_mask_filler(args: argparse.Namespace, **options: Any) -> Any:
     """
     folder = newest_valid_checkpoint(args.run)
 
-    import torch
-
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.evaluation import MaskFiller
     from torchrecipes.models import load_hf, meta_model_from_hf
@@ -154,8 +144,7 @@ def load_mask_filler(args: argparse.Namespace, **options: Any) -> Any:
     device = _device(args.device)
     model = load_hf(folder, report=partial(print, file=sys.stderr), require_head=True).to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1)
-    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = _dtype(args.precision, device)
     context = partial(autocast, device, dtype)
     if device.type == "cpu":
         pack_linears(model, dtype)
@@ -170,8 +159,6 @@ def load_trained(args: argparse.Namespace) -> tuple[Path, Any, Any, Callable[[],
     """
     folder = newest_valid_checkpoint(args.run)
 
-    import torch
-
     from torchrecipes.data.tokenizers.load import load_tokenizer
     from torchrecipes.models import load_hf
     from torchrecipes.training.precision import autocast
@@ -179,20 +166,20 @@ def load_trained(args: argparse.Namespace) -> tuple[Path, Any, Any, Callable[[],
     device = _device(args.device)
     model = load_hf(folder, report=partial(print, file=sys.stderr), require_head=True).to(device)
     tokenizer = load_tokenizer(folder, pad_vocab_to_multiple_of=1, causal=model.causal)
-    half = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    return folder, model, tokenizer, partial(autocast, device, torch.bfloat16 if half else torch.float32)
+    return folder, model, tokenizer, partial(autocast, device, _dtype(args.precision, device))
 
 
 def _device(name: str | None) -> Any:
-    import torch
+    from torchrecipes.devices import choose_device
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        hint = "Give cpu, or a device of this machine."
-        raise UserError(f"{name}: {reason}", key="--device", hint=hint, code="no_device") from None
-    return device
+        return choose_device(name or "auto")
+    except UserError as error:
+        raise error.under("--device") from None
+
+
+def _dtype(precision: str, device: Any) -> Any:
+    """The dtype to compute in: `auto` is fp32 on a CPU, whatever instructions it has."""
+    from torchrecipes.training.precision import resolve_dtype
+
+    return resolve_dtype("fp32" if precision == "auto" and device.type != "cuda" else precision, device)

@@ -165,9 +165,11 @@ def reduces_every_micro_batch(strategy: str, choice: str) -> bool:
 
 
 def device_memory(device: torch.device, local_world_size: int) -> int:
-    """Bytes of a GPU, or a process' part of this machine's memory."""
+    """Bytes of a GPU (an Apple GPU: what Metal recommends to use), or a process' part of this machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world_size
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchrecipes.devices import float64_device, to_float64
 from torchrecipes.evaluation.mlm import UnigramBaseline
 from torchrecipes.evaluation.position_loss import add_sums, loss_by_position, means_by_position
 from torchrecipes.evaluation.running import evaluation_mode, means_over_ranks
@@ -45,7 +46,7 @@ def evaluate_causal(
     if (finite := log_probability[log_probability.isfinite()]).numel():
         log_probability = log_probability.clamp(min=finite.min())
     # In fp64: a sum over millions of tokens must not depend on how they are spread over batches and ranks.
-    loss, correct, unigram_loss, targets = torch.zeros(4, dtype=torch.float64, device=device)
+    loss, correct, unigram_loss, targets = torch.zeros(4, dtype=torch.float64, device=float64_device(device))
     by_position: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for batch in batches:
@@ -58,14 +59,14 @@ def evaluate_causal(
                     logits = model.head(row)
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                     token_losses.append(F.cross_entropy(logits, label, reduction="none"))
-                    correct += (logits[:, :unpadded_vocab_size].argmax(-1) == label).sum()
+                    correct += to_float64((logits[:, :unpadded_vocab_size].argmax(-1) == label).sum())
             token_loss = torch.cat(token_losses)
-            loss += token_loss.sum(dtype=torch.float64)
+            loss += to_float64(token_loss).sum()
             if position_edges:
                 add_sums(
                     by_position, loss_by_position(token_loss, batch.position_ids.flatten(), position_edges, labels)
                 )
-            unigram_loss -= torch.where(labels >= 0, log_probability[labels.clamp(min=0)], 0).sum(dtype=torch.float64)
+            unigram_loss -= to_float64(torch.where(labels >= 0, log_probability[labels.clamp(min=0)], 0)).sum()
             targets += batch.num_targets
     means = means_over_ranks({"loss": loss, "accuracy": correct, "unigram_loss": unigram_loss}, targets)
     return means | means_by_position(by_position)

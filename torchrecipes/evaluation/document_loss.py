@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchrecipes.data.batching import MLMCollator
 from torchrecipes.data.batching.batch import dense_fields, document_fields
 from torchrecipes.data.batching.shuffle import fold_in
+from torchrecipes.devices import float64_device, to_float64
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.evaluation.text_perplexity import windows
@@ -107,7 +108,7 @@ def _score(
     autocast: Callable[[], AbstractContextManager],
 ) -> list[DocumentLoss]:
     device = next(model.parameters()).device
-    totals = torch.zeros(count, dtype=torch.float64, device=device)
+    totals = torch.zeros(count, dtype=torch.float64, device=float64_device(device))
     targets = torch.zeros(count, dtype=torch.int64, device=device)
     group.sort(key=lambda piece: -len(piece.ids))
     with evaluation_mode(model):
@@ -117,7 +118,7 @@ def _score(
             first += len(rows)
             documents = torch.tensor([piece.document for piece in rows], device=device)
             losses, is_target, row = (_causal if collator is None else _masked)(model, rows, collator, autocast, device)
-            totals.index_add_(0, documents[row], losses.double())
+            totals.index_add_(0, documents[row].to(totals.device), to_float64(losses))
             targets.index_add_(0, documents[row], is_target.long())
     return [DocumentLoss(total, n) for total, n in zip(totals.tolist(), targets.tolist(), strict=True)]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from torchrecipes.devices import float64_device
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.evaluation.sampling import check_sampling, filter_logits, sample, uniform_numbers
@@ -102,7 +103,7 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest, positions = int(lengths.max()), model.config.max_position_embeddings
     steps = min(max_new_tokens, positions - int(lengths.min()))
-    uniform = uniform_numbers(prompts, steps, seed, prompt_counts).to(device) if temperature else None
+    uniform = uniform_numbers(prompts, steps, seed, prompt_counts).to(float64_device(device)) if temperature else None
 
     input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in zip(input_ids, prompts, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchrecipes.devices import to_float64
 from torchrecipes.distributed.collectives import all_reduce_sum_
 
 
@@ -39,9 +40,9 @@ def loss_by_position(
     # Bucket 0 is before the first edge, the last one after the last.
     buckets = torch.bucketize(position_ids.flatten(), bounds, right=True)
     counted = torch.ones_like(buckets, dtype=torch.bool) if labels is None else labels.flatten() != -100
-    losses = torch.where(counted, token_loss.detach().flatten(), 0).double()
-    sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64, device=token_loss.device)
-    sums.index_add_(1, buckets, torch.stack((losses, counted.double())))
+    losses = to_float64(torch.where(counted, token_loss.detach().flatten(), 0))
+    sums = torch.zeros(2, len(edges) + 1, dtype=torch.float64, device=losses.device)
+    sums.index_add_(1, buckets.to(sums.device), torch.stack((losses, to_float64(counted))))
     result = {}
     for number, (first, end) in enumerate(itertools.pairwise(edges), start=1):
         result[f"loss/{first}-{end - 1}"], result[f"targets/{first}-{end - 1}"] = sums[:, number]

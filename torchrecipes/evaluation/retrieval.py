@@ -13,6 +13,7 @@ import xxhash
 
 from torchrecipes.data.examples import ExampleSource
 from torchrecipes.data.progress import Progress
+from torchrecipes.devices import choose_device
 from torchrecipes.distributed.collectives import all_gather_object, rank, world_size
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.beir import read_beir_texts, read_qrels
@@ -111,7 +112,7 @@ class Retrieval:
         check_dims(dims, queries.shape[1])
         mine = _share(len(task.queries))
         widths = (None, *dims)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device()
         sides = [torch.from_numpy(self._rows(queries[mine], dim)).to(device) for dim in widths]
         tops = [TopK(len(side), DEEPEST + self.ignore_identical_ids, device) for side in sides]
         is_finite, first = bool(np.isfinite(queries).all()), 0
@@ -133,7 +134,7 @@ class Retrieval:
             problem = "a model with late interaction is evaluated with all of its dimensions"
             raise UserError(problem, key="dims", hint="Leave them out.", code="several_vectors")
         mine = queries[_share(len(queries))]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device()
         top = TopK(len(mine), DEEPEST + self.ignore_identical_ids, device)
         is_finite, first = bool(np.isfinite(queries.vectors).all()), 0
         for chunk in _chunks(self.task.passages, LATE_CHUNK):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchrecipes.devices import preset
 from torchrecipes.distributed.collectives import all_reduce_sum_
 
 
@@ -39,7 +40,7 @@ class RunningSum:
     """
 
     def __init__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype | None = None):
-        self.dtype = dtype or (torch.float32 if device.type == "mps" else torch.float64)
+        self.dtype = dtype or (torch.float64 if preset(device).float64 else torch.float32)
         self._sum = torch.zeros(tuple(shape), dtype=self.dtype, device=device)
         self._error = torch.zeros_like(self._sum)
 

@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from torchrecipes.devices import to_float64
 from torchrecipes.errors import UserError
 
 
@@ -60,14 +61,16 @@ def filter_logits(logits_BV: Tensor, temperature: float, top_k: int | None, top_
 def sample(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Tokens `[B]`, distributed as the softmax of their rows where `uniform_B` is uniform on [0, 1).
 
-    The sum is in float64: in fp32 its error would be larger than the probability of a rare token.
+    The sum is in float64: in fp32 its error would be larger than the probability of a rare token. On a device without
+    float64 it is on the CPU, where `uniform_B` is, too.
     """
-    total_BV = _cumsum(logits_BV.double().softmax(-1))
+    total_BV = _cumsum(to_float64(logits_BV).softmax(-1))
     sum_B1 = total_BV[:, -1:]
     # A number that rounding makes equal to the sum would be past the last token.
     number_B1 = (uniform_B[:, None] * sum_B1).minimum(sum_B1.nextafter(torch.zeros_like(sum_B1)))
     # With NaN no sum passes the number, and an id that does not exist would end a GPU's process.
-    return torch.searchsorted(total_BV, number_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
+    ids_B = torch.searchsorted(total_BV, number_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
+    return ids_B.to(logits_BV.device)
 
 
 def _cumsum(x_BV: Tensor) -> Tensor:

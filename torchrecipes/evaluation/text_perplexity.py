@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrecipes.data.batching.batch import dense_fields, document_fields
+from torchrecipes.devices import float64_device, to_float64
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.position_loss import add_sums, loss_by_position, means_by_position
 from torchrecipes.evaluation.running import evaluation_mode
@@ -115,7 +116,7 @@ def perplexity(
     """
     window, stride, at_once = _check_windows(model, window, stride, rows)
     device = next(model.parameters()).device
-    total_nll = torch.zeros((), dtype=torch.float64, device=device)
+    total_nll = torch.zeros((), dtype=torch.float64, device=float64_device(device))
     total_documents = total_tokens = total_bytes = 0
     by_position: dict[str, Tensor] = {}
     with evaluation_mode(model):
@@ -131,7 +132,7 @@ def perplexity(
                     nll, token_loss = linear_cross_entropy(
                         hidden, model.head.weight, labels, model.head.bias, return_token_loss=True
                     )
-                    total_nll += nll
+                    total_nll += to_float64(nll)
                 if position_edges:
                     positions = inputs["position_ids"].expand_as(inputs["input_ids"]).flatten()[scored]
                     add_sums(by_position, loss_by_position(token_loss, positions, position_edges))

@@ -100,7 +100,7 @@ def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, devic
     and written once), 0.7 ms for the sum of the weight's gradient over 4 chunks, and 0.4 ms for the weight's copy in
     bf16 and the scaling in `backward`: 12.0 ms with 0.4 GB of logits. 2 chunks would save 0.4 ms and 8 cost 0.8 ms.
 
-    Otherwise at most 256 MiB, and at most 512 rows or 1 MiB: on a CPU a larger chunk saves nothing, because the softmax
+    Otherwise at most 256 MiB, and on a CPU at most 512 rows or 1 MiB: a larger chunk saves nothing, because the softmax
     runs in smaller tiles and matrix products of so many rows are at full speed, while its buffer causes page faults in
     every call. With a small vocabulary all logits fit into the cache, and fewer chunks have less overhead.
     """
@@ -109,8 +109,10 @@ def default_chunk_size(num_rows: int, vocab_size: int, dtype: torch.dtype, devic
     if kernel_device(device) == "cuda":
         multiple = 128
         rows = max(multiple, 512 * MIB // row // multiple * multiple)
-    else:
+    elif kernel_device(device) == "cpu":
         rows = max(1, min(256 * MIB // row, max(512, MIB // row)))
+    else:
+        rows = max(1, 256 * MIB // row)
     num_chunks = max(1, -(-num_rows // rows))
     return max(1, -(-num_rows // (num_chunks * multiple))) * multiple
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from torchrecipes.devices import choose_device
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation.top_k import TopK, add_dot_products, blocks
 
@@ -40,7 +41,7 @@ class ExactIndex:
 
     def __init__(self, vectors: np.ndarray, device: str | torch.device | None = None):
         self.vectors = vectors
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device else choose_device()
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return `[q, k]` float32 scores, falling, and `[q, k]` int64 numbers; of equal scores the lower number first.

@@ -9,6 +9,7 @@
 |          | CPU, otherwise                                       | those of one length at a time, or a mask       |
 | `math`   | CPU, bf16 and fp16, rows up to 1024 tokens; dropout; | the same                                       |
 |          | training with documents one length at a time         |                                                |
+|          | Apple GPUs (`mps`): see `torchrecipes.devices`       | a mask over rows                               |
 | `tiled`  | CPU, causal rows up to 2048 tokens                   | the same                                       |
 | `banded` | CPU, windows that are shorter than a row             | a mask over the window, regrouped or not       |
 
@@ -142,7 +143,7 @@ def choose_attention_backend(
         # What these kernels keep: queries, keys, values and outputs, never the scores.
         reach = (-1, -1) if window is None else (window, 0 if causal else window)
         return AttentionBackend("sdpa", causal=causal and window is None, window_size=reach)
-    if cu_seqlens is not None and len(cu_seqlens) == rows + 1 and device.type != "cpu":
+    if cu_seqlens is not None and len(cu_seqlens) == rows + 1 and kernel_device(device) != "cpu":
         document_ids = cu_seqlens = None  # as many documents as rows
     half = dtype in (torch.bfloat16, torch.float16)
     packed = document_ids is not None or cu_seqlens is not None
@@ -150,7 +151,7 @@ def choose_attention_backend(
         if _flash_4_is_active() and (cu_seqlens is not None or not packed):
             return varlen_backend(shape, cu_seqlens, max_seqlen, causal=causal, window=window, device=device)
         return flex_backend(shape, document_ids, cu_seqlens, causal=causal, window=window, device=device)
-    if device.type != "cpu":
+    if kernel_device(device) != "cpu":
         return masked_backend(shape, document_ids, cu_seqlens, causal, window, dropout_p, device, dtype)
 
     segments = gather = scatter = None
@@ -265,13 +266,15 @@ def masked_backend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> AttentionBackend:
-    """`scaled_dot_product_attention`, with a mask where rows are not dense; `choose_attention_backend`'s arguments."""
+    """Rows with a mask where they are not dense, by `scaled_dot_product_attention`, or by plain products on other
+    devices than CUDA; `choose_attention_backend`'s arguments."""
+    name = "sdpa" if device.type == "cuda" else "math"
     if document_ids is None and cu_seqlens is not None:
         document_ids = document_ids_from(cu_seqlens, shape)
-    if document_ids is None and window is None:
-        return AttentionBackend("sdpa", causal=causal, dropout_p=dropout_p)
+    if document_ids is None and window is None and not (causal and name == "math"):
+        return AttentionBackend(name, causal=causal, dropout_p=dropout_p)
     mask = _mask(document_ids, shape[1], causal, window, device, dtype)
-    return AttentionBackend("sdpa", dropout_p=dropout_p, mask=mask)
+    return AttentionBackend(name, dropout_p=dropout_p, mask=mask)
 
 
 def cached_attention_backend(
@@ -290,7 +293,8 @@ def cached_attention_backend(
     if window is not None:
         unseen = unseen | (slots < positions - window)
     mask = torch.zeros(unseen.shape, dtype=dtype, device=position_ids.device).masked_fill_(unseen, float("-inf"))
-    return AttentionBackend("sdpa" if position_ids.shape[1] > 1 else "math", mask=mask)
+    is_kernel = position_ids.shape[1] > 1 and position_ids.device.type in ("cpu", "cuda")
+    return AttentionBackend("sdpa" if is_kernel else "math", mask=mask)
 
 
 def document_ids_from(cu_seqlens: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torchrecipes.data.batching.loader import rows_per_rank
+from torchrecipes.devices import accelerator_in_use, empty_cache, fork_rng, is_out_of_memory
 from torchrecipes.distributed.collectives import all_reduce_min, world_size
 from torchrecipes.distributed.fsdp import choose_strategy, device_memory
 from torchrecipes.errors import UserError
@@ -129,12 +130,15 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that this process can still allocate: on its GPU, or its part of this machine's memory.
 
     Args:
-        device: of the process. What PyTorch has reserved of a GPU and does not use counts as free.
+        device: of the process. What PyTorch has reserved of a GPU and does not use counts as free; of the memory that
+            an Apple GPU shares with the CPU, what Metal recommends to use.
         processes: of this machine, which share its memory in equal parts if the device is the CPU.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     return _free_of_machine() // processes
 
 
@@ -184,19 +188,15 @@ _LIMITS = (  # of a container: control groups, version 2 and 1
 
 def _runs(try_step: Callable[[int], None], clean_up: Callable[[], object], rows: int) -> bool:
     """Whether a step of so many rows finds enough memory."""
-    cuda = torch.cuda.is_initialized()
     try:
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
+        with fork_rng():
             try_step(rows)
         return True
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
     finally:
         clean_up()
     # Outside of the `except`: the error holds the frames of the failed step, and they hold its tensors.
-    if cuda:
-        torch.cuda.empty_cache()  # pieces for other sizes would be in the way
+    empty_cache(accelerator_in_use())
     return False

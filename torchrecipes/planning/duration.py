@@ -18,6 +18,7 @@ from torchrecipes.checkpoint import stored_length
 from torchrecipes.config import build
 from torchrecipes.data.batching.loader import Loader
 from torchrecipes.data.text_data import Text
+from torchrecipes.devices import empty_cache, fork_rng
 from torchrecipes.distributed import all_reduce_max, all_reduce_sum, clip_grad_norm, set_grad_sync
 from torchrecipes.distributed.collectives import run_on_rank0_and_broadcast
 from torchrecipes.errors import UserError
@@ -150,8 +151,7 @@ def seconds_per_step(
     with _same_random_numbers(), contextlib.redirect_stdout(io.StringIO()):  # what this prints, the run prints again
         seconds = _time_steps((config, tokenizer, build_model, build_collator, compute_loss), run, train)
     gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(run.device)
     print(f"a step takes {seconds:.4g} s", flush=True)
     return seconds
 
@@ -186,8 +186,7 @@ def _time_steps(objective: tuple, run: Run, train: Any) -> float:
             optimizer.zero_grad()
             if ema:
                 ema.update()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(run.device).synchronize()
         return all_reduce_max(round(1e6 * (time.perf_counter() - start))) / 1e6
 
     with oom_hint(loader.micro_batch_size):
@@ -201,7 +200,7 @@ def _time_steps(objective: tuple, run: Run, train: Any) -> float:
 @contextlib.contextmanager
 def _same_random_numbers() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+    with fork_rng():
         yield
     random.setstate(python)
     np.random.set_state(numpy)

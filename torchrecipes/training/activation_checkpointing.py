@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from torchrecipes.devices import is_out_of_memory
 from torchrecipes.errors import UserError
 from torchrecipes.modules.blocks import transformer_blocks
 
@@ -136,11 +137,13 @@ def oom_hint(micro_batch_size: int) -> Iterator[None]:
     """Adds the setting to lower to the device's out-of-memory error.
 
     Raises:
-        UserError: in place of `torch.OutOfMemoryError`.
+        UserError: in place of `torch.OutOfMemoryError`, or what `mps` raises for it.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         if micro_batch_size > 1:
             remedy = f"micro_batch_size={micro_batch_size // 2} (now {micro_batch_size}; training stays the same, "
             remedy += "except that a mixture of experts balances each micro-batch)"

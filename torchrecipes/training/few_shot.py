@@ -21,12 +21,15 @@ from tqdm import tqdm
 from torchrecipes.data.batching.batch import Batch
 from torchrecipes.data.batching.examples import Examples
 from torchrecipes.data.batching.shuffle import row_indices
+from torchrecipes.devices import fork_rng
+from torchrecipes.distributed import clip_grad_norm
 from torchrecipes.distributed.collectives import run_on_rank0_and_broadcast
 from torchrecipes.errors import UserError
 from torchrecipes.losses import CosineRegression
 from torchrecipes.models.hub import load_hf_weights, save_hf
 from torchrecipes.modules.lora import lora_layers
 from torchrecipes.optim import adamw, linear
+from torchrecipes.training.guard import Guard
 
 
 @dataclass
@@ -85,6 +88,7 @@ def train_on_label_pairs(
     *,
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    dtype: torch.dtype = torch.float32,
 ) -> list[float]:
     """Trains a model on pairs of labeled texts: cosines are to be 1 for equal labels, and 0 for different ones.
 
@@ -98,9 +102,13 @@ def train_on_label_pairs(
         options: see `FewShotConfig`.
         seed: of the pairs' order and of dropout.
         autocast: makes the context to compute in.
+        dtype: of that context; in fp16 the loss is scaled.
 
     Returns:
         The mean loss of every step.
+
+    Raises:
+        UserError: losses or gradients that are not finite, several times in a row (code `diverged`).
     """
     options = options or FewShotConfig()
     labels, loss_function = rows.corpus.labels, CosineRegression()
@@ -109,11 +117,12 @@ def train_on_label_pairs(
     starts = range(0, len(pairs), options.batch_size)
     optimizer = adamw(model, lr=options.lr, betas=(0.9, 0.999))
     lr_scheduler = linear(optimizer, len(starts), warmup_ratio=0.1, min_lr_ratio=0.0)
-    losses = []
+    losses, guard = [], Guard(spike_zscore=None, dtype=dtype)
     model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with fork_rng(device):
         torch.manual_seed(seed)
-        for start in tqdm(starts, desc="pairs of labels", leave=False, disable=not sys.stderr.isatty()):
+        bar = tqdm(starts, desc="pairs of labels", leave=False, disable=not sys.stderr.isatty())
+        for step, start in enumerate(bar, start=1):
             part = slice(start, start + options.batch_size)
             numbers, places = np.unique(pairs[part], return_inverse=True)
             batch = collator.batch(rows, numbers, np.zeros(len(numbers), dtype=np.uint64)).to(device)
@@ -126,9 +135,9 @@ def train_on_label_pairs(
             )
             loss, _ = loss_function(embeddings, examples)
             loss = loss / len(examples)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            (loss * guard.loss_scale).backward()
+            guard.step(optimizer, loss, clip_grad_norm(model, 1.0, guard.loss_scale))
+            guard.check(step)
             optimizer.zero_grad()
             lr_scheduler.step()
             losses.append(loss.item())
@@ -151,7 +160,7 @@ def fit_output_layer(layer: nn.Linear, inputs: Tensor, labels: Tensor, l2: float
     Returns:
         The share of the labels that the layer then predicts.
     """
-    x, y = inputs.detach().double().cpu(), labels.cpu()
+    x, y = inputs.detach().cpu().double(), labels.cpu()
     scale = x.norm(dim=1).mean().clamp(min=1e-12)
     weight = torch.zeros(layer.weight.shape, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(weight), dtype=torch.float64, requires_grad=True)
@@ -242,7 +251,7 @@ def _write_start(
     rows, collator = data.train, build_collator(config, data.tokenizer)
     layer = model.head.out_proj
     model.head.out_proj = nn.Identity()  # the classifier's output is the embedding
-    common = {"seed": config.seed, "autocast": run.autocast}
+    common = {"seed": config.seed, "autocast": run.autocast, "dtype": run.dtype}
     losses = train_on_label_pairs(model, model.classify, rows, collator, options, **common)
     embeddings = _embed_all(model, rows, collator, run)
     model.head.out_proj = layer

@@ -31,20 +31,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchrecipes.devices import rng_state, set_rng_state
+
 
 class RandomState(NamedTuple):
-    """State of torch's generators: of the CPU, and of a GPU (None: there is none)."""
+    """State of torch's generators: of the CPU, and of the device's own (None: it is the CPU)."""
 
     cpu: Tensor
-    cuda: Tensor | None
+    own: Tensor | None
     device: torch.device
 
 
 def random_state(device: torch.device | str) -> RandomState:
     """The state of the generators that a forward pass on `device` draws from. It does not wait for a GPU."""
     device = torch.device(device)
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RandomState(torch.get_rng_state(), cuda, device)
+    return RandomState(torch.get_rng_state(), rng_state(device), device)
 
 
 @contextmanager
@@ -60,5 +61,4 @@ def replay(state: RandomState) -> Iterator[None]:
 
 def _set(state: RandomState) -> None:
     torch.set_rng_state(state.cpu)
-    if state.cuda is not None:
-        torch.cuda.set_rng_state(state.cuda, state.device)
+    set_rng_state(state.own, state.device)

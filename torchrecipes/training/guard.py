@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchrecipes.devices import preset
 from torchrecipes.errors import UserError
 
 MIN_DEVIATION = 0.01  # nats: the noise of a flat loss is not a spike
@@ -112,7 +113,7 @@ class Guard:
         """Updates the weights unless the loss or the gradient norm is not finite.
 
         A skipped step changes neither weights nor the optimizer's state: no decay, no step count. With fused Adam or
-        AdamW the device decides by itself; any other optimizer costs a wait for the device in every step.
+        AdamW the device decides by itself; any other optimizer, and `mps`, cost a wait for it in every step.
 
         Args:
             optimizer: its gradients are ready: clipped, if they are.
@@ -125,7 +126,7 @@ class Guard:
         """
         values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         skip = (~values.isfinite().all()).float()
-        if _skips_on_device(optimizer):
+        if preset(skip.device).found_inf and _skips_on_device(optimizer):
             optimizer.found_inf = skip
             try:
                 optimizer.step()

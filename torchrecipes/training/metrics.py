@@ -78,7 +78,7 @@ class MetricLogger:
         loggers = options.loggers if options and self.is_main else []
         self.loggers = [build(logger, output_dir=str(run.output_dir)) for logger in loggers]
         self.baseline_evaluations = options and options.baseline_evaluations
-        self.max_steps, self.device = max_steps, run.device
+        self.max_steps, self.device, self._peak = max_steps, run.device, 0
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak_flops = peak_flops and peak_flops * collectives.world_size()
         self.path = Path(run.output_dir) / "metrics.jsonl"
@@ -270,8 +270,7 @@ class MetricLogger:
 
     def _report_first_step(self) -> None:
         """Reports the first step by itself, which compiles and allocates, and leaves it out of the rates."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize()
         if self.interval_start < self.first_step:
             seconds = time.perf_counter() - self.start - self.paused
             self.print(f"first step: {seconds:.1f} s, peak memory {self._memory():.2f} GiB")
@@ -308,6 +307,9 @@ class MetricLogger:
     def _memory(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
+        if self.device.type == "mps":  # what the driver holds, which falls for `empty_cache` only
+            self._peak = max(self._peak, torch.mps.driver_allocated_memory())
+            return self._peak / 2**30
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

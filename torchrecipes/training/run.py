@@ -17,6 +17,7 @@ from torchrecipes.atomic_write import write_atomically
 from torchrecipes.checkpoint.find import list_checkpoints
 from torchrecipes.checkpoint.resume import check_same_settings
 from torchrecipes.config import MayChange, to_yaml
+from torchrecipes.devices import choose_device, device_name, preset
 from torchrecipes.distributed import collectives
 from torchrecipes.errors import UserError
 from torchrecipes.file_lock import lock_folder
@@ -42,6 +43,7 @@ class ComputeConfig:
     compile: bool = False  # torch.compile: about a minute at start-up
     activation_checkpointing: MayChange[Literal["none", "selective", "full"]] = "none"  # less memory, more time
     strategy: MayChange[Literal["auto", "none", "ddp", "fsdp", "hsdp"]] = "auto"  # how processes share the model
+    device: MayChange[Literal["auto", "cpu", "cuda", "mps"]] = "auto"  # auto: a GPU (cuda, mps) if there is one
     reduce_gradients: MayChange[  # between shards; every: gradients stay sharded; auto: every with fsdp and hsdp
         Literal["auto", "every_micro_batch", "last_micro_batch"]
     ] = "auto"
@@ -53,7 +55,7 @@ class Run:
 
     Attributes:
         output_dir: the run's folder; it exists and can be written.
-        device: where this process' model lives: its GPU if there is one, else the CPU.
+        device: where this process' model lives: see `compute.device`.
         dtype: of the forward and backward pass: bf16, fp16 or fp32.
         rank, world_size: this process among all.
         local_world_size: processes on this machine.
@@ -99,11 +101,13 @@ def start_run(config: Any) -> Run:
 
     Raises:
         UserError: the folder cannot be written, or holds a run with other settings (code `other_settings`) or, with
-            resume=never, any run; or the environment names more processes than there are devices.
+            resume=never, any run; or the environment names more processes than there are devices; or
+            there is no `compute.device` (codes `no_device`, `old_torch`), or it cannot do what the config asks of it
+            (`one_process`, `no_compile`).
     """
     compute, seed = config.compute, config.seed
     rank, local_rank, world_size, local_world_size = collectives.dist_env()
-    device = _device(local_rank)
+    device = _device(compute, local_rank, world_size)
     if compute.deterministic:
         set_deterministic()
     dtype = resolve_dtype(compute.precision, device, compute.emulate_float8)
@@ -125,13 +129,13 @@ def start_run(config: Any) -> Run:
     torch.manual_seed(seed + rank)
     if device.type == "cpu":
         tune_malloc()
-    threads = torch.get_num_threads()
-    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     processes = f"{world_size} processes" if world_size > 1 else "1 process"
     chosen = f" (precision: {compute.precision})" if compute.precision == "auto" else ""
     settings = ", ".join(f"{key}={value}" for key, value in config.optimizer.args.items())
-    print(f"{folder}: {processes}, {name}{flash_4}, {str(dtype).removeprefix('torch.')}{chosen}", flush=True)
+    print(
+        f"{folder}: {processes}, {device_name(device)}{flash_4}, {str(dtype).removeprefix('torch.')}{chosen}",
+        flush=True,
+    )
     print(f"optimizer: {config.optimizer.path} ({settings})", flush=True)
     return Run(folder, device, dtype, rank, world_size, local_world_size, resumes, locks)
 
@@ -142,16 +146,33 @@ def _destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+def _device(compute: ComputeConfig, local_rank: int, world_size: int) -> torch.device:
+    try:
+        device = choose_device(compute.device, local_rank)
+    except UserError as error:
+        raise error.under("compute.device") from None
+    if world_size > 1 and not preset(device).distributed:
+        raise UserError(
+            f"{device.type} trains in one process, and there are {world_size}",
+            key="compute.device",
+            hint="Start one process, or set compute.device=cpu.",
+            code="one_process",
+        )
+    if compute.compile and not preset(device).compiles:
+        raise UserError(
+            f"torch.compile is not used on {device.type}: its kernels for it are a prototype",
+            key="compute.compile",
+            hint="Set compute.compile=false, or compute.device=cpu.",
+            code="no_compile",
+        )
+    if device.type != "cuda":
+        return device
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
             hint="Start one process per GPU: --nproc-per-node gpu.",
             code="more_processes_than_gpus",
         )
-    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchrecipes.data.batching.examples import Examples
+from torchrecipes.devices import preset
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; a copy from pinned memory does not wait for it."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=preset(device).copies_async))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which a GPU copies while the CPU continues (called by DataLoader)."""

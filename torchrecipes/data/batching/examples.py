@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchrecipes.devices import preset
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -52,7 +54,7 @@ class Examples:
 
     def to(self, device: torch.device) -> "Examples":
         """The examples on `device`; a copy from pinned memory does not wait for it."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=preset(device).copies_async))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Examples":
         """The examples with every tensor but `lengths` replaced by what `change` makes of it."""

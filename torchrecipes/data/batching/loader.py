@@ -29,6 +29,7 @@ from torchrecipes.data.batching.grouped_rows import GroupedRows
 from torchrecipes.data.batching.mixture import MixtureRows, exhausted
 from torchrecipes.data.batching.rows import Rows, number_in_source
 from torchrecipes.data.batching.shuffle import fold_in, permute
+from torchrecipes.devices import preset
 from torchrecipes.errors import UserError
 
 EVALUATION = 2**32  # takes the place of a seed in what evaluation draws
@@ -211,7 +212,7 @@ class Loader:
             num_workers=self._num_workers,
             worker_init_fn=_ignore_signals if self._num_workers else None,
             prefetch_factor=4 if self._num_workers else None,
-            pin_memory=self._device is not None and self._device.type == "cuda",
+            pin_memory=self._device is not None and preset(self._device).copies_async,
             # Its own generator: DataLoader would draw from the global one, which dropout reads.
             generator=torch.Generator(),
         )

@@ -38,13 +38,16 @@ def pack_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
 
     Args:
         model: on the CPU, in fp32.
-        dtype: of the products: fp32, for a model that is called without autocast, or bf16, for one that is called with
-            it.
+        dtype: of the products: fp32, for a model that is called without autocast, or that of autocast for one that is
+            called with it.
 
     Returns:
-        Whether PyTorch has oneDNN, and in bf16 whether the CPU has instructions for it; if not, nothing is changed.
+        Whether PyTorch has oneDNN, and in bf16 and fp16 whether the CPU has instructions for them; if not, nothing is
+        changed.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return False
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
