@@ -101,6 +101,7 @@ def test_the_suffixes_with_ids_are_the_most_frequent(tokenizer):
 
 def test_names_and_their_columns(names, source, tokenizer, tmp_path):
     train, validation = prepare_corpus(tmp_path, source, tokenizer, FRACTION, shard_tokens=2000)
+    assert train.summary(seq_len=512) == train.summary()  # no warning of short documents
     expected = held_out(names[1], int(FRACTION * 2**64))
     assert names_of(train, tokenizer) == [name for name in names[1] if name not in expected]
     assert names_of(validation, tokenizer) == [name for name in names[1] if name in expected]

@@ -158,7 +158,8 @@ class Corpus:
                 f"  warning: few validation documents ({numbers.documents}): noisy loss. Set data.validation_fraction "
                 f"higher, or give data.eval_sets.{name or 'validation'}"
             )
-        if seq_len is not None and mean < seq_len / 8:
+        # Documents that the source describes with columns, such as names, are short by nature.
+        if seq_len is not None and mean < seq_len / 8 and not self.column_names:
             lines.append(
                 f"  warning: documents are short, {mean:,.0f} tokens on average in rows of {seq_len:,}, and attention "
                 "never crosses from one to another. If they are lines or paragraphs of longer texts, set sample_by to "
