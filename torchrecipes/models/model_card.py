@@ -12,6 +12,27 @@ from torchrecipes.models.config_json import read_json
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+_SUFFIXES = """## Public suffixes
+
+The model is told the public suffix of a domain name, such as `com` or `co.uk`, by `token_type_ids`. Those that the
+tokenizer of `transformers` gives are all 0: the suffix is unknown, and results are less good. `torchrecipes` computes
+them itself in `tune-style embed`, `predict` and `fill-mask`. For `transformers`:
+
+```python
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from torchrecipes.data.tokenizers import load_tokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained({name!r}), AutoModel.from_pretrained({name!r})
+inputs = tokenizer(["example.co.uk", "www.example.com"], padding=True, return_tensors="pt")
+ids = inputs["input_ids"]
+types = load_tokenizer({name!r}).token_type_ids(ids.flatten().numpy(), np.full(len(ids), ids.shape[1]))
+inputs["token_type_ids"] = torch.from_numpy(types).view_as(ids)
+print(model(**inputs).last_hidden_state.shape)
+```"""
+
 
 def write_model_card(
     folder: str | Path,
@@ -25,7 +46,8 @@ def write_model_card(
 ) -> Path:
     """Writes `README.md`: how to use the model, what it was trained on, what it reaches, and its settings.
 
-    The kind of model is read from the folder: embeddings (modules.json), a classifier or a reranker (config.json).
+    The kind of model is read from the folder: embeddings (modules.json), a classifier or a reranker (config.json), and
+    whether it is one of domain names (tokenizer_config.json).
     What is not known, such as a language or a licence, is left out.
 
     Args:
@@ -52,6 +74,8 @@ def write_model_card(
         linked = f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else f"`{base_model}`"
         sections.append(f"Training started from {linked}.")
     sections.append(f"## How to use it\n\n{example if code is None else code}")
+    if _has_suffixes(folder, config):
+        sections.append(_SUFFIXES.format(name=name))
     if training_data:
         sections.append("## Training data\n\n" + "\n".join(f"- {line}" for line in training_data))
     if figures:
@@ -61,6 +85,12 @@ def write_model_card(
     file = folder / "README.md"
     write_atomically(file, ["\n\n".join(sections).encode(), b"\n"])
     return file
+
+
+def _has_suffixes(folder: Path, config: dict) -> bool:
+    """Whether the tokenizer knows suffixes of domain names, and the model takes them."""
+    file = folder / "tokenizer_config.json"
+    return config.get("type_vocab_size", 1) > 1 and file.is_file() and "domain_suffixes" in read_json(file)
 
 
 def _kind_of(folder: Path, config: dict, name: str) -> tuple[dict, str, str]:
