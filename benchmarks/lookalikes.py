@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{len(candidates):,} candidates, {len(tests):,} of them held out")
     tasks = {}
     for kind in KINDS:
-        pairs = lookalike_pairs(source, {kind: 1}, max_pairs=args.queries, seed=args.seed)
+        pairs = lookalike_pairs(source, kind, max_pairs=args.queries, seed=args.seed)
         found = [example.texts[:2] for example in pairs]
         tasks[kind] = ([query for query, _ in found], np.array([number[name] for _, name in found]))
     figures = {}

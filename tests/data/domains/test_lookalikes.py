@@ -232,10 +232,10 @@ def test_names_that_are_searched_for_are_not_trained_on():
     parts = {part: [e.texts[0] for e in domain_texts(Names(ALL), part, 0.2)] for part in ("train", "test", "all")}
     assert parts["all"] == ALL and sorted(parts["train"] + parts["test"]) == sorted(ALL)
     assert 20 < len(parts["test"]) < 60
-    found = list(lookalike_pairs(Names(ALL), {"typo": 1}, test_share=0.2))
+    found = list(lookalike_pairs(Names(ALL), "typo", test_share=0.2))
     assert {example.texts[1] for example in found} <= set(parts["test"])
     assert sorted(text for example in found for text in example.texts[1:]) == sorted(ALL)  # the corpus is all names
-    assert found == list(lookalike_pairs(Names(ALL), {"typo": 1}, test_share=0.2))
+    assert found == list(lookalike_pairs(Names(ALL), "typo", test_share=0.2))
     assert len(list(lookalike_pairs(Names(ALL), part="all", max_pairs=7))) == 7
     fingerprints = {lookalike_pairs(Names(ALL), seed=seed).fingerprint for seed in (0, 1)}
     assert len(fingerprints) == 2
@@ -243,7 +243,7 @@ def test_names_that_are_searched_for_are_not_trained_on():
 
 def test_a_lookalike_that_is_a_name_itself_is_no_query():
     names = [f"{first}{second}.com" for first in "asdfg" for second in "asdfg"]
-    found = list(lookalike_pairs(Names(names), {"typo": 1}, part="all"))
+    found = list(lookalike_pairs(Names(names), "typo", part="all"))
     assert 0 < len(found) < len(names) and not {example.texts[0] for example in found} & set(names)
 
 
@@ -260,7 +260,7 @@ class Suffixless:
 
 def test_pairs_are_a_retrieval_task():
     names = [name for name in ALL if name.endswith("com")]
-    results = Retrieval(data=lookalike_pairs(Names(names), {"typo": 1}, part="all"))(Suffixless())
+    results = Retrieval(data=lookalike_pairs(Names(names), "typo", part="all"))(Suffixless())
     assert 0.5 < results["recall@10"] <= 1
 
 

@@ -154,7 +154,7 @@ def domain_texts(names: Source, part: Part = "all", test_share: float = 0.01) ->
 
 def lookalike_pairs(
     names: Source,
-    kinds: Mapping[str, float] | None = None,
+    kind: Literal["homoglyph", "typo", "combo"] | None = None,
     *,
     part: Part = "test",
     test_share: float = 0.01,
@@ -168,7 +168,7 @@ def lookalike_pairs(
 
     Args:
         names: `domain_names` or `synthetic_names`; held in memory.
-        kinds: as of `LookalikeCollator`.
+        kind: of `lookalikes`. None: all, equally often.
         part, test_share: which names are passed for, see `domain_texts`.
         max_pairs: pairs at most, of the first names. None: all.
         seed: of the look-alikes. Those of training are others.
@@ -176,7 +176,8 @@ def lookalike_pairs(
     Raises:
         UserError: an argument is out of range (code `invalid_value`).
     """
-    records = _PairRecords(names, checked_kinds(kinds), _PartOfNames(names, part, test_share), max_pairs, seed)
+    kinds = checked_kinds(None if kind is None else {kind: 1.0})
+    records = _PairRecords(names, kinds, _PartOfNames(names, part, test_share), max_pairs, seed)
     columns = ("query", "positive", "negative")
     return ExampleSource(records, "pairs", columns, settings=(records.kinds, part, test_share, max_pairs, seed))
 
