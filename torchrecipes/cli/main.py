@@ -55,6 +55,10 @@ GROUPS = {
             "cache": ("torchrecipes.cli.data_cache", "list or remove what streams have tokenized"),
             "score": ("torchrecipes.cli.data_score", "find bad data: the loss of every document under a model"),
             "stats": ("torchrecipes.cli.data_stats", "describe a corpus: lengths of documents, fill of rows"),
+            "split-report": (
+                "torchrecipes.cli.data_split_report",
+                "show how domain names are divided into training and validation",
+            ),
             "verify": ("torchrecipes.cli.data_verify", "check every byte of a corpus against its checksums"),
         },
     ),
