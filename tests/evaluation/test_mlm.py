@@ -218,6 +218,7 @@ def test_scores_by_kind_of_character_equal_a_loop(names):
                     {
                         "loss": -likely[label].item(),
                         "accuracy": likely.argmax().item() == label,
+                        "hidden": rows[position] != label,
                         "unigram_loss": -math.log(counts[label] / counts.total()),
                         "trigram_loss": -math.log(trigrams[0][position]),
                         "trigram_accuracy": trigrams[1][position] == label,
@@ -230,6 +231,11 @@ def test_scores_by_kind_of_character_equal_a_loop(names):
         assert scores[f"targets{suffix}"] == len(targets) > 0
         for name in ("loss", "accuracy", "unigram_loss", "trigram_loss", "trigram_accuracy"):
             assert scores[name + suffix] == pytest.approx(np.mean([target[name] for target in targets]), rel=1e-5)
+        hidden = [target for target in targets if target["hidden"]]
+        assert 0 < len(hidden) < len(targets) or f"hidden_loss{suffix}" not in scores
+        for name in ("loss", "accuracy") if len(hidden) < len(targets) else ():
+            assert scores[f"hidden_{name}{suffix}"] == pytest.approx(np.mean([t[name] for t in hidden]), rel=1e-5)
+    assert "hidden_loss" in scores and "hidden_accuracy/letter" in scores
     favourite = max((token for token in counts if tokenizer.decode([token]) in "abcom"), key=lambda t: counts[t])
     letters = [target["label"] == favourite for target in kinds["letter"]]
     assert any(letters) and scores["unigram_accuracy/letter"] == pytest.approx(np.mean(letters))

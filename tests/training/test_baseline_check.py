@@ -20,23 +20,24 @@ from torchrecipes.training.run import Run
 
 
 class Guesses(torch.nn.Module):
-    """Predicts what `choose` makes of the tokens under the masks."""
+    """Predicts what `choose` makes of the tokens under the masks, and of the input."""
 
-    def __init__(self, choose, vocab_size, targets):
+    def __init__(self, choose, vocab_size, true):
         super().__init__()
-        self.choose, self.targets = choose, targets
+        self.choose, self.true = choose, true
         self.head = torch.nn.Linear(vocab_size, vocab_size)
         torch.nn.init.eye_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids, **_):
-        logits = torch.nn.functional.one_hot(self.choose(self.targets), len(self.head.bias)).float() * 5
+        chosen = self.choose(self.true, input_ids[0])
+        logits = torch.nn.functional.one_hot(chosen, len(self.head.bias)).float() * 5
         return logits[None]
 
 
 @pytest.fixture(scope="module")
 def evaluate():
-    """evaluate(choose) gives the metrics of a model that predicts choose(true tokens [positions])."""
+    """evaluate(choose) gives the metrics of a model that predicts choose(true tokens, input)."""
     rng = random.Random(0)
     letters = "eeeeaaaiiorstnlcdmpu"
     names = [f"{''.join(rng.choices(letters, k=7))}{rng.randint(10, 99)}.{rng.choice(letters)}o.uk" for _ in range(300)]
@@ -59,6 +60,7 @@ def evaluate():
         model = Guesses(choose, tokenizer.vocab_size, true)
         return evaluate_mlm(model, [batch], tokenizer.vocab_size, baseline, nullcontext)
 
+    run.mask = tokenizer.mask_id
     run.dot, run.most_frequent = (tokenizer.encode(text)[1] for text in ".e")
     return run
 
@@ -77,26 +79,37 @@ def counts(folder):
 
 
 def only_dots(run):
-    return lambda true: torch.full_like(true, run.dot)
+    return lambda true, seen: torch.full_like(true, run.dot)
 
 
 def most_frequent(run):
-    return lambda true: torch.full_like(true, run.most_frequent)
+    return lambda true, seen: torch.full_like(true, run.most_frequent)
 
 
 def dots_where_they_are(run):
     """The head that learned only the dots: above the baseline of all characters."""
-    return lambda true: torch.where(true == run.dot, run.dot, run.most_frequent)
+    return lambda true, seen: torch.where(true == run.dot, run.dot, run.most_frequent)
+
+
+def copies(run):
+    """Right where the input shows the target, and nowhere else but by chance."""
+    return lambda true, seen: torch.where(seen == run.mask, run.most_frequent, seen)
 
 
 def learned(run):
     """Right for every second character."""
-    return lambda true: torch.where(torch.arange(len(true)) % 2 == 0, true, run.most_frequent)
+    return lambda true, seen: torch.where(torch.arange(len(true)) % 2 == 0, true, run.most_frequent)
 
 
 @pytest.mark.parametrize(
     ("model", "kinds"),
-    [(only_dots, ["", "letter"]), (most_frequent, ["", "letter"]), (dots_where_they_are, ["letter"]), (learned, [])],
+    [
+        (only_dots, ["", "letter"]),
+        (most_frequent, ["", "letter"]),
+        (copies, ["", "letter"]),
+        (dots_where_they_are, ["letter"]),
+        (learned, []),
+    ],
 )
 def test_a_model_that_learns_no_context_is_found(evaluate, tmp_path, capsys, model, kinds):
     metrics = evaluate(model(evaluate))
@@ -136,4 +149,4 @@ def test_accuracy_by_kind_is_a_line_of_its_own(evaluate, tmp_path, capsys):
     log(tmp_path, [10], evaluate(dots_where_they_are(evaluate)))
     first, second = capsys.readouterr().out.splitlines()
     assert "unigram_accuracy" in first and "letter" not in first
-    assert "letter 0." in second and "(unigram 0." in second and "dot 1.000" in second
+    assert "letter 0." in second and "unigram 0." in second and "dot 1.000 (hidden 1.000)" in second

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from torchrecipes.data.corpus.corpus import Corpus
     from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
-# What is summed over the targets. The last one: hits of a constant prediction for each kind of character.
-COLUMNS = ("targets", "loss", "accuracy", "unigram_loss", "unigram_accuracy", "of_known_kind")
+# What is summed over the targets. `hidden`: those that the input does not show. The last one: hits of a constant
+# prediction for each kind of character.
+COLUMNS = ("targets", "loss", "accuracy", "hidden_targets", "hidden_loss", "hidden_accuracy")
+COLUMNS += ("unigram_loss", "unigram_accuracy", "of_known_kind")
 CHUNK_SIZE = 2048  # masked positions whose logits are held at a time
 
 
@@ -102,8 +104,10 @@ def evaluate_mlm(
 
     Returns:
         `loss` (nats per masked token), `perplexity`, `accuracy` (share of masked tokens that are the model's first
-        choice), and `unigram_loss`, `unigram_accuracy`: the same for the baseline. `targets`: the masked tokens. With
-        `position_edges` `loss/0-511`, ... for the ranges that have a target.
+        choice), and `unigram_loss`, `unigram_accuracy`: the same for the baseline. `targets`: the masked tokens. Where
+        masking keeps some targets as they are, which a model learns to copy, `hidden_loss` and `hidden_accuracy` are of
+        the others alone: compare these with the baselines. With `position_edges` `loss/0-511`, ... for the ranges that
+        have a target.
 
         Where tokens are characters (see `mlm_baseline`) `trigram_loss`, `trigram_accuracy`, `fivegram_loss` and
         `fivegram_accuracy` of the n-gram model, from the true tokens to the left of a target in its document and row;
@@ -165,10 +169,15 @@ class _TargetSums:
         labels = batch.masked_labels
         tokens = labels.clamp(min=0)
         kinds = self.kind_of_token[tokens] if self.characters else torch.zeros_like(tokens)
+        hidden = batch.input_ids.flatten()[batch.masked_positions] != labels
+        correct = predictions == labels
         columns = [
             torch.ones_like(labels),
             token_loss,
-            predictions == labels,
+            correct,
+            hidden,
+            token_loss * hidden,
+            correct & hidden,
             -self.log_probability[tokens],
             labels == self.baseline.most_frequent,
             labels == self.most_frequent[kinds] if self.characters else torch.zeros_like(labels),
@@ -178,8 +187,8 @@ class _TargetSums:
         of_kind = kinds == torch.arange(len(self.kinds), device=self.device)[:, None]
         self.sums.add(torch.stack([torch.where(chosen[:, None], values, 0).sum(0) for chosen in of_kind]))
         if self.ngrams:
-            hidden = (batch.masked_positions, labels)
-            self.windows.append(self.ngrams.windows(batch.input_ids, batch.position_ids, *hidden))
+            targets = (batch.masked_positions, labels)
+            self.windows.append(self.ngrams.windows(batch.input_ids, batch.position_ids, *targets))
 
     def means(self) -> dict[str, float]:
         """The means over all targets of all ranks, and over those of every kind that has any."""
@@ -221,10 +230,13 @@ class _TargetSums:
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
     """Sums divided by the targets; NaN where there is none. Adds `perplexity` after `loss`; `targets` comes last."""
-    targets = sums["targets"]
+    targets, hidden_targets = sums["targets"], sums["hidden_targets"]
     means = {}
     for name, value in sums.items():
-        if name != "targets":
+        if name.startswith("hidden"):
+            if name != "hidden_targets" and 0 < hidden_targets < targets:
+                means[name] = float(value / hidden_targets)
+        elif name != "targets":
             means[name] = float(value / targets) if targets else math.nan
         if name == "loss":
             means["perplexity"] = math.exp(min(means["loss"], 700))

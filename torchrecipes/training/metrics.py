@@ -366,7 +366,7 @@ def _describe(values: Mapping[str, float]) -> list[str]:
     lines = [", ".join(f"{name} {overall[name]:.3f}" for name in overall if name not in ("targets", "at_baseline"))]
     by_kind = []
     for kind in kinds:
-        baselines = [name for name in values if name.endswith(f"_accuracy/{kind}")]
+        baselines = [name for name in values if name.endswith(f"_accuracy/{kind}")]  # and of the hidden ones
         shown = ", ".join(f"{name.partition('_accuracy')[0]} {values[name]:.3f}" for name in baselines)
         by_kind.append(f"{kind} {values[f'accuracy/{kind}']:.3f}" + (f" ({shown})" if shown else ""))
     return lines + [f"accuracy by kind: {', '.join(by_kind)}"] * bool(kinds)
