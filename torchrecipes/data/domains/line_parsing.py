@@ -28,7 +28,7 @@ from torchrecipes.data.domains.name_syntax import (
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList, default_list
 from torchrecipes.data.domains.suffix_table import PADDING
 
-PIECE = 1 << 17  # bytes
+PIECE = 1 << 18  # bytes
 EXAMPLES = 5  # per reason and buffer
 EXAMPLE_CHARACTERS = 80
 HYPHEN, END, ZERO, NINE = (ord(character) for character in "-\n09")

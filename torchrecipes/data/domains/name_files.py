@@ -7,7 +7,7 @@ complete lines, a few MiB at a time, in one thread; `parse` turns a block into n
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,8 +21,10 @@ from torchrecipes.data.domains.name_syntax import MAX_LINE, NO_NAMES, REASONS, N
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList, default_list
 from torchrecipes.data.progress import Progress
 from torchrecipes.data.sources.line_reader import UnreadableFile, open_blocks
-from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, BadRecord, Document, ReadStats
+from torchrecipes.data.sources.record_columns import RecordColumns
+from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, BadRecord, Cursor, Document, ReadStats
 from torchrecipes.data.sources.resolve_paths import FoundFile
+from torchrecipes.data.sources.text_column import checked_text
 from torchrecipes.data.sources.text_files import check_unchanged, files, unreadable
 from torchrecipes.errors import UserError
 
@@ -108,15 +110,19 @@ class domain_names:
     on_bad_record: str = "skip"
     max_documents: int | None = None
     report: ReadStats = field(default_factory=ReadStats, init=False, repr=False, compare=False)
-    _position: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _cursor: Cursor = field(default_factory=Cursor, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         self.options = NameOptions(self.strip_url, self.underscore, self.idna)
         _check_sample(self.sample)
-        self._files = files(
+        if self.columns is not None and self.column not in self.columns:
+            hint = f"Name the column of the names '{self.column}' in columns, or set column to one of them."
+            raise UserError(f"{self.columns} have no '{self.column}'", key="columns", hint=hint, code="invalid_value")
+        found = files(
             self.path, self.column, "line", columns=self.columns, delimiter=self.delimiter,
             on_bad_record=self.on_bad_record, max_documents=self.max_documents,
         )  # fmt: skip
+        self._files = found.records(RecordColumns({self.column: "column"}, _document), plain_text=True)
         is_default = self.public_suffix_list is None
         self.suffixes = (
             default_list(self.only_icann) if is_default else PublicSuffixList(self.public_suffix_list, self.only_icann)
@@ -150,37 +156,13 @@ class domain_names:
         Raises:
             UserError: a line that gives no name and `on_bad_record` is "stop"; a file that cannot be read.
         """
-        place = dict(position or {})
-        skip, documents = place.pop("records", 0), place.pop("documents", 0)
-        self._position, self.report = {**place, "records": skip, "documents": documents}, ReadStats()
-        return self._documents(place, position is None, skip, documents)
-
-    def _documents(self, place: dict[str, Any], is_start: bool, skip: int, documents: int) -> Iterator[Document]:
-        for block in self._blocks(place, is_start):
-            parsed = self.parse(block)
-            names, reasons = parsed.names(), list(REASONS)
-            lines = np.concatenate([parsed.line_numbers, parsed.rejected_lines])
-            texts = block.data.split(b"\n") if len(parsed.rejected_lines) else []
-            for records, item in enumerate(np.argsort(lines, kind="stable").tolist(), 1):
-                line = int(lines[item])
-                if skip:
-                    skip -= 1
-                elif item < len(names):
-                    if documents == self.max_documents:
-                        return
-                    documents += 1
-                    self.report.documents += 1
-                    self.report.characters += len(names[item])
-                    self._position = {**place, "records": records, "documents": documents}
-                    yield Document(names[item], block.source_of(line))
-                else:
-                    reason = reasons[parsed.rejected_reasons[item - len(names)]]
-                    self.report.add(BadRecord(block.source_of(line), reason, beginning_of_line(texts[line])))
-            place = block.position
+        self.report, self._cursor = ReadStats(), Cursor(position)
+        blocks = self._blocks(self._cursor.place, position is None)
+        return read_names(blocks, self.parse, self.report, self._cursor, self.max_documents)
 
     def position(self) -> dict[str, Any]:
         """Return the position after the last document or block that was read."""
-        return self._position
+        return self._cursor.position
 
     def blocks(self, position: dict[str, Any] | None = None) -> Iterator[NameBlock]:
         """Yield complete lines, some MiB at a time, for `parse`, with a new report.
@@ -194,24 +176,22 @@ class domain_names:
             UserError: a file that cannot be read; a record of a table without a name and `on_bad_record` is "stop".
             ValueError: the position is inside a block, as those of `read` are.
         """
-        place = dict(position or {})
-        if place.pop("records", 0):
+        self.report, self._cursor = ReadStats(), Cursor(position)
+        if self._cursor.skip:
             raise ValueError("this position of read is inside a block")
-        documents = place.pop("documents", 0)
-        self._position, self.report = dict(position or {}), ReadStats()
-        for block in self._blocks(place, position is None):
+        for block in self._blocks(self._cursor.place, position is None):
             if self.max_documents is not None:
                 parsed = self.parse(block)
-                left = self.max_documents - documents
+                left = self.max_documents - self._cursor.documents
                 if left <= len(parsed):
                     lines = int(parsed.line_numbers[left - 1]) + 1 if left else 0
                     block = block._replace(data=b"\n".join([*block.data.split(b"\n", lines)[:lines], b""]))
-                documents += min(left, len(parsed))
-                block = block._replace(position={**block.position, "documents": documents})
-            self._position = block.position
+                self._cursor.documents += min(left, len(parsed))
+                block = block._replace(position={**block.position, "documents": self._cursor.documents})
+            self._cursor.at(**{key: value for key, value in block.position.items() if key != "documents"})
             if block.data:
                 yield block
-            if documents == self.max_documents:
+            if self._cursor.documents == self.max_documents:
                 return
 
     def parse(self, block: NameBlock) -> ParsedNames:
@@ -222,12 +202,8 @@ class domain_names:
         """
         parsed = parse_lines(block.data, self.options, self.suffixes)
         if self.on_bad_record == "stop" and (bad := {*parsed.rejected} - NO_NAMES):
-            records = (
-                BadRecord(block.source_of(line), reason, text)
-                for reason in bad
-                for line, text in parsed.rejected[reason].examples
-            )
-            lines = "\n".join(map(str, islice(records, 10)))
+            found = sorted((line, reason, text) for reason in bad for line, text in parsed.rejected[reason].examples)
+            lines = "\n".join(str(BadRecord(block.source_of(line), *rest)) for line, *rest in found[:10])
             hint = "Repair the lines, or count and skip them with on_bad_record=skip."
             raise UserError(lines, hint=hint, code="bad_record")
         if block.sample_limit < HASHES:
@@ -300,6 +276,48 @@ class domain_names:
         return bins << (64 - SAMPLE_BITS)
 
 
+def read_names(
+    blocks: Iterator[NameBlock],
+    parse: Callable[[NameBlock], ParsedNames],
+    report: ReadStats,
+    cursor: Cursor,
+    max_documents: int | None = None,
+) -> Iterator[Document]:
+    """Yield the names of blocks as documents, counting names and rejected lines one by one.
+
+    Args:
+        blocks: from the cursor's place on.
+        parse: what gives the names of a block.
+        report: counts names and lines.
+        cursor: where the blocks start; the lines that it says to skip are dropped and not reported.
+        max_documents: names to yield at most, those before the cursor's start included.
+    """
+    skip, reasons = cursor.skip, list(REASONS)
+    for block in blocks:
+        if block.sample_limit < HASHES:
+            cursor.place["sample_limit"] = block.sample_limit
+        parsed = parse(block)
+        names = parsed.names()
+        lines = np.concatenate([parsed.line_numbers, parsed.rejected_lines])
+        texts = block.data.split(b"\n") if len(parsed.rejected_lines) else []
+        for item in np.argsort(lines, kind="stable").tolist():
+            if cursor.documents == max_documents:
+                return
+            cursor.records += 1
+            line = int(lines[item])
+            if skip:
+                skip -= 1
+            elif item < len(names):
+                cursor.documents += 1
+                report.documents += 1
+                report.characters += len(names[item])
+                yield Document(names[item], block.source_of(line))
+            else:
+                reason = reasons[parsed.rejected_reasons[item - len(names)]]
+                report.add(BadRecord(block.source_of(line), reason, beginning_of_line(texts[line])))
+        cursor.at(**block.position)
+
+
 def sample_hashes(hashes: np.ndarray) -> np.ndarray:
     """Return a hash of each name, `[D]` uint64, that is independent of `hashes`, which decide the split."""
     return mix(hashes ^ SAMPLE_KEY)
@@ -330,8 +348,16 @@ def _text_lines(file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
     """Yield the lines of a text file; of a line that is too long for any name, its beginning at least."""
     line, size, tail = place.get("line", 1), 0, 0  # size of `pieces`, and of what follows their last line end
     pieces: list[bytes] = []
+    damage = None
     with open_blocks(file.path, file.compression, place.get("byte", 0)) as blocks:
-        for data, _, stop, _ in blocks:
+        while True:
+            try:
+                block = next(blocks, None)
+            except UnreadableFile as error:
+                damage, block = error, None
+            if block is None:
+                break
+            data, _, stop, _ = block
             end = data.rfind(b"\n") + 1
             if end:
                 first = data.find(b"\n") if tail >= LONGEST_LINE else 0
@@ -346,9 +372,19 @@ def _text_lines(file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
             rest = data[end:][: LONGEST_LINE - tail]
             pieces.append(rest)
             size, tail = size + len(rest), tail + len(rest)
-    if size:
+    if damage is not None:  # the last line is cut
+        size, lines = size - tail, b"".join(pieces)[: size - tail]
+    else:
         lines = b"".join(pieces) + (b"\n" if tail else b"")
+    if size:
         yield NameBlock(lines, file.name, line, {"byte": stop, "line": line + lines.count(b"\n")})
+    if damage is not None:
+        raise damage
+
+
+def _document(values: Sequence[Any], source: str) -> Document | BadRecord:
+    text = checked_text(values[0], source)
+    return text if isinstance(text, BadRecord) else Document(text, source)
 
 
 def _check_sample(sample: str | float | None) -> None:

@@ -51,12 +51,14 @@ class ReadStats:
     """Counts of the documents that were read and of the records that were skipped.
 
     `characters` are Unicode characters. `skipped` and `examples` are by reason; an example is `file:line: detail`.
+    `note` says what a reader should know of the documents.
     """
 
     documents: int = 0
     characters: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
 
     def add(self, record: BadRecord) -> None:
         """Count a record that gave no document."""
@@ -67,7 +69,9 @@ class ReadStats:
 
     def lines(self) -> list[str]:
         """Return a line with the totals, then for every reason its count and examples."""
-        lines = [f"{self.documents:,} documents, {self.characters:,} characters"]
+        lines = [
+            f"{self.documents:,} documents, {self.characters:,} characters" + (f" ({self.note})" * bool(self.note))
+        ]
         for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
             lines.append(f"skipped {count:,}: {reason}")
             lines += [f"  {example}" for example in self.examples[reason]]
