@@ -11,9 +11,11 @@ import pytest
 
 from torchrecipes import atomic_write
 from torchrecipes.data.corpus import append_to_corpus, open_corpus, prepare_corpus
+from torchrecipes.data.corpus.build import build_corpus, corpus_settings
 from torchrecipes.data.domains import domain_names, domain_tokenizer, name_hashes
 from torchrecipes.data.domains.suffix_counts import count_suffixes
-from torchrecipes.data.sources import files
+from torchrecipes.data.sources import Mixture, SourcePart, files
+from torchrecipes.data.sources.beginning import beginning_of
 from torchrecipes.errors import UserError
 
 publicsuffixlist = pytest.importorskip("publicsuffixlist")
@@ -310,3 +312,36 @@ def test_documents_are_not_added_to_names(names, corpus, tokenizer, tmp_path):
     with pytest.raises(UserError) as caught:
         append_to_corpus(copy_of(corpus, tmp_path / "c"), files(str(names[0]), sample_by="line"), tokenizer)
     assert caught.value.code == "other_split"
+
+
+# Streams, mixtures and job arrays
+
+
+def test_a_stream_holds_out_by_the_hash_alone(names, source, tokenizer, tmp_path):
+    settings = corpus_settings(source, tokenizer, FRACTION, None, None, 900, is_stream=True)
+    seen: list[int] = []
+    build_corpus(tmp_path, source, tokenizer, settings, throttle=seen.append)
+    low = {name for name in names[1] if hash_of(name) < FRACTION * 2**64}
+    expected = [[name for name in names[1] if (name in low) == side] for side in (False, True)]
+    assert sides(tmp_path, tokenizer) == expected and low
+    assert seen == sorted(seen) and seen[-1] > 1 and not list(tmp_path.glob("split-*"))
+
+
+def test_suffixes_of_the_beginning_and_of_a_mixture(names, source, more, tokenizer):
+    beginning = beginning_of(source, 1)  # one block: of a small file, all of it
+    first = [
+        line.lower() for line in (names[0] / "names-0.txt").read_text().splitlines() if "." in line and "_" not in line
+    ]
+    expected = Counter(PSL.publicsuffix(name) for name in first)
+    found = count_suffixes(beginning)
+    assert dict(zip(found.suffixes, found.counts.tolist(), strict=True)) == expected
+    both = Counter(PSL.publicsuffix(name) for name in [*names[1], *more[1]])
+    sources = {"a": source, "b": domain_names(str(more[0]))}
+    made = domain_tokenizer(Mixture(sources, None, 1.0, {}, ()), num_suffixes=3)
+    assert made.domain.suffixes == sorted(both, key=lambda suffix: (-both[suffix], suffix))[:3]
+
+
+def test_names_are_not_prepared_in_parts(source):
+    with pytest.raises(UserError) as caught:
+        SourcePart(source, 0, 2)
+    assert caught.value.code == "names_in_parts"

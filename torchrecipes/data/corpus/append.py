@@ -237,7 +237,8 @@ def _other_split(source: Any) -> UserError:
     return UserError(
         f"{source.name} is not read as the corpus was: domain names in bulk are held out by public suffix, documents "
         "are not",
-        hint="Read it with torchrecipes.data.domains.domain_names if the corpus was, else with another source.",
+        hint="Read it with the source of the corpus: tune-style data append CORPUS --config CONFIG "
+        "data.source.path=FILE.",
         code="other_split",
     )
 

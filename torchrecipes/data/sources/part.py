@@ -25,13 +25,20 @@ class SourcePart:
         by_file: whether a part reads its own files only.
 
     Raises:
-        UserError: the index is out of range (code `out_of_range`).
+        UserError: the index is out of range (code `out_of_range`), or the source gives domain names, whose split needs
+            all of them (`names_in_parts`).
     """
 
     def __init__(self, source: Source, index: int, count: int):
         if not 0 <= index < count:
             hint = f"Parts are numbered from 0 to {count - 1}." if count > 0 else "There must be 1 part or more."
             raise UserError(f"there is no part {index} of {count}", hint=hint, code="out_of_range")
+        if hasattr(source, "blocks"):
+            raise UserError(
+                "domain names are not prepared in parts: which are held out depends on all of them",
+                hint="Prepare them in one job, at millions of names a second and core.",
+                code="names_in_parts",
+            )
         self.index, self.count = index, count
         self.fingerprint = f"{source.fingerprint}:{index}/{count}"
         self.by_file = isinstance(source, files) and len(source.found) >= count
