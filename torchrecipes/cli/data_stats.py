@@ -131,10 +131,9 @@ def _best_fit(corpus: Any, lengths: Any, seq_len: int) -> tuple[int, int]:
 
 
 def _next_fit(corpus: Any, lengths: Any, seq_len: int) -> tuple[int, int]:
-    from torchrecipes.data.batching.next_fit import plan_rows
+    from torchrecipes.data.batching.next_fit import plan_corpus
 
-    shortest = corpus.shortest_document
-    rows = sum(len(plan_rows(shard.document_offsets, seq_len, shortest)) - 1 for shard in corpus.shards)
+    rows = int(plan_corpus(corpus, seq_len)[1][-1])
     return rows, int(lengths.counts[lengths.values > seq_len].sum())
 
 

@@ -58,9 +58,11 @@ def rows_of(names, row_len):
 
 
 def hide(collator, block, keys=None):
-    """The tokens of a copy of the block, in which targets are hidden, and the account of them."""
+    """The tokens of a copy of the block, in which targets are hidden, and the fields that say which."""
     copy = RowBlock(block.tokens.copy(), block.boundaries, block.lengths, None, block.columns)
-    return copy.tokens, collator(copy, fold_in(0, np.arange(len(block.tokens))) if keys is None else keys)
+    hidden = collator(copy, fold_in(0, np.arange(len(block.tokens))) if keys is None else keys)
+    fields = {name: value if name == "num_targets" else value.numpy() for name, value in hidden.fields().items()}
+    return copy.tokens, SimpleNamespace(**fields)
 
 
 def per_name(block, rows, hidden, made):

@@ -108,13 +108,16 @@ def document_fields(boundaries: np.ndarray, shape: tuple[int, int]) -> dict[str,
         shape: (B, S).
     """
     size = shape[0] * shape[1]
-    lengths = np.diff(boundaries, append=size)
-    position_ids = (np.arange(size) - np.repeat(boundaries, lengths)).reshape(shape)
+    cu_seqlens = np.append(boundaries, size)
+    lengths = cu_seqlens[1:] - boundaries
+    position_ids = np.arange(size)
+    position_ids -= np.repeat(boundaries, lengths)
     document_ids = np.repeat(np.arange(len(boundaries), dtype=np.int32), lengths).reshape(shape)
+    document_ids -= document_ids[:, :1].copy()
     return {
-        "position_ids": torch.from_numpy(position_ids),
-        "document_ids": torch.from_numpy(document_ids - document_ids[:, :1]),
-        "cu_seqlens": torch.from_numpy(np.append(boundaries, size).astype(np.int32)),
+        "position_ids": torch.from_numpy(position_ids.reshape(shape)),
+        "document_ids": torch.from_numpy(document_ids),
+        "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
         # Few values, because kernels are compiled for it; the length of the batch itself would be one more each time.
         "max_seqlen": min(shape[1], -(-int(lengths.max()) // 128) * 128),
     }

@@ -2,11 +2,54 @@
 
 The plan is one number for every row, its first document, instead of one for every document: of short documents there
 are billions. A plan is of one shard: it does not depend on the others, so that a corpus that grows keeps its rows.
+
+Half a microsecond of a row's plan is nothing for millions of documents. That of a large corpus is stored beside it:
+processes that open it again map the file into memory, which they share.
 """
 
 from bisect import bisect_right
+from contextlib import nullcontext, suppress
 
 import numpy as np
+
+from torchrecipes.atomic_write import write_atomically
+from torchrecipes.data.corpus.corpus import Corpus
+from torchrecipes.data.corpus.shard_writer import CORPUS_FILE
+from torchrecipes.data.progress import waiting_for
+
+STORED = 2**24  # documents from which a plan is stored
+DTYPE = np.dtype("<i4")
+
+
+def plan_corpus(corpus: Corpus, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Plans the rows of a corpus, or maps a stored plan into memory.
+
+    Args:
+        corpus: the documents.
+        seq_len: tokens per row.
+
+    Returns:
+        The plans of its K shards, one after the other: int32 `[R + K]`. And the first row of every shard, and R: int64
+        `[K + 1]`. Row n, of shard k, is at `n + k`.
+    """
+    sizes = [len(shard.document_offsets) - 1 for shard in corpus.shards]
+    path = corpus.folder / f"rows-next_fit-{seq_len}-{corpus.fingerprint}.bin"
+    is_large = corpus.num_documents >= STORED and (corpus.folder / CORPUS_FILE).exists()
+    if is_large:
+        with suppress(OSError, ValueError):
+            plan = np.asarray(np.memmap(path, DTYPE, "r"))
+            # Within a shard numbers do not fall, and each ends with its number of documents.
+            ends = np.append(np.flatnonzero(plan[1:] < plan[:-1]), len(plan) - 1)
+            if plan[ends].tolist() == sizes:
+                return plan, np.append(0, ends + 1) - np.arange(len(sizes) + 1)
+    with waiting_for(f"planning rows of {corpus.folder}") if is_large else nullcontext():
+        shortest = corpus.shortest_document
+        plans = [plan_rows(np.asarray(shard.document_offsets), seq_len, shortest) for shard in corpus.shards]
+    plan = np.concatenate(plans)
+    if is_large:
+        with suppress(OSError):  # it saves the time to plan them again, no more
+            write_atomically(path, [memoryview(plan.astype(DTYPE, copy=False)).cast("B")])
+    return plan, np.cumsum([0, *(len(part) - 1 for part in plans)])
 
 
 def plan_rows(document_offsets: np.ndarray, seq_len: int, shortest: int = 1) -> np.ndarray:

@@ -16,22 +16,36 @@ The scheme is that of BERT (Devlin et al. 2018, 1810.04805, section 3.1), applie
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchrecipes.data.batching.batch import Batch, dense_fields, document_fields
 from torchrecipes.data.batching.mlm import IGNORED, hash32
 from torchrecipes.data.batching.rows import RowBlock, Rows, source_fields
 from torchrecipes.data.batching.shuffle import GOLDEN, fold_in, splitmix64
-from torchrecipes.data.domains.encoding import CLS, DOT, MASK, NUM_KINDS, SEP, SEPARATOR, SUBDOMAIN, SUFFIX, VOCABULARY
+from torchrecipes.data.domains.encoding import (
+    CLS,
+    DOT,
+    MASK,
+    NUM_KINDS,
+    SEP,
+    SEPARATOR,
+    SUBDOMAIN,
+    SUFFIX,
+    UNK,
+    VOCABULARY,
+)
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
 SHORTEST = 5  # tokens: `[CLS] a . b [SEP]`
-PLACE_BITS = 8  # a name has at most 255 tokens: 253 characters (RFC 1035, section 2.3.4), `[CLS]` and `[SEP]`
+LONGEST = 255  # tokens: 253 characters (RFC 1035, section 2.3.4), `[CLS]` and `[SEP]`
 EXAMPLE = 16  # tokens of a made-up name
+TOKENS_AT_ONCE = 2**16  # whose intermediate results fit into a core's cache
 
 
 class DomainCollator:
@@ -91,21 +105,16 @@ class DomainCollator:
     def slots(self, seq_len: int, step: int = 1) -> int:
         """Places for targets in every row of `seq_len` tokens.
 
-        They are enough for the characters before the suffixes, whatever the names. What is left of them, and a share
-        `suffix_probability` of the row, are for hidden suffixes, of which usual names need a fifth of that share; a
-        share `mask_labels` of the row is for labels. A suffix or label for which there is no slot left is not hidden.
+        They are enough for the characters before the suffixes, whatever the names. What is left of them, and half the
+        share `suffix_probability` of the row, is for hidden suffixes; usual names need a fifth of that share. A share
+        `mask_labels` of the row is for labels. A suffix or label for which a row has no slots left is not hidden.
         """
-        return min(seq_len, self._character_slots(seq_len, step) + math.ceil(self.suffix_probability * seq_len))
+        share = _largest_share(self.probability(step), min(seq_len, LONGEST)) + self.suffix_probability / 2
+        return min(seq_len, math.ceil((share + self.mask_labels) * seq_len))
 
     def class_slots(self, seq_len: int) -> int:
         """Places for names whose suffix is hidden in every row of `seq_len` tokens."""
         return math.ceil(self.suffix_probability * max(1, seq_len // SHORTEST))
-
-    def _character_slots(self, seq_len: int, step: int) -> int:
-        # The most of any name: ceil(p * n) of n characters, `[CLS]` and `[SEP]`.
-        n = np.arange(1, max(2, min(seq_len, 1 << PLACE_BITS) - 1))
-        share = (np.ceil(self.probability(step) * n) / (n + 2)).max()
-        return math.ceil(share * seq_len) + math.ceil(self.mask_labels * seq_len)
 
     def batch(self, dataset: Rows, numbers: np.ndarray, row_keys: np.ndarray, step: int = 1) -> Batch:
         """Reads rows and hides their targets.
@@ -130,8 +139,7 @@ class DomainCollator:
         hidden = self(block, row_keys, step)
         return Batch(
             input_ids=torch.from_numpy(block.tokens),
-            **{name: torch.from_numpy(value) for name, value in hidden._asdict().items() if value is not None},
-            num_targets=int((hidden.masked_labels != IGNORED).sum()),
+            **hidden.fields(),
             **document_fields(block.boundaries, block.tokens.shape),
             **source_fields(dataset, block),
         )
@@ -156,8 +164,7 @@ class DomainCollator:
         documents["position_ids"] = documents["position_ids"] % EXAMPLE
         return Batch(
             input_ids=torch.from_numpy(tokens),
-            **{name: torch.from_numpy(value) for name, value in hidden._asdict().items() if value is not None},
-            num_targets=int((hidden.masked_labels != IGNORED).sum()),
+            **hidden.fields(),
             **documents,
         )
 
@@ -169,212 +176,301 @@ class DomainCollator:
             row_keys: `[B]` uint64: the same key, the same choice.
             step: the optimizer step.
         """
-        tokens, row_len = block.tokens, block.tokens.shape[1]
-        names = _Names.of(block)
+        num_rows, row_len = block.tokens.shape
+        hidden = Hidden.empty(num_rows, row_len, self.slots(row_len, step), self.class_slots(row_len))
+        rows_at_once = max(1, TOKENS_AT_ONCE // row_len)
+        for first in range(0, num_rows, rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            names = _Names.of(block, rows)
+            self._hide(names, block.tokens[rows], row_keys[rows], step, Hidden(*(field[rows] for field in hidden)))
+        if num_rows > rows_at_once:  # positions count in their part of the rows
+            first = np.arange(num_rows)[:, None] // rows_at_once * (rows_at_once * row_len)
+            hidden.masked_positions[:] += first
+            hidden.class_positions[:] += first
+        return hidden
+
+    def _hide(self, names: "_Names", tokens: np.ndarray, row_keys: np.ndarray, step: int, hidden: "Hidden") -> None:
+        """Hides the targets of some rows and fills in their part of `hidden`."""
+        row_len = tokens.shape[1]
         keys = splitmix64(row_keys[names.row] ^ (names.in_row + 1).astype(np.uint64) * GOLDEN)
-        dither, dither_kept, draw_label = ((keys >> np.uint64(16 * i) & np.uint64(0xFFFF)) / 65536 for i in range(3))
-        count = np.floor(self.probability(step) * names.count + dither).astype(np.int64)
+        draws = keys.astype("<u8", copy=False).view("<u2").reshape(-1, 4)  # four of 16 bits for every name
+        count = (self.probability(step) * names.count + draws[:, 0] * 2.0**-16).astype(np.int64)
         count = np.maximum(count, names.count > 0)
-        kept = np.floor(self.kept * count + dither_kept).astype(np.int64)
-        draw = _draw(row_keys, names, row_len)
-        ordered = np.sort(draw, axis=1)
-        is_target, is_masked = (_smallest(draw, ordered, names, n) for n in (count, count - kept))
+        order = _random_order(names, row_keys, row_len)
+
+        targets, label_sizes = [], 0
         if self.mask_labels:
-            chosen = (draw_label < self.mask_labels) & (names.count > 0)
-            self._hide_labels(names, chosen, ordered, count, is_target, is_masked, self._character_slots(row_len, step))
-            count = np.add.reduceat(is_target.view(np.uint8), names.starts).astype(np.int64)
-        slots = self.slots(row_len, step)
-        has_class, classes = np.zeros(len(count), dtype=bool), {}
+            reserved = math.ceil(self.suffix_probability / 2 * row_len)
+            left = hidden.masked_positions.shape[1] - reserved - np.add.reduceat(count, names.first_of_row)
+            chosen = np.flatnonzero((draws[:, 2] * 2.0**-16 < self.mask_labels) & (names.count > 0))
+            label_starts, label_sizes = _labels(names, chosen, order, count, left)
+            count[label_sizes > 0] = 0
+            targets.append(_ranges(label_starts, label_sizes))
+        # Of a name the first in order are targets, and of these the last stay as they are.
+        characters = order[_ranges(names.starts, count)].astype(np.int64)
+        kept = (self.kept * count + draws[:, 1] * 2.0**-16).astype(np.int64)
+        stay = characters[_ranges(np.cumsum(count) - kept, kept)]
+        targets.append(characters)
+
+        has_class = np.zeros(len(count), dtype=bool)
         if self.suffix_probability:
-            left = slots - np.bincount(names.row, count, len(tokens)).astype(np.int64)
-            which, is_hidden = self._choose_suffixes(names, row_keys, keys, left, self.class_slots(row_len))
+            count = count + label_sizes
+            left = hidden.masked_positions.shape[1] - np.add.reduceat(count, names.first_of_row)
+            slots = hidden.class_positions.shape[1]
+            which, is_hidden = _suffixes(names, draws[:, 3], row_keys, self.suffix_probability, slots, left)
             has_class[which[is_hidden]] = True
-            weights = self.suffix_weight / self.suffix_probability * count[which]
-            classes = {
-                "class_positions": np.where(which < 0, np.arange(len(tokens))[:, None] * row_len, names.starts[which]),
-                "class_labels": np.where(is_hidden, names.suffix_ids[which], IGNORED),
-                "class_weights": np.where(is_hidden, weights, 0).astype(np.float32),
-            }
-            hidden = np.repeat(has_class, names.lengths) & names.is_suffix
-            is_target |= hidden
-            is_masked |= hidden
-        types = np.repeat(np.where(has_class, 0, NUM_KINDS * names.suffix_ids), names.lengths) + _kinds(names)
-        positions, labels = _in_slots(is_target, names.ids, len(tokens), slots)
-        tokens.reshape(-1)[is_masked] = MASK
-        flat = {name: values.reshape(-1) for name, values in classes.items()}
-        return Hidden(positions, labels, types.reshape(tokens.shape), **flat)
+            hidden.class_positions[:] = names.starts[which]
+            hidden.class_labels[:] = np.where(is_hidden, names.suffix_ids[which], IGNORED)
+            hidden.class_weights[:] = is_hidden * count[which] * (self.suffix_weight / self.suffix_probability)
+            suffix = _ranges(names.suffixes[has_class], names.suffix_sizes[has_class])
+            targets.append(suffix[names.ids[suffix] > MASK] if len(names.unknown) else suffix)
 
-    def _hide_labels(self, names, chosen, ordered, count, is_target, is_masked, slots):
-        """Hides a label instead of characters in the names that are `chosen`, where the row has slots for it."""
-        index = np.flatnonzero(chosen)
-        starts = names.starts[index]
-        first = ordered.reshape(-1)[starts].astype(np.int64)  # the character with the smallest number
-        at = starts + ((first - names.in_row[index]) & ((1 << PLACE_BITS) - 1))
-        dots = np.flatnonzero(names.is_outside & (names.ids == DOT))
-        bounds = np.concatenate([[-1], dots, [len(names.ids)]])
-        next_dot = dots.searchsorted(at)
-        begin = np.maximum(starts, bounds[next_dot]) + 1
-        sizes = np.minimum(starts + names.suffix_starts[index], bounds[next_dot + 1]) - begin
-
-        row, num_rows = names.row[index], len(ordered)
-        more = np.cumsum(sizes - count[index])
-        before = np.concatenate([[0], more])[row.searchsorted(row)]
-        left = slots - np.bincount(names.row, count, num_rows).astype(np.int64)
-        fits = (more - before <= left[row]) & (sizes > 0)
-        index, begin, sizes = index[fits], begin[fits], sizes[fits]
-        of_name = np.zeros(len(count), dtype=bool)
-        of_name[index] = True
-        others = ~np.repeat(of_name, names.lengths)
-        is_target &= others
-        is_masked &= others
-        label = np.arange(int(sizes.sum())) + np.repeat(begin - np.cumsum(sizes) + sizes, sizes)
-        is_target[label] = is_masked[label] = names.is_outside[label]
-
-    def _choose_suffixes(self, names, row_keys, keys, left, slots):
-        """Chooses names whose suffix is hidden.
-
-        Args:
-            names: of all rows.
-            row_keys, keys: of the rows and the names.
-            left: `[B]`, the suffix characters of each row that may be hidden.
-            slots: names of each row, at most.
-
-        Returns:
-            `[B, slots]`: names of each row in random order, -1 where there are no more, and whether each is hidden.
-        """
-        num_rows, width = len(row_keys), max(slots, int(names.number.max(initial=0)) + 1)
-        none, number_bits = np.uint32(0xFFFFFFFF), np.uint32(16)
-        # The number of a name in its row is its lower bits: no two are equal.
-        order = np.full((num_rows, width), none, dtype=np.uint32)
-        has_suffix = names.suffix_count > 0
-        draw = (keys >> np.uint64(48)).astype(np.uint32) << number_bits | names.number.astype(np.uint32)
-        order[names.row[has_suffix], names.number[has_suffix]] = draw[has_suffix]
-        order = np.sort(order, axis=1)[:, :slots]
-        which = np.where(order == none, -1, names.first_of_row[:, None] + (order & np.uint32(0xFFFF)))
-        dither = (splitmix64(row_keys ^ GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        number = np.floor(self.suffix_probability * np.bincount(names.row, has_suffix, num_rows) + dither)
-        is_hidden = (which >= 0) & (np.arange(slots) < number[:, None])
-        sizes = np.where(is_hidden, names.suffix_count[which], 0)
-        return which, is_hidden & (np.cumsum(sizes, axis=1) <= left[:, None])
+        targets = np.concatenate(targets)
+        _fill_types(names, has_class, hidden.token_type_ids)
+        _fill_slots(targets, tokens, hidden.masked_positions, hidden.masked_labels)
+        flat = tokens.reshape(-1)
+        flat[targets] = MASK
+        flat[stay] = names.ids[stay]
 
 
 class Hidden(NamedTuple):
-    """The fields of a `Batch` that say what has been hidden: see there. `class_*` are None where no suffix is."""
+    """The fields of a `Batch` that say what has been hidden, as `[B, ...]`: see there."""
 
     masked_positions: np.ndarray
     masked_labels: np.ndarray
     token_type_ids: np.ndarray
-    class_positions: np.ndarray | None = None
-    class_labels: np.ndarray | None = None
-    class_weights: np.ndarray | None = None
+    class_positions: np.ndarray
+    class_labels: np.ndarray
+    class_weights: np.ndarray
+
+    @staticmethod
+    def empty(num_rows: int, row_len: int, slots: int, class_slots: int) -> "Hidden":
+        """Arrays of these shapes, with any values."""
+        sizes = (slots, slots, row_len, class_slots, class_slots)
+        weights = np.empty((num_rows, class_slots), np.float32)
+        return Hidden(*(np.empty((num_rows, size), np.int64) for size in sizes), weights)
+
+    def fields(self) -> dict[str, Tensor | int]:
+        """The keyword arguments of a `Batch`."""
+        fields: dict[str, Any] = {"num_targets": int(np.count_nonzero(self.masked_labels >= 0))}
+        for name, array in self._asdict().items():
+            if array.size or not name.startswith("class_"):
+                fields[name] = torch.from_numpy(array if name == "token_type_ids" else array.reshape(-1))
+        return fields
 
 
 class _Names(NamedTuple):
-    """The D names of B rows of S tokens; padding is one more at the end of its row.
+    """The D names of B rows of S tokens; padding is one more at the end of its row, without characters.
+
+    Positions count over the flattened tokens.
 
     Attributes:
         ids: `[B * S]` uint8, the tokens.
-        is_outside, is_suffix: `[B * S]` bool: characters before a suffix, and those of one.
-        starts, lengths: `[D]`: first token, counted over the flattened tokens, and tokens.
-        row, number, in_row: `[D]`: the row, the number in the row and the place of the first token in it.
+        starts, suffixes: `[D]`: the first token, and the first of the suffix.
+        parts: `[2 * D]`: tokens of every name before its suffix and from there on.
+        suffix_sizes, count: `[D]`: characters in the suffix and before it, the latter without `[UNK]`.
+        suffix_ids: `[D]`.
+        row, in_row, number: `[D]`: the row, the place of the first token in it, and the name's number in it.
         first_of_row: `[B]`: the first name of each row.
-        suffix_starts, suffix_ids: `[D]`: tokens before the suffix, and its id.
-        count, suffix_count: `[D]`: characters before the suffix and in it.
+        unknown: `[U]`: the `[UNK]` among the tokens.
     """
 
     ids: np.ndarray
-    is_outside: np.ndarray
-    is_suffix: np.ndarray
     starts: np.ndarray
-    lengths: np.ndarray
-    row: np.ndarray
-    number: np.ndarray
-    in_row: np.ndarray
-    first_of_row: np.ndarray
-    suffix_starts: np.ndarray
-    suffix_ids: np.ndarray
+    suffixes: np.ndarray
+    parts: np.ndarray
+    suffix_sizes: np.ndarray
     count: np.ndarray
-    suffix_count: np.ndarray
+    suffix_ids: np.ndarray
+    row: np.ndarray
+    in_row: np.ndarray
+    number: np.ndarray
+    first_of_row: np.ndarray
+    unknown: np.ndarray
 
     @staticmethod
-    def of(block: RowBlock) -> "_Names":
-        num_rows, row_len = block.tokens.shape
-        starts, size = block.boundaries, block.tokens.size
-        lengths = np.diff(starts, append=size)
-        row = starts // row_len
-        first_of_row = starts.searchsorted(np.arange(num_rows) * row_len)
-        suffix_starts, suffix_ids = (block.columns[name].astype(np.int64) for name in ("suffix_starts", "suffix_ids"))
-        ids = block.tokens.reshape(-1).astype(np.uint8)
-        is_character = ids > MASK
-        is_after = np.arange(size) >= np.repeat(starts + suffix_starts, lengths)
-        is_outside, is_suffix = is_character & ~is_after, is_character & is_after
-        counts = (np.add.reduceat(mask.view(np.uint8), starts).astype(np.int64) for mask in (is_outside, is_suffix))
+    def of(block: RowBlock, rows: slice) -> "_Names":
+        """The names of some rows of a block."""
+        row_len = block.tokens.shape[1]
+        ids = block.tokens[rows].astype(np.uint8).reshape(-1)
+        first = rows.start * row_len
+        bounds = block.boundaries.searchsorted(np.arange(first, first + len(ids) + 1, row_len))
+        first_of_row, per_row, entries = bounds[:-1] - bounds[0], np.diff(bounds), slice(bounds[0], bounds[-1])
+        starts = block.boundaries[entries] - first
+        row = np.repeat(np.arange(len(per_row)), per_row)
         number = np.arange(len(starts)) - first_of_row[row]
-        places = (starts, lengths, row, number, starts - row * row_len, first_of_row)
-        return _Names(ids, is_outside, is_suffix, *places, suffix_starts, suffix_ids, *counts)
+        lengths = np.append(starts[1:], len(ids)) - starts
+        before, suffix_ids = (block.columns[name][entries].astype(np.int64) for name in ("suffix_starts", "suffix_ids"))
+        # A name is `[CLS] characters [SEP]`. Of padding, 0 tokens are before the suffix.
+        count = np.maximum(before, 1) - 1
+        suffix_sizes = (lengths - before - 1) * (before > 0)
+        suffixes = starts + before
+        unknown = np.flatnonzero(ids == UNK)
+        if len(unknown):
+            name = starts.searchsorted(unknown, "right") - 1
+            count -= np.bincount(name[unknown < suffixes[name]], minlength=len(starts))
+        parts = np.empty((len(starts), 2), dtype=np.int64)
+        parts[:, 0], parts[:, 1] = before, lengths - before
+        sizes = (parts.reshape(-1), suffix_sizes, count)
+        return _Names(
+            ids, starts, suffixes, *sizes, suffix_ids, row, starts - row * row_len, number, first_of_row, unknown
+        )
+
+    def repeat(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """A value for every token of a name, `[B * S]`: one before the suffix and another from there on."""
+        values = np.empty((len(self.starts), 2), dtype=before.dtype)
+        values[:, 0], values[:, 1] = before, after
+        return np.repeat(values.reshape(-1), self.parts)
 
 
-def _draw(row_keys: np.ndarray, names: _Names, row_len: int) -> np.ndarray:
-    """Different numbers for all tokens of a row, `[B, S]`.
+def _random_order(names: _Names, row_keys: np.ndarray, row_len: int) -> np.ndarray:
+    """The tokens of every name, its characters before the suffix first, in random order: `[B * S]`, unsigned."""
+    # One number for every token, to be sorted. From the top: the name's number in its row, whether the token is no such
+    # character, random bits, and the place in the row, by which all are different.
+    bits = max(1, (row_len - 1).bit_length())
+    kind, width = (np.uint32, 32) if bits <= 10 else (np.uint64, 64)
+    num_random = min(16, width - 2 * bits - 1)
+    number = names.number.astype(kind) << kind(width - bits)
+    is_other = kind(1 << width - bits - 1)
+    order = names.repeat(number, number | is_other)
+    order[names.starts] |= is_other
+    order[names.unknown] |= is_other
+    order = order.reshape(len(row_keys), row_len)
+    # Of 32 bits, two tokens get 16 each.
+    half = -(-row_len // 2)
+    draw = hash32(row_keys, half)
+    order[:, :half] |= (draw >> np.uint32(32 - num_random)).astype(kind, copy=False) << kind(bits)
+    low = (draw[:, : row_len - half] & np.uint32((1 << num_random) - 1)).astype(kind, copy=False)
+    order[:, half:] |= low << kind(bits)
+    order |= np.arange(row_len, dtype=kind)
+    order.sort(axis=1)
+    order &= kind((1 << bits) - 1)
+    order += np.arange(len(order), dtype=kind)[:, None] * kind(row_len)
+    return order.reshape(-1)
 
-    Those of a name are below those of the next. Within a name, those of the characters before the suffix are random and
-    below the others.
+
+def _labels(
+    names: _Names, chosen: np.ndarray, order: np.ndarray, count: np.ndarray, left: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The labels that are hidden instead of characters.
+
+    Args:
+        names: of all rows.
+        chosen: the names of which one is to be hidden: that of the first character in order.
+        order: of the tokens.
+        count: `[D]`, the characters that would be hidden.
+        left: `[B]`, further tokens of a row that may be.
+
+    Returns:
+        `[D]` starts and sizes; size 0 in names whose label is not hidden.
     """
-    # From the top: the name's number, one bit, the random ones, and the place in the row modulo 256.
-    number_bits = max(1, (row_len - 1).bit_length())
-    kind = np.uint32 if number_bits <= 11 else np.uint64
-    width = 8 * np.dtype(kind).itemsize
-    draw = hash32(row_keys, row_len).astype(kind) << kind(width - 32) >> kind(number_bits + 1)
-    draw &= ~kind((1 << PLACE_BITS) - 1)
-    draw |= (np.arange(row_len) % (1 << PLACE_BITS)).astype(kind)
-    flat = draw.reshape(-1)
-    flat |= (~names.is_outside).astype(kind) << kind(width - number_bits - 1)
-    flat |= np.repeat(names.number.astype(kind) << kind(width - number_bits), names.lengths)
-    return draw
+    dots = np.flatnonzero(names.ids == DOT)
+    bounds = np.concatenate([[-1], dots, [len(names.ids)]])
+    next_dot = dots.searchsorted(order[names.starts[chosen]].astype(np.int64))
+    begin = np.maximum(names.starts[chosen], bounds[next_dot]) + 1
+    size = np.minimum(names.suffixes[chosen], bounds[next_dot + 1]) - begin
+    if len(names.unknown):  # a label with one is not hidden
+        size[names.unknown.searchsorted(begin) != names.unknown.searchsorted(begin + size)] = 0
+    row = names.row[chosen]
+    more = np.concatenate([[0], np.cumsum(size - count[chosen])])
+    fits = more[1:] - more[row.searchsorted(row)] <= left[row]
+    starts, sizes = np.zeros((2, len(count)), dtype=np.int64)
+    starts[chosen], sizes[chosen] = begin, size * fits
+    return starts, sizes
 
 
-def _smallest(draw: np.ndarray, ordered: np.ndarray, names: _Names, count: np.ndarray) -> np.ndarray:
-    """Whether a token is among the `count` first of its name: `[B * S]` bool."""
-    flat = ordered.reshape(-1)
-    last = flat[names.starts + np.maximum(count, 1) - 1]
-    # Of a name of which there is none, the limit is below all.
-    limit = np.where(count > 0, last, flat[names.starts] - draw.dtype.type(1))
-    return draw.reshape(-1) <= np.repeat(limit, names.lengths)
+def _suffixes(
+    names: _Names, draw: np.ndarray, row_keys: np.ndarray, share: float, slots: int, left: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the names whose suffix is hidden.
+
+    Args:
+        names: of all rows.
+        draw: `[D]` uint16, by which they are ordered.
+        row_keys: `[B]`.
+        share: of the names of a row.
+        slots: names of a row, at most.
+        left: `[B]`, tokens of a row that may be hidden.
+
+    Returns:
+        `[B, slots]`: names of each row in random order, its first name where there are no more, and whether each is
+        hidden.
+    """
+    num_rows, none = len(left), np.uint32(2**32 - 1)
+    # The number of a name in its row is its lower bits: no two are equal.
+    order = np.full((num_rows, max(slots, int(names.number.max()) + 1)), none)
+    has_suffix = names.suffix_sizes > 0
+    key = draw.astype(np.uint32) << np.uint32(16) | names.number.astype(np.uint32)
+    order[names.row, names.number] = np.where(has_suffix, key, none)
+    order.sort(axis=1)
+    order = order[:, :slots]
+    is_name = order != none
+    which = names.first_of_row[:, None] + (order & np.uint32(2**16 - 1)) * is_name
+    dither = (splitmix64(row_keys ^ GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    count = (share * np.add.reduceat(has_suffix, names.first_of_row, dtype=np.int64) + dither).astype(np.int64)
+    is_hidden = is_name & (np.arange(slots) < count[:, None])
+    return which, is_hidden & (np.cumsum(names.suffix_sizes[which] * is_hidden, axis=1) <= left[:, None])
 
 
-def _in_slots(is_target: np.ndarray, ids: np.ndarray, num_rows: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """The slots of each row: first its targets, then other tokens of its beginning, which have no label."""
-    row_len = len(ids) // num_rows
-    targets = np.flatnonzero(is_target)
-    row = targets // row_len
-    number = np.bincount(row, minlength=num_rows)
-    # Among the first `slots` tokens there are as many that are no targets as slots without one, or more.
-    spare = np.flatnonzero(~is_target.reshape(num_rows, row_len)[:, :slots].reshape(-1))
-    spare_row, place = np.divmod(spare, slots)
-    spare_number = np.bincount(spare_row, minlength=num_rows)
-    rank = np.arange(len(spare)) - np.repeat(np.cumsum(spare_number) - spare_number, spare_number)
-    used = rank < (slots - number)[spare_row]
-    positions, labels = np.empty((2, num_rows * slots), dtype=np.int64)
-    labels[:] = IGNORED
-    slot = np.arange(len(targets)) + np.repeat(np.arange(num_rows) * slots - np.cumsum(number) + number, number)
-    positions[slot], labels[slot] = targets, ids[targets]
-    positions[(spare_row * slots + number[spare_row] + rank)[used]] = (spare_row * row_len + place)[used]
-    return positions, labels
+def _fill_slots(targets: np.ndarray, tokens: np.ndarray, positions: np.ndarray, labels: np.ndarray) -> None:
+    """Fills the slots of every row: first with its targets, then with other tokens, which have no label.
+
+    Args:
+        targets: positions, all different.
+        tokens: `[B, S]`.
+        positions, labels: `[B, slots]`, to be filled.
+    """
+    (num_rows, row_len), slots = tokens.shape, positions.shape[1]
+    # One number for every token, to be sorted: its place, and above it a bit that targets do not have.
+    kind = np.uint16 if row_len <= 2**15 else np.uint32
+    is_other = kind(1 << 8 * np.dtype(kind).itemsize - 1)
+    order = np.empty((num_rows, row_len), kind)
+    order[:] = np.arange(row_len, dtype=kind) | is_other
+    order.reshape(-1)[targets] ^= is_other
+    order.sort(axis=1)
+    order = order[:, :slots]
+    positions[:] = order & ~is_other
+    positions += np.arange(num_rows)[:, None] * row_len
+    np.take(tokens, positions, out=labels, mode="clip")
+    np.copyto(labels, IGNORED, where=order >= is_other)
 
 
-def _kinds(names: _Names) -> np.ndarray:
-    """The kinds of all tokens, `[B * S]`: see `DomainEncoding.token_type_ids`."""
-    kinds = names.is_suffix * np.int64(SUFFIX)
-    dots = np.flatnonzero(names.is_outside & (names.ids == DOT))
-    # What is before a dot that is not the one before the suffix is a subdomain.
-    of_name = names.starts.searchsorted(dots, "right") - 1
-    inner = dots + 1 < (names.starts + names.suffix_starts)[of_name]
-    begin, end = names.starts[of_name[inner]] + 1, dots[inner]
-    last = np.append(begin[1:] != begin[:-1], True)[: len(begin)]
-    sizes = (end - begin)[last]
-    kinds[np.arange(int(sizes.sum())) + np.repeat(begin[last] - np.cumsum(sizes) + sizes, sizes)] = SUBDOMAIN
-    kinds[dots] = SEPARATOR
-    return kinds
+def _fill_types(names: _Names, has_class: np.ndarray, types: np.ndarray) -> None:
+    """Fills the token types of all tokens, `[B, S]`: see `DomainEncoding.token_type_ids`."""
+    first = np.where(has_class, 0, NUM_KINDS * names.suffix_ids).astype(np.int32)
+    is_name = names.suffixes > names.starts
+    flat = names.repeat(first, first + is_name * np.int32(SUFFIX))
+    ends = np.append(names.starts[1:], len(flat)) - 1
+    flat[ends[is_name]] -= SUFFIX  # `[SEP]`
+    # Nearly all dots are inside a suffix or stand before one. What is before another one is a subdomain.
+    is_dot = names.ids == DOT
+    last = (names.suffixes - 1)[is_name]
+    last = last[is_dot[last]]
+    is_dot[last] = False
+    flat[last] += SEPARATOR
+    dots = np.flatnonzero(is_dot)
+    name = names.starts.searchsorted(dots, "right") - 1
+    is_inner = dots < names.suffixes[name]
+    dots, name = dots[is_inner], name[is_inner]
+    begin = np.maximum(names.starts[name], np.append(-1, dots)[:-1]) + 1
+    flat[_ranges(begin, dots - begin)] += SUBDOMAIN
+    flat[dots] += SEPARATOR
+    types[:] = flat.reshape(types.shape)
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The numbers from each start on, as many as its size, one after the other: int64."""
+    ends = np.cumsum(sizes)
+    ranges = np.repeat(starts - ends + sizes, sizes)
+    ranges += np.arange(len(ranges))
+    return ranges
+
+
+@lru_cache
+def _largest_share(probability: float, longest: int) -> float:
+    """The largest share of a name's tokens that are targets, for names of up to `longest` tokens."""
+    # ceil(p * n) of n characters, beside `[CLS]`, a suffix and `[SEP]`.
+    return max(math.ceil(probability * n) / (n + 3) for n in range(2, max(3, longest - 2)))
 
 
 def _out_of_range(key: str, value: float, what: str) -> UserError:
