@@ -22,6 +22,13 @@ def main(args: argparse.Namespace) -> None:
     from torchrecipes.data.examples import holds_examples, open_examples
 
     problems = []
+    for path in (path for name in args.corpus for path in sorted(Path(name).glob("split-*.safetensors"))):
+        from torchrecipes.data.domains.name_split import load_split
+
+        try:
+            load_split(path)
+        except UserError as error:
+            problems.append(error)
     for folder in (split for name in args.corpus for split in corpus_splits(name)):
         try:
             corpus = open_examples(folder) if holds_examples(folder) else open_corpus(folder)

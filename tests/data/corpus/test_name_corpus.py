@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from torchrecipes import atomic_write
+from torchrecipes.cli.main import main
 from torchrecipes.data.corpus import append_to_corpus, open_corpus, prepare_corpus
 from torchrecipes.data.corpus.build import build_corpus, corpus_settings
 from torchrecipes.data.domains import domain_names, domain_tokenizer, name_hashes
@@ -312,6 +313,21 @@ def test_documents_are_not_added_to_names(names, corpus, tokenizer, tmp_path):
     with pytest.raises(UserError) as caught:
         append_to_corpus(copy_of(corpus, tmp_path / "c"), files(str(names[0]), sample_by="line"), tokenizer)
     assert caught.value.code == "other_split"
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_split_is_found(more, corpus, tokenizer, tmp_path, damage):
+    folder = copy_of(corpus, tmp_path / "c")
+    (path,) = folder.glob("split-*")
+    content = bytearray(path.read_bytes())
+    content[-70] ^= 1
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-8] if damage == "cut" else content)
+        assert main(["data", "verify", str(folder)]) == 2
+    with pytest.raises(UserError) as caught:
+        append_to_corpus(folder, domain_names(str(more[0])), tokenizer)
+    assert caught.value.code == "corrupt_corpus"
 
 
 # Streams, mixtures and job arrays

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -94,7 +95,7 @@ class NameSplit:
             "few_suffixes": self.few_suffixes,
         }
         about = {"format": SPLIT_FORMAT, "limit": self.limit, "holds_out_added": self.holds_out_added}
-        about["made_from"] = made_from
+        about |= {"made_from": made_from, "xxh3": _checksum(arrays)}
         write_atomically(path, [save(arrays, {"about": json.dumps(about)})])  # safetensors writes keys in any order
 
 
@@ -119,6 +120,8 @@ def load_split(path: Path, made_from: dict[str, Any] | None = None) -> NameSplit
         if made_from is not None and about["made_from"] != made_from:
             return None
         arrays = load(content)
+        if _checksum(arrays) != about["xxh3"]:
+            raise ValueError("wrong checksum")
         suffixes = arrays.pop("suffixes").tobytes().decode().split("\n")
         return NameSplit(limit=about["limit"], suffixes=suffixes, holds_out_added=about["holds_out_added"], **arrays)
     except FileNotFoundError:
@@ -126,6 +129,10 @@ def load_split(path: Path, made_from: dict[str, Any] | None = None) -> NameSplit
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         hint = "Delete the folder and build the corpus again."
         raise UserError(f"{path} cannot be read ({error})", hint=hint, code="corrupt_corpus") from error
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    return xxhash.xxh3_64_hexdigest(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
 
 
 def split_names(
