@@ -27,7 +27,7 @@ def estimating(device_type: str, *, first_chunk_only: bool = False) -> Iterator[
     Inside, the load of experts is even, since it depends on data.
 
     Args:
-        device_type: `cuda` or `cpu`.
+        device_type: `cuda`, `mps` or `cpu`.
         first_chunk_only: loops over chunks that reuse the same memory stop after the first: peak memory is the same,
             FLOPs are not.
     """

@@ -361,3 +361,36 @@ def test_wrong_arguments(arguments, key, code):
     with pytest.raises(UserError) as error:
         estimate(**arguments)
     assert (error.value.key, error.value.code) == (key, code)
+
+
+@pytest.mark.parametrize(
+    "device, precision, tflops",
+    [
+        ("v100", "float16", 125), ("t4", "float16", 65), ("h100", "bfloat16", 989), ("m1", "float32", 2.6),
+        ("m2", "float32", 3.6), ("m2-max", "float32", 13.6), ("m2-ultra", "float32", 27.2),
+        ("laptop", "float32", 0.768),
+    ],
+)  # fmt: skip
+def test_time_and_memory_of_named_machines(device, precision, tflops):
+    """Against the makers' figures: NVIDIA's data sheets, and what Apple says of its GPUs."""
+    found = estimate("max_steps=1000", device=device, mfu=0.5)
+    assert found["precision"] == precision
+    flop = 1000 * found["tokens_per_step"] * found["flops_per_token"]
+    assert found["hours"] * 3600 == pytest.approx(flop / (0.5e12 * tflops), rel=0.02)
+    assert found["memory"]["total"] < found["device_bytes"]
+
+
+def test_a_precision_that_a_machine_is_slow_in_has_no_time():
+    assert estimate("compute.precision=bf16", device="t4")["hours"] is None
+    assert estimate("compute.precision=fp16", device="m2")["precision"] == "float16"
+
+
+def test_apple_gpus_hold_scores_of_attention_and_a_mask():
+    """No kernel computes attention there: a layer keeps `[rows, heads, S, S]` more of fp32 than on an NVIDIA GPU."""
+    kept = {
+        (device, layers): estimate("compute.precision=fp32", device=device, num_hidden_layers=layers)["memory"]
+        for device in ("m2", "h200")
+        for layers in (2, 4)
+    }
+    m2, h200 = (kept[d, 4]["activations"] - kept[d, 2]["activations"] for d in ("m2", "h200"))
+    assert m2 > h200

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size 8"
     )
     run.add_config_arguments(parser)
-    parser.add_argument("--device", metavar="NAME", help="h200, a100-80, 4090, ... or cpu (default: this machine's)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="h200, 4090, t4, m2, laptop, ... or cpu (default: this machine's)"
+    )
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (default 1)")
     parser.add_argument("--nproc-per-node", type=int, default=8, metavar="N", help="processes on a machine (default 8)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of a device's peak that is reached (default 0.4)")

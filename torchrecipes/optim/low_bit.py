@@ -93,5 +93,5 @@ def _low_bit(bits, model, lr, betas, eps, weight_decay, block_size):
 def _step(optimizer: torch.optim.Optimizer, closure: Callable | None = None):
     """torchao's step, which compiles itself. On a CPU that takes seconds per shape, and a C++ compiler."""
     devices = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
-    with torch.compiler.set_stance("force_eager") if devices == {"cpu"} else nullcontext():
+    with nullcontext() if devices == {"cuda"} else torch.compiler.set_stance("force_eager"):
         return type(optimizer).step(optimizer, closure)

@@ -4,7 +4,7 @@ import functools
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,18 +31,70 @@ PEAKS = {
 }
 
 
-# Names for the command line, with the memory that a process can have, in GiB.
+# Of GPUs without bf16, in fp16, with sums in fp32: V100 SXM2 and T4 data sheets, Turing whitepaper (2018), appendix A.
+FP16_PEAKS = {"V100": 125e12, "T4": 65e12, "RTX 2080 Ti": 53.8e12}
+
+
+class Hardware(NamedTuple):
+    """A machine to estimate for.
+
+    Attributes:
+        name: for people.
+        type: `cuda`, `mps` or `cpu`.
+        gib: memory that a process can have.
+        peaks: FLOP/s by `compute.precision`; the first one is what `auto` chooses.
+    """
+
+    name: str
+    type: str
+    gib: float
+    peaks: dict[str, float]
+
+
+def _nvidia(name: str, gib: float) -> Hardware:
+    if name in FP16_PEAKS:
+        return Hardware(name, "cuda", gib, {"fp16": FP16_PEAKS[name]})
+    return Hardware(name, "cuda", gib, dict.fromkeys(("bf16", "fp16"), PEAKS[name]))
+
+
+def _apple(chip: str, gib: int, cores: int, ghz: float) -> Hardware:
+    """An Apple chip with `gib` of memory and so many GPU cores.
+
+    A core has 128 ALUs, each with one multiply-add per cycle, fp16 or fp32: github.com/philipturner/metal-benchmarks.
+    That gives Apple's own figures: 2.6 TFLOP/s for the M1, 3.6 for the M2, 13.6 for the M2 Max, 27.2 for the M2 Ultra.
+    Metal recommends to use two thirds of the memory (`recommendedMaxWorkingSetSize`); of more than 32 GiB, three
+    quarters.
+    """
+    usable = gib * (2 / 3 if gib <= 32 else 3 / 4)
+    return Hardware(f"Apple {chip}", "mps", usable, dict.fromkeys(("fp32", "bf16", "fp16"), cores * 256 * ghz * 1e9))
+
+
+# Names for the command line. Apple's clocks are those that tools measure; memory is a common size of each.
 DEVICES = {
-    "b200": ("B200", 178),
-    "h200": ("H200", 139),
-    "h100": ("H100", 79),
-    "a100-80": ("A100", 79),
-    "a100-40": ("A100", 39),
-    "l40s": ("L40S", 44),
-    "a10": ("A10", 22),
-    "l4": ("L4", 22),
-    "4090": ("RTX 4090", 23),
-    "3090": ("RTX 3090", 23),
+    "b200": _nvidia("B200", 178),
+    "h200": _nvidia("H200", 139),
+    "h100": _nvidia("H100", 79),
+    "a100-80": _nvidia("A100", 79),
+    "a100-40": _nvidia("A100", 39),
+    "l40s": _nvidia("L40S", 44),
+    "a10": _nvidia("A10", 22),
+    "l4": _nvidia("L4", 22),
+    "4090": _nvidia("RTX 4090", 23),
+    "3090": _nvidia("RTX 3090", 23),
+    "v100": _nvidia("V100", 31),
+    "t4": _nvidia("T4", 14),
+    "m1": _apple("M1", 16, 8, 1.278),
+    "m1-max": _apple("M1 Max", 64, 32, 1.278),
+    "m2": _apple("M2", 24, 10, 1.398),
+    "m2-max": _apple("M2 Max", 64, 38, 1.398),
+    "m2-ultra": _apple("M2 Ultra", 128, 76, 1.398),
+    "m3": _apple("M3", 24, 10, 1.398),
+    "m3-max": _apple("M3 Max", 64, 40, 1.398),
+    "m4": _apple("M4", 24, 10, 1.578),
+    "m4-pro": _apple("M4 Pro", 48, 20, 1.578),
+    "m4-max": _apple("M4 Max", 64, 40, 1.578),
+    # 8 cores with AVX2 (2 multiply-adds of 8 numbers per cycle) at 3 GHz under load, and 16 GiB.
+    "laptop": Hardware("laptop CPU, 8 cores with AVX2", "cpu", 16, {"fp32": 8 * 32 * 3e9}),
 }
 
 
@@ -109,11 +161,15 @@ _FORMULAS = {  # of the operations that FlopCounterMode does not count, or count
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The highest FLOP/s of the device in `dtype`: GPUs from a table, for bf16; a CPU measured; None: unknown."""
-    if device.type != "cuda":
+    """The highest FLOP/s of the device in `dtype`: NVIDIA GPUs from a table, for bf16 and fp16; a CPU measured; None:
+    unknown."""
+    if device.type == "cpu":
         return _cpu_peak(dtype)
-    name = torch.cuda.get_device_name(device) if dtype == torch.bfloat16 else ""
-    return next((peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = PEAKS | (FP16_PEAKS if dtype == torch.float16 else {})
+    return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 @functools.cache

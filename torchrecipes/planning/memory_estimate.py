@@ -30,7 +30,8 @@ from torchrecipes.training.precision import autocast, set_residual_dtype
 from torchrecipes.training.setup import freeze
 
 GIB = 2**30
-PROCESS = {"cuda": GIB, "cpu": int(0.35 * GIB)}  # torch and its libraries, before the first tensor
+# Torch and its libraries, before the first tensor; on mps not measured.
+PROCESS = {"cuda": GIB, "cpu": int(0.35 * GIB), "mps": GIB // 2}
 # On a CPU: what the C library's heap takes on top of what a step allocates and frees, as a share of it: freed pieces
 # that do not fit the next tensor. Measured with glibc 2.36, to within a fifth.
 ALLOCATOR_OVERHEAD = {"none": 0.7, "selective": 0.7, "full": 1.8}
@@ -67,7 +68,7 @@ class StepEstimate:
         config: a recipe's config.
         tokenizer: the tokenizer, or a stand-in.
         build_model, build_collator, compute_loss: the recipe's functions.
-        device_type: `cuda` or `cpu`.
+        device_type: `cuda`, `mps` or `cpu`.
         dtype: of the forward and backward pass.
 
     Attributes:
@@ -189,7 +190,7 @@ def rank_memory(
         rows: of a micro-batch.
         strategy: how the model is spread over `world_size` processes, `local_world_size` of them on each machine.
     """
-    config, on_cpu, half = trace.config, trace.device_type == "cpu", trace.dtype == torch.bfloat16
+    config, on_cpu, half = trace.config, trace.device_type == "cpu", trace.dtype.itemsize == 2
     accumulate = config.global_batch_size // world_size > rows
     waits = accumulate and not reduces_every_micro_batch(strategy, config.compute.reduce_gradients)
     parts = asdict(trace.step(rows, accumulate=accumulate))
@@ -214,7 +215,7 @@ def rank_memory(
         unsharded = (root if on_cpu or not half else 0) + (0 if half else trace.blocks)
     if unsharded:
         parts["unsharded_parameters"] = unsharded
-    if on_cpu or not half:  # no kernel takes documents: a mask separates them
+    if trace.device_type != "cuda" or not half:  # no kernel takes documents: a mask separates them
         parts["activations"] += rows * config.seq_len**2 * trace.dtype.itemsize
     if on_cpu:
         kept = parts["weights"] if accumulate else 0  # gradients of the micro-batches before

@@ -1,7 +1,6 @@
 """Estimate of a run from its config: parameters, memory of a rank, FLOPs, time and disk."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,20 +11,22 @@ import torch
 from torchrecipes.config.components import parameters, resolve
 from torchrecipes.config.suggest import closest
 from torchrecipes.data.batching.loader import largest_micro_batch
-from torchrecipes.distributed.fsdp import choose_strategy
+from torchrecipes.devices import choose_device, device_name
+from torchrecipes.distributed.fsdp import choose_strategy, device_memory
 from torchrecipes.errors import UserError
 from torchrecipes.models.param_count import active_parameters
 from torchrecipes.planning.fake_model import tokenizer_for
-from torchrecipes.planning.flops import DEVICES, PEAKS, flops_per_token, peak_flops
+from torchrecipes.planning.flops import DEVICES, flops_per_token, peak_flops
 from torchrecipes.planning.memory_estimate import StepEstimate, rank_memory
-from torchrecipes.training.precision import resolve_dtype
+from torchrecipes.training.float8 import RECIPES as FLOAT8
+from torchrecipes.training.precision import DTYPES, resolve_dtype
 
 GIB = 2**30
 USABLE = 0.9  # of the free memory; the rest is for what an estimate cannot see, such as fragmentation
 
 
 class Device(NamedTuple):
-    """`name` for people, `type` cuda or cpu, the bytes `memory` of a process, `peak` FLOP/s in the run's precision."""
+    """`name` for people, `type` (cuda, mps, cpu), bytes `memory` of a process, `peak` FLOP/s in the run's precision."""
 
     name: str
     type: str
@@ -63,9 +64,7 @@ def estimate_run(
         UserError: an unknown device, or numbers of processes and rows that do not divide.
     """
     _check_arguments(config, world_size, per_node, mfu)
-    precision = config.compute.precision
-    here = _device(device, precision, min(world_size, per_node))
-    dtype = _dtype(precision, here.type)
+    here, dtype = _device(device, config.compute.precision, min(world_size, per_node))
     tokenizer = tokenizer_for(config)
     objective = (config, tokenizer, recipe.build_model, recipe.build_collator, recipe.compute_loss)
     trace = StepEstimate(*objective, device_type=here.type, dtype=dtype)
@@ -154,28 +153,24 @@ def _check_arguments(config: Any, world_size: int, per_node: int, mfu: float) ->
         )
 
 
-def _device(name: str | None, precision: str, processes: int) -> Device:
-    """A device by its name, or this machine's; `processes` share the memory of a CPU."""
-    if name is None and torch.cuda.is_available():
-        here = torch.device("cuda")
-        memory, peak = torch.cuda.get_device_properties(here).total_memory, peak_flops(here, _dtype(precision, "cuda"))
-        return Device(torch.cuda.get_device_name(here), "cuda", memory, peak)
+def _device(name: str | None, precision: str, processes: int) -> tuple[Device, torch.dtype]:
+    """A device by its name, or this machine's, and what it computes in; `processes` share the memory of a CPU."""
+    if precision in FLOAT8:
+        precision = "bf16"  # that of activations
     if name in (None, "cpu"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device("cpu", "cpu", memory // processes, peak_flops(torch.device("cpu"), _dtype(precision, "cpu")))
+        here = choose_device(name or "auto")
+        dtype = resolve_dtype(precision, here)
+        label = device_name(here) if here.type == "cuda" else here.type
+        return Device(label, here.type, device_memory(here, processes), peak_flops(here, dtype)), dtype
     if name not in DEVICES:
         known = [*DEVICES, "cpu"]
         near = closest(name, known)
         hint = f"Did you mean '{near}'?" if near else f"Use one of {', '.join(known)}"
         raise UserError(f"'{name}' is not a known device", key="--device", hint=hint, code="unknown_name")
-    full_name, gib = DEVICES[name]
-    return Device(name, "cuda", gib * GIB, PEAKS[full_name] if _dtype(precision, "cuda") == torch.bfloat16 else None)
-
-
-def _dtype(precision: str, device_type: str) -> torch.dtype:
-    if precision == "auto" and device_type == "cpu":
-        return resolve_dtype(precision, torch.device("cpu"))
-    return torch.float32 if precision == "fp32" else torch.bfloat16  # float8 keeps activations in bf16
+    _, kind, gib, peaks = DEVICES[name]
+    precision = next(iter(peaks)) if precision == "auto" else precision
+    memory = int(gib * GIB) // (processes if kind == "cpu" else 1)
+    return Device(name, kind, memory, peaks.get(precision)), DTYPES[precision]
 
 
 def _notes(config: Any, vocab_size: int, steps: int | None) -> list[str]:
