@@ -157,7 +157,7 @@ DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
 import torch.distributed.checkpoint
-import torchrecipes
+import torchrecipes.evaluation, torchrecipes.losses, torchrecipes.training
 from torchrecipes.cli.main import main
 from torchrecipes.planning import dry_run
 
