@@ -26,9 +26,9 @@ import array, atexit, json, os, runpy, socket, sys, traceback, warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
+    import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
     import torchrecipes.checkpoint, torchrecipes.data.tokenizers.load, torchrecipes.models, torchrecipes.optim
-    import torchrecipes.training.run
+    import torchrecipes.evaluation, torchrecipes.losses, torchrecipes.training
 
 def run(request, fds):
     os.setsid()

@@ -156,7 +156,7 @@ EDITS = {
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
-import torch.distributed.checkpoint
+import torch._dynamo, torch.distributed.checkpoint
 import torchrecipes.evaluation, torchrecipes.losses, torchrecipes.training
 from torchrecipes.cli.main import main
 from torchrecipes.planning import dry_run

@@ -54,7 +54,9 @@ config, runs, kills, world_size, seed = sys.argv[1], Path(sys.argv[2]), *map(int
 draw, path = random.Random(seed), find_recipe("mlm_pretrain")
 strategy = "fsdp" if world_size > 1 else "none"
 recipe = load_recipe(path)
-import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor  # once, not in every fork
+recipe.flops_per_token = lambda *_: 1.0  # a third of the time to start, and MFU is not compared
+# Once, not in every fork.
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
 
 def start(output_dir):
     with socket.socket() as probe:

@@ -1,5 +1,6 @@
 """Gopher's and C4's heuristics: of every rule a text that passes and one that does not; language identification."""
 
+import random
 import sys
 from collections import Counter
 
@@ -17,8 +18,8 @@ def rule(result):
 
 def words(count, seed=0):
     """A text of different words of four to seven letters and two stop words."""
-    rng = np.random.default_rng(seed)
-    made = ["".join(rng.choice(list("abcdefghij"), rng.integers(4, 8))) for _ in range(count - 2)]
+    draw = random.Random(seed)
+    made = ["".join(draw.choices("abcdefghij", k=draw.randint(4, 7))) for _ in range(count - 2)]
     return " ".join(["the", "of", *made])
 
 
