@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.data.batching.memory_examples import MemoryExamples
-from torchrecipes.data import LabeledCollator, PairCollator
+from torchrecipes.data import LabeledCollator, MLMCollator, PairCollator
 from torchrecipes.data.batching.example_rows import ExampleRows
 from torchrecipes.data.domains import domain_tokenizer, synthetic_names
 from torchrecipes.data.examples.encode import ExampleEncoder
 from torchrecipes.data.examples.example import Example
 from torchrecipes.errors import UserError
-from torchrecipes.evaluation import TextClassifier, TextEncoder, fill_mask
+from torchrecipes.evaluation import TextClassifier, TextEncoder, document_losses, fill_mask
 from torchrecipes.models import (
     EmbeddingModel,
     SequenceClassifier,
@@ -118,6 +118,21 @@ def test_masks_are_filled_with_the_suffix_that_is_there(tokenizer, name):
         best = probability.topk(3)
         assert [guess.token for guess in guesses] == [tokenizer.decode_token(i) for i in best.indices.tolist()]
         assert [guess.probability for guess in guesses] == pytest.approx(best.values.tolist(), rel=1e-4)
+
+
+def test_documents_are_scored_with_their_suffix(tokenizer):
+    model, seen = domain_bert(**SIZES, num_suffixes=7), []
+    model.register_forward_pre_hook(
+        lambda _, ids, given: seen.append((*ids, given["token_type_ids"])), with_kwargs=True
+    )
+    ids = [tokenizer.encode_prompt(name) for name in NAMES]
+    losses = list(document_losses(model, ids, collator=MLMCollator(tokenizer), tokenizer=tokenizer))
+    assert all(loss.tokens for loss in losses)
+    ((rows, types),) = seen
+    assert (types >= 4).any()
+    for row, of_row in zip(rows.numpy(), types.numpy(), strict=True):
+        length = int(np.flatnonzero(row == tokenizer.sep_id)[0]) + 1
+        assert of_row[:length].tolist() == tokenizer.token_type_ids(row[:length], np.array([length])).tolist()
 
 
 def test_a_model_without_token_types_ignores_them(tokenizer):

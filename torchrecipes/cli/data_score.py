@@ -169,6 +169,7 @@ def _score(args: Any, source: Any, skip: int, model: Any, tokenizer: Any, autoca
         model,
         encoded,
         collator=collator,
+        tokenizer=tokenizer,
         seed=args.seed,
         window=args.max_length,
         batch_tokens=args.batch_tokens,

@@ -10,7 +10,7 @@ once, as in an evaluation; what is hidden depends on a seed and on the document 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from torchrecipes.evaluation.running import evaluation_mode
 from torchrecipes.evaluation.text_perplexity import windows
 from torchrecipes.losses import causal_lm_loss, masked_lm_loss
 from torchrecipes.models.compatibility import max_positions
+from torchrecipes.models.hf_adapter import adapter_of
+
+if TYPE_CHECKING:
+    from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 
 BATCH_TOKENS = 16_384  # per forward pass
 BATCHES_SORTED = 16  # batches of pieces that are sorted by length together
@@ -51,6 +55,7 @@ def document_losses(
     documents: Iterable[list[int]],
     *,
     collator: MLMCollator | None = None,
+    tokenizer: "Tokenizer | None" = None,
     seed: int = 0,
     window: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
@@ -63,6 +68,7 @@ def document_losses(
         documents: the ids of each. For a causal model the first one is not predicted (`encode_documents`). May be a
             generator: some hundred thousand tokens are in memory at a time.
         collator: hides the targets of a masked model.
+        tokenizer: gives a masked model of domain names their token types.
         seed: chooses them.
         window: tokens that the model attends to. None: all of its positions.
         batch_tokens: tokens of a forward pass, at most; one piece at least.
@@ -76,6 +82,8 @@ def document_losses(
     if not 1 <= window <= positions:
         wanted = f"1 to {positions} tokens, the model's positions"
         raise UserError(f"{window} must be {wanted}", key="window", code="out_of_range")
+    has_types = tokenizer is not None and tokenizer.domain is not None and adapter_of(model).token_types
+    types = tokenizer.token_type_ids if has_types else None
     group: list[_Piece] = []
     count = held = 0
     for ids in documents:
@@ -84,10 +92,10 @@ def document_losses(
         held += sum(len(piece.ids) for piece in found)
         count += 1
         if held >= BATCHES_SORTED * batch_tokens:
-            yield from _score(model, group, count, collator, batch_tokens, autocast)
+            yield from _score(model, group, count, collator, types, batch_tokens, autocast)
             group, count, held = [], 0, 0
     if count:
-        yield from _score(model, group, count, collator, batch_tokens, autocast)
+        yield from _score(model, group, count, collator, types, batch_tokens, autocast)
 
 
 def _pieces(document: int, ids: list[int], window: int, is_masked: bool, seed: int) -> list[_Piece]:
@@ -104,6 +112,7 @@ def _score(
     group: list[_Piece],
     count: int,
     collator: MLMCollator | None,
+    types: Callable[[np.ndarray, np.ndarray], np.ndarray] | None,
     batch_tokens: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> list[DocumentLoss]:
@@ -117,13 +126,16 @@ def _score(
             rows = group[first : first + max(1, batch_tokens // len(group[first].ids))]
             first += len(rows)
             documents = torch.tensor([piece.document for piece in rows], device=device)
-            losses, is_target, row = (_causal if collator is None else _masked)(model, rows, collator, autocast, device)
+            if collator is None:
+                losses, is_target, row = _causal(model, rows, autocast, device)
+            else:
+                losses, is_target, row = _masked(model, rows, collator, types, autocast, device)
             totals.index_add_(0, documents[row].to(totals.device), to_float64(losses))
             targets.index_add_(0, documents[row], is_target.long())
     return [DocumentLoss(total, n) for total, n in zip(totals.tolist(), targets.tolist(), strict=True)]
 
 
-def _causal(model, rows, _collator, autocast, device) -> tuple[Tensor, Tensor, Tensor]:
+def _causal(model, rows, autocast, device) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, whether there is one, and the row of each, `[B * S]`."""
     width = max(1, len(rows[0].ids) - 1)
     inputs, labels = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), IGNORED)
@@ -141,7 +153,7 @@ def _causal(model, rows, _collator, autocast, device) -> tuple[Tensor, Tensor, T
     return losses.flatten(), labels.flatten() != IGNORED, row
 
 
-def _masked(model, rows, collator, autocast, device) -> tuple[Tensor, Tensor, Tensor]:
+def _masked(model, rows, collator, types, autocast, device) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, whether there is one, and the row of each, `[M]`."""
     width = len(rows[0].ids)
     tokens = np.full((len(rows), width), collator.mask_id, np.int64)  # special: padding is never a target
@@ -154,7 +166,11 @@ def _masked(model, rows, collator, autocast, device) -> tuple[Tensor, Tensor, Te
     _check_ids(model, tokens.max())
     keys = np.array([piece.key for piece in rows], np.uint64)
     positions, labels, _ = collator(tokens, keys)
-    documents = _to(device, document_fields(np.array(boundaries), tokens.shape))
+    fields = document_fields(np.array(boundaries), tokens.shape)
+    if types is not None:
+        found = types(tokens.ravel(), np.diff(boundaries, append=tokens.size))
+        fields["token_type_ids"] = torch.from_numpy(found).view(tokens.shape)
+    documents = _to(device, fields)
     positions, labels = torch.from_numpy(positions).to(device), torch.from_numpy(labels).to(device)
     with autocast():
         hidden = model(torch.from_numpy(tokens).to(device), **documents)
