@@ -106,6 +106,8 @@ def odd_line(rng, rules):
         line += "." * rng.choice((0, 1, 1)) + rng.choice(rules).lstrip("!").replace("*", "any")
     if rng.random() < 0.1:
         line = rng.choice([str.upper, " {}".format, "#{}".format, "http://a@{}:80/?b".format, "*.{}".format])(line)
+    if rng.random() < 0.2:
+        line += "."
     if rng.random() < 0.05:
         line += rng.choice([" ", "\r", ":80", "/x", ".", "..", "\0", "\t", ",1"])
     return line.encode()

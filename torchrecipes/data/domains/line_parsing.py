@@ -4,8 +4,8 @@ What `name_syntax` says of a line, in numpy, on pieces that fit a core's cache:
 
 1. A table turns upper case into lower case and every character that a name cannot have into 0 (`bytes.translate`).
 2. The places of line ends, dots, hyphens and zeros say nearly all. A line is plain if there is no zero in it, no two of
-   the others in a row except hyphens, its labels and itself are short enough, it has two labels or more, and no digit
-   begins the last one.
+   the others follow each other, but for two hyphens and for a dot at its end, its labels and itself are short enough,
+   it has two labels or more, and no digit begins the last one.
 3. A line that is not plain goes through `parse_name`.
 """
 
@@ -31,7 +31,7 @@ from torchrecipes.data.domains.suffix_table import PADDING
 PIECE = 1 << 18  # bytes
 EXAMPLES = 5  # per reason and buffer
 EXAMPLE_CHARACTERS = 80
-HYPHEN, END, ZERO, NINE = (ord(character) for character in "-\n09")
+DOT, HYPHEN, END, ZERO, NINE = (ord(character) for character in ".-\n09")
 BEFORE, AFTER = b"\0" * (PADDING - 1) + b"\n", b"\0" * PADDING  # around a piece: the end of a line before the first
 
 
@@ -139,29 +139,37 @@ def _parse_piece(data: bytes, first_line: int, options: NameOptions, psl: Public
     signs = buffer[special]
     follows = np.flatnonzero(special[1:] - special[:-1] == 1)  # the first of two in a row
 
+    before, after = signs[follows], signs[follows + 1]
+    is_root = (before == DOT) & (after == END)
     is_delimiter = signs != HYPHEN
+    is_delimiter[follows[is_root]] = False  # a dot at the end of a line
     delimiters = special.compress(is_delimiter)
     line_ends = np.flatnonzero(signs.compress(is_delimiter) == END)
     num_labels = line_ends[1:] - line_ends[:-1]
     last = line_ends[1:] - 1
     label_starts = delimiters + 1  # a label starts after every delimiter but the last
     label_ends = delimiters[1:]
-    ends, starts = delimiters[line_ends[1:]], label_starts[line_ends[:-1]]
-    lengths = ends - starts
+    stops, starts = delimiters[line_ends[1:]], label_starts[line_ends[:-1]]
+    ends = stops
     odd = [special[signs == 0], label_ends[label_ends - delimiters[:-1] > MAX_LABEL + 1]]
+    has_root = False
     if len(follows):
-        is_double = (signs[follows] == HYPHEN) & (signs[follows + 1] == HYPHEN)
-        odd.append(special[follows[~is_double] + 1])
+        is_double = (before == HYPHEN) & (after == HYPHEN)
+        odd.append(special[follows[~is_double & ~is_root] + 1])
         odd.append(_invalid_hyphens(text, special[follows[is_double]], delimiters))
+        has_root = bool(is_root.any())
+        if has_root:
+            ends = stops - (buffer[stops - 1] == DOT)
+    lengths = ends - starts
     is_plain = (num_labels > 1) & (lengths <= MAX_NAME) & (buffer[label_starts[last]] > NINE)
-    is_plain[np.searchsorted(ends, np.concatenate(odd))] = False
+    is_plain[np.searchsorted(stops, np.concatenate(odd))] = False
 
     suffix_labels = psl.table.suffix_labels(words, ends, label_starts, last, num_labels)
     suffix_starts = label_starts[line_ends[1:] - suffix_labels] - starts
     is_name = is_plain & (suffix_starts > 0)
     line_numbers = np.arange(first_line, first_line + len(ends))
     if is_name.all():
-        characters = text[PADDING:-PADDING].replace(b"\n", b"")
+        characters = _without_ends(text[PADDING:-PADDING], has_root)
         return _Piece(
             characters, lengths, suffix_starts, line_numbers, hash_words(words, starts, lengths), [], len(ends)
         )
@@ -170,10 +178,10 @@ def _parse_piece(data: bytes, first_line: int, options: NameOptions, psl: Public
     hashes = hash_words(words, starts, lengths)
     parts, rejected, done, names = [], [], PADDING, {}
     for line in np.flatnonzero(~is_name).tolist():
-        start, end = int(starts[line]), int(ends[line])
+        start, stop = int(starts[line]), int(stops[line])
         parts.append(text[done:start])
-        done = end + 1
-        content = data[start - PADDING : end - PADDING]
+        done = stop + 1
+        content = data[start - PADDING : stop - PADDING]
         name = Rejected("no_registrable_part") if is_plain[line] else _parse_bytes(content, options, psl)
         if isinstance(name, Rejected):
             rejected.append((first_line + line, CODES[name.reason], content))
@@ -187,9 +195,13 @@ def _parse_piece(data: bytes, first_line: int, options: NameOptions, psl: Public
         suffix_starts[lines] = [psl.suffix_start(name) for name in names.values()]
         hashes[lines] = name_hashes(np.frombuffer("".join(names.values()).encode(), np.uint8), lengths[lines])
         is_name[lines] = True
-    characters = b"".join(parts).replace(b"\n", b"")
+    characters = _without_ends(b"".join(parts), has_root)
     arrays = (array.compress(is_name) for array in (lengths, suffix_starts, line_numbers, hashes))
     return _Piece(characters, *arrays, rejected, len(ends))
+
+
+def _without_ends(lines: bytes, has_root: bool) -> bytes:
+    return (lines.replace(b".\n", b"\n") if has_root else lines).replace(b"\n", b"")
 
 
 def _invalid_hyphens(text: bytes, places: np.ndarray, delimiters: np.ndarray) -> np.ndarray:
