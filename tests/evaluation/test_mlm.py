@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrecipes.data.batching.batch import Batch, document_fields
 from torchrecipes.data.batching.mlm import MLMCollator
@@ -297,3 +298,28 @@ def test_sums_in_two_float32_are_as_exact_as_float64():
     assert total.over_ranks().dtype == torch.float64
     assert total.over_ranks().tolist() == pytest.approx(expected, rel=1e-11)
     assert np.cumsum(numbers, axis=0, dtype=np.float32)[-1].tolist() != pytest.approx(expected, rel=1e-8)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for which a GPU's host waits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select", "bincount")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_more_is_no_wait_for_the_device_more(names):
+    tokenizer, ids = names
+    baseline = mlm_baseline(Documents(ids), tokenizer, [Documents(ids)])
+    batches = list(masked_names(tokenizer, ids * 2))
+    logits = torch.zeros(max(batch.input_ids.numel() for batch in batches), tokenizer.vocab_size)
+    model = Guesses(logits)
+    model.forward = lambda input_ids, **_: logits[: input_ids.numel()].unflatten(0, input_ids.shape)
+    counts = []
+    for several in (batches[:1], batches * 3):
+        with Waits() as waits:
+            evaluate_mlm(model, several, tokenizer.vocab_size, baseline, nullcontext)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
