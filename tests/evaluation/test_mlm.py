@@ -155,8 +155,8 @@ class Guesses(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def names():
-    """A tokenizer of characters, its ids of a few names, and a corpus of them."""
-    texts = [f"{a}{b}-{c}.{d}" for a in "abca" for b in "aab" for c in "12" for d in ("com", "ca")]
+    """A tokenizer of characters, and its ids of a few names, in which the dot is the most frequent character."""
+    texts = [f"{a}.{b}-{c}.{d}" for a in "abca" for b in "aab" for c in "12" for d in ("com", "ca")]
     tokenizer = train_char([Document(text, "") for text in texts])
     return tokenizer, [tokenizer.encode(text) for text in texts]
 

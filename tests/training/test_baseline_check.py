@@ -128,6 +128,8 @@ def test_the_count_starts_again_after_a_better_evaluation_and_goes_on_in_a_resum
     assert counts(tmp_path) == [1, 2, 0, 1, 2] and "warning" not in capsys.readouterr().out
     log(tmp_path, [60], bad, first_step=51)
     assert counts(tmp_path)[-1] == 3 and "step 60: warning: validation" in capsys.readouterr().out
+    log(tmp_path, [60], bad, first_step=61)  # the same evaluation again
+    assert counts(tmp_path)[-2:] == [3, 3]
     log(tmp_path, [50], bad, first_step=41)  # a rollback
     assert counts(tmp_path) == [1, 2, 0, 1, 2]
 
