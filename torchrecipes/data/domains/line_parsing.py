@@ -5,7 +5,7 @@ What `name_syntax` says of a line, in numpy, on pieces that fit a core's cache:
 1. A table turns upper case into lower case and every character that a name cannot have into 0 (`bytes.translate`).
 2. The places of line ends, dots, hyphens and zeros say nearly all. A line is plain if there is no zero in it, no two of
    the others follow each other, but for two hyphens and for a dot at its end, its labels and itself are short enough,
-   it has two labels or more, and no digit begins the last one.
+   and no digit begins the last label.
 3. A line that is not plain goes through `parse_name`.
 """
 
@@ -161,7 +161,7 @@ def _parse_piece(data: bytes, first_line: int, options: NameOptions, psl: Public
         if has_root:
             ends = stops - (buffer[stops - 1] == DOT)
     lengths = ends - starts
-    is_plain = (num_labels > 1) & (lengths <= MAX_NAME) & (buffer[label_starts[last]] > NINE)
+    is_plain = (lengths <= MAX_NAME) & (buffer[label_starts[last]] > NINE)
     is_plain[np.searchsorted(stops, np.concatenate(odd))] = False
 
     suffix_labels = psl.table.suffix_labels(words, ends, label_starts, last, num_labels)

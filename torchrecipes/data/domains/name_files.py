@@ -360,9 +360,8 @@ def _text_lines(file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
             data, _, stop, _ = block
             end = data.rfind(b"\n") + 1
             if end:
-                first = data.find(b"\n") if tail >= LONGEST_LINE else 0
-                pieces.append(data[first:end])
-                size += end - first
+                pieces.append(data[:end])
+                size += end
                 if size >= BLOCK_BYTES:
                     lines = b"".join(pieces)
                     count = lines.count(b"\n")
