@@ -14,6 +14,7 @@ from torchrecipes.errors import UserError
 
 TOKENIZER = SimpleNamespace(vocab_size=len(VOCABULARY))
 PAD, UNK, CLS, SEP, MASK = range(5)
+DOT = VOCABULARY.index(".")
 SUFFIXES = [".com", ".org", ".co.uk", ".xn--p1ai", ".s3.dualstack.eu-west-1.amazonaws.com"]
 SUFFIX_SHARES = [0.5, 0.25, 0.15, 0.08, 0.02]
 
@@ -99,7 +100,7 @@ def per_name(block, rows, hidden, made):
 
 @pytest.fixture(scope="module")
 def many():
-    return rows_of(made_up_names(20_000), 512)
+    return rows_of(made_up_names(8_000), 512)
 
 
 def is_rounded(value, exact):
@@ -138,6 +139,148 @@ def test_counts_are_exact(many, mask_all):
     assert close(sums[0], sums[1], len(names)) and (mask_all or close(sums[2], sums[3], len(names)))
     assert all(is_rounded(count, 0.1 * len(row)) for count, row in zip(hidden_of_row, rows, strict=True))
     assert close(hidden_of_row.sum(), 0.1 * len(names), len(rows))
+
+
+def splitmix64(x):
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ x >> shift) * factor) % 2**64
+    return x ^ x >> 31
+
+
+def random_bits(key, row_len):
+    """The 16 random bits of every token of a row: halves of MurmurHash3's finalizer over key and place, twice."""
+    halves = []
+    for place in range(-(-row_len // 2)):
+        x = place * 0x9E3779B9 + key % 2**32
+        for add in (0, key >> 32):
+            x = (x + add) % 2**32
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+                x = ((x ^ x >> shift) * factor) % 2**32
+        halves.append(divmod(x, 2**16))
+    return [high for high, _ in halves] + [low for _, low in halves]
+
+
+def reference(tokens, names, key, collator):
+    """What is hidden in a row, written as loops: tokens, targets, ids of the hidden suffixes and their weights.
+
+    Names are (start, first of the suffix, end, suffix id).
+    """
+    row_len, share = len(tokens), collator.suffix_probability
+    bits, tokens, targets = random_bits(key, row_len), list(tokens), {}
+    place_bits = (row_len - 1).bit_length()
+    num_random = min(16, (31 if place_bits <= 10 else 63) - 2 * place_bits)
+    orders, counts = [], []
+    for start, suffix, _, _ in names:
+        characters = [at for at in range(start + 1, suffix) if tokens[at] != UNK]
+        orders.append(sorted(characters, key=lambda at: (bits[at] >> 16 - num_random, at)))
+        counts.append(max(int(0.3 * len(characters) + bits[start] / 65536), len(characters) > 0))
+    # Labels in the place of characters.
+    spare = collator.slots(row_len) - math.ceil(share / 2 * row_len) - sum(counts)
+    labels, more = {}, 0
+    for index, (start, suffix, end, _) in enumerate(names):
+        draw = (bits[start] + bits[suffix] + bits[end - 1]) % 2**16 / 65536
+        if orders[index] and draw < collator.mask_labels:
+            first = last = orders[index][0]
+            while first - 1 > start and tokens[first - 1] != DOT:
+                first -= 1
+            while last < suffix and tokens[last] != DOT:
+                last += 1
+            label = [] if UNK in tokens[first:last] else list(range(first, last))
+            more += len(label) - counts[index]
+            if label and more <= spare:
+                labels[index] = label
+    hidden, sizes = list(tokens), []
+    for index, (_, _, end, _) in enumerate(names):
+        chosen = labels.get(index, orders[index][: counts[index]])
+        kept = 0 if index in labels else int(collator.kept * len(chosen) + bits[end - 1] / 65536)
+        targets |= {at: tokens[at] for at in chosen}
+        for at in chosen[: len(chosen) - kept]:
+            hidden[at] = MASK
+        sizes.append(len(chosen))
+    # Suffixes: the first names in random order, while there are slots.
+    with_suffix = sorted(range(len(names)), key=lambda index: (bits[names[index][1]], index))
+    dither = (splitmix64(key ^ 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+    number = min(int(share * len(names) + dither), collator.class_slots(row_len)) if share else 0
+    left, classes = collator.slots(row_len) - sum(sizes), {}
+    for index in with_suffix[:number]:
+        start, suffix, end, suffix_id = names[index]
+        left -= end - 1 - suffix
+        if left >= 0:
+            weight = collator.suffix_weight / share * sizes[index]
+            classes[start] = (suffix_id, pytest.approx(weight))
+            for at in range(suffix, end - 1):
+                if tokens[at] != UNK:
+                    targets[at], hidden[at] = tokens[at], MASK
+    return hidden, targets, classes
+
+
+SETTINGS = [
+    {},
+    {"mask_labels": 0.4},
+    {"mask_labels": 1.0, "kept": 0.5, "suffix_probability": 0.6, "suffix_weight": 2.0},
+    {"mask_all": True, "suffix_probability": 0.0},
+]
+
+
+@pytest.mark.parametrize("row_len", [64, 300, 2048])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_it_hides_what_the_definition_says(settings, row_len):
+    names = [(label.replace("x", "_"), suffix) for label, suffix in made_up_names(6 * row_len // 20, seed=row_len)]
+    block, rows = rows_of([name for name in names if len("".join(name)) < 62], row_len)
+    collator, keys = DomainCollator(TOKENIZER, **settings), fold_in(1, np.arange(len(rows)))
+    hidden, made = hide(collator, block, keys)
+    slots, num_targets = collator.slots(row_len), 0
+    for row, held in enumerate(rows):
+        at, spans = 0, []
+        for label, suffix in held:
+            begin, at = at, at + len(label + suffix) + 2
+            spans.append((begin, begin + len(label) + 2, at, SUFFIXES.index(suffix)))
+        expected, targets, classes = reference(block.tokens[row].tolist(), spans, int(keys[row]), collator)
+        assert hidden[row].tolist() == expected
+        places, labels = (getattr(made, name)[row * slots :][:slots] for name in ("masked_positions", "masked_labels"))
+        places = places - row * row_len
+        assert (places >= 0).all() and (places < row_len).all() and len(set(places.tolist())) == slots
+        used = labels >= 0
+        assert dict(zip(places[used].tolist(), labels[used].tolist(), strict=True)) == targets
+        assert (labels[~used] == -100).all()
+        num_targets += len(targets)
+        if not collator.suffix_probability:
+            assert not hasattr(made, "class_labels")
+            continue
+        mine = slice(row * collator.class_slots(row_len), (row + 1) * collator.class_slots(row_len))
+        fields = (made.class_positions[mine] - row * row_len, made.class_labels[mine], made.class_weights[mine])
+        found = list(zip(*(field.tolist() for field in fields), strict=True))
+        assert {start: (label, weight) for start, label, weight in found if label >= 0} == classes
+        assert all((label, weight) == (-100, 0) for _, label, weight in found if label < 0)
+        for begin, suffix, end, suffix_id in spans:
+            text = "".join(held[spans.index((begin, suffix, end, suffix_id))])
+            text = np.frombuffer(text.encode(), np.uint8)
+            kinds = character_kinds(text, np.array([len(text)]), np.array([suffix - begin - 1]))
+            first = 0 if begin in classes else 4 * suffix_id
+            assert made.token_type_ids[row, begin:end].tolist() == [first, *(first + kinds).tolist(), first]
+        assert not made.token_type_ids[row, at:].any()
+    assert made.num_targets == num_targets
+
+
+def test_rows_without_names_have_no_targets():
+    block, _ = rows_of(made_up_names(10), 512)
+    padding = RowBlock(np.zeros((2, 64), np.int64), np.array([0, 64]), np.zeros(2, np.int64), None, {})
+    padding.columns.update({name: np.zeros(2, column.dtype) for name, column in block.columns.items()})
+    hidden, made = hide(DomainCollator(TOKENIZER, mask_labels=0.5), padding)
+    assert not hidden.any() and not made.token_type_ids.any() and made.num_targets == 0
+    assert (made.masked_labels == -100).all() and (made.class_labels == -100).all() and not made.class_weights.any()
+    assert len(np.unique(made.masked_positions)) == len(made.masked_positions)
+
+
+def test_an_example_batch_has_the_shapes_of_real_ones():
+    collator = DomainCollator(TOKENIZER)
+    batch = collator.example_batch(3, 100)
+    assert batch.input_ids.shape == batch.token_type_ids.shape == batch.position_ids.shape == (3, 100)
+    assert batch.cu_seqlens is None and batch.position_ids.max() == 15
+    assert len(batch.masked_labels) == 3 * collator.slots(100)
+    assert len(batch.class_positions) == len(batch.class_labels) == len(batch.class_weights) == 3 * 2
+    assert batch.num_targets == (batch.masked_labels >= 0).sum() > 0
+    assert "token_type_ids" in batch.documents
 
 
 def test_a_rows_targets_depend_on_its_key_and_its_names_alone(many):

@@ -191,46 +191,50 @@ class DomainCollator:
 
     def _hide(self, names: "_Names", tokens: np.ndarray, row_keys: np.ndarray, step: int, hidden: "Hidden") -> None:
         """Hides the targets of some rows and fills in their part of `hidden`."""
-        row_len = tokens.shape[1]
-        keys = splitmix64(row_keys[names.row] ^ (names.in_row + 1).astype(np.uint64) * GOLDEN)
-        draws = keys.astype("<u8", copy=False).view("<u2").reshape(-1, 4)  # four of 16 bits for every name
-        count = (self.probability(step) * names.count + draws[:, 0] * 2.0**-16).astype(np.int64)
+        (num_rows, row_len), slots = tokens.shape, hidden.masked_positions.shape[1]
+        # Tokens that are never drawn lend their random bits to what is drawn for their name.
+        bits = _random_bits(row_keys, row_len)
+        first, middle, last = (bits.reshape(-1)[at] for at in (names.starts, names.suffixes, names.ends - 1))
+        count = (self.probability(step) * names.count + first * 2.0**-16).astype(np.int64)
         count = np.maximum(count, names.count > 0)
-        order = _random_order(names, row_keys, row_len)
+        order = _order(names, bits)
+        ordered, place = np.sort(order, axis=1).reshape(-1), order.dtype.type(_mask(row_len))
 
-        targets, label_sizes = [], 0
+        label_starts, label_sizes = np.zeros((2, len(count)), dtype=np.int64)
         if self.mask_labels:
-            reserved = math.ceil(self.suffix_probability / 2 * row_len)
-            left = hidden.masked_positions.shape[1] - reserved - np.add.reduceat(count, names.first_of_row)
-            chosen = np.flatnonzero((draws[:, 2] * 2.0**-16 < self.mask_labels) & (names.count > 0))
-            label_starts, label_sizes = _labels(names, chosen, order, count, left)
+            chosen = np.flatnonzero(((first + last + middle) * 2.0**-16 < self.mask_labels) & (names.count > 0))
+            at = (ordered[names.starts[chosen]] & place).astype(np.int64) + names.row_starts[chosen]
+            left = slots - math.ceil(self.suffix_probability / 2 * row_len) - np.add.reduceat(count, names.first_of_row)
+            label_starts, label_sizes = _labels(names, chosen, at, count, left)
             count[label_sizes > 0] = 0
-            targets.append(_ranges(label_starts, label_sizes))
         # Of a name the first in order are targets, and of these the last stay as they are.
-        characters = order[_ranges(names.starts, count)].astype(np.int64)
-        kept = (self.kept * count + draws[:, 1] * 2.0**-16).astype(np.int64)
-        stay = characters[_ranges(np.cumsum(count) - kept, kept)]
-        targets.append(characters)
+        limit = ordered[names.starts + np.maximum(count, 1) - 1] - (count == 0)
+        is_target = order.reshape(-1) <= np.repeat(limit, names.lengths)
+        is_target[_ranges(label_starts, label_sizes)] = True
+        kept = (self.kept * count + last * 2.0**-16).astype(np.int64)
+        stay = (ordered[_ranges(names.starts + count - kept, kept)] & place).astype(np.int64)
+        stay += np.repeat(names.row_starts, kept)
 
         has_class = np.zeros(len(count), dtype=bool)
         if self.suffix_probability:
-            count = count + label_sizes
-            left = hidden.masked_positions.shape[1] - np.add.reduceat(count, names.first_of_row)
-            slots = hidden.class_positions.shape[1]
-            which, is_hidden = _suffixes(names, draws[:, 3], row_keys, self.suffix_probability, slots, left)
+            count += label_sizes
+            left = slots - np.add.reduceat(count, names.first_of_row)
+            which, is_hidden = _suffixes(
+                names, middle, row_keys, self.suffix_probability, left, self.class_slots(row_len)
+            )
             has_class[which[is_hidden]] = True
             hidden.class_positions[:] = names.starts[which]
             hidden.class_labels[:] = np.where(is_hidden, names.suffix_ids[which], IGNORED)
             hidden.class_weights[:] = is_hidden * count[which] * (self.suffix_weight / self.suffix_probability)
-            suffix = _ranges(names.suffixes[has_class], names.suffix_sizes[has_class])
-            targets.append(suffix[names.ids[suffix] > MASK] if len(names.unknown) else suffix)
+            is_target[_ranges(names.suffixes[has_class], names.suffix_sizes[has_class])] = True
+            is_target[names.unknown] = False
 
-        targets = np.concatenate(targets)
         _fill_types(names, has_class, hidden.token_type_ids)
-        _fill_slots(targets, tokens, hidden.masked_positions, hidden.masked_labels)
-        flat = tokens.reshape(-1)
-        flat[targets] = MASK
-        flat[stay] = names.ids[stay]
+        _fill_slots(is_target.reshape(num_rows, row_len), tokens, hidden.masked_positions, hidden.masked_labels)
+        # Arithmetic on bytes: a copy with a mask would be ten times as slow.
+        ids = (names.ids & (is_target.view(np.uint8) - np.uint8(1))) | is_target * np.uint8(MASK)
+        ids[stay] = names.ids[stay]
+        tokens[:] = ids.reshape(tokens.shape)
 
 
 class Hidden(NamedTuple):
@@ -266,11 +270,13 @@ class _Names(NamedTuple):
 
     Attributes:
         ids: `[B * S]` uint8, the tokens.
-        starts, suffixes: `[D]`: the first token, and the first of the suffix.
+        starts, suffixes, ends: `[D]`: the first token, the first of the suffix, and the one after the last.
+        lengths: `[D]`: tokens.
         parts: `[2 * D]`: tokens of every name before its suffix and from there on.
         suffix_sizes, count: `[D]`: characters in the suffix and before it, the latter without `[UNK]`.
         suffix_ids: `[D]`.
-        row, in_row, number: `[D]`: the row, the place of the first token in it, and the name's number in it.
+        row, row_starts: `[D]`: the row and its first token.
+        in_row, number: `[D]`: the place of the first token in its row, and the number of the name in it.
         first_of_row: `[B]`: the first name of each row.
         unknown: `[U]`: the `[UNK]` among the tokens.
     """
@@ -278,11 +284,14 @@ class _Names(NamedTuple):
     ids: np.ndarray
     starts: np.ndarray
     suffixes: np.ndarray
+    ends: np.ndarray
+    lengths: np.ndarray
     parts: np.ndarray
     suffix_sizes: np.ndarray
     count: np.ndarray
     suffix_ids: np.ndarray
     row: np.ndarray
+    row_starts: np.ndarray
     in_row: np.ndarray
     number: np.ndarray
     first_of_row: np.ndarray
@@ -298,8 +307,9 @@ class _Names(NamedTuple):
         first_of_row, per_row, entries = bounds[:-1] - bounds[0], np.diff(bounds), slice(bounds[0], bounds[-1])
         starts = block.boundaries[entries] - first
         row = np.repeat(np.arange(len(per_row)), per_row)
-        number = np.arange(len(starts)) - first_of_row[row]
-        lengths = np.append(starts[1:], len(ids)) - starts
+        row_starts, number = row * row_len, np.arange(len(starts)) - first_of_row[row]
+        ends = np.append(starts[1:], len(ids))
+        lengths = ends - starts
         before, suffix_ids = (block.columns[name][entries].astype(np.int64) for name in ("suffix_starts", "suffix_ids"))
         # A name is `[CLS] characters [SEP]`. Of padding, 0 tokens are before the suffix.
         count = np.maximum(before, 1) - 1
@@ -311,10 +321,9 @@ class _Names(NamedTuple):
             count -= np.bincount(name[unknown < suffixes[name]], minlength=len(starts))
         parts = np.empty((len(starts), 2), dtype=np.int64)
         parts[:, 0], parts[:, 1] = before, lengths - before
-        sizes = (parts.reshape(-1), suffix_sizes, count)
-        return _Names(
-            ids, starts, suffixes, *sizes, suffix_ids, row, starts - row * row_len, number, first_of_row, unknown
-        )
+        sizes = (lengths, parts.reshape(-1), suffix_sizes, count)
+        places = (row, row_starts, starts - row_starts, number, first_of_row)
+        return _Names(ids, starts, suffixes, ends, *sizes, suffix_ids, *places, unknown)
 
     def repeat(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
         """A value for every token of a name, `[B * S]`: one before the suffix and another from there on."""
@@ -323,41 +332,51 @@ class _Names(NamedTuple):
         return np.repeat(values.reshape(-1), self.parts)
 
 
-def _random_order(names: _Names, row_keys: np.ndarray, row_len: int) -> np.ndarray:
-    """The tokens of every name, its characters before the suffix first, in random order: `[B * S]`, unsigned."""
-    # One number for every token, to be sorted. From the top: the name's number in its row, whether the token is no such
-    # character, random bits, and the place in the row, by which all are different.
-    bits = max(1, (row_len - 1).bit_length())
-    kind, width = (np.uint32, 32) if bits <= 10 else (np.uint64, 64)
-    num_random = min(16, width - 2 * bits - 1)
-    number = names.number.astype(kind) << kind(width - bits)
-    is_other = kind(1 << width - bits - 1)
-    order = names.repeat(number, number | is_other)
-    order[names.starts] |= is_other
-    order[names.unknown] |= is_other
-    order = order.reshape(len(row_keys), row_len)
-    # Of 32 bits, two tokens get 16 each.
+def _random_bits(row_keys: np.ndarray, row_len: int) -> np.ndarray:
+    """16 random bits for every token: uint16 `[B, S]`."""
     half = -(-row_len // 2)
     draw = hash32(row_keys, half)
-    order[:, :half] |= (draw >> np.uint32(32 - num_random)).astype(kind, copy=False) << kind(bits)
-    low = (draw[:, : row_len - half] & np.uint32((1 << num_random) - 1)).astype(kind, copy=False)
-    order[:, half:] |= low << kind(bits)
+    bits = np.empty((len(row_keys), row_len), dtype=np.uint16)
+    bits[:, :half] = draw >> np.uint32(16)
+    bits[:, half:] = draw[:, : row_len - half] & np.uint32(0xFFFF)
+    return bits
+
+
+def _order(names: _Names, bits: np.ndarray) -> np.ndarray:
+    """Different numbers for the tokens of a row, `[B, S]`: from the smallest on, they are name by name.
+
+    The characters before the suffix of a name come first, in random order.
+    """
+    # From the top: where the name starts in its row, whether the token is no such character, random bits, and the place
+    # in the row, by which all numbers are different.
+    row_len = bits.shape[1]
+    num_bits = _mask(row_len).bit_length()
+    kind, width = (np.uint32, 32) if num_bits <= 10 else (np.uint64, 64)
+    start, is_other = names.in_row.astype(kind) << kind(width - num_bits), kind(1 << width - num_bits - 1)
+    order = names.repeat(start, start | is_other)
+    order[names.starts] |= is_other
+    order[names.unknown] |= is_other
+    order = order.reshape(bits.shape)
+    num_random = min(16, width - 2 * num_bits - 1)
+    order |= (bits >> np.uint16(16 - num_random)).astype(kind) << kind(num_bits)
     order |= np.arange(row_len, dtype=kind)
-    order.sort(axis=1)
-    order &= kind((1 << bits) - 1)
-    order += np.arange(len(order), dtype=kind)[:, None] * kind(row_len)
-    return order.reshape(-1)
+    return order
+
+
+def _mask(row_len: int) -> int:
+    """The bits of a place in a row."""
+    return (1 << max(1, (row_len - 1).bit_length())) - 1
 
 
 def _labels(
-    names: _Names, chosen: np.ndarray, order: np.ndarray, count: np.ndarray, left: np.ndarray
+    names: _Names, chosen: np.ndarray, at: np.ndarray, count: np.ndarray, left: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The labels that are hidden instead of characters.
 
     Args:
         names: of all rows.
-        chosen: the names of which one is to be hidden: that of the first character in order.
-        order: of the tokens.
+        chosen: the names of which one is to be hidden.
+        at: a character of each. It is in the label, or the dot after it.
         count: `[D]`, the characters that would be hidden.
         left: `[B]`, further tokens of a row that may be.
 
@@ -366,7 +385,7 @@ def _labels(
     """
     dots = np.flatnonzero(names.ids == DOT)
     bounds = np.concatenate([[-1], dots, [len(names.ids)]])
-    next_dot = dots.searchsorted(order[names.starts[chosen]].astype(np.int64))
+    next_dot = dots.searchsorted(at)
     begin = np.maximum(names.starts[chosen], bounds[next_dot]) + 1
     size = np.minimum(names.suffixes[chosen], bounds[next_dot + 1]) - begin
     if len(names.unknown):  # a label with one is not hidden
@@ -380,17 +399,17 @@ def _labels(
 
 
 def _suffixes(
-    names: _Names, draw: np.ndarray, row_keys: np.ndarray, share: float, slots: int, left: np.ndarray
+    names: _Names, bits: np.ndarray, row_keys: np.ndarray, share: float, left: np.ndarray, slots: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the names whose suffix is hidden.
 
     Args:
         names: of all rows.
-        draw: `[D]` uint16, by which they are ordered.
+        bits: `[D]` uint16, by which they are ordered.
         row_keys: `[B]`.
         share: of the names of a row.
-        slots: names of a row, at most.
         left: `[B]`, tokens of a row that may be hidden.
+        slots: names of a row, at most.
 
     Returns:
         `[B, slots]`: names of each row in random order, its first name where there are no more, and whether each is
@@ -400,7 +419,7 @@ def _suffixes(
     # The number of a name in its row is its lower bits: no two are equal.
     order = np.full((num_rows, max(slots, int(names.number.max()) + 1)), none)
     has_suffix = names.suffix_sizes > 0
-    key = draw.astype(np.uint32) << np.uint32(16) | names.number.astype(np.uint32)
+    key = bits.astype(np.uint32) << np.uint32(16) | names.number.astype(np.uint32)
     order[names.row, names.number] = np.where(has_suffix, key, none)
     order.sort(axis=1)
     order = order[:, :slots]
@@ -412,27 +431,27 @@ def _suffixes(
     return which, is_hidden & (np.cumsum(names.suffix_sizes[which] * is_hidden, axis=1) <= left[:, None])
 
 
-def _fill_slots(targets: np.ndarray, tokens: np.ndarray, positions: np.ndarray, labels: np.ndarray) -> None:
+def _fill_slots(is_target: np.ndarray, tokens: np.ndarray, positions: np.ndarray, labels: np.ndarray) -> None:
     """Fills the slots of every row: first with its targets, then with other tokens, which have no label.
 
     Args:
-        targets: positions, all different.
+        is_target: `[B, S]` bool.
         tokens: `[B, S]`.
         positions, labels: `[B, slots]`, to be filled.
     """
     (num_rows, row_len), slots = tokens.shape, positions.shape[1]
     # One number for every token, to be sorted: its place, and above it a bit that targets do not have.
     kind = np.uint16 if row_len <= 2**15 else np.uint32
-    is_other = kind(1 << 8 * np.dtype(kind).itemsize - 1)
-    order = np.empty((num_rows, row_len), kind)
-    order[:] = np.arange(row_len, dtype=kind) | is_other
-    order.reshape(-1)[targets] ^= is_other
+    shift = kind(8 * np.dtype(kind).itemsize - 1)
+    order = (~is_target).astype(kind)
+    order <<= shift
+    order |= np.arange(row_len, dtype=kind)
     order.sort(axis=1)
     order = order[:, :slots]
-    positions[:] = order & ~is_other
+    positions[:] = order & ~(kind(1) << shift)
     positions += np.arange(num_rows)[:, None] * row_len
     np.take(tokens, positions, out=labels, mode="clip")
-    np.copyto(labels, IGNORED, where=order >= is_other)
+    np.copyto(labels, IGNORED, where=order >= kind(1) << shift)
 
 
 def _fill_types(names: _Names, has_class: np.ndarray, types: np.ndarray) -> None:
@@ -440,8 +459,7 @@ def _fill_types(names: _Names, has_class: np.ndarray, types: np.ndarray) -> None
     first = np.where(has_class, 0, NUM_KINDS * names.suffix_ids).astype(np.int32)
     is_name = names.suffixes > names.starts
     flat = names.repeat(first, first + is_name * np.int32(SUFFIX))
-    ends = np.append(names.starts[1:], len(flat)) - 1
-    flat[ends[is_name]] -= SUFFIX  # `[SEP]`
+    flat[names.ends[is_name] - 1] -= SUFFIX  # `[SEP]`
     # Nearly all dots are inside a suffix or stand before one. What is before another one is a subdomain.
     is_dot = names.ids == DOT
     last = (names.suffixes - 1)[is_name]
