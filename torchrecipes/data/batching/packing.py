@@ -17,7 +17,6 @@ from torchrecipes.data.batching import best_fit, next_fit
 from torchrecipes.data.batching.rows import RowBlock
 from torchrecipes.data.batching.shuffle import row_indices
 from torchrecipes.data.corpus.corpus import Corpus
-from torchrecipes.data.corpus.shards import Shard
 from torchrecipes.errors import UserError
 
 Packing = Annotated[Literal["concat", "best_fit", "next_fit", "none"], Formerly(((True, "concat"), (False, "none")))]
@@ -67,7 +66,7 @@ class PackedDataset:
 
     def __init__(self, corpus: Corpus, seq_len: int, pad_id: int, lookahead: int = 0):
         self.corpus, self.seq_len, self.pad_id, self.lookahead = corpus, seq_len, pad_id, lookahead
-        if columns_of(corpus.shards[0]):
+        if corpus.column_names:
             raise UserError(
                 f"{corpus.folder} describes each of its documents, and packing=concat cuts documents",
                 key="data.packing",
@@ -280,7 +279,7 @@ class NextFitDataset:
             "tokens": [np.asarray(shard.tokens) for shard in shards],
             "document_offsets": [np.asarray(shard.document_offsets) for shard in shards],
         }
-        self._columns = {name: [columns_of(shard)[name] for shard in shards] for name in columns_of(shards[0])}
+        self._columns = {name: [shard.columns[name] for shard in shards] for name in self.corpus.column_names}
         self._plan, self._first_row = next_fit.plan_corpus(self.corpus, self.seq_len)
 
     def __getstate__(self) -> dict:
@@ -449,11 +448,6 @@ def _join(arrays: list[np.ndarray], which: np.ndarray, starts: np.ndarray, sizes
     return joined
 
 
-def columns_of(shard: Shard) -> dict[str, np.ndarray]:
-    """The columns of a shard, as plain arrays."""
-    return {name: np.asarray(column) for name, column in getattr(shard, "columns", {}).items()}
-
-
 def _row_block(
     corpus: Corpus,
     tokens: np.ndarray,
@@ -474,10 +468,10 @@ def _row_block(
     padded = (row_starts + lengths)[lengths < tokens.shape[1]]
     starts = np.concatenate([*boundaries, padded])
     order = np.argsort(starts, kind="stable")
-    columns = {}
-    for name, column in columns_of(corpus.shards[0]).items():
-        values = np.zeros(len(starts), column.dtype)
-        values[: len(starts) - len(padded)] = _column_values(corpus, name, np.concatenate([*documents, []]))
+    numbers, columns = np.concatenate([np.empty(0, np.int64), *documents]), {}
+    for name in corpus.column_names:
+        values = np.zeros(len(starts), corpus.shards[0].columns[name].dtype)
+        values[: len(starts) - len(padded)] = _column_values(corpus, name, numbers)
         columns[name] = values[order]
     return RowBlock(tokens, starts[order], lengths, None, columns)
 
@@ -485,16 +479,16 @@ def _row_block(
 def _column_values(corpus: Corpus, name: str, documents: np.ndarray) -> np.ndarray:
     firsts = np.array([shard.document_offset for shard in corpus.shards])
     of_shard = firsts.searchsorted(documents, "right") - 1
-    values = np.empty(len(documents), columns_of(corpus.shards[0])[name].dtype)
+    values = np.empty(len(documents), corpus.shards[0].columns[name].dtype)
     for index in np.unique(of_shard).tolist():
         mine = of_shard == index
-        values[mine] = columns_of(corpus.shards[index])[name][documents[mine] - firsts[index]]
+        values[mine] = corpus.shards[index].columns[name][documents[mine] - firsts[index]]
     return values
 
 
 def _check_documents_fit(corpus: Corpus, seq_len: int) -> None:
     """Columns describe complete documents."""
-    if columns_of(corpus.shards[0]) and corpus.longest_document > seq_len:
+    if corpus.column_names and corpus.longest_document > seq_len:
         raise UserError(
             f"{corpus.folder} describes each of its documents, and the longest, {corpus.longest_document} tokens, "
             f"would be cut to rows of {seq_len}",
