@@ -326,6 +326,19 @@ def test_without_columns_a_shard_is_of_format_2_byte_for_byte(tmp_path):
     assert shard.columns == {} and metadata["format"] == "torchrecipes-corpus-2"
 
 
+def test_a_corpus_of_format_2_is_what_it_was(tmp_path):
+    """The checksum is that of the files which the code wrote before there were columns."""
+    lengths = np.array([3, 1, 4, 7, 2])
+    writer = ShardWriter({"train": tmp_path}, {"dtype": "uint16", "shard_tokens": 8, "source": "s"})
+    writer.add(
+        Tokenized(np.arange(17, dtype=np.uint16), lengths, np.stack([lengths, lengths, lengths * 0, lengths * 0], 1))
+    )
+    writer.finish(ReadStats(), Maker)
+    content = b"".join(path.read_bytes() for path in sorted(tmp_path.iterdir()))
+    assert xxhash.xxh3_128_hexdigest(content) == "32cdfd2945134d8d517037f590eb5e96"
+    assert open_corpus(tmp_path).fingerprint == "74d392ddcda02c2637d4b3da6a939c86"
+
+
 def test_a_column_of_another_length_is_damage(tmp_path):
     path = tmp_path / "shard"
     write_shard(path, [np.arange(4, dtype=np.uint8)], np.array([0, 1, 4]), {}, {"column": [np.zeros(3, np.uint8)]})

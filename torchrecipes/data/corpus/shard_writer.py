@@ -222,6 +222,9 @@ class ShardWriter:
     def _fitting(self, batch: Tokenized, first: int) -> int:
         """The documents up to this one, exclusive, fit into the shards that are being filled."""
         last = len(batch.lengths)
+        most = max(split.pending.tokens for split in self._splits.values()) + int(batch.lengths[first:].sum())
+        if most <= self.settings["shard_tokens"]:
+            return last
         for number, split in enumerate(self._splits.values()):
             own = np.arange(first, last)
             if batch.splits is not None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -215,7 +216,7 @@ class domain_names:
         count_names(self.report, block, parsed)
 
     def _blocks(self, place: dict[str, Any], is_start: bool) -> Iterator[NameBlock]:
-        limit = place.get("sample_limit") or self._sample_limit()
+        limit = place.get("sample_limit") or self._sample_limit
         kept = {} if limit == HASHES else {"sample_limit": limit}
         if is_start:
             for record in self._files.skipped:
@@ -252,6 +253,7 @@ class domain_names:
         finally:
             add_skipped(self.report, table.report)
 
+    @cached_property
     def _sample_limit(self) -> int:
         """The hash below which a name is in the sample, so that it has no more names than wanted.
 
