@@ -40,6 +40,7 @@ def write_names(folder: Path, seed: int = 0, scale: int = 1) -> list[str]:
     for i in range(6):
         lines = names[i::6]
         (folder / f"names-{i}.txt").write_text("\n".join(["# names", lines[0].upper(), *lines[1:], "a_b.com", ""]))
+    (folder / "names-3.txt.gz").write_bytes(b"\x1f\x8b broken")  # read after names-3.txt, and skipped
     return [name for i in range(6) for name in names[i::6]]
 
 
@@ -120,6 +121,7 @@ def test_names_and_their_columns(names, source, tokenizer, tmp_path):
         starts = [1 + length - len(suffix) for length, suffix in zip(lengths, suffixes, strict=True)]
         assert found["suffix_starts"].tolist() == starts
         assert corpus.statistics.characters == corpus.statistics.bytes == sum(lengths)
+    assert "skipped 1: corrupt or truncated gzip data\n    " in train.summary()
     assert "skipped 6: underscore" in train.summary() and "names-0.txt" in train.summary()
     assert open_corpus(tmp_path / "train").fingerprint == train.fingerprint
 

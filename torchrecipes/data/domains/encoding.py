@@ -138,7 +138,7 @@ class DomainEncoding:
     def _split(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The names in texts: which tokens are theirs `[N]`, and of each name its length, suffix's start and id."""
         inside = IN_NAME[tokens]
-        sizes = np.bincount(np.arange(len(lengths)).repeat(lengths)[inside], minlength=len(lengths))
+        sizes = np.diff(np.concatenate([[0], np.cumsum(inside)])[np.cumsum(lengths)], prepend=0)
         characters, starts, ids = CHARACTER_OF[tokens[inside]], np.zeros_like(sizes), np.zeros(len(sizes), np.uint16)
         named = np.flatnonzero(sizes)
         if len(named):
@@ -190,14 +190,18 @@ def character_kinds(characters: np.ndarray, lengths: np.ndarray, starts: np.ndar
         starts: int64 `[D]`, characters before the suffix of each name.
     """
     firsts = np.cumsum(lengths) - lengths
-    suffixes = firsts + starts
     is_dot = characters == ord(".")
     dots = np.flatnonzero(is_dot)
     # The label before the suffix begins after the last dot but the one before the suffix.
-    before = dots.searchsorted(suffixes - 1)
-    labels = np.maximum(firsts, np.concatenate([[0], dots + 1])[before])
-    place = np.arange(len(characters))
-    kinds = np.where(place < labels.repeat(lengths), np.uint8(SUBDOMAIN), np.uint8(LABEL))
-    kinds[is_dot] = SEPARATOR
-    kinds[place >= suffixes.repeat(lengths)] = SUFFIX
+    before = dots.searchsorted(firsts + starts - 1)
+    labels = np.maximum(firsts, np.concatenate([[0], dots + 1])[before]) - firsts
+    has_label = starts > 0
+    sizes = np.empty((len(lengths), NUM_KINDS), np.int64)
+    sizes[:, 0] = labels * has_label
+    sizes[:, 1] = (starts - 1 - labels) * has_label
+    sizes[:, 2] = has_label
+    sizes[:, 3] = lengths - starts
+    order = np.array([SUBDOMAIN, LABEL, SEPARATOR, SUFFIX], np.uint8)
+    kinds = np.tile(order, len(lengths)).repeat(sizes.ravel())
+    kinds[is_dot & (kinds == SUBDOMAIN)] = SEPARATOR
     return kinds
