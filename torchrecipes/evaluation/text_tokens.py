@@ -36,12 +36,16 @@ def tokenize_texts(encoder: ExampleEncoder, texts: Sequence[str], pad_id: int) -
         texts: with their prompts.
         pad_id: the only token of a text that has none, not even a special one.
     """
+    tokenizer = encoder.tokenizer
+    if tokenizer.domain is not None and tokenizer.special_tokens == "text":
+        tokens, lengths, characters = tokenizer.domain.encode_texts(texts, encoder.max_length)
+        types = tokenizer.token_type_ids(tokens, lengths)
+        return TextTokens(tokens.astype(np.int64), lengths, characters == 0, characters + 2 > lengths, types)
     before, after = encoder.before, encoder.after
     room = encoder.max_length - len(before) - len(after)
     ids = [found.ids for found in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)]
     num_tokens = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens, lengths = flatten_ids([before + found[:room] + after or [pad_id] for found in ids])
-    tokenizer = encoder.tokenizer
     types = None if tokenizer.domain is None else tokenizer.token_type_ids(tokens, lengths)
     return TextTokens(tokens, lengths, num_tokens == 0, num_tokens > room, types)
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -196,3 +197,19 @@ def test_a_corpus_holds_suffixes_of_documents_that_are_read_one_by_one(tokenizer
         assert shard.columns[name].dtype == values.dtype and shard.columns[name][:-1].tolist() == values.tolist()
     assert shard.columns["suffix_ids"][-1] == 1 and shard.columns["suffix_starts"][-1] == 5
     assert train.statistics.unknown == 1 and np.diff(shard.document_offsets)[:-1].tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize("characters", ["ab-.9_Z [", "aÅ\u212aİẞΣΟς日\U0001f642.é"], ids=["ascii", "other"])
+def test_any_texts_at_once_are_the_tokens_of_each(tokenizer, characters):
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(characters, k=draw.randrange(12))) for _ in range(300)]
+    texts += [*NAMES, "[MASK].com", "[CLS]", "<|inert_0|>", "", "ΟΣ", "line\nend\r\n\ttab"]
+    tokens, lengths, sizes = tokenizer.domain.encode_texts(texts, 1000)
+    ends = np.cumsum(lengths)
+    found = [tokens[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
+    assert found == tokenizer.encode_batch(texts) and sizes.tolist() == (lengths - 2).tolist()
+    tokens, lengths, sizes = tokenizer.domain.encode_texts(texts, 7)
+    expected = [[2, *one[1:-1][:5], 3] for one in found]
+    assert tokens.tolist() == [token for one in expected for token in one]
+    assert lengths.tolist() == [len(one) for one in expected] and sizes.tolist() == [len(one) - 2 for one in found]
+    assert [len(part) for part in tokenizer.domain.encode_texts([], 7)] == [0, 0, 0]

@@ -115,15 +115,33 @@ class DomainEncoding:
             start, stop = int(stops[0] - lengths[first]), int(stops[-1])
             own = characters[start - 2 * first : stop - 2 * (first + len(stops))]
             ids[these] = self.suffix_ids(own, parsed.lengths[these], parsed.suffix_starts[these])
-            stops = stops - start
-            is_character = np.ones(stop - start, bool)
-            is_character[stops - 1] = False  # [SEP]
-            is_character[stops - lengths[these]] = False  # [CLS]
-            part = tokens[start:stop]
-            part.fill(SEP)
-            part[stops - lengths[these]] = CLS
-            part[is_character] = tokens_of(own)
+            _between(tokens_of(own), stops - start, lengths[these], tokens[start:stop])
         return tokens, lengths, {"suffix_ids": ids, "suffix_starts": (parsed.suffix_starts + 1).astype(np.uint8)}
+
+    def encode_texts(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens of any texts, as the tokenizer's `encode` gives them, at once; names need not be parsed before.
+
+        Args:
+            texts: T of them.
+            max_length: most tokens of a text with `[CLS]` and `[SEP]`; its end is cut off.
+
+        Returns:
+            The tokens of all texts, uint8 `[N]`; the tokens of each, int64 `[T]`; and its characters, int64 `[T]`.
+        """
+        lowered = [text.lower() for text in texts]
+        characters = np.fromiter(map(len, lowered), np.int64, len(lowered))
+        joined = "".join(lowered)
+        if joined.isascii():
+            content = TOKEN_OF[np.frombuffer(joined.encode(), np.uint8)]
+        else:
+            content = TOKEN_OF[np.minimum(np.frombuffer(joined.encode("utf-32-le"), np.uint32), 255)]
+        kept = np.minimum(characters, max_length - 2)
+        if (kept < characters).any():
+            pieces = np.stack([kept, characters - kept], axis=1).ravel()
+            content = content[np.tile([True, False], len(texts)).repeat(pieces)]
+        tokens = np.empty(len(content) + 2 * len(texts), np.uint8)
+        _between(content, np.cumsum(kept + 2), kept + 2, tokens)
+        return tokens, kept + 2, characters
 
     def columns(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """What a corpus holds of documents beside their tokens, as `encode` gives it.
@@ -169,6 +187,15 @@ class DomainEncoding:
         types = (NUM_KINDS * ids.astype(np.int64)).repeat(lengths)
         types[inside] += character_kinds(CHARACTER_OF[tokens[inside]], sizes, starts)
         return types
+
+
+def _between(content: np.ndarray, ends: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> None:
+    """Writes documents, of these lengths and up to these ends, to `tokens`: `content` between `[CLS]` and `[SEP]`."""
+    is_content = np.ones(len(tokens), bool)
+    is_content[ends - lengths] = is_content[ends - 1] = False
+    tokens.fill(SEP)
+    tokens[ends - lengths] = CLS
+    tokens[is_content] = content
 
 
 def tokens_of(characters: np.ndarray) -> np.ndarray:
