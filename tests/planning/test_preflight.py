@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from torchrecipes.checkpoint.checkpointer import CheckpointConfig
-from torchrecipes.config import Component
+from torchrecipes.cli.run import load_recipe
+from torchrecipes.config import Component, load
+from torchrecipes.config.catalog import find_recipe
 from torchrecipes.errors import UserError
 from torchrecipes.planning import preflight_checks as module
 
@@ -67,7 +70,11 @@ def test_the_dry_run_has_no_minutes_beside_its_steps(tmp_path, monkeypatch):
     keys = {"output_dir": tmp_path, "checkpoint": CheckpointConfig(), "max_minutes": 4}
     keys |= {"log": SimpleNamespace(loggers=[]), "data": SimpleNamespace(corpus_dir=None)}
     with pytest.raises(Tried) as tried:
-        list(module.preflight(None, SimpleNamespace(**keys), ["run", "max_minutes=4"]))
+        list(
+            module.preflight(
+                None, SimpleNamespace(**keys, compute=SimpleNamespace(device="cpu")), ["run", "max_minutes=4"]
+            )
+        )
     given = dict(word.split("=", 1) for word in tried.value.args if "=" in word)
     budgets = ("max_steps", "total_tokens", "epochs", "max_minutes")
     assert [name for name in budgets if given[name] != "null"] == ["max_steps"]
@@ -102,6 +109,33 @@ def test_a_loss_or_gradient_that_is_not_finite_fails(key):
     made[3][key] = None
     check = module._step(made, None)
     assert check.status == "failed" and "step 4" in check.reason
+
+
+def test_gradients_may_overflow_in_fp16_but_the_loss_may_not():
+    made = [line | {"grad_norm": None, "loss_scale": 2.0**15} for line in lines(1, 1, 1, 1, 1)]
+    assert module._step(made, None).status == "passed"
+    made[0]["loss"] = None
+    assert module._step(made, None).status == "failed"
+
+
+@pytest.mark.parametrize("factor, status", [(1.0, "passed"), (1.5, "failed")])
+def test_a_device_with_other_gradients_than_the_cpu_fails(monkeypatch, factor, status):
+    """A device whose kernels are wrong is a loss whose gradients are wrong the second time."""
+    recipe = load_recipe(find_recipe("mlm_pretrain"))
+    overrides = ["output_dir=nowhere", "data.source.path=nowhere", "model.hidden_size=32", "model.num_hidden_layers=1"]
+    overrides += ["model.num_attention_heads=2", "model.intermediate_size=64", "tokenizer.vocab_size=300"]
+    config = load(recipe.Config, None, [*overrides, "max_steps=1", "seq_len=16", "compute.precision=fp32"])
+    real, calls = recipe.compute_loss, []
+
+    def compute_loss(model, batch, config):
+        loss, sums = real(model, batch, config)
+        calls.append(1)
+        return loss * (factor if len(calls) == 2 else 1.0), sums
+
+    monkeypatch.setattr(recipe, "compute_loss", compute_loss)
+    monkeypatch.setattr(module, "choose_device", lambda _: torch.device("cpu"))
+    check = module._gradients(recipe, config)
+    assert check.status == status, check.reason
 
 
 class Repeats:

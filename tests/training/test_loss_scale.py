@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from tests import ranks
+from torchrecipes.data import Examples
 from torchrecipes.distributed import clip_grad_norm, parallelize
 from torchrecipes.errors import UserError
-from torchrecipes.losses import causal_lm_loss
+from torchrecipes.losses import InfoNCE, causal_lm_loss
 from torchrecipes.models import bert, gpt2, moe, neobert
 from torchrecipes.training import Guard
 from torchrecipes.training.precision import autocast
@@ -160,3 +161,38 @@ def test_all_ranks_see_the_same_norm_and_overflow(strategy):
     first, second = ranks.call(sharded_overflow, strategy)
     assert first == second and first[2] in ("inf", "nan")
     assert float(first[1]) == pytest.approx(float(first[0]), rel=5e-3)
+
+
+class TwoLayers(nn.Module):
+    """Embeddings in fp16 as an encoder gives them: products under autocast, then fp32."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 6)
+
+    def forward(self, texts):
+        with autocast(CPU, torch.float16):
+            return self.outer(self.inner(texts).tanh()).float()
+
+
+def test_the_scale_goes_through_a_cached_contrastive_step():
+    """As in contrastive_finetune: the scaled gradients of the embeddings enter the second pass."""
+    generator = torch.Generator().manual_seed(0)
+    texts, scale = [torch.randn(4, 8, generator=generator) for _ in range(3)], torch.tensor(2.0**16)
+    places = Examples(torch.arange(12).view(6, 2), torch.arange(12))
+    plain, cached = TwoLayers(), TwoLayers()
+    loss, _ = InfoNCE()(plain(torch.cat(texts)), places)
+    (loss * (scale * 1e-6)).backward()
+    with torch.no_grad():
+        parts = [cached(part) for part in texts]
+    embeddings = torch.cat(parts).requires_grad_()
+    loss, _ = InfoNCE()(embeddings, places)
+    (loss * (scale * 1e-6)).backward()
+    for part, gradient in zip(texts, embeddings.grad.split(4), strict=True):
+        cached(part).backward(gradient)
+    norms = [clip_grad_norm(model, INF, scale) for model in (plain, cached)]
+    torch.testing.assert_close(norms[1], norms[0], rtol=2e-3, atol=0)
+    for ours, theirs in zip(cached.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=5e-3, atol=1e-8)
+    assert norms[0] < 1e-3

@@ -63,6 +63,8 @@ def test_a_skipped_step_is_not_in_the_mean(tmp_path):
     assert metrics.log(2, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"] == 3.0
     metrics.update({"loss": torch.tensor(math.inf)}, 2, torch.tensor(1.0))
     assert math.isnan(metrics.log(3, lr=1e-3, grad_norm=torch.tensor(1.0))["loss"])
+    metrics.update({"loss": torch.tensor(6.0)}, 2, torch.tensor(1.0))  # only its gradients overflowed
+    assert metrics.log(4, lr=1e-3, grad_norm=torch.tensor(math.inf))["loss"] == 3.0
 
 
 def test_the_loss_of_a_source_is_the_mean_over_its_own_targets(tmp_path):

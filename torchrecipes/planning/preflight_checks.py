@@ -18,14 +18,17 @@ from typing import Any
 from torchrecipes.checkpoint.checkpointer import find_checkpoint
 from torchrecipes.checkpoint.resume import check_same_settings
 from torchrecipes.config import Component, build, to_yaml
+from torchrecipes.devices import choose_device
 from torchrecipes.errors import UserError, format_user_error
 from torchrecipes.file_lock import lock_folder
 from torchrecipes.planning.component_checks import build_scheduler
 from torchrecipes.planning.dry_run import STEPS, DryRun, size
 from torchrecipes.planning.duration import describe_epochs, planned_steps
+from torchrecipes.planning.gradient_check import gradient_error
 from torchrecipes.planning.run_estimate import estimate_run
 
 GIB = 2**30
+GRADIENT_ERROR = 0.03  # of the norm: bf16 has 0.01, a wrong kernel 1 and more
 MANY_EPOCHS = 4  # repeating text more often than this helps little (Muennighoff et al. 2023, 2305.16264)
 DRY_RUN_FOLDER = ".preflight-"  # begins the name of the folder inside output_dir that is used and removed
 ROWS = (
@@ -77,6 +80,9 @@ def preflight(
     for number, logger in enumerate(config.log.loggers):
         report(f"logging a value with {logger.path}")
         yield _logger(number, logger)
+    if choose_device(config.compute.device).type == "mps":
+        report("a micro-batch on mps and on the CPU")
+        yield _gradients(recipe, config)
     with _own_folder(output_dir) as folder:
         corpus_dir = Path(config.data.corpus_dir or output_dir / "corpus")
         if hasattr(config, "max_minutes"):
@@ -235,20 +241,32 @@ def _own_folder(output_dir: Path) -> Iterator[Path]:
 
 
 def _step(lines: list[dict], device_bytes: int | None) -> Check:
-    """Checks that loss and gradient of the first steps are finite."""
-    bad = [line for line in lines if line["loss"] is None or line["grad_norm"] is None]
+    """Checks that loss and gradient of the first steps are finite; in fp16 the scale may have to fall first."""
+    bad = [line for line in lines if line["loss"] is None or (line["grad_norm"] is None and "loss_scale" not in line)]
     if bad:
         remedy = "Lower optimizer.lr, lengthen the warm-up or try compute.precision=fp32"
         return Check("train step", "failed", f"step {bad[0]['step']}: loss or gradient is not finite. {remedy}")
     losses = ", ".join(f"{line['loss']:.3f}" for line in lines)
     of = f" of {device_bytes / GIB:.0f}" if device_bytes else ""
+    norm = next((f"{line['grad_norm']:.2f}" for line in lines[::-1] if line["grad_norm"] is not None), "overflowed")
     memory = f"{lines[-1]['peak_memory_gib']:.2f}{of} GiB"
     return Check(
         "train step",
         "passed",
-        f"losses {losses}; gradient norm {lines[-1]['grad_norm']:.2f}; peak memory {memory}; "
-        f"{_seconds(_typical(lines)):.2f} s per step",
+        f"losses {losses}; gradient norm {norm}; peak memory {memory}; {_seconds(_typical(lines)):.2f} s per step",
     )
+
+
+def _gradients(recipe: ModuleType, config: Any) -> Check:
+    """Compares the gradients of a micro-batch with the CPU's."""
+    try:
+        error = gradient_error(recipe, config, choose_device(config.compute.device))
+    except Exception as problem:  # whatever a model that needs data raises
+        return Check("gradients", "skipped", f"{type(problem).__name__}: {problem}")
+    if error < GRADIENT_ERROR:
+        return Check("gradients", "passed", f"those of mps differ from the CPU's by {error:.1e} of their norm")
+    remedy = "Lower micro_batch_size, try another version of torch, or set compute.device=cpu"
+    return Check("gradients", "failed", f"those of mps differ from the CPU's by {error:.1e} of their norm. {remedy}")
 
 
 def _typical(lines: list[dict]) -> dict:

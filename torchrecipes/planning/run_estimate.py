@@ -48,7 +48,7 @@ def estimate_run(
     Args:
         recipe: the recipe's module: has `build_model`, `build_collator` and `compute_loss`.
         config: its config, checked.
-        device: a name of `DEVICES`, `cpu`, or None for this machine's.
+        device: a name of `DEVICES`, `cpu`, or None for the one of `compute.device`.
         world_size: processes of the run.
         per_node: processes on a machine, at most.
         mfu: share of the device's peak FLOP/s that is reached, for the time.
@@ -64,7 +64,7 @@ def estimate_run(
         UserError: an unknown device, or numbers of processes and rows that do not divide.
     """
     _check_arguments(config, world_size, per_node, mfu)
-    here, dtype = _device(device, config.compute.precision, min(world_size, per_node))
+    here, dtype = _device(device, config.compute, min(world_size, per_node))
     tokenizer = tokenizer_for(config)
     objective = (config, tokenizer, recipe.build_model, recipe.build_collator, recipe.compute_loss)
     trace = StepEstimate(*objective, device_type=here.type, dtype=dtype)
@@ -153,12 +153,11 @@ def _check_arguments(config: Any, world_size: int, per_node: int, mfu: float) ->
         )
 
 
-def _device(name: str | None, precision: str, processes: int) -> tuple[Device, torch.dtype]:
+def _device(name: str | None, compute: Any, processes: int) -> tuple[Device, torch.dtype]:
     """A device by its name, or this machine's, and what it computes in; `processes` share the memory of a CPU."""
-    if precision in FLOAT8:
-        precision = "bf16"  # that of activations
+    precision = "bf16" if compute.precision in FLOAT8 else compute.precision  # that of activations
     if name in (None, "cpu"):
-        here = choose_device(name or "auto")
+        here = choose_device(name or compute.device)
         dtype = resolve_dtype(precision, here)
         label = device_name(here) if here.type == "cuda" else here.type
         return Device(label, here.type, device_memory(here, processes), peak_flops(here, dtype)), dtype

@@ -107,10 +107,9 @@ class MetricLogger:
             sums: name -> the sum over the step's targets, of all ranks; `loss` is among them. `<name>` or `loss/<name>`
                 with `targets/<name>` beside it is a sum over that many (see `document_class_loss`, `by_source`).
             num_targets: how many targets.
-            skipped: not 0 where the step was skipped, which is then not in the mean.
+            skipped: not 0 where the step was skipped; if its loss is not finite, either, it is not in the mean.
         """
-        if skipped is None:
-            skipped = torch.zeros_like(self.targets)
+        skipped = torch.zeros_like(self.targets) if skipped is None else skipped * ~sums["loss"].isfinite()
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + torch.where(skipped > 0, 0, value)
         self.targets += torch.where(skipped > 0, 0, num_targets)
