@@ -129,3 +129,10 @@ def test_longer_positions_of_an_encoder(tmp_path):
     table = load_file(tmp_path / "model.safetensors")["bert.embeddings.position_embeddings.weight"]
     assert torch.equal(model.embedding.position_embeddings.weight, torch.cat((table, table)))
     assert model.hf_adapter.architecture == "BertModel"
+
+
+@pytest.mark.parametrize("build", [neobert, distilbert])
+def test_token_types_for_a_model_without_them_are_refused(build):
+    with pytest.raises(UserError) as error:
+        build(**SIZES)(INPUTS, token_type_ids=torch.zeros_like(INPUTS))
+    assert (error.value.key, error.value.code) == ("model", "no_token_types")

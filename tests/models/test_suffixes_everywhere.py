@@ -140,6 +140,8 @@ def test_a_model_without_token_types_ignores_them(tokenizer):
     ids, _ = inputs_of(tokenizer, NAMES[0])
     (found,) = TextEncoder(model, tokenizer).encode(NAMES[:1])
     assert np.abs(found - model(ids)[0].detach().numpy()).max() < 1e-5
+    batch = PairCollator(tokenizer).batch(rows_of(tokenizer, [NAMES[:2]]), np.arange(1), np.zeros(1, np.uint64))
+    assert batch.token_type_ids is not None and model.embed(batch).shape == (2, 32)
     fill_mask(neobert(**SIZES), tokenizer, "exam[MASK]le.com")
 
 

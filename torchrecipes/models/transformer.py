@@ -162,10 +162,13 @@ class Transformer(nn.Module):
             max_seqlen: upper bound on a document's length. None: S.
             cache: decoders only: keys and values of earlier tokens, to which these are added at `position_ids`. Every
                 row is one document then, without `document_ids` and `cu_seqlens`.
-            token_type_ids: `[B, S]`, BERT only. None: type 0 everywhere.
+            token_type_ids: `[B, S]`, families of BERT only. None: type 0 everywhere.
 
         Returns:
             `[B, S, D]`.
+
+        Raises:
+            UserError: token types for a model that has none (code `no_token_types`).
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -212,10 +215,16 @@ class Transformer(nn.Module):
         return dict.fromkeys(self.windows, local) | {None: rope_cos_sin(position_ids, size, theta, dtype, scaling)}
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        if isinstance(self.embedding, BertEmbedding):
+        is_bert = isinstance(self.embedding, BertEmbedding)
+        if token_type_ids is not None and not (is_bert and self.embedding.token_type_embeddings is not None):
+            raise UserError(
+                f"{self.config.model_type} has no token types, and the batch has some",
+                key="model",
+                hint="Use torchrecipes.models.bert or domain_bert, or a collator without token types.",
+                code="no_token_types",
+            )
+        if is_bert:
             return self.embedding(input_ids, position_ids, token_type_ids)
-        if token_type_ids is not None:
-            raise ValueError("this model has no token types")
         hidden_BSD = self.embedding(input_ids)
         if self.position_embedding is not None:
             hidden_BSD = hidden_BSD + self.position_embedding(position_ids)
