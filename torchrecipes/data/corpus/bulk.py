@@ -72,7 +72,7 @@ class NameReader:
         parsed = self.source.parse(block)
         count_names(rejected, block, parsed)
         tokens, lengths, columns = self.tokenizer.domain.encode(parsed)
-        counts = np.zeros((len(lengths), 4), np.uint8)
+        counts = np.zeros((len(lengths), 4), np.uint8, order="F")
         counts[:, 0] = counts[:, 1] = parsed.lengths
         unknown = np.flatnonzero(tokens == UNK)  # underscores
         if len(unknown):
