@@ -143,7 +143,7 @@ def _corpora(args: argparse.Namespace, source: Any) -> list[tuple[Path, Any, flo
 
 
 def _refuse_training(component: Any) -> None:
-    if "train_" in component.path:
+    if any(maker in component.path for maker in ("train_", "domain_tokenizer")):
         raise UserError(
             "every job would train it on the whole text",
             key="--tokenizer",

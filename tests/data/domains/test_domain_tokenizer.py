@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from torchrecipes.data.corpus import prepare_corpus
-from torchrecipes.data.domains import domain_tokenizer
+from torchrecipes.data.domains import domain_tokenizer, encoding
+from torchrecipes.data.domains.suffix_keys import KeyTable
 from torchrecipes.data.sources.records import Document, ReadStats, documents
 from torchrecipes.data.tokenizers.load import load_tokenizer
 from torchrecipes.errors import UserError
@@ -213,3 +214,29 @@ def test_any_texts_at_once_are_the_tokens_of_each(tokenizer, characters):
     assert tokens.tolist() == [token for one in expected for token in one]
     assert lengths.tolist() == [len(one) for one in expected] and sizes.tolist() == [len(one) - 2 for one in found]
     assert [len(part) for part in tokenizer.domain.encode_texts([], 7)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 10_000])
+def test_random_names_however_many_at_a_time(tokenizer, psl, monkeypatch, at_a_time):
+    monkeypatch.setattr(encoding, "NAMES_AT_A_TIME", at_a_time)
+    draw = random.Random(1)
+    label = lambda most: "".join(draw.choices("abcxyz0189", k=draw.randrange(1, most)))  # noqa: E731
+    suffixes = [*tokenizer.domain.suffixes, "xn--p1ai", "s3-website.us-east-2.amazonaws.com", "9characte", "eightcha"]
+    names = [f"{label(20)}.{draw.choice([*suffixes, label(63) + 'z'])}" for _ in range(200)]
+    names += [f"{label(63)}.{label(63)}.{label(60)}.com" for _ in range(20)]
+    tokens, lengths, columns = tokenizer.domain.encode(parsed(names, psl))
+    assert tokens.tolist() == [token for one in tokenizer.encode_batch(names) for token in one]
+    assert lengths.tolist() == [len(name) + 2 for name in names]
+    ids = {suffix: i for i, suffix in enumerate(tokenizer.domain.suffixes, 1)}
+    assert columns["suffix_ids"].tolist() == [ids.get(psl.publicsuffix(name), 0) for name in names]
+    assert columns["suffix_starts"].tolist() == [len(name) - len(psl.publicsuffix(name)) + 1 for name in names]
+
+
+def test_keys_are_found_where_they_are():
+    draw = np.random.default_rng(0)
+    keys = np.unique(draw.integers(0, 1 << 63, 5000, dtype=np.uint64))
+    draw.shuffle(keys)
+    for count in (0, 1, 4000):  # of so many, some share a slot
+        places = {key: i for i, key in enumerate(keys[:count].tolist())}
+        found = KeyTable(keys[:count]).find(keys)
+        assert found.tolist() == [places.get(key, -1) for key in keys.tolist()]

@@ -2,6 +2,7 @@
 
 corpus         `Corpus`: reading, verifying, summary; `prepare_corpus` opens one or builds it
 build          documents in, shards out; `check_corpus_dir`
+bulk           the same for domain names, in blocks
 append         `append_to_corpus`, and `merge_parts` for a job array
 lengths        the lengths of documents and their distribution
 stream         `open_stream`: a corpus that is read while a process writes it

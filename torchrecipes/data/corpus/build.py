@@ -9,7 +9,8 @@
    `source.read(position)`. A source that has no `position` is read from its start, and the documents that the shards
    hold are skipped.
 
-Where a shard ends depends on the documents alone, so the files are the same however the work was done.
+Where a shard ends depends on the documents alone, so the files are the same however the work was done. Domain names are
+read in bulk (bulk.py), and which of them are for validation depends on their public suffix, too (`NameSplit`).
 """
 
 import json
@@ -144,7 +145,8 @@ def is_bulk(source: Any, tokenizer: Tokenizer) -> bool:
         raise UserError(
             f"{source.name} splits names by other rules for public suffixes than the tokenizer",
             key="data.source.public_suffix_list",
-            hint="Give both the same public_suffix_list and only_icann.",
+            hint="Give both the same public_suffix_list and only_icann. The rules of a tokenizer that is there are the "
+            "words of public_suffix_rules in its tokenizer_config.json: write one per line to a file, and give that.",
             code="other_suffix_list",
         )
     return True
