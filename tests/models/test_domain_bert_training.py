@@ -12,6 +12,7 @@ from torchrecipes.losses import document_class_loss, masked_lm_loss
 from torchrecipes.models import domain_bert, load_hf, load_hf_weights, meta_model_from_hf
 from torchrecipes.modules import factored_type_table
 from torchrecipes.optim import adamw
+from torchrecipes.planning import flops_per_token
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 from torchrecipes.training.ema import EMA
 
@@ -139,6 +140,27 @@ def test_a_resumed_run_and_one_from_the_folder_continue_bit_for_bit(tmp_path):
             factors.types.weight, factors.groups.weight, factors.projection.weight, factors.projection.bias
         )
         assert torch.equal(bert.embedding.token_type_embeddings.weight, table)
+
+
+def test_the_classifier_counts_in_the_flops_of_a_step():
+    def flops(loss):
+        collator = SimpleNamespace(example_batch=lambda *_: batch(0))
+        config = SimpleNamespace(seq_len=16)
+        found = flops_per_token(
+            config,
+            None,
+            lambda *_: domain_bert(**SIZES),
+            lambda *_: collator,
+            lambda model, batch, _: (loss(model, batch), {}),
+        )
+        return found * batch(0).input_ids.numel()
+
+    def without_classes(model, batch):
+        hidden = model(batch.input_ids, token_type_ids=batch.token_type_ids)
+        return masked_lm_loss(hidden, model.head, batch.masked_positions, batch.masked_labels)
+
+    width, classes = SIZES["hidden_size"], SIZES["num_suffixes"]
+    assert flops(loss_of) - flops(without_classes) == 3 * 2 * ROWS * (width * width + width * classes)
 
 
 def test_half_precision_is_close_and_the_table_of_types_stays_exact():
