@@ -28,6 +28,7 @@ def mixture():
     return moe(vocab_size=31, **SIZES, **extra, router_bias=True, qk_norm=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "make_model, make_optimizer",
     [
@@ -40,20 +41,20 @@ def mixture():
         ),
     ],
 )
-def test_steps_between_logs(tmp_path, make_model, make_optimizer):
+def test_steps_between_logs(tmp_path, make_model, make_optimizer, dtype):
     model = make_model()
     optimizer = make_optimizer(model)
-    lr_scheduler, guard, ema = cosine(optimizer, max_steps=10), Guard(), EMA(model)
+    lr_scheduler, guard, ema = cosine(optimizer, max_steps=10), Guard(dtype=dtype), EMA(model)
     balance = ExpertBalance(model, 0.01)
     run = Run(tmp_path, torch.device("cpu"))
     with MetricLogger(run, max_steps=10, tokens_per_step=24) as metrics:
         for step in range(1, 5):
             loss = model.head(model(torch.arange(24).view(2, 12))).float().square().sum()
-            loss.backward()
+            (loss * guard.loss_scale).backward()
             with NoWaiting():
                 balance.add(model)
                 sums = sum_over_ranks([{"loss": loss.detach()}])
-                norm = clip_grad_norm(model, 1.0)
+                norm = clip_grad_norm(model, 1.0, guard.loss_scale)
                 skipped = guard.step(optimizer, sums["loss"] / 24, norm)
                 optimizer.zero_grad()
                 balance.step(skipped)

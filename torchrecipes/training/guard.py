@@ -135,19 +135,23 @@ class Guard:
         elif not skip.item():
             optimizer.step()
         if self.scales_loss:
-            scale = self.loss_scale.to(skip.device)
+            scale = self._on_device(self.loss_scale, skip.device)
             values = torch.cat((values, scale[None]))
             self._update_loss_scale(scale, skip)
         self._stepped = _to_host(values)
         return skip
 
     def _update_loss_scale(self, scale: Tensor, overflowed: Tensor) -> None:
-        good_steps = (self._good_steps.to(scale.device) + 1) * (1 - overflowed)
+        good_steps = (self._on_device(self._good_steps, scale.device) + 1) * (1 - overflowed)
         grows = good_steps >= self.growth_interval
         larger = torch.where(grows & (scale * GROWTH_FACTOR).isfinite(), scale * GROWTH_FACTOR, scale)
         smaller = (scale * BACKOFF_FACTOR).clamp(min=MIN_LOSS_SCALE)
         self.loss_scale = torch.where(overflowed > 0, smaller, larger)
         self._good_steps = torch.where(grows, 0, good_steps)
+
+    @staticmethod
+    def _on_device(number: Tensor, device: torch.device) -> Tensor:
+        return number.to(device, non_blocking=preset(device).copies_async)
 
     def check(self, step: int, *, sync: bool = False, checkpoint: str | Path | None = None) -> str:
         """Judges the last step. Call it once after every `step`, and before saving.
