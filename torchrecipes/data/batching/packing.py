@@ -306,12 +306,11 @@ class NextFitDataset:
         """The rows with these numbers, `[B]`, each with its lookahead; -1 is a row of padding."""
         row_len = self.seq_len + self.lookahead
         numbers = np.asarray(numbers, np.int64)
-        is_row = numbers >= 0
         of_shard = self._first_row.searchsorted(numbers, "right") - 1  # -1 for a row of padding
         place = numbers + of_shard
         # A row of padding has no documents; one inside a long document has a part of that alone.
-        firsts = self._plan[place] * is_row
-        counts = np.maximum(self._plan[place + 1] - firsts, 1) * is_row
+        firsts = self._plan[place]
+        counts = np.maximum(self._plan[place + 1] - firsts, 1) * (numbers >= 0)
 
         # Where the documents of a row start and the last one ends, row by row.
         places = _join(self._arrays["document_offsets"], of_shard, firsts, counts + 1)
@@ -326,15 +325,16 @@ class NextFitDataset:
         tokens = tokens.reshape(len(numbers), row_len)
         np.copyto(tokens, self.pad_id, where=np.arange(row_len) >= lengths[:, None])
 
-        boundaries[ends] = lengths
         boundaries += np.repeat(np.arange(len(numbers)) * row_len, counts + 1)
         columns = {}
         for name, column in self._columns.items():
             columns[name] = _join(column, of_shard, firsts, counts + 1)
             columns[name][ends] = 0
-        if full := ends[lengths == row_len].tolist():  # no padding
-            boundaries = np.delete(boundaries, full)
-            columns = {name: np.delete(column, full) for name, column in columns.items()}
+        full = ends[lengths == row_len]
+        if len(full):  # without padding at its end
+            kept = np.ones(len(boundaries), dtype=bool)
+            kept[full] = False
+            boundaries, columns = boundaries[kept], {name: column[kept] for name, column in columns.items()}
         return RowBlock(tokens.astype(np.int64), boundaries, lengths, None, columns)
 
     def _parts(self, numbers: np.ndarray, of_shard: np.ndarray, place: np.ndarray, firsts: np.ndarray) -> np.ndarray:
