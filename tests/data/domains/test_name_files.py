@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import random
 
 import numpy as np
 import pytest
@@ -249,3 +250,40 @@ def test_synthetic_names_are_the_same_everywhere_and_say_what_they_are(monkeypat
         next(iterator)
     assert texts(source, source.position()) == names[1234:]
     assert texts(synthetic_names(1500, seed=3)) == names[:1500]
+
+
+def test_rows_of_csv_are_read_many_at_a_time_as_one_by_one(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    monkeypatch.setattr(line_reader, "HEAD", 64)
+    (tmp_path / "first.txt").write_text("first.com")
+    for number in range(80):
+        monkeypatch.setattr(line_reader, "BLOCK", rng.choice([16, 200, 1 << 20]))
+        monkeypatch.setattr(name_files, "BLOCK_BYTES", rng.choice([10, 100, 1 << 20]))
+        delimiter, rows = rng.choice(",;\t"), []
+        for i in range(rng.randint(0, 30)):
+            fields = [str(i), rng.choice([f"name{i}.com", f"bad {i}", "co.uk"]), rng.choice(["x", "", "y y"])]
+            odd = [[], fields[:2], ["1", "", "2"], ["1", " padded.com", ""], ["", "büro.de", "é"]]
+            if number % 2:
+                odd += [["1", f'"{fields[1]}"', "2"], ["1", "a.com", f'"x\n{delimiter}"'], ["1", "b.com", '"open']]
+            rows.append(delimiter.join(rng.choice(odd) if rng.random() < 0.2 else fields))
+        header = [delimiter.join(["rank", "domain", "more"])] if number % 3 else []
+        content = rng.choice(["\n", "\r\n"]).join(header + rows).encode()
+        path = tmp_path / (f"{number}.tsv" if delimiter == "\t" else f"{number}.csv")
+        path.write_bytes(content + b"9%b\xff.com%b1" % (delimiter.encode(), delimiter.encode()) * (number % 5 == 4))
+        columns = None if header else ["rank", "domain", "more"]
+        paths = [str(tmp_path / "first.txt"), str(path)]
+        source = domain_names(paths, columns=columns, delimiter=delimiter)
+        slow = domain_names(paths, columns=columns, delimiter=delimiter)
+        slow._csv_lines = slow._table_lines
+        found, positions = [], [source.position()]
+        for document in source:
+            found.append(document)
+            positions.append(json.loads(json.dumps(source.position())))
+        assert found == list(slow), content
+        assert source.report == slow.report, content
+        some = rng.randrange(len(positions))
+        assert list(source.read(positions[some])) == found[some:]
+        names, positions = in_blocks(source)
+        assert joined(names) == [document.text for document in found]
+        some = rng.randrange(len(positions))
+        assert joined(in_blocks(source, positions[some])[0]) == joined(names[some:])

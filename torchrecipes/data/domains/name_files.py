@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrecipes.config.suggest import did_you_mean
+from torchrecipes.data.domains.csv_column import PlainFields, plain_fields
 from torchrecipes.data.domains.hashing import mix
 from torchrecipes.data.domains.line_parsing import ParsedNames, beginning_of_line, parse_lines
 from torchrecipes.data.domains.name_syntax import MAX_LINE, NO_NAMES, REASONS, NameOptions
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList, default_list
 from torchrecipes.data.progress import Progress
-from torchrecipes.data.sources.line_reader import UnreadableFile, open_blocks
+from torchrecipes.data.sources.line_reader import Lines, UnreadableFile, decode_or_keep, open_blocks
 from torchrecipes.data.sources.record_columns import RecordColumns
-from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, BadRecord, Cursor, Document, ReadStats
+from torchrecipes.data.sources.records import EXAMPLES_PER_REASON, BadRecord, Cursor, Document, ReadStats, documents
 from torchrecipes.data.sources.resolve_paths import FoundFile
+from torchrecipes.data.sources.tables import read_csv
 from torchrecipes.data.sources.text_column import checked_text
 from torchrecipes.data.sources.text_files import check_unchanged, files, unreadable
 from torchrecipes.errors import UserError
@@ -123,7 +125,8 @@ class domain_names:
             self.path, self.column, "line", columns=self.columns, delimiter=self.delimiter,
             on_bad_record=self.on_bad_record, max_documents=self.max_documents,
         )  # fmt: skip
-        self._files = found.records(RecordColumns({self.column: "column"}, _document), plain_text=True)
+        self._column = RecordColumns({self.column: "column"}, _document)
+        self._files = found.records(self._column, plain_text=True)
         is_default = self.public_suffix_list is None
         self.suffixes = (
             default_list(self.only_icann) if is_default else PublicSuffixList(self.public_suffix_list, self.only_icann)
@@ -227,7 +230,9 @@ class domain_names:
     def _all_lines(self, place: dict[str, Any]) -> Iterator[NameBlock]:
         first = place.get("file", 0)
         for number, file in enumerate(self._files.found[first:], first):
-            read = _text_lines if file.format == "text" else self._table_lines
+            read = {"text": _text_lines, "csv": self._csv_lines, "tsv": self._csv_lines}.get(
+                file.format, self._table_lines
+            )
             try:
                 check_unchanged(file)
                 for block in read(file, place if number == first else {}):
@@ -241,15 +246,57 @@ class domain_names:
             except OSError as error:
                 raise unreadable(file.name, error) from error
 
+    def _csv_lines(self, file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
+        """Yield the names in a CSV or TSV file, many rows at a time up to the first quote in it."""
+        if "row" in place:
+            yield from self._table_lines(file, place)
+            return
+        delimiter = "\t" if file.format == "tsv" else self._files.delimiter
+        columns = place.get("columns", self.columns)
+        kept = {} if self.columns else {"columns": columns}
+        for block in _text_lines(file, place):
+            data, first = block.data, block.lines
+            if columns is None:
+                header, _, data = data.partition(b"\n")
+                columns = [name.strip() for name in header.decode(errors="replace").split(delimiter)]
+                first += 1
+                kept = {"columns": columns}
+            is_quoted = b'"' in block.data and delimiter != "\t"
+            is_odd = self.column not in columns or "\ufffd" in "".join(columns) or not delimiter.isascii()
+            if is_quoted or is_odd:
+                # A row may end in another block: the reader of rows goes on from the start of this one.
+                start = {**place, **kept, "file": 0} if place else None
+                yield from self._table_lines(file, {"row": start} if start else {})
+                return
+            place = {**block.position, **kept}
+            fields = plain_fields(data, columns.index(self.column), len(columns), delimiter)
+            yield self._with_other_rows(NameBlock(data, file.name, first, place), fields, columns, delimiter)
+
+    def _with_other_rows(self, block: NameBlock, fields: PlainFields, columns: list[str], delimiter: str) -> NameBlock:
+        """Return a block of the plain fields of the lines, and of what the others give one by one."""
+        if fields.is_plain.all():
+            return block._replace(data=fields.data)
+        numbers = (block.lines + np.flatnonzero(fields.is_plain)).tolist()
+        parts, done, report = [], 0, ReadStats()
+        for line in np.flatnonzero(~fields.is_plain).tolist():
+            start = int(fields.line_ends[line - 1]) + 1 if line else 0
+            content = decode_or_keep(block.data[start : int(fields.line_ends[line])])
+            rows = read_csv([Lines(block.lines + line, [content], 0)], block.name, self._column, delimiter, columns)
+            for row in documents(rows, report, self.on_bad_record == "stop", remedy=self._column.remedy):
+                place = int(fields.stops[before - 1]) if (before := int(fields.is_plain[:line].sum())) else 0
+                parts += [fields.data[done:place], _as_line(row)]
+                done = place
+                numbers.append(block.lines + line)
+        add_skipped(self.report, report)
+        return block._replace(data=b"".join([*parts, fields.data[done:]]), lines=np.array(sorted(numbers), np.int64))
+
     def _table_lines(self, file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
         table = copy.copy(self._files)
         table.found, table.skipped, table.max_documents = [file], [], None
         rows = table.read(place.get("row"))
         try:
             while some := list(islice(rows, TABLE_ROWS)):
-                data = "".join(row.text.replace("\n", " ") + "\n" for row in some).encode()
-                numbers = np.array([int(row.source.rpartition(":")[2]) for row in some])
-                yield NameBlock(data, file.name, numbers, {"row": table.position()})
+                yield _rows_block(some, file.name, {"row": table.position()})
         finally:
             add_skipped(self.report, table.report)
 
@@ -381,6 +428,19 @@ def _text_lines(file: FoundFile, place: dict[str, Any]) -> Iterator[NameBlock]:
         yield NameBlock(lines, file.name, line, {"byte": stop, "line": line + lines.count(b"\n")})
     if damage is not None:
         raise damage
+
+
+def _as_line(row: Document) -> bytes:
+    return (row.text.replace("\n", " ") + "\n").encode()
+
+
+def _rows_block(rows: list[Document], name: str, position: dict[str, Any]) -> NameBlock:
+    return NameBlock(
+        b"".join(map(_as_line, rows)),
+        name,
+        np.array([int(row.source.rpartition(":")[2]) for row in rows], np.int64),
+        position,
+    )
 
 
 def _document(values: Sequence[Any], source: str) -> Document | BadRecord:
