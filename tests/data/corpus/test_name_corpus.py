@@ -14,6 +14,7 @@ from torchrecipes.cli.main import main
 from torchrecipes.data.corpus import append_to_corpus, open_corpus, prepare_corpus
 from torchrecipes.data.corpus.build import build_corpus, corpus_settings
 from torchrecipes.data.domains import domain_names, domain_tokenizer, name_hashes
+from torchrecipes.data.domains.name_split import first_split
 from torchrecipes.data.domains.suffix_counts import count_suffixes
 from torchrecipes.data.sources import Mixture, SourcePart, files
 from torchrecipes.data.sources.beginning import beginning_of
@@ -97,6 +98,14 @@ def test_suffixes_are_counted_as_the_package_splits_names(names, source):
     assert found.few_hashes.tolist() == sorted(hash_of(name) for name in few)
     pairs = {int(hash_of(name)): PSL.publicsuffix(name) for name in few}
     assert [found.suffixes[i] for i in found.few_suffixes] == [pairs[one] for one in found.few_hashes.tolist()]
+
+
+def test_a_suffix_has_a_name_held_out_from_100_names_on(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(f"n{i}.{s}" for s, n in (("aa", 99), ("bb", 100)) for i in range(n)))
+    split = first_split(1).extended(count_suffixes(domain_names(str(tmp_path / "names.txt"))))
+    assert split.suffixes == ["aa", "bb"] and split.is_held_out.tolist() == [False, True]
+    assert split.chosen.tolist() == [min(int(hash_of(f"n{i}.bb")) for i in range(100))]
+    assert sorted(split.few_hashes) == sorted(hash_of(f"n{i}.aa") for i in range(99))
 
 
 def test_the_suffixes_with_ids_are_the_most_frequent(tokenizer):
@@ -282,6 +291,11 @@ def test_additions_follow_the_rule_and_move_no_name(names, more, corpus, tokeniz
     records = append_to_corpus(folder, domain_names(str(tmp_path / "none.txt")), tokenizer)
     assert records["validation"]["documents"] == 0
     assert [path.name for path in folder.glob("split-*")] == ["split-00003.safetensors"]
+    # A name that is held out for its suffix alone, a second time.
+    one = next(name for name in validation if hash_of(name) >= limit)
+    (tmp_path / "two.txt").write_text(f"{one}\n{train[0]}")
+    records = append_to_corpus(folder, domain_names(str(tmp_path / "two.txt")), tokenizer, again=True)
+    assert [records[split]["documents"] for split in ("train", "validation")] == [1, 1]
 
 
 def test_an_addition_that_dies_leaves_the_corpus_and_is_completed(more, corpus, tokenizer, tmp_path, monkeypatch):
