@@ -93,7 +93,7 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
         if config.data.pads_rows and any(isinstance(module, MoE) for module in model.modules()):
             problem = "none pads rows, and the routers of experts would learn from padding"
             problems.append(
-                UserError(problem, key="data.packing", hint="Set concat or best_fit", code="padded_experts")
+                UserError(problem, key="data.packing", hint="Set concat, best_fit or next_fit", code="padded_experts")
             )
         if _is_buildable(config, "optimizer", problems):
             optimizer = attempt("optimizer", lambda: build_optimizer(config, model))
