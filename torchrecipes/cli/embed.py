@@ -88,8 +88,14 @@ def main(args: argparse.Namespace) -> None:
         _print(texts, encoder, args)
     else:
         _write(texts, encoder, args, output)
-    for count, what in ((encoder.num_truncated, f"longer than {encoder.max_length} tokens: their ends were cut off"),
-                        (encoder.num_empty, "empty: their embeddings are those of no text")):  # fmt: skip
+    lines = {
+        f"longer than {encoder.max_length} tokens: their ends were cut off": encoder.num_truncated,
+        "empty: their embeddings are those of no text": encoder.num_empty,
+    }
+    for reason, count in encoder.invalid_names.most_common():
+        if reason != "blank":
+            lines[f"no domain names: they were embedded as they are written ({reason})"] = count
+    for what, count in lines.items():
         if count:
             print(f"{count:,} texts were {what}", file=sys.stderr)
 
@@ -115,8 +121,7 @@ def _write(texts: Iterable[str], encoder: Any, args: argparse.Namespace, output:
 
     def reading() -> Iterator[str]:
         for text in texts:
-            if keep:
-                kept.append(text)
+            kept.append(text)
             yield text
 
     progress = Progress("embedding", getattr(texts, "num_bytes", None))
@@ -124,7 +129,7 @@ def _write(texts: Iterable[str], encoder: Any, args: argparse.Namespace, output:
     width = args.dim or encoder.model.embedding_size
     try:
         with open_output(output, width) as file:
-            for part in encoder.encode_iter(reading(), args.prompt, progress):
+            for part in encoder.encode_iter(reading() if keep else texts, args.prompt, progress):
                 part = shortened(part, args.dim, encoder.model.normalize)
                 file.write([kept.popleft() for _ in range(len(part))] if keep else [], part)
                 count += len(part)

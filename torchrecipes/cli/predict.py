@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchrecipes.cli.openmp import wait_without_spinning
 from torchrecipes.cli.trained_model import add_model_arguments, load_text_classifier
@@ -120,8 +120,17 @@ def _check(args: argparse.Namespace) -> Path | None:
     return output
 
 
-def _predictions(texts: Iterable, classify: Any, progress: Any) -> Iterator[list[tuple]]:
-    """Yield (text, prediction) of the texts of each window."""
+class Window(NamedTuple):
+    """Some texts, what was found for each, and why some are no valid domain names, by their places."""
+
+    texts: list
+    labels: list[tuple[str, ...]]
+    scores: Any
+    reasons: dict[int, str]
+    has_reasons: bool
+
+
+def _predictions(texts: Iterable, classify: Any, progress: Any) -> Iterator[Window]:
     kept: deque = deque()
 
     def reading() -> Iterator:
@@ -129,48 +138,79 @@ def _predictions(texts: Iterable, classify: Any, progress: Any) -> Iterator[list
             kept.append(text)
             yield text
 
-    for part in classify.predict_iter(reading(), progress):
-        yield [(kept.popleft(), prediction) for prediction in part]
+    for found in classify.predict_windows(reading(), progress):
+        yield Window([kept.popleft() for _ in found.labels], *found, classify.tokenizer.domain is not None)
 
 
-def _json_lines(windows: Iterable[list[tuple]], labels: Any, args: argparse.Namespace) -> Iterator[str]:
+def _json_lines(windows: Iterable[Window], labels: Any, args: argparse.Namespace) -> Iterator[str]:
+    # Put together by hand: `json.dumps` of a short text's record takes longer than a small model.
+    quote = json.encoder.encode_basestring
+    names = [quote(name) for name in labels.names]
+    quoted = dict(zip(labels.names, names, strict=True))
+    is_number = labels.task == "regression" and len(names) == 1
+    keys = {"regression": ("", "score" if is_number else "scores"), "single_label": ("label", "probabilities")}
+    choice, key = keys.get(labels.task, ("labels", "probabilities"))
     for window in windows:
-        yield "".join(
-            json.dumps(_record(text, prediction, labels, args.top_k), ensure_ascii=False) + "\n"
-            for text, prediction in window
-        )
+        lines = []
+        order = _order(window.scores, labels, args.top_k).tolist()
+        for place, (text, scores) in enumerate(zip(window.texts, window.scores.tolist(), strict=True)):
+            fields = (
+                [f'"text": {quote(text)}']
+                if type(text) is str
+                else [f'"text": {quote(text[0])}, "text_pair": {quote(text[1])}']
+            )
+            is_empty, chosen = scores[0] != scores[0], [quoted[name] for name in window.labels[place]]
+            if choice:
+                shown = chosen[0] if choice == "label" and chosen else f"[{', '.join(chosen)}]"
+                fields.append(f'"{choice}": {"null" if is_empty else shown}')
+            if is_empty:
+                fields.append(f'"{key}": null')
+            elif is_number:
+                fields.append(f'"{key}": {_rounded(scores[0])}')
+            else:
+                pairs = ", ".join([f"{names[i]}: {_rounded(scores[i])}" for i in order[place]])
+                fields.append(f'"{key}": {{{pairs}}}')
+            if place in window.reasons:
+                fields.append(f'"reason": "{window.reasons[place]}"')
+            lines.append(f"{{{', '.join(fields)}}}\n")
+        yield "".join(lines)
 
 
-def _record(text: Any, prediction: Any, labels: Any, top_k: int | None) -> dict[str, Any]:
-    record = {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
-    scores = {name: _rounded(score) for name, score in _ranked(prediction, labels, top_k)}
-    is_empty = math.isnan(prediction.scores[0])
+def _order(scores: Any, labels: Any, top_k: int | None) -> Any:
+    """`[n, K]`, the labels of each text, the most probable first; numbers of a regression stay in their order."""
+    import numpy as np
+
     if labels.task == "regression":
-        key, value = ("score", scores.get(labels.names[0])) if len(labels.names) == 1 else ("scores", scores)
-        return record | {key: None if is_empty else value}
-    if labels.task == "single_label":
-        record["label"] = None if is_empty else prediction.labels[0]
-    else:
-        record["labels"] = None if is_empty else list(prediction.labels)
-    return record | {"probabilities": None if is_empty else scores}
+        return np.broadcast_to(np.arange(scores.shape[1]), scores.shape)[:, :top_k]
+    return np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
 
 
-def _csv_rows(windows: Iterable[list[tuple]], labels: Any, args: argparse.Namespace) -> Iterator[str]:
+def _csv_rows(windows: Iterable[Window], labels: Any, args: argparse.Namespace) -> Iterator[str]:
     """A column for every label; labels that --top-k leaves out are empty."""
     texts = ("text", "text_pair") if args.pair is not None or args.text_pair_column else ("text",)
     found = () if labels.task == "regression" else ("label",)
     names = ("score",) if labels.task == "regression" and len(labels.names) == 1 else labels.names
-    yield _csv([(*texts, *found, *names)])
+    header = (*texts, *found, *names)
     for window in windows:
-        rows = []
-        for text, prediction in window:
-            scores = dict(_ranked(prediction, labels, args.top_k))
-            values = [_rounded(scores[name]) if name in scores else "" for name in labels.names]
-            if math.isnan(prediction.scores[0]):
-                values = [""] * len(values)
-            row = [text] if isinstance(text, str) else [*text]
-            rows.append([*row, *([";".join(prediction.labels)] if found else []), *values])
+        if header:
+            yield _csv([(*header, "reason") if window.has_reasons else header])
+            header = ()
+        rows, order = [], _order(window.scores, labels, args.top_k).tolist()
+        for place, (text, scores) in enumerate(zip(window.texts, window.scores.tolist(), strict=True)):
+            row = [text] if type(text) is str else [*text]
+            if found:
+                row.append(";".join(window.labels[place]))
+            values: list[float | str] = [""] * len(scores)
+            if scores[0] == scores[0]:
+                for i in order[place]:
+                    values[i] = _rounded(scores[i])
+            row += values
+            if window.has_reasons:
+                row.append(window.reasons.get(place, ""))
+            rows.append(row)
         yield _csv(rows)
+    if header:
+        yield _csv([header])
 
 
 def _csv(rows: Iterable[Iterable]) -> str:
@@ -181,22 +221,18 @@ def _csv(rows: Iterable[Iterable]) -> str:
 
 def _shown(text: str, prediction: Any, labels: Any, top_k: int | None) -> Iterator[str]:
     yield f"\n{text}"
+    if prediction.reason:
+        yield f"  no label: {prediction.reason}"
+        return
     if math.isnan(prediction.scores[0]):
         yield "  empty: no label"
-    elif labels.task == "regression":
-        for name, score in _ranked(prediction, labels, top_k):
+        return
+    for i in _order(prediction.scores[None], labels, top_k)[0].tolist():
+        name, score = labels.names[i], prediction.scores[i]
+        if labels.task == "regression":
             yield f"  {score:8.4f}" + (f"  {name}" if len(labels.names) > 1 else "")
-    else:
-        for name, score in _ranked(prediction, labels, top_k):
+        else:
             yield f"{'* ' if name in prediction.labels else '  '}{score:7.2%}  {name}"
-
-
-def _ranked(prediction: Any, labels: Any, top_k: int | None) -> list[tuple[str, float]]:
-    """The labels with their scores, the highest first; numbers of a regression stay in their order."""
-    pairs = list(zip(labels.names, prediction.scores.tolist(), strict=True))
-    if labels.task != "regression":
-        pairs.sort(key=lambda pair: -pair[1])
-    return pairs[:top_k]
 
 
 def _rounded(score: float) -> float:
@@ -211,6 +247,9 @@ def _report(classify: Any, texts: Any) -> None:
         "empty: they have no label": classify.num_empty - bad,
         f"not readable: they have no label; the first is {getattr(texts, 'first_bad', '')}": bad,
     }
+    for reason, count in classify.invalid_names.most_common():
+        if reason != "blank":
+            lines[f"no domain names: they have no label ({reason})"] = count
     for what, count in lines.items():
         if count > 0:
             print(f"{count:,} texts were {what}", file=sys.stderr)

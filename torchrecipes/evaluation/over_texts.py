@@ -138,7 +138,9 @@ def _compute(
         found = found if documents is None else found[torch.from_numpy(documents).to(batches.device)]
         results[torch.from_numpy(places).to(batches.device)] = found
         if progress is not None:
-            done = np.concatenate(parts[number - rank() : number - rank() + world_size()])
+            done = places
+            if world_size() > 1:
+                done = np.concatenate(parts[number - rank() : number - rank() + world_size()])
             progress.add(len(done), int(window.num_bytes[done].sum()), int(window.lengths[done].sum()))
     return all_reduce_sum_(results).cpu().numpy()
 
@@ -157,31 +159,38 @@ class TextBatches:
 
     def split(self, lengths: np.ndarray, is_packed: bool) -> list[np.ndarray]:
         """The places of each batch's texts: the longest first, so that too large a batch is noticed at once."""
-        if not len(lengths):
-            return []
         order = np.argsort(-lengths, kind="stable")
-        batches, first, used = [], 0, 0
-        for number, length in enumerate(lengths[order].tolist()):
-            used = used + length if is_packed else (number - first + 1) * int(lengths[order[first]])
-            if used > self.tokens_per_batch and number > first:
-                batches.append(order[first:number])
-                first, used = number, length
-        return [*batches, order[first:]]
+        falling = lengths[order]
+        ends = np.cumsum(falling)
+        parts, first = [], 0
+        while first < len(order):
+            if is_packed:
+                stop = int(ends.searchsorted(ends[first] - falling[first] + self.tokens_per_batch, "right"))
+            else:
+                stop = first + self.tokens_per_batch // int(falling[first])
+                # Rows of one length need no padding, and attention over them no mask.
+                end_of_length = int((-falling).searchsorted(-falling[first], "right"))
+                if first + stop < 2 * end_of_length < 2 * stop:
+                    stop = end_of_length
+            parts.append(order[first : max(stop, first + 1)])
+            first += len(parts[-1])
+        return parts
 
     def padded(self, window: TextWindow, places: np.ndarray) -> tuple[Batch, np.ndarray | None]:
         """A row for each text; and which documents are texts, where some are padding."""
         lengths = window.lengths[places]
         shape = rows, width = len(places), int(lengths.max())
         columns = np.arange(width)
+        source = window.starts[places, None] + columns
+        if (lengths == width).all():
+            return self._batch(window, source, None, dense_fields(shape), rows), None
         is_text = columns < lengths[:, None]
-        source = np.where(is_text, window.starts[places, None] + columns, 0)
         is_document = np.column_stack((np.ones(rows, bool), lengths < width))  # the text, and padding after it
         starts = np.arange(rows) * width
         boundaries = np.column_stack((starts, starts + lengths))[is_document]
-        is_dense = len(boundaries) == rows
-        fields = dense_fields(shape) if is_dense else document_fields(boundaries, shape)
-        batch = self._batch(window, source, is_text, fields, len(boundaries))
-        return batch, None if is_dense else (np.cumsum(is_document) - 1)[::2]
+        fields = document_fields(boundaries, shape)
+        batch = self._batch(window, np.where(is_text, source, 0), is_text, fields, len(boundaries))
+        return batch, (np.cumsum(is_document) - 1)[::2]
 
     def packed(self, window: TextWindow, places: np.ndarray) -> tuple[Batch, None]:
         """One row of all texts, then padding."""
@@ -200,24 +209,33 @@ class TextBatches:
         return self._batch(window, source, is_text, fields, len(places)), None
 
     def _batch(
-        self, window: TextWindow, source: np.ndarray, is_text: np.ndarray, fields: dict, num_texts: int
+        self, window: TextWindow, source: np.ndarray, is_text: np.ndarray | None, fields: dict, num_texts: int
     ) -> Batch:
-        """The batch whose token at each place is that of the window at `source`, or padding."""
-        tokens = np.where(is_text, window.tokens[source], self.pad_id).astype(np.int64, copy=False)
-        if window.token_type_ids is not None:
-            fields["token_type_ids"] = torch.from_numpy(np.where(is_text, window.token_type_ids[source], 0))
+        """The batch whose token at each place is that of the window at `source`, or padding where it is no text."""
+        tokens = window.tokens[source].astype(np.int64, copy=False)
+        types = None if window.token_type_ids is None else window.token_type_ids[source]
+        if is_text is not None:
+            tokens[~is_text] = self.pad_id
+            if types is not None:
+                types[~is_text] = 0
+        if types is not None:
+            fields["token_type_ids"] = torch.from_numpy(types)
         if window.prompt_length:
             fields["pool_from"] = torch.full((num_texts,), window.prompt_length, dtype=torch.int32)
         return Batch(input_ids=torch.from_numpy(tokens), num_targets=num_texts, num_texts=num_texts, **fields)
 
 
 def _windows(texts: Iterable[Text], characters: int, size_of: Callable[[Text], int]) -> Iterator[list[Text]]:
-    window, size = [], 0
-    for text in texts:
-        window.append(text)
-        size += size_of(text)
-        if size >= characters or len(window) == TEXTS_PER_WINDOW:
-            yield window
-            window, size = [], 0
-    if window:
+    """Texts of so many characters together, or some more, at most `TEXTS_PER_WINDOW`."""
+    texts = iter(texts)
+    while window := list(islice(texts, 1)):
+        size, counted = size_of(window[0]), 1
+        while size < characters and counted < TEXTS_PER_WINDOW:
+            # Several at a time, as many as there are already: one by one would cost more than tokenizing short texts.
+            likely = -(-(characters - size) * counted // max(size, 1))
+            window += islice(texts, min(counted, likely, TEXTS_PER_WINDOW - counted))
+            if len(window) == counted:
+                break
+            size += sum(map(size_of, window[counted:]))
+            counted = len(window)
         yield window

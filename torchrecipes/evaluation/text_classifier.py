@@ -1,6 +1,6 @@
 """`TextClassifier`: labels and probabilities of any number of texts, computed as `map_texts` does."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -26,10 +26,27 @@ class Prediction(NamedTuple):
         labels: the most probable one; of a multi-label classifier those whose probability is its threshold or more; ()
             for a regression, and for an empty text.
         scores: `[L]` float32: a probability for each label, or the numbers of a regression; NaN for an empty text.
+        reason: why a text is no valid domain name (`torchrecipes.data.domains.REASONS`), for a tokenizer of domain
+            names: it has no label. None: it has one, or it is empty.
     """
 
     labels: tuple[str, ...]
     scores: np.ndarray
+    reason: str | None = None
+
+
+class Predictions(NamedTuple):
+    """What a classifier says about n texts.
+
+    Attributes:
+        labels: of each text, as in `Prediction`.
+        scores: `[n, L]` float32, as in `Prediction`.
+        reasons: why texts are no valid domain names, by their places, as in `Prediction`.
+    """
+
+    labels: list[tuple[str, ...]]
+    scores: np.ndarray
+    reasons: dict[int, str]
 
 
 class TextClassifier:
@@ -50,6 +67,7 @@ class TextClassifier:
     Attributes:
         num_truncated: texts that were longer than `max_length`, so far.
         num_empty: texts, or pairs with a text, without a token, so far.
+        invalid_names: texts that are no domain names, so far, by reason.
 
     Raises:
         UserError: `max_length` is more than the model takes (code `out_of_range`).
@@ -72,6 +90,7 @@ class TextClassifier:
             raise UserError(f"{max_length} must be {wanted}", key="max_length", code="out_of_range")
         self.tokens_per_batch = tokens_per_batch or default_batch_tokens(next(model.parameters()).device)
         self.num_truncated = self.num_empty = 0
+        self.invalid_names: Counter[str] = Counter()
         self._encoders: dict[bool, ExampleEncoder] = {}
 
     def predict(self, texts: Sequence[Text], progress: Progress | None = None) -> list[Prediction]:
@@ -80,8 +99,17 @@ class TextClassifier:
 
     def predict_iter(self, texts: Iterable[Text], progress: Progress | None = None) -> Iterator[list[Prediction]]:
         """`predict` for any number of texts, which may come from a generator: yields them window by window."""
-        for logits in self.logits_iter(texts, progress):
-            yield self._predictions(logits)
+        for found in self.predict_windows(texts, progress):
+            yield [
+                Prediction(labels, scores, found.reasons.get(place))
+                for place, (labels, scores) in enumerate(zip(found.labels, found.scores, strict=True))
+            ]
+
+    def predict_windows(self, texts: Iterable[Text], progress: Progress | None = None) -> Iterator[Predictions]:
+        """`predict_iter` with arrays, for millions of short texts."""
+        for logits, reasons in self._windows(texts, progress):
+            scores = self.model.labels.probabilities(torch.from_numpy(logits)).numpy()
+            yield Predictions(self._labels(scores), scores, reasons)
 
     def logits(self, texts: Sequence[Text]) -> np.ndarray:
         """`[n, L]` float32, in the order of the texts; NaN for an empty text."""
@@ -89,20 +117,25 @@ class TextClassifier:
 
     def logits_iter(self, texts: Iterable[Text], progress: Progress | None = None) -> Iterator[np.ndarray]:
         """`logits`, window by window."""
-        kept: deque[np.ndarray] = deque()
+        return (logits for logits, _ in self._windows(texts, progress))
+
+    def _windows(self, texts: Iterable[Text], progress: Progress | None) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+        """The logits of the texts of each window; and by their places, why some are no domain names."""
+        kept: deque[tuple[np.ndarray, dict[int, str]]] = deque()
 
         def tokenize(window: list[Text]) -> TextWindow:
-            found, is_kept = self._tokenize(window)
-            kept.append(is_kept)
+            found, without_label, reasons = self._tokenize(window)
+            kept.append((without_label, reasons))
             return found
 
         options = {"model": self.model, "pad_id": self.tokenizer.pad_id or 0, "autocast": self.autocast}
         options |= {"tokens_per_batch": self.tokens_per_batch, "progress": progress, "size_of": _size}
         for logits in map_texts(texts, tokenize, self.model.classify, self.model.num_labels, **options):
-            logits[~kept.popleft()] = np.nan
-            yield logits
+            without_label, reasons = kept.popleft()
+            logits[without_label] = np.nan
+            yield logits, reasons
 
-    def _tokenize(self, texts: list[Text]) -> tuple[TextWindow, np.ndarray]:
+    def _tokenize(self, texts: list[Text]) -> tuple[TextWindow, np.ndarray, dict[int, str]]:
         is_pair, pad_id = not isinstance(texts[0], str), self.tokenizer.pad_id or 0
         if is_pair not in self._encoders:
             columns = ("text", "text_pair")[: 1 + is_pair]
@@ -110,26 +143,22 @@ class TextClassifier:
         found = (tokenize_pairs if is_pair else tokenize_texts)(self._encoders[is_pair], texts, pad_id)
         self.num_truncated += int(found.is_truncated.sum())
         self.num_empty += int(found.is_empty.sum())
+        reasons, without_label = found.reasons or {}, found.is_empty
+        self.invalid_names.update(reasons.values())
+        without_label[list(reasons)] = True
         num_bytes = sum(map(utf8_lengths, zip(*texts, strict=True))) if is_pair else utf8_lengths(texts)
         types = found.token_type_ids if self.model.hf_adapter.token_types else None
-        return TextWindow(found.tokens, found.lengths, num_bytes, token_type_ids=types), ~found.is_empty
+        return TextWindow(found.tokens, found.lengths, num_bytes, token_type_ids=types), without_label, reasons
 
-    def _predictions(self, logits: np.ndarray) -> list[Prediction]:
+    def _labels(self, scores: np.ndarray) -> list[tuple[str, ...]]:
         labels = self.model.labels
-        scores = labels.probabilities(torch.from_numpy(logits)).numpy()
         if labels.task == "regression":
-            return [Prediction((), row) for row in scores]
+            return [()] * len(scores)
         if labels.task == "single_label":
-            best = np.where(np.isnan(scores[:, 0]), -1, scores.argmax(1))
-            return [
-                Prediction((labels.names[number],) if number >= 0 else (), row)
-                for number, row in zip(best.tolist(), scores, strict=True)
-            ]
+            tuples = [*((name,) for name in labels.names), ()]
+            return [tuples[number] for number in np.where(np.isnan(scores[:, 0]), -1, scores.argmax(1)).tolist()]
         holds = scores >= (0.5 if labels.thresholds is None else np.array(labels.thresholds))
-        return [
-            Prediction(tuple(name for name, yes in zip(labels.names, row_holds, strict=True) if yes), row)
-            for row_holds, row in zip(holds.tolist(), scores, strict=True)
-        ]
+        return [tuple(name for name, yes in zip(labels.names, row, strict=True) if yes) for row in holds.tolist()]
 
 
 def _size(text: Text) -> int:

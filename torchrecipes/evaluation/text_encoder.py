@@ -1,5 +1,6 @@
 """`TextEncoder`: embeddings of any number of texts, computed as `map_texts` does."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -33,6 +34,8 @@ class TextEncoder:
     Attributes:
         num_truncated: texts that were longer than `max_length`, so far.
         num_empty: texts without a token of their own, so far: their embeddings are those of no text.
+        invalid_names: for a tokenizer of domain names: texts that are none so far, by reason
+            (`torchrecipes.data.domains.REASONS`). They are embedded as they are written.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class TextEncoder:
         self.device = next(model.parameters()).device
         self.tokens_per_batch = tokens_per_batch or default_batch_tokens(self.device)
         self.num_truncated = self.num_empty = 0
+        self.invalid_names: Counter[str] = Counter()
         self._encoders: dict[str, ExampleEncoder] = {}
 
     def encode(
@@ -127,6 +131,7 @@ class TextEncoder:
         is_blank = np.fromiter((not text.strip() for text in texts), bool, len(texts))
         self.num_truncated += int(found.is_truncated.sum())
         self.num_empty += int((found.is_empty | is_blank).sum())
+        self.invalid_names.update((found.reasons or {}).values())
         skipped = 0 if self.model.include_prompt else encoder.prompt_lengths[0]
         types = found.token_type_ids if self.model.hf_adapter.token_types else None
         return TextWindow(found.tokens, found.lengths, utf8_lengths(texts), skipped, types)

@@ -85,6 +85,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; a copy from pinned memory does not wait for it."""
+        if self.input_ids.device == device:
+            return self
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=preset(device).copies_async))
 
     def pin_memory(self) -> "Batch":

@@ -143,6 +143,24 @@ class DomainEncoding:
         _between(content, np.cumsum(kept + 2), kept + 2, tokens)
         return tokens, kept + 2, characters
 
+    def types_of_parsed(self, parsed: ParsedNames, suffix_ids: np.ndarray) -> np.ndarray:
+        """`token_type_ids` of what `encode` makes of names, without searching for their suffixes again.
+
+        Args:
+            parsed: the names.
+            suffix_ids: `[D]`, theirs, as `encode` gives them.
+
+        Returns:
+            int64 `[N]`.
+        """
+        lengths = parsed.lengths + 2
+        ends = np.cumsum(lengths)
+        types = (NUM_KINDS * suffix_ids.astype(np.int64)).repeat(lengths)
+        is_character = np.ones(len(types), bool)
+        is_character[ends - 1] = is_character[ends - lengths] = False
+        types[is_character] += character_kinds(parsed.characters, parsed.lengths, parsed.suffix_starts)
+        return types
+
     def columns(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """What a corpus holds of documents beside their tokens, as `encode` gives it.
 

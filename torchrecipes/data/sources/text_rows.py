@@ -1,13 +1,15 @@
 """`TextRows`: one text for every line, record or row, empty ones included, so that results stay aligned with them."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from torchrecipes.data.sources.line_reader import (
     LONGEST_RECORD,
     NOT_UTF8,
+    Lines,
     UnreadableFile,
     numbered_lines,
     open_blocks,
@@ -102,15 +104,25 @@ class TextRows:
         for file in self._files.found:
             try:
                 with open_blocks(file.path, file.compression) as blocks:
-                    lines = numbered_lines(read_lines(blocks, LONGEST_RECORD), file.name, _ignore, keep_blank=True)
-                    for _, line in lines:
-                        if isinstance(line, BadRecord):
-                            if not self._bad(line):
-                                raise UserError(str(line), hint="Convert the file to UTF-8.", code="bad_record")
-                            line = ""
-                        yield line
+                    groups = read_lines(blocks, LONGEST_RECORD)
+                    for group in groups:
+                        if not group.is_fragment and bytes not in map(type, group.lines):
+                            yield from group.lines  # one by one would take as long as to tokenize short lines
+                        else:
+                            yield from self._checked(
+                                chain([group], groups) if group.is_fragment else [group], file.name
+                            )
             except UnreadableFile as error:
                 raise UserError(f"{file.name}: {error.reason} {error.detail}".rstrip(), code="bad_record") from None
+
+    def _checked(self, groups: Iterable[Lines], name: str) -> Iterator[str]:
+        """Lines of which some are not UTF-8 or too long."""
+        for _, line in numbered_lines(groups, name, _ignore, keep_blank=True):
+            if isinstance(line, BadRecord):
+                if not self._bad(line):
+                    raise UserError(str(line), hint="Convert the file to UTF-8.", code="bad_record")
+                line = ""
+            yield line
 
     def _stdin_lines(self) -> Iterator[str]:
         if sys.stdin is None:  # Python's, where the shell has closed it
