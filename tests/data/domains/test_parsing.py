@@ -1,6 +1,7 @@
 """Parsing of domain names: what is accepted, what is rejected and why, and that the fast way gives the same."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +191,8 @@ def test_nothing_and_a_very_long_line():
     assert len(parsed.rejected["line_too_long"].examples[0][1]) < 100
     kept = parsed.select(np.array([False, True]))
     assert kept.names() == ["two.com"] and kept.line_numbers.tolist() == [2] and kept.rejected == parsed.rejected
+
+
+def test_the_documentation_has_every_reason():
+    page = (Path(__file__).parents[3] / "docs" / "domain-names.md").read_text("utf-8")
+    assert [reason for reason in REASONS if f"`{reason}`" not in page] == []
