@@ -18,6 +18,7 @@ from torchrecipes.data.examples import prepare_examples
 from torchrecipes.data.sources.records import Document, ReadStats, documents
 from torchrecipes.errors import UserError
 from torchrecipes.evaluation import Retrieval
+from torchrecipes.models import LateInteraction
 
 NAMES = {  # and their public suffixes
     "paypal.com": "com",
@@ -217,6 +218,9 @@ def test_what_cannot_be_paired_is_refused(tokenizer, rows):
     with pytest.raises(UserError) as error:
         LookalikeCollator(replace(tokenizer, domain=None))
     assert error.value.code == "not_domain_names"
+    with pytest.raises(UserError) as error:
+        LookalikeCollator(tokenizer, late_interaction=LateInteraction())
+    assert (error.value.key, error.value.code) == ("embedding.late_interaction", "domain_names")
     block = rows.examples(np.arange(4))
     two = block._replace(example_texts=np.array([[0, 1], [2, 3]]))
     prompted = block._replace(prompt_lengths=np.full(4, 3))

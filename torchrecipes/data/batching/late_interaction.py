@@ -27,10 +27,18 @@ class LateInteractionTexts:
 
     Raises:
         UserError: a marker is not a token (code `unknown_token`); queries are expanded, and the tokenizer has no mask
-            token (`no_mask_token`).
+            token (`no_mask_token`); it is one of domain names, whose public suffixes expanded queries do not have
+            (`domain_names`).
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: "LateInteraction"):
+        if tokenizer.domain is not None:
+            raise UserError(
+                "late interaction is not for domain names",
+                key="embedding.late_interaction",
+                hint="Set it to null: a name has one embedding.",
+                code="domain_names",
+            )
         backend = tokenizer.backend
         self.expands = settings.expand_queries
         self.lengths = {True: settings.query_length, False: settings.document_length}
