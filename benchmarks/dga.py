@@ -7,8 +7,8 @@ The file has the columns kind (dga or legit), family and domain. A name is in th
 temperature. The regression (scikit-learn, C=1 and C=10) sees counts and TF-IDF of 1- to 4-grams of the name and fits
 all training names.
 
-`--init-from` is a run of mlm_pretrain (without it the encoder starts from random weights), `--names` the list it was
-trained on: the test names on it are counted and left out of a second figure. Further arguments are overrides of the
+`--init-from` is a run of mlm_pretrain, `--names` the list it was trained on: the test names on it are counted and left
+out of a second figure. Further arguments are overrides of the
 config `domain_bert/dga_detection`, as in `epochs=5`.
 """
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def regressions(train: list[dict], test: list[dict]) -> dict[str, np.ndarray]:
     return found
 
 
-def fine_tune(train: list[dict], work: Path, init_from: str | None, overrides: list[str]) -> Path:
+def fine_tune(train: list[dict], work: Path, init_from: str, overrides: list[str]) -> Path:
     """Runs the recipe on the training names; returns the folder of the result."""
     with open(work / "train.csv", "w", encoding="utf-8", newline="") as lines:
         writer = csv.DictWriter(lines, train[0])
@@ -103,16 +104,17 @@ def classify(folder: Path, test: list[dict]) -> np.ndarray:
     from torchrecipes.data.tokenizers import load_tokenizer
     from torchrecipes.evaluation import TextClassifier
     from torchrecipes.models import load_classifier
+    from torchrecipes.training.precision import autocast
 
-    model = load_classifier(folder)
-    classifier = TextClassifier(model, load_tokenizer(folder))
+    model, tokenizer = load_classifier(folder), load_tokenizer(folder)
     names = [row["domain"] for row in test]
-    classifier.logits(names)  # warm
-    begin = time.perf_counter()
-    logits = classifier.logits(names * 5)[: len(names)]
-    seconds = time.perf_counter() - begin
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"fine-tuned encoder: {size:,} parameters, {5 * len(names) / seconds:,.0f} names/s")
+    print(f"fine-tuned encoder: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    for dtype in (torch.bfloat16, torch.float32):
+        classifier = TextClassifier(model, tokenizer, autocast=partial(autocast, torch.device("cpu"), dtype))
+        classifier.logits(names)  # warm
+        begin = time.perf_counter()
+        logits = classifier.logits(names * 5)[: len(names)]
+        print(f"  {5 * len(names) / (time.perf_counter() - begin):,.0f} names/s in {dtype}")
     return model.labels.probabilities(torch.from_numpy(logits))[:, model.label_names.index("dga")].double().numpy()
 
 
