@@ -9,7 +9,7 @@ the candidates are these names and others, chosen by a hash. A look-alike that i
 |-----------------|--------------------------------------------------------------------------------------|
 | model           | cosine of embeddings                                                                 |
 | Levenshtein, OSA| edit distance (rapidfuzz); OSA counts a transposition as one edit (Damerau)          |
-| decoded         | Levenshtein of names whose punycode is decoded and whose letters are made Latin      |
+| ..., decoded    | the same with queries whose punycode is decoded and whose letters are made Latin     |
 | n-grams         | cosine of TF-IDF vectors of 1- to 3-grams of characters (scikit-learn)               |
 
 Names at the same distance count as in random order. Names per second are queries searched; for the model with
@@ -21,6 +21,7 @@ import json
 import time
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def main() -> None:
             found = ranking(scores, truth) | {"queries_per_second": len(queries) / seconds}
             figures[f"{system}/{kind}"] = found
             shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-            print(f"{system:12} {kind:10} {len(queries)} queries: {shown}", flush=True)
+            print(f"{system:20} {kind:10} {len(queries)} queries: {shown}", flush=True)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
@@ -86,22 +87,28 @@ def ranking(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 def systems(model: str | None) -> dict[str, Callable]:
     """From candidates to a function from queries to scores, by name."""
     found = {"Levenshtein": edit_distance("Levenshtein"), "OSA": edit_distance("OSA")}
-    found |= {"decoded": edit_distance("Levenshtein", latin), "n-grams": n_grams}
-    return found | ({"model": lambda candidates: embeddings(model, candidates)} if model else {})
+    found |= {"n-grams": n_grams} | ({"model": partial(embeddings, model)} if model else {})
+    return found | {f"{name}, decoded": decoded(found[name]) for name in ("Levenshtein", "model") if name in found}
 
 
-def edit_distance(name: str, normalize: Callable[[str], str] = str) -> Callable:
+def edit_distance(name: str) -> Callable:
     from rapidfuzz import distance, process
 
-    scorer = getattr(distance, name).distance
-
     def prepare(candidates: list[str]) -> Callable:
-        candidates = list(map(normalize, candidates))
-        return lambda queries: (
-            -process.cdist(list(map(normalize, queries)), candidates, scorer=scorer, dtype=np.uint8).astype(np.int16)
-        )
+        options = {"scorer": getattr(distance, name).distance, "dtype": np.uint8}
+        return lambda queries: -process.cdist(queries, candidates, **options).astype(np.int16)
 
     return prepare
+
+
+def decoded(prepare: Callable) -> Callable:
+    """The system with Latin queries."""
+
+    def prepared(candidates: list[str]) -> Callable:
+        search = prepare(candidates)
+        return lambda queries: search(list(map(latin, queries)))
+
+    return prepared
 
 
 def latin(name: str) -> str:
