@@ -22,6 +22,7 @@ from torchrecipes.losses import masked_lm_loss
 from torchrecipes.models import bert, neobert, save_hf
 from torchrecipes.planning import estimate_run, flops_per_token
 from torchrecipes.planning.fake_model import TokenizerStandIn
+from torchrecipes.planning.flops import DEVICES
 from torchrecipes.planning.memory_estimate import StepEstimate
 from torchrecipes.training.activation_checkpointing import apply_activation_checkpointing
 
@@ -363,34 +364,26 @@ def test_wrong_arguments(arguments, key, code):
     assert (error.value.key, error.value.code) == (key, code)
 
 
-@pytest.mark.parametrize(
-    "device, precision, tflops",
-    [
-        ("v100", "float16", 125), ("t4", "float16", 65), ("h100", "bfloat16", 989), ("m1", "float32", 2.6),
-        ("m2", "float32", 3.6), ("m2-max", "float32", 13.6), ("m2-ultra", "float32", 27.2),
-        ("laptop", "float32", 0.768),
-    ],
-)  # fmt: skip
-def test_time_and_memory_of_named_machines(device, precision, tflops):
-    """Against the makers' figures: NVIDIA's data sheets, and what Apple says of its GPUs."""
-    found = estimate("max_steps=1000", device=device, mfu=0.5)
-    assert found["precision"] == precision
+# The makers' figures in TFLOP/s: NVIDIA's data sheets, and what Apple says of its GPUs.
+TFLOPS = {"h100": 989, "v100": 125, "t4": 65, "m1": 2.6, "m2": 3.6, "m2-max": 13.6, "m2-ultra": 27.2}
+
+
+def test_the_peaks_of_named_machines_are_the_makers():
+    found = {name: next(iter(DEVICES[name].peaks.values())) / 1e12 for name in TFLOPS}
+    assert found == pytest.approx(TFLOPS, rel=0.02)
+    first = {name: next(iter(DEVICES[name].peaks)) for name in ("h100", "v100", "m2", "laptop")}
+    assert first == {"h100": "bf16", "v100": "fp16", "m2": "fp32", "laptop": "fp32"}
+
+
+def test_a_gpu_without_bf16_is_estimated_in_fp16():
+    found = estimate("max_steps=1000", device="t4", mfu=0.5)
+    assert found["precision"] == "float16" and found["memory"]["total"] < found["device_bytes"]
     flop = 1000 * found["tokens_per_step"] * found["flops_per_token"]
-    assert found["hours"] * 3600 == pytest.approx(flop / (0.5e12 * tflops), rel=0.02)
-    assert found["memory"]["total"] < found["device_bytes"]
+    assert found["hours"] * 3600 == pytest.approx(flop / (0.5e12 * 65))
+    assert estimate("compute.precision=bf16", device="t4")["hours"] is None  # emulated, slowly
 
 
-def test_a_precision_that_a_machine_is_slow_in_has_no_time():
-    assert estimate("compute.precision=bf16", device="t4")["hours"] is None
-    assert estimate("compute.precision=fp16", device="m2")["precision"] == "float16"
-
-
-def test_apple_gpus_hold_scores_of_attention_and_a_mask():
-    """No kernel computes attention there: a layer keeps `[rows, heads, S, S]` more of fp32 than on an NVIDIA GPU."""
-    kept = {
-        (device, layers): estimate("compute.precision=fp32", device=device, num_hidden_layers=layers)["memory"]
-        for device in ("m2", "h200")
-        for layers in (2, 4)
-    }
-    m2, h200 = (kept[d, 4]["activations"] - kept[d, 2]["activations"] for d in ("m2", "h200"))
-    assert m2 > h200
+def test_apple_gpus_hold_a_mask_and_scores_of_attention():
+    """No kernel computes attention there: a layer keeps scores `[rows, heads, S, S]`, which an NVIDIA GPU does not."""
+    apple, nvidia = (estimate("compute.precision=fp32", device=name)["memory"] for name in ("m2", "h200"))
+    assert apple["activations"] > nvidia["activations"]
