@@ -200,17 +200,19 @@ class DomainCollator:
         order = _order(names, bits)
         ordered, place = np.sort(order, axis=1).reshape(-1), order.dtype.type(_mask(row_len))
 
-        label_starts, label_sizes = np.zeros((2, len(count)), dtype=np.int64)
+        label_sizes, of_labels = 0, None
         if self.mask_labels:
             chosen = np.flatnonzero(((first + last + middle) * 2.0**-16 < self.mask_labels) & (names.count > 0))
             at = (ordered[names.starts[chosen]] & place).astype(np.int64) + names.row_starts[chosen]
             left = slots - math.ceil(self.suffix_probability / 2 * row_len) - np.add.reduceat(count, names.first_of_row)
             label_starts, label_sizes = _labels(names, chosen, at, count, left)
             count[label_sizes > 0] = 0
+            of_labels = _ranges(label_starts, label_sizes)
         # Of a name the first in order are targets, and of these the last stay as they are.
         limit = ordered[names.starts + np.maximum(count, 1) - 1] - (count == 0)
         is_target = order.reshape(-1) <= np.repeat(limit, names.lengths)
-        is_target[_ranges(label_starts, label_sizes)] = True
+        if of_labels is not None:
+            is_target[of_labels] = True
         kept = (self.kept * count + last * 2.0**-16).astype(np.int64)
         stay = (ordered[_ranges(names.starts + count - kept, kept)] & place).astype(np.int64)
         stay += np.repeat(names.row_starts, kept)
@@ -230,7 +232,7 @@ class DomainCollator:
             is_target[names.unknown] = False
 
         _fill_types(names, has_class, hidden.token_type_ids)
-        _fill_slots(is_target.reshape(num_rows, row_len), tokens, hidden.masked_positions, hidden.masked_labels)
+        _fill_slots(is_target.reshape(num_rows, row_len), names.ids, hidden.masked_positions, hidden.masked_labels)
         # Arithmetic on bytes: a copy with a mask would be ten times as slow.
         ids = (names.ids & (is_target.view(np.uint8) - np.uint8(1))) | is_target * np.uint8(MASK)
         ids[stay] = names.ids[stay]
@@ -358,8 +360,10 @@ def _order(names: _Names, bits: np.ndarray) -> np.ndarray:
     order[names.unknown] |= is_other
     order = order.reshape(bits.shape)
     num_random = min(16, width - 2 * num_bits - 1)
-    order |= (bits >> np.uint16(16 - num_random)).astype(kind) << kind(num_bits)
-    order |= np.arange(row_len, dtype=kind)
+    draw = (bits >> np.uint16(16 - num_random)).astype(kind)
+    draw <<= kind(num_bits)
+    draw |= np.arange(row_len, dtype=kind)
+    order |= draw
     return order
 
 
@@ -431,15 +435,15 @@ def _suffixes(
     return which, is_hidden & (np.cumsum(names.suffix_sizes[which] * is_hidden, axis=1) <= left[:, None])
 
 
-def _fill_slots(is_target: np.ndarray, tokens: np.ndarray, positions: np.ndarray, labels: np.ndarray) -> None:
+def _fill_slots(is_target: np.ndarray, ids: np.ndarray, positions: np.ndarray, labels: np.ndarray) -> None:
     """Fills the slots of every row: first with its targets, then with other tokens, which have no label.
 
     Args:
         is_target: `[B, S]` bool.
-        tokens: `[B, S]`.
+        ids: `[B * S]`, the tokens.
         positions, labels: `[B, slots]`, to be filled.
     """
-    (num_rows, row_len), slots = tokens.shape, positions.shape[1]
+    (num_rows, row_len), slots = is_target.shape, positions.shape[1]
     # One number for every token, to be sorted: its place, and above it a bit that targets do not have.
     kind = np.uint16 if row_len <= 2**15 else np.uint32
     shift = kind(8 * np.dtype(kind).itemsize - 1)
@@ -450,7 +454,7 @@ def _fill_slots(is_target: np.ndarray, tokens: np.ndarray, positions: np.ndarray
     order = order[:, :slots]
     positions[:] = order & ~(kind(1) << shift)
     positions += np.arange(num_rows)[:, None] * row_len
-    np.take(tokens, positions, out=labels, mode="clip")
+    labels[:] = ids.take(positions)
     np.copyto(labels, IGNORED, where=order >= kind(1) << shift)
 
 
