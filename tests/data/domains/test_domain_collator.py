@@ -274,6 +274,15 @@ def test_rows_without_names_have_no_targets():
     assert len(np.unique(made.masked_positions)) == len(made.masked_positions)
 
 
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_slots_are_enough_for_the_characters_of_any_names(p):
+    collator = DomainCollator(TOKENIZER, p, suffix_probability=0.0)
+    for row_len in (32, 64, 512):
+        for n in range(2, row_len - 2):  # characters of each name, beside `[CLS]`, one of a suffix and `[SEP]`
+            assert collator.slots(row_len) >= (row_len // (n + 3)) * math.ceil(p * n)
+    assert DomainCollator(TOKENIZER).slots(512) == math.ceil(0.35 * 512)
+
+
 def test_an_example_batch_has_the_shapes_of_real_ones():
     collator = DomainCollator(TOKENIZER)
     batch = collator.example_batch(3, 100)
