@@ -124,4 +124,8 @@ def flatten_ids(ids: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 def utf8_lengths(texts: Sequence[str]) -> np.ndarray:
     """Bytes of each text, `[n]` int64."""
     # Only text that is not ASCII has to be encoded.
-    return np.fromiter((len(text) if text.isascii() else len(text.encode()) for text in texts), np.int64, len(texts))
+    return np.fromiter(
+        (len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts),
+        np.int64,
+        len(texts),
+    )

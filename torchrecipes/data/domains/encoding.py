@@ -134,7 +134,7 @@ class DomainEncoding:
         if joined.isascii():
             content = TOKEN_OF[np.frombuffer(joined.encode(), np.uint8)]
         else:
-            content = TOKEN_OF[np.minimum(np.frombuffer(joined.encode("utf-32-le"), np.uint32), 255)]
+            content = TOKEN_OF[np.minimum(np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32), 255)]
         kept = np.minimum(characters, max_length - 2)
         if (kept < characters).any():
             pieces = np.stack([kept, characters - kept], axis=1).ravel()
