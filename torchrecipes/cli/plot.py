@@ -127,8 +127,9 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
             panel.legend(frameon=False, fontsize=8)
     if not accuracy.has_data():
         accuracy.text(0.5, 0.5, "no evaluation", transform=accuracy.transAxes, ha="center", color=GREY)
+    for name in ("lr", "speed", *["kinds"] * bool(kinds)):
+        panels[name].set_xlabel("step")
     for panel in (rate, speed):
-        panel.set_xlabel("step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylim(bottom=0)
     if by_position:
