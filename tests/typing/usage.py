@@ -43,7 +43,7 @@ def train(folder: Path) -> None:
         step += 1
         for batch in loader.next_step():
             hidden = model(batch.input_ids, **batch.documents)
-            assert batch.masked_positions is not None and batch.masked_labels is not None
+            assert batch.masked_positions is not None and batch.masked_labels is not None and model.head is not None
             loss = masked_lm_loss(hidden, model.head, batch.masked_positions, batch.masked_labels)
             assert isinstance(loss, Tensor)  # a pair with return_token_loss
             loss.backward()
