@@ -262,14 +262,14 @@ def test_rows_of_csv_are_read_many_at_a_time_as_one_by_one(tmp_path, monkeypatch
         delimiter, rows = rng.choice(",;\t"), []
         for i in range(rng.randint(0, 30)):
             fields = [str(i), rng.choice([f"name{i}.com", f"bad {i}", "co.uk"]), rng.choice(["x", "", "y y"])]
-            odd = [[], fields[:2], ["1", "", "2"], ["1", " padded.com", ""], ["", "büro.de", "é"]]
+            odd = [[], fields[:2], ["1", "", "2"], ["1", " padded.com", ""], ["1", "  ", ""], ["", "büro.de", "é"]]
             if number % 2:
                 odd += [["1", f'"{fields[1]}"', "2"], ["1", "a.com", f'"x\n{delimiter}"'], ["1", "b.com", '"open']]
             rows.append(delimiter.join(rng.choice(odd) if rng.random() < 0.2 else fields))
         header = [delimiter.join(["rank", "domain", "more"])] if number % 3 else []
         content = rng.choice(["\n", "\r\n"]).join(header + rows).encode()
         path = tmp_path / (f"{number}.tsv" if delimiter == "\t" else f"{number}.csv")
-        path.write_bytes(content + b"9%b\xff.com%b1" % (delimiter.encode(), delimiter.encode()) * (number % 5 == 4))
+        path.write_bytes(content + b"\n9%b\xff.com%b1" % (delimiter.encode(), delimiter.encode()) * (number % 5 == 4))
         columns = None if header else ["rank", "domain", "more"]
         paths = [str(tmp_path / "first.txt"), str(path)]
         source = domain_names(paths, columns=columns, delimiter=delimiter)
