@@ -12,6 +12,7 @@ encoding            `DomainEncoding`: tokens, suffix ids and token types of name
 suffix_keys         suffixes as 64-bit keys, and the place of each in a list
 suffix_counts       `count_suffixes`: names by public suffix
 name_split          `NameSplit`: which names are held out
+split_report        `report_split`: how the names of a corpus are divided
 lookalike_names     `lookalikes`: names that pass for another one
 lookalike_examples  `LookalikeCollator`, `domain_texts`, `lookalike_pairs`: look-alikes to train on and to search with
 collator            `DomainCollator`: masked characters and hidden suffixes
@@ -29,6 +30,7 @@ from torchrecipes.data.domains.name_files import NameBlock, count_names, domain_
 from torchrecipes.data.domains.name_split import NameSplit
 from torchrecipes.data.domains.name_syntax import REASONS, NameOptions, Rejected, parse_name
 from torchrecipes.data.domains.public_suffix_list import PublicSuffixList
+from torchrecipes.data.domains.split_report import SplitReport, report_split
 from torchrecipes.data.domains.suffix_counts import SuffixCounts, count_suffixes
 from torchrecipes.data.domains.tokenizer import domain_tokenizer
 
@@ -48,6 +50,7 @@ __all__ = [
     "PublicSuffixList",
     "Rejected",
     "RejectedLines",
+    "SplitReport",
     "SuffixCounts",
     "count_names",
     "count_suffixes",
@@ -59,6 +62,7 @@ __all__ = [
     "name_hashes",
     "parse_lines",
     "parse_name",
+    "report_split",
     "synthetic_names",
 ]
 
