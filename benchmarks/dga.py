@@ -70,7 +70,7 @@ def legit_families(rows: list[dict]) -> set[str]:
 
 def generated(probabilities: np.ndarray, names: list[str], legit: set[str]) -> np.ndarray:
     """The probability that a name is generated, from those of all labels."""
-    return 1 - probabilities[:, [name in legit | {"legit"} for name in names]].sum(1)
+    return 1 - probabilities[:, [name in legit | {"legit"} for name in names]].sum(1, dtype=np.float64)
 
 
 def regressions(train: list[dict], test: list[dict]) -> dict[str, np.ndarray]:
