@@ -103,6 +103,15 @@ def many():
     return rows_of(made_up_names(8_000), 512)
 
 
+def kinds_of(text, suffix_start, tokens):
+    """The kinds of a name's characters; a hidden dot before the suffix is a character like others."""
+    shown = "".join("?" if i < suffix_start and tokens[i + 1] == MASK else one for i, one in enumerate(text))
+    kinds = character_kinds(np.frombuffer(shown.encode(), np.uint8), np.array([len(shown)]), np.array([suffix_start]))
+    if suffix_start and shown[suffix_start - 1] == "?":
+        kinds[suffix_start - 1] = 0
+    return kinds
+
+
 def is_rounded(value, exact):
     return value in (math.floor(exact), math.ceil(exact))
 
@@ -130,8 +139,7 @@ def test_counts_are_exact(many, mask_all):
         hidden = name.classified is not None
         assert name.targets[name.targets >= end].tolist() == (suffix.tolist() if hidden else [])
         assert not hidden or (name.after[suffix] == MASK).all()
-        text = np.frombuffer((name.label + name.suffix).encode(), np.uint8)
-        kinds = character_kinds(text, np.array([len(text)]), np.array([end - 1]))
+        kinds = kinds_of(name.label + name.suffix, end - 1, name.after)
         suffix_id = 0 if hidden else SUFFIXES.index(name.suffix)
         assert name.types.tolist() == [4 * suffix_id, *(4 * suffix_id + kinds), 4 * suffix_id]
         if hidden:
@@ -256,8 +264,7 @@ def test_it_hides_what_the_definition_says(settings, row_len):
         assert all((label, weight) == (-100, 0) for _, label, weight in found if label < 0)
         for begin, suffix, end, suffix_id in spans:
             text = "".join(held[spans.index((begin, suffix, end, suffix_id))])
-            text = np.frombuffer(text.encode(), np.uint8)
-            kinds = character_kinds(text, np.array([len(text)]), np.array([suffix - begin - 1]))
+            kinds = kinds_of(text, suffix - begin - 1, hidden[row, begin:end])
             first = 0 if begin in classes else 4 * suffix_id
             assert made.token_type_ids[row, begin:end].tolist() == [first, *(first + kinds).tolist(), first]
         assert not made.token_type_ids[row, at:].any()

@@ -231,12 +231,12 @@ class DomainCollator:
             is_target[_ranges(names.suffixes[has_class], names.suffix_sizes[has_class])] = True
             is_target[names.unknown] = False
 
-        _fill_types(names, has_class, hidden.token_type_ids)
         _fill_slots(is_target.reshape(num_rows, row_len), names.ids, hidden.masked_positions, hidden.masked_labels)
         # Arithmetic on bytes: a copy with a mask would be ten times as slow.
         ids = (names.ids & (is_target.view(np.uint8) - np.uint8(1))) | is_target * np.uint8(MASK)
         ids[stay] = names.ids[stay]
         tokens[:] = ids.reshape(tokens.shape)
+        _fill_types(names, ids, has_class, hidden.token_type_ids)
 
 
 class Hidden(NamedTuple):
@@ -458,14 +458,17 @@ def _fill_slots(is_target: np.ndarray, ids: np.ndarray, positions: np.ndarray, l
     np.copyto(labels, IGNORED, where=order >= kind(1) << shift)
 
 
-def _fill_types(names: _Names, has_class: np.ndarray, types: np.ndarray) -> None:
-    """Fills the token types of all tokens, `[B, S]`: see `DomainEncoding.token_type_ids`."""
+def _fill_types(names: _Names, ids: np.ndarray, has_class: np.ndarray, types: np.ndarray) -> None:
+    """Fills the token types of all tokens, `[B, S]`: see `DomainEncoding.token_type_ids`.
+
+    They are those of the names as the model sees them, `ids` `[B * S]`: the kind of a hidden dot would give it away.
+    """
     first = np.where(has_class, 0, NUM_KINDS * names.suffix_ids).astype(np.int32)
     is_name = names.suffixes > names.starts
     flat = names.repeat(first, first + is_name * np.int32(SUFFIX))
     flat[names.ends[is_name] - 1] -= SUFFIX  # `[SEP]`
     # Nearly all dots are inside a suffix or stand before one. What is before another one is a subdomain.
-    is_dot = names.ids == DOT
+    is_dot = ids == DOT
     last = (names.suffixes - 1)[is_name]
     last = last[is_dot[last]]
     is_dot[last] = False
