@@ -46,10 +46,10 @@ def baseline_warning(name: str, values: Mapping[str, float], kinds: list[str], e
     accuracy, baseline = _accuracy(values, suffix), values[f"unigram_accuracy{suffix}"]
     meaning = "The model predicts the most frequent tokens, whatever their context."
     if suffix:
-        meaning = f"Of the {kinds[0]}s the model knows the most frequent one only; what it has learned is the others."
+        meaning = f"Of the {kinds[0]}s the model predicts only the most frequent; it has learned other characters."
     return (
-        f"warning: {name}: {accuracy} {values[accuracy]:.3f} is not above its unigram baseline {baseline:.3f}, in "
-        f"{evaluations} evaluations now. {meaning} That is normal early in a run. If it stays so, check the learning "
+        f"warning: {name}: {accuracy} {values[accuracy]:.3f} is not above its unigram baseline {baseline:.3f}, for "
+        f"{evaluations} evaluations. {meaning} That is normal early in a run. If it stays so, check the learning "
         'rate, the masks and labels of a collator or loss of your own, and the text: "The loss does not fall" in '
         "docs/troubleshooting.md. log.baseline_evaluations sets when this is said; null: never"
     )
