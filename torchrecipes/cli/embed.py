@@ -198,7 +198,7 @@ class _Npy:
         return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + described.ljust(size - 1) + b"\n"
 
     def write(self, texts: list[str], embeddings: Any) -> None:  # noqa: ARG002
-        self.file.write(embeddings.astype("<f4", copy=False).tobytes())
+        self.file.write(embeddings.astype("<f4", order="C", copy=False).data)
         self.rows += len(embeddings)
 
     def finish(self) -> None:

@@ -152,8 +152,8 @@ def _json_lines(windows: Iterable[Window], labels: Any, args: argparse.Namespace
     choice, key = keys.get(labels.task, ("labels", "probabilities"))
     for window in windows:
         lines = []
-        order = _order(window.scores, labels, args.top_k).tolist()
-        for place, (text, scores) in enumerate(zip(window.texts, window.scores.tolist(), strict=True)):
+        rows = zip(window.texts, _rows(window.scores), _rows(_order(window.scores, labels, args.top_k)), strict=True)
+        for place, (text, scores, order) in enumerate(rows):
             fields = (
                 [f'"text": {quote(text)}']
                 if type(text) is str
@@ -168,12 +168,17 @@ def _json_lines(windows: Iterable[Window], labels: Any, args: argparse.Namespace
             elif is_number:
                 fields.append(f'"{key}": {_rounded(scores[0])}')
             else:
-                pairs = ", ".join([f"{names[i]}: {_rounded(scores[i])}" for i in order[place]])
+                pairs = ", ".join([f"{names[i]}: {_rounded(scores[i])}" for i in order])
                 fields.append(f'"{key}": {{{pairs}}}')
             if place in window.reasons:
                 fields.append(f'"reason": "{window.reasons[place]}"')
             lines.append(f"{{{', '.join(fields)}}}\n")
         yield "".join(lines)
+
+
+def _rows(array: Any) -> Iterator[tuple]:
+    """The rows of a matrix. Lists of them would be as many objects for the garbage collector to look through."""
+    return zip(*array.T.tolist(), strict=True)
 
 
 def _order(scores: Any, labels: Any, top_k: int | None) -> Any:
@@ -195,8 +200,8 @@ def _csv_rows(windows: Iterable[Window], labels: Any, args: argparse.Namespace) 
         if header:
             yield _csv([(*header, "reason") if window.has_reasons else header])
             header = ()
-        rows, order = [], _order(window.scores, labels, args.top_k).tolist()
-        for place, (text, scores) in enumerate(zip(window.texts, window.scores.tolist(), strict=True)):
+        rows, order = [], list(_rows(_order(window.scores, labels, args.top_k)))
+        for place, (text, scores) in enumerate(zip(window.texts, _rows(window.scores), strict=True)):
             row = [text] if type(text) is str else [*text]
             if found:
                 row.append(";".join(window.labels[place]))
