@@ -33,8 +33,8 @@ def resolve_model_folder(path: str | Path, warn: bool = False) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         hint = "Give a Hugging Face folder, a checkpoint, or a run's folder. Models are not downloaded"
-        near = difflib.get_close_matches(folder.name, [other.name for other in folder.parent.glob("*/")], n=1)
-        hint = f"Did you mean {folder.parent / near[0]}?" if near else hint
+        near = similar_folder(folder)
+        hint = f"Did you mean {near}?" if near else hint
         raise UserError(f"{folder} does not exist", hint=hint, code="not_found")
     if any((folder / name).is_file() for name in ("config.json", "model.safetensors", INDEX)):
         return folder
@@ -54,6 +54,13 @@ def resolve_model_folder(path: str | Path, warn: bool = False) -> Path:
         raise pickle_error(folder, pickles[0])
     hint = "Give a folder that save_hf() or save_pretrained() wrote, or a run's folder"
     raise UserError(f"{folder} has no config.json, no model.safetensors and no checkpoints", hint=hint, code="no_model")
+
+
+def similar_folder(path: str | Path) -> Path | None:
+    """The folder beside a missing one whose name is the most similar, if any is."""
+    folder = Path(path)
+    near = difflib.get_close_matches(folder.name, [other.name for other in folder.parent.glob("*/")], n=1)
+    return folder.parent / near[0] if near else None
 
 
 def pickle_error(folder: Path, name: str) -> UserError:

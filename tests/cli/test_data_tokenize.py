@@ -145,6 +145,15 @@ def test_a_bad_record_names_the_options_that_help(text, capsys, line, option):
     assert option in capsys.readouterr().err
 
 
+def test_a_bad_record_of_a_config_names_the_key_that_helps(text, capsys):
+    (text / "bad.jsonl").write_text("[\n")
+    source = "{_component_: torchrecipes.data.sources.files, path: bad.jsonl, on_bad_record: stop}"
+    (text / "run.yaml").write_text(f"data:\n  source: {source}\n")
+    assert tokenize("--config", "run.yaml", *TRAIN, "-o", "c") == 2
+    err = capsys.readouterr().err
+    assert "data.source.on_bad_record=skip" in err and "--on-bad-record" not in err
+
+
 def test_token_files_of_a_config_are_left_as_they_are(text, capsys):
     (text / "tokens.bin").write_bytes(bytes(64))
     tokens = "{_component_: torchrecipes.data.token_files.nanogpt_tokens, path: tokens.bin}"

@@ -59,7 +59,7 @@ def test_every_row_of_a_file_has_a_row_of_embeddings(tmp_path, run, kind, capsys
     found = np.load(output, mmap_mode="r")
     assert found.dtype == np.float32 and np.abs(found - expected(run, "query")).max() <= 1e-6
     shown = capsys.readouterr()
-    assert "5 texts" in shown.out and "1 texts were empty" in shown.err
+    assert "5 texts" in shown.out and "1 text was empty" in shown.err
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 

@@ -63,7 +63,7 @@ def test_every_row_of_a_file_has_a_prediction(tmp_path, run, kind, capsys):
     assert main(["predict", str(run), "--input", str(file), "--output", str(output), *arguments]) == 0
     assert_same([json.loads(line) for line in output.read_text().splitlines()], expected(run))
     shown = capsys.readouterr()
-    assert shown.out == "" and "8 predictions" in shown.err and "1 texts were empty" in shown.err
+    assert shown.out == "" and "8 predictions" in shown.err and "1 text was empty" in shown.err
 
 
 def test_a_table(tmp_path, run):
@@ -90,7 +90,7 @@ def test_standard_input_and_output(run, monkeypatch, capsys):
     shown = capsys.readouterr()
     texts = [*TEXTS[:3], "", *TEXTS[3:]]
     assert_same([json.loads(line) for line in shown.out.splitlines()], expected(run, texts), texts)
-    assert "standard input:4" in shown.err and "1 texts were empty" in shown.err
+    assert "standard input:4" in shown.err and "1 text was empty" in shown.err
 
 
 def test_texts_on_the_command_line(run, capsys):
@@ -136,7 +136,7 @@ def test_pairs_and_numbers(tmp_path, capsys):
 
 def test_what_is_cut_is_said(run, capsys):
     assert main(["predict", str(run), "the cat sat on the mat", "the", "--max-length", "5"]) == 0
-    assert "1 texts were longer than 5 tokens" in capsys.readouterr().err
+    assert "1 text was longer than 5 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torchrecipes import optim
+from torchrecipes.cli.main import main
 from torchrecipes.cli.run import load_recipe
 from torchrecipes.config import Component, load
 from torchrecipes.config.catalog import find_recipe
@@ -140,6 +141,15 @@ def test_problems_of_arguments_have_the_components_key(tmp_path):
 def test_a_name_on_the_hub_is_not_a_folder(tmp_path):
     assert problems(tmp_path, "init_from=bert-base-uncased") == [("init_from", "not_found")]
     assert problems(tmp_path, "init_from=/a/folder/of/another/machine") == []
+
+
+def test_a_misspelt_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "names").mkdir(parents=True)
+    command = ["validate", "classify_finetune", "--config", "domain_bert/dga_detection", "data.source.path=x.csv"]
+    assert main([*command, "init_from=runs/nmaes"]) == 2
+    err = capsys.readouterr().err
+    assert "Did you mean runs/names?" in err and "hf download" not in err
 
 
 def test_a_corpus_folder_that_cannot_be_written(tmp_path):

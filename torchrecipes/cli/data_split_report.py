@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     report = report_split(args.corpus, args.threads)
     if args.csv:
         _write(Path(args.csv), report.rows())
-    print(json.dumps(_figures(report), indent=2) if args.json else _text(report, args.top))
+    print(json.dumps(_figures(report), indent=2) if args.json else _text(report, args.top, args.csv))
     if args.csv and not args.json:
         print(f"\nsaved {args.csv}")
     if report.problems:
@@ -61,7 +61,7 @@ def _figures(report: Any) -> dict[str, Any]:
     }
 
 
-def _text(report: Any, top: int) -> str:
+def _text(report: Any, top: int, csv_file: str | None) -> str:
     figures = _figures(report)
     train, held_out = figures["train"], figures["validation"]
     lines = [
@@ -80,7 +80,7 @@ def _text(report: Any, top: int) -> str:
     for row in shown:
         lines.append(f"{row['suffix']:<{width}}  {row['train']:>13,}  {row['validation']:>10,}  {row['share']:>8.3%}")
     if len(report.suffixes) > len(shown):
-        lines.append(f"and {len(report.suffixes) - len(shown):,} more: --csv FILE")
+        lines.append(f"and {len(report.suffixes) - len(shown):,} more: {csv_file or '--csv FILE'}")
     return "\n".join(lines)
 
 

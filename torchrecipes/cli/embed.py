@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torchrecipes.cli.openmp import wait_without_spinning
-from torchrecipes.cli.trained_model import add_model_arguments, load_text_encoder
+from torchrecipes.cli.trained_model import add_model_arguments, load_text_encoder, print_counts
 from torchrecipes.errors import UserError
 
 FORMATS = (".npy", ".jsonl", ".parquet")
@@ -88,16 +88,14 @@ def main(args: argparse.Namespace) -> None:
         _print(texts, encoder, args)
     else:
         _write(texts, encoder, args, output)
-    lines = {
-        f"longer than {encoder.max_length} tokens: their ends were cut off": encoder.num_truncated,
-        "empty: their embeddings are those of no text": encoder.num_empty,
+    counts = {
+        f"longer than {encoder.max_length} tokens and cut off": encoder.num_truncated,
+        "empty and embedded as such": encoder.num_empty,
     }
     for reason, count in encoder.invalid_names.most_common():
         if reason != "blank":
-            lines[f"no domain names: they were embedded as they are written ({reason})"] = count
-    for what, count in lines.items():
-        if count:
-            print(f"{count:,} texts were {what}", file=sys.stderr)
+            counts[f"invalid as a domain name and embedded as written ({reason})"] = count
+    print_counts(counts)
 
 
 def _print(texts: list[str], encoder: Any, args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchrecipes.cli.openmp import wait_without_spinning
-from torchrecipes.cli.trained_model import add_model_arguments, load_mask_filler
+from torchrecipes.cli.trained_model import add_model_arguments, load_mask_filler, print_counts
 from torchrecipes.errors import UserError
 
 FORMATS = (".jsonl", ".csv")
@@ -191,12 +191,10 @@ def _print(fill: Any, texts: list[str], top_k: int) -> None:
 def _report(counts: Counter, texts: Any, fill: Any) -> None:
     """Say which texts have no predictions."""
     bad = getattr(texts, "num_bad", 0)
-    lines = {
+    found = {
         "empty (no_text)": counts["no_text"] - bad,
         f"not readable (no_text); the first is {getattr(texts, 'first_bad', '')}": bad,
         f"without {fill.tokenizer.decode_token(fill.tokenizer.mask_id)} (no_mask)": counts["no_mask"],
         f"longer than the model's {fill.max_length} positions (too_long)": counts["too_long"],
     }
-    for what, count in lines.items():
-        if count > 0:
-            print(f"{count:,} texts were {what}", file=sys.stderr)
+    print_counts(found)

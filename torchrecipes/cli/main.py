@@ -157,6 +157,9 @@ def _in_options(error: Exception, args: argparse.Namespace) -> Exception:
     if not isinstance(error, UserError) or not error.hint:
         return error
     hint = error.hint
+    if hasattr(args, "on_bad_record") and getattr(args, "config", None):  # whose source takes no options
+        hint = hint.replace("on_bad_record=skip", "data.source.on_bad_record=skip")
+        return UserError(error.problem, key=error.key, hint=hint, code=error.code, problems=error.problems)
     if hasattr(args, "on_bad_record"):
         hint = hint.replace("on_bad_record=skip", "--on-bad-record skip")
     elif hasattr(args, "set"):

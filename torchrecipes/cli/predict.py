@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchrecipes.cli.openmp import wait_without_spinning
-from torchrecipes.cli.trained_model import add_model_arguments, load_text_classifier
+from torchrecipes.cli.trained_model import add_model_arguments, load_text_classifier, print_counts
 from torchrecipes.errors import UserError
 
 FORMATS = (".jsonl", ".csv")
@@ -247,14 +247,12 @@ def _rounded(score: float) -> float:
 def _report(classify: Any, texts: Any) -> None:
     """Say what was cut, empty or not a text."""
     bad = getattr(texts, "num_bad", 0)
-    lines = {
-        f"longer than {classify.max_length} tokens: their ends were cut off": classify.num_truncated,
-        "empty: they have no label": classify.num_empty - bad,
-        f"not readable: they have no label; the first is {getattr(texts, 'first_bad', '')}": bad,
+    counts = {
+        f"longer than {classify.max_length} tokens and cut off": classify.num_truncated,
+        "empty and left without a label": classify.num_empty - bad,
+        f"not readable and left without a label; the first is {getattr(texts, 'first_bad', '')}": bad,
     }
     for reason, count in classify.invalid_names.most_common():
         if reason != "blank":
-            lines[f"no domain names: they have no label ({reason})"] = count
-    for what, count in lines.items():
-        if count > 0:
-            print(f"{count:,} texts were {what}", file=sys.stderr)
+            counts[f"invalid as a domain name and left without a label ({reason})"] = count
+    print_counts(counts)

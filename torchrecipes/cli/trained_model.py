@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=choices, default="auto", help="default: on an NVIDIA GPU bf16 or fp16, else fp32"
     )
+
+
+def print_counts(counts: Mapping[str, int]) -> None:
+    """Print on stderr how many texts were treated differently, by what was done; nothing where there were none."""
+    for what, count in counts.items():
+        if count > 0:
+            print(f"{count:,} {'text was' if count == 1 else 'texts were'} {what}", file=sys.stderr)
 
 
 def newest_valid_checkpoint(folder: str) -> Path:

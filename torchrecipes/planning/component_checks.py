@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchrecipes.config import Component, build
 from torchrecipes.config.components import parameters, resolve
 from torchrecipes.errors import UserError
+from torchrecipes.model_folder import similar_folder
 from torchrecipes.models import check_positions
 from torchrecipes.modules import MoE
 from torchrecipes.planning.fake_model import TokenizerStandIn, meta_model, tokenizer_for
@@ -194,11 +195,12 @@ def _max_steps(config: Any) -> int:
 def _check_folders(config: Any) -> Iterator[UserError]:
     """Folders that are not there or not writable: found before the tokenizer is trained, not after."""
     if config.init_from and not Path(config.init_from).exists() and not Path(config.init_from).is_absolute():
-        name = Path(config.init_from).name
+        name, near = Path(config.init_from).name, similar_folder(config.init_from)
+        download = f"Download it first: hf download {config.init_from} --local-dir {name}, then init_from={name}"
         yield UserError(
             f"there is no folder {config.init_from}, and models are not downloaded",
             key="init_from",
-            hint=f"Download it first: hf download {config.init_from} --local-dir {name}, then init_from={name}",
+            hint=f"Did you mean {near}?" if near else download,
             code="not_found",
         )
     folder = Path(config.data.corpus_dir or Path(config.output_dir) / "corpus")
