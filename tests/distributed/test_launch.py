@@ -80,8 +80,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def command(*words: str) -> subprocess.Popen:
+    """`tune-style run tiny.py`, in a process group of its own."""
+    full = [sys.executable, "-m", "torchrecipes.cli.main", "run", "tiny.py", *words]
+    return subprocess.Popen(full, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
+
+
 def launcher(*words: str) -> ranks.Process:
-    """`tune-style run tiny.py`, forked from a process that has imported torch."""
+    """The same, forked from a process that has imported torch, which takes seconds."""
     if not hasattr(os, "pidfd_open"):
         pytest.skip("needs Linux")
     Path("tune_style.py").write_text("import sys\nfrom torchrecipes.cli.main import main\nsys.exit(main())\n")
@@ -218,9 +224,7 @@ def test_only_the_cause_is_reported_when_a_rank_dies_in_a_collective(capfd):
 
 
 def test_sigterm_reaches_every_rank_once_and_they_exit_after_saving():
-    command = [sys.executable, "-m", "torchrecipes.cli.main", "run", "tiny.py"]
-    command += ["--nproc-per-node", "2", "--max-restarts", "1"]
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = command("--nproc-per-node", "2", "--max-restarts", "1")
     wait_for(process, 2)
     process.terminate()
     assert end_of(process) == (143, "")
@@ -238,7 +242,7 @@ def test_sigterm_to_one_rank_alone_ends_all_after_saving():
 
 def test_a_rank_that_does_not_exit_is_killed_after_the_grace_period():
     # Ctrl+C on a terminal goes to the launcher's whole process group.
-    process = launcher("--nproc-per-node", "2", "--grace-period", "3", "fails=stubborn")
+    process = command("--nproc-per-node", "2", "--grace-period", "3", "fails=stubborn")
     wait_for(process, 2)
     os.killpg(process.pid, signal.SIGINT)
     code, err = end_of(process)
