@@ -89,7 +89,8 @@ def choose_device(name: str = "auto", index: int = 0) -> torch.device:
             )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        is_missing = name.partition(":")[0] == "mps" and not has_mps  # where torch names an operator and a backend
+        reason = "torch finds no Apple GPU" if is_missing else str(error).splitlines()[0]
         known = ["cpu", *["cuda"] * has_cuda, *["mps"] * has_mps]
         raise UserError(f"{name}: {reason}", hint=f"This machine has {', '.join(known)}.", code="no_device") from None
     return device
