@@ -66,9 +66,9 @@ def test_a_classifier_starts_from_the_run(pretrained, tmp_path):
     folder, _ = pretrained
     names = [document.text for document in synthetic_names(40, seed=1)]
     rows = [f"{name},{'short' if len(name) < 14 else 'long'}" for name in names]
-    (tmp_path / "labeled.csv").write_text("\n".join(["domain,kind", *rows]) + "\n")
+    (tmp_path / "labeled.csv").write_text("\n".join(["domain,family", *rows]) + "\n")
     given = (f"init_from={folder}", f"data.source.path={tmp_path / 'labeled.csv'}", "data.validation_fraction=0.2")
-    given += ("epochs=null", "max_steps=1", "eval_every=1", "optimizer.lr=1e-9")
+    given += ("epochs=null", "max_steps=1", "eval_every=1", "optimizer.lr=1e-9", "optimizer.adamw_lr=1e-9")
     logged = train("classify_finetune", "domain_bert/dga_detection", tmp_path / "run", *given)
     assert "eval/validation/accuracy" in logged[-1]
     start, end = (load_hf(run, head=False).state_dict() for run in (folder, tmp_path / "run" / "model"))
