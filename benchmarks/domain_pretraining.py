@@ -6,7 +6,7 @@ Trains with the recipe `mlm_pretrain` and the config `domain_bert/quickstart`, w
 rows, and one name in 50 held out by a hash; further arguments are overrides of the config. Then it measures all the
 held-out names, with `--draws` draws of 30 % of the characters before the public suffix. All of these become [MASK], so
 that none is there to copy, and the suffix is shown. The n-grams are those of the training names; they see the true
-characters to the left, the model sees both sides, with the masks in them, and where the suffix starts, which tells it
+characters to the left, the model sees both sides, with the masks in them, and where the suffix starts, which shows
 where most dots are: compare letters.
 """
 

@@ -14,7 +14,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _SUFFIXES = """## Public suffixes
 
-The model is told the public suffix of a domain name, such as `com` or `co.uk`, by `token_type_ids`. Those that the
+The model gets the public suffix of a domain name, such as `com` or `co.uk`, as `token_type_ids`. Those that the
 tokenizer of `transformers` gives are all 0: the suffix is unknown, and results are less good. `torchrecipes` computes
 them itself in `tune-style embed`, `predict` and `fill-mask`. For `transformers`:
 

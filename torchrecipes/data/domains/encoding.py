@@ -185,7 +185,7 @@ class DomainEncoding:
     def token_type_ids(
         self, tokens: np.ndarray, lengths: np.ndarray, second_starts: np.ndarray | None = None
     ) -> np.ndarray:
-        """What a model is told of every token: 4 * suffix id + kind.
+        """The token types that a model of domain names takes: 4 * suffix id + kind.
 
         Kinds: 0 the label before the suffix (and special tokens), 1 subdomains, 2 the suffix with the dots inside it, 3
         other dots. The suffix id is that of the name, on all its tokens; 0 where a character of the suffix is `[MASK]`.

@@ -264,7 +264,7 @@ class domain_names:
             is_quoted = b'"' in block.data and delimiter != "\t"
             is_odd = self.column not in columns or "\ufffd" in "".join(columns) or not delimiter.isascii()
             if is_quoted or is_odd:
-                # A row may end in another block: the reader of rows goes on from the start of this one.
+                # A row may end in another block: the reader of rows continues at the start of this one.
                 start = {**place, **kept, "file": 0} if place else None
                 yield from self._table_lines(file, {"row": start} if start else {})
                 return
