@@ -142,3 +142,5 @@ def test_peaks_of_known_gpus_and_of_this_cpu(monkeypatch):
     assert peak_flops(torch.device("cuda", 0), torch.float32) is None
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
     assert peak_flops(torch.device("cpu"), torch.float32) == peak_flops(torch.device("cpu"), torch.float32)
+    # A CPU without fp16 multiplies large matrices in it slowly, which would give a run an MFU above 1.
+    assert peak_flops(torch.device("cpu"), torch.float16) >= peak_flops(torch.device("cpu"), torch.float32)

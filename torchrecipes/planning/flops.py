@@ -164,7 +164,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The highest FLOP/s of the device in `dtype`: NVIDIA GPUs from a table, for bf16 and fp16; a CPU measured; None:
     unknown."""
     if device.type == "cpu":
-        return _cpu_peak(dtype)
+        # Without instructions for fp16 its large products are slower than fp32's, and a model's are not.
+        return max(_cpu_peak(dtype), _cpu_peak(torch.float32)) if dtype == torch.float16 else _cpu_peak(dtype)
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)

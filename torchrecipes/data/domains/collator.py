@@ -133,7 +133,8 @@ class DomainCollator:
             raise UserError(
                 "the corpus does not say which suffix its documents have",
                 key="collator",
-                hint="Make it with domain_names and domain_tokenizer (torchrecipes.data.domains), or set no collator.",
+                hint="Make it with domain_names and domain_tokenizer (torchrecipes.data.domains), or set "
+                "collator._component_=torchrecipes.data.MLMCollator.",
                 code="no_suffixes",
             )
         hidden = self(block, row_keys, step)
