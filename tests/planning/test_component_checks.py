@@ -152,6 +152,13 @@ def test_a_misspelt_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, caps
     assert "Did you mean runs/names?" in err and "hf download" not in err
 
 
+def test_shares_of_a_collator_are_checked_before_the_names_are_read(capsys):
+    command = ["validate", "mlm_pretrain", "--config", "domain_bert/quickstart"]
+    assert main(command) == 0
+    assert main([*command, "collator.mask_labels=2"]) == 2
+    assert "collator.mask_labels: 2.0 is not a share" in capsys.readouterr().err
+
+
 def test_a_corpus_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert problems(tmp_path, "data.corpus_dir=/a/folder/of/another/machine") == []

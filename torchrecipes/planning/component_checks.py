@@ -44,13 +44,13 @@ BUILDABLE = tuple(family for family, _ in FAMILIES.values())
 UNKNOWN_LENGTH = 10**9  # steps, where the corpus decides how many there are
 # Keys that `build_model` does not use; all other components of a config may become part of the model.
 _NOT_IN_MODEL = (
-    *("tokenizer", "data", "optimizer", "lr_scheduler", "guard", "ema"),
+    *("tokenizer", "data", "collator", "optimizer", "lr_scheduler", "guard", "ema"),
     *("checkpoint", "compute", "log", "loss", "evaluators", "final_evaluators", "early_stopping"),
 )
 
 
 def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
-    """Builds model (on the meta device), optimizer, scheduler and guard, and discards them.
+    """Builds model (on the meta device), collator of names, optimizer, scheduler and guard, and discards them.
 
     Args:
         recipe: the recipe's module.
@@ -86,6 +86,8 @@ def check_components(recipe: ModuleType, config: Any) -> list[UserError]:
     if _is_buildable(config, "model", problems):
         key = "model" if config.model else "init_from"
         model = attempt(key, lambda: meta_model(config, _tokenizer(config), recipe.build_model))
+    if _is_collator_known(config):
+        attempt("collator", lambda: recipe.build_collator(config, tokenizer_for(config)))
     if model is not None:
         attempt("freeze", lambda: freeze(model, config.freeze))
         attempt("seq_len", lambda: check_positions(model, config.seq_len))
@@ -156,6 +158,14 @@ def _is_buildable(config: Any, key: str, problems: list[UserError]) -> bool:
     if key == "model":
         inner += [value for name, value in vars(config).items() if name not in (*_NOT_IN_MODEL, "model")]
     return all(issubclass(declared_type(other.path) or object, BUILDABLE) for other in _components(inner))
+
+
+def _is_collator_known(config: Any) -> bool:
+    """Whether the config's collator may be built: it is one of this library, for a tokenizer with an exact stand-in."""
+    node = getattr(config, "collator", None)
+    if node is None or config.tokenizer is None or not hasattr(resolve(config.tokenizer.path), "stand_in"):
+        return False
+    return node.path.startswith("torchrecipes.") and not [*_components(node.args)]
 
 
 def _components(value: Any) -> Iterator[Component]:
