@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from torchrecipes.config import Component, MayChange, Steps, changed_keys, component
+from torchrecipes.config.check import default_tree
 
 
 @dataclass
@@ -55,3 +56,12 @@ def test_keys_that_may_change_are_left_out():
         "optimizer.lr": (1.0, 2.0),
         "removed": ("absent", 1),
     }
+
+
+def test_a_key_that_is_newer_than_the_run_has_its_default_there():
+    current = default_tree(Config)
+    older = {"guard": None, "data": {"num_workers": 0}, "checkpoint": {}, "log_every": 1}
+    assert changed_keys(older, current, Config) == {}
+    current |= {"seed": 1, "data": {"folder": "y", "num_workers": 0}, "names": ["a"]}
+    expected = {"seed": (0, 1), "data.folder": ("x", "y"), "names": ([], ["a"])}
+    assert changed_keys(older, current, Config) == expected

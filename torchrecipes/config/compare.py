@@ -3,7 +3,7 @@
 from typing import Annotated, Any, get_args, get_origin
 
 from torchrecipes.config import coerce
-from torchrecipes.config.check import annotations
+from torchrecipes.config.check import annotations, default_tree
 from torchrecipes.config.merge import format_key
 from torchrecipes.config.metadata import MAY_CHANGE
 
@@ -14,7 +14,8 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any], schema: type) -
     """Return the keys on which two configs differ and that a resumed run may not change.
 
     Args:
-        saved: a config as a plain tree, such as `yaml.safe_load` of a run's config.yaml.
+        saved: a config as a plain tree, such as `yaml.safe_load` of a run's config.yaml. It states every key that its
+            recipe had: a key of `schema` that it lacks is newer than the run, and has its default there.
         current: the other one.
         schema: a recipe's `Config`. A difference under a field that is annotated `MayChange` is allowed, in nested
             groups too.
@@ -23,12 +24,21 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any], schema: type) -
         Dotted keys, sorted, with the saved and the current value; `ABSENT` where one config lacks the key.
     """
     may_change = _may_change(schema, ())
-    old, new = _flatten(saved, ()), _flatten(current, ())
+    old, new = _flatten(_with_newer(saved, schema), ()), _flatten(current, ())
     return {
         format_key(key): (old.get(key, ABSENT), new.get(key, ABSENT))
         for key in sorted(old.keys() | new.keys(), key=format_key)
         if old.get(key, ABSENT) != new.get(key, ABSENT) and not any(key[: len(start)] == start for start in may_change)
     }
+
+
+def _with_newer(saved: dict[str, Any], schema: type) -> dict[str, Any]:
+    result = default_tree(schema) | saved
+    for name, annotation in annotations(schema).items():
+        kind, _ = coerce.split(annotation)
+        if coerce.is_nested(kind) and isinstance(saved.get(name), dict):
+            result[name] = _with_newer(saved[name], kind)
+    return result
 
 
 def _may_change(schema: type, key_path: tuple[str, ...]) -> list[tuple[str, ...]]:
