@@ -79,6 +79,20 @@ def test_another_split_is_found(source, tokenizer, tmp_path, monkeypatch, wrong,
     assert main(["data", "split-report", str(tmp_path / "c")]) == 2
 
 
+@pytest.mark.parametrize("name", ["tokens", "document_offsets", "suffix_starts"])
+def test_a_corrupt_corpus_is_named(source, tokenizer, tmp_path, name, capsys):
+    prepare_corpus(tmp_path / "c", source, tokenizer, 0.002)
+    path = tmp_path / "c" / "train" / "shard-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    size = 8 + int.from_bytes(content[:8], "little")
+    start, end = json.loads(content[8:size])[name]["data_offsets"]
+    middle = size + (start + end) // 16 * 8
+    content[middle : middle + 16] = b"\xee" * 16
+    path.write_bytes(content)
+    assert main(["data", "split-report", str(tmp_path / "c")]) == 2
+    assert f"{path} is corrupt" in capsys.readouterr().err
+
+
 def test_without_the_rule_there_are_figures_alone(source, tokenizer, tmp_path):
     prepare_corpus(tmp_path / "c", source, tokenizer, eval_samples=10)
     report = report_split(tmp_path / "c")

@@ -17,7 +17,7 @@ import numpy as np
 from torchrecipes.data.corpus import Corpus, open_corpus
 from torchrecipes.data.corpus.build import FEW, HASHES, SETTINGS_FILE, in_order, num_threads
 from torchrecipes.data.corpus.shards import Shard
-from torchrecipes.data.domains.encoding import CHARACTER_OF
+from torchrecipes.data.domains.encoding import CHARACTER_OF, CLS, SEP, VOCABULARY
 from torchrecipes.data.domains.hashing import name_hashes
 from torchrecipes.data.domains.name_split import NameSplit, first_split
 from torchrecipes.data.domains.suffix_counts import NO_HASHES, SuffixCounter
@@ -67,7 +67,8 @@ def report_split(folder: str | Path, threads: int | None = None) -> SplitReport:
         threads: that read names; None: one per core.
 
     Raises:
-        UserError: no corpus (code `no_corpus`), or not one of domain names (`no_names`).
+        UserError: no corpus (code `no_corpus`), not one of domain names (`no_names`), or a corrupt one
+            (`corrupt_corpus`).
     """
     folder = Path(folder)
     train = open_corpus(folder / "train")
@@ -170,6 +171,7 @@ def _read(shards: list[Shard], counter: SuffixCounter, threads: int | None, prog
         shard, first, last = piece
         offsets = shard.document_offsets[first : last + 1]
         tokens = shard.tokens[offsets[0] : offsets[-1]]
+        _check_names(shard, offsets, tokens, shard.columns["suffix_starts"][first:last])
         offsets = offsets - offsets[0]
         is_character = np.ones(len(tokens), bool)
         is_character[offsets[:-1]] = is_character[offsets[1:] - 1] = False  # [CLS] and [SEP]
@@ -182,6 +184,25 @@ def _read(shards: list[Shard], counter: SuffixCounter, threads: int | None, prog
         for _, (found, num_tokens) in results:
             progress.add(len(found.hashes), num_tokens)
             yield found
+
+
+def _check_names(shard: Shard, offsets: np.ndarray, tokens: np.ndarray, suffix_starts: np.ndarray) -> None:
+    """Refuses what are no names, or names without a suffix: their hashes would be of nothing."""
+    lengths, starts = np.diff(offsets), offsets[:-1] - offsets[0]
+    if (
+        len(tokens) == offsets[-1] - offsets[0]
+        and lengths.min() > 2
+        and not (tokens >= len(VOCABULARY)).any()
+        and (tokens[starts] == CLS).all()
+        and (tokens[starts + lengths - 1] == SEP).all()
+        and ((suffix_starts > 0) & (suffix_starts < lengths - 1)).all()
+    ):
+        return
+    raise UserError(
+        f"{shard.path} is corrupt: it holds documents that are no names",
+        hint="Check every byte with tune-style data verify, and build the corpus again.",
+        code="corrupt_corpus",
+    )
 
 
 def _segments(corpora: list[Corpus]) -> list[list[list[Shard]]]:
