@@ -320,6 +320,7 @@ def test_an_addition_that_dies_leaves_the_corpus_and_is_completed(more, corpus, 
             assert sides(folder, tokenizer) in (sides(corpus, tokenizer), sides(whole, tokenizer))
             append_to_corpus(folder, source, tokenizer, tokenizer_threads=0)
             found.append(sides(folder, tokenizer))
+            assert [path.name for path in folder.glob("split-*")] == ["split-00001.safetensors"]
         else:
             break
     assert len(found) > 5 and all(one == sides(whole, tokenizer) for one in found)

@@ -69,7 +69,9 @@ def append_to_corpus(
     with writing(folder):
         lock = lock_folder(folder, wait=True)
     try:
-        if _finish(folder):
+        is_finished_here = _finish(folder)
+        _remove_earlier_splits(folder)
+        if is_finished_here:
             record = _additions(folder)[-1]
             if record["train"]["source"] == source.fingerprint:
                 return record  # this very call, killed after the corpus had changed
@@ -98,7 +100,7 @@ def append_to_corpus(
         bases = {split: corpus.account for split, corpus in corpora.items()}
         accounts = {split: _join(folder, split, bases[split], [staging], record) for split in bases}
         _commit(folder, accounts, staging.name)
-        (folder / split_file(len(_additions(folder)) - 1)).unlink(missing_ok=True)  # that of the names before
+        _remove_earlier_splits(folder)
         return {name: account["additions"][-1] for name, account in accounts.items()}
     finally:
         for file in lock:
@@ -231,6 +233,12 @@ def _extend_split(folder: Path, source: Any, additions: int, threads: int) -> An
         raise UserError(f"{folder} holds no {split_file(additions)}", hint=hint, code="corrupt_corpus")
     with writing(folder):
         return split_names(folder / split_file(additions + 1), source, earlier.limit, threads, earlier)
+
+
+def _remove_earlier_splits(folder: Path) -> None:
+    """Removes the splits of the names before the last addition, also those that a killed call left."""
+    for number in range(len(_additions(folder))):
+        (folder / split_file(number)).unlink(missing_ok=True)
 
 
 def _other_split(source: Any) -> UserError:
