@@ -12,7 +12,7 @@ from torchrecipes.data.domains import DomainCollator
 from torchrecipes.data.domains.encoding import VOCABULARY, character_kinds
 from torchrecipes.errors import UserError
 
-TOKENIZER = SimpleNamespace(vocab_size=len(VOCABULARY))
+TOKENIZER = SimpleNamespace(vocab_size=len(VOCABULARY), domain=object())
 PAD, UNK, CLS, SEP, MASK = range(5)
 DOT = VOCABULARY.index(".")
 SUFFIXES = [".com", ".org", ".co.uk", ".xn--p1ai", ".s3.dualstack.eu-west-1.amazonaws.com", ".o_g"]
@@ -330,5 +330,5 @@ def test_shares_that_are_none_are_refused(key, value):
 
 def test_another_tokenizer_is_refused():
     with pytest.raises(UserError) as error:
-        DomainCollator(SimpleNamespace(vocab_size=512))
+        DomainCollator(SimpleNamespace(vocab_size=len(VOCABULARY), domain=None))
     assert (error.value.key, error.value.code) == ("tokenizer", "no_domain_names")

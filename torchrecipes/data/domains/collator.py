@@ -88,7 +88,7 @@ class DomainCollator:
                 raise _out_of_range(key, share, "a share from 0 to 1")
         if not suffix_weight >= 0:
             raise _out_of_range("suffix_weight", suffix_weight, "0 or more")
-        if tokenizer.vocab_size != len(VOCABULARY):
+        if tokenizer.domain is None:
             raise UserError(
                 "the tokenizer is not one of domain names",
                 key="tokenizer",
