@@ -127,7 +127,9 @@ class TextRows:
     def _stdin_lines(self) -> Iterator[str]:
         if sys.stdin is None:  # Python's, where the shell has closed it
             raise UserError("standard input is closed", key="--input", code="no_input")
-        for number, line in enumerate(sys.stdin.buffer, start=1):
+        # As in a file, a lone carriage return ends a line, too.
+        ended = (block.removesuffix(b"\n").removesuffix(b"\r") for block in sys.stdin.buffer)
+        for number, line in enumerate((part for block in ended for part in block.split(b"\r")), start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
@@ -135,7 +137,7 @@ class TextRows:
                 if not self._bad(BadRecord(f"standard input:{number}", NOT_UTF8)):
                     raise UserError(problem, hint="Convert it, e.g. with iconv.", code="bad_record") from None
                 text = ""
-            yield text.rstrip("\r\n")
+            yield text
 
 
 class _Row(NamedTuple):
