@@ -13,7 +13,7 @@ from torchrecipes.atomic_write import write_atomically
 from torchrecipes.errors import UserError
 from torchrecipes.model_folder import INDEX
 from torchrecipes.models.config_json import read_json
-from torchrecipes.models.hub import COMPANIONS, write_tensors
+from torchrecipes.models.hub import COMPANIONS, SUFFIX_FILE, write_tensors
 from torchrecipes.models.stored_tensors import open_tensors
 
 # What embeddings and heads are called in the folders of `transformers` and of this library.
@@ -73,8 +73,9 @@ def extend_vocabulary(
         tensors[name] = _extend(tensors[name], first_id, pieces, rows, init)
     write_tensors(tensors, output / "model.safetensors")
     (output / INDEX).unlink(missing_ok=True)
-    for name in COMPANIONS:
+    for name in (*COMPANIONS, SUFFIX_FILE):
         if (folder / name).is_file():
+            (output / name).parent.mkdir(exist_ok=True)
             write_atomically(output / name, [(folder / name).read_bytes()])
     text = json.dumps(config | {"vocab_size": rows}, indent=2, ensure_ascii=False) + "\n"
     write_atomically(output / "config.json", [text.encode()])
