@@ -1,7 +1,7 @@
 """`load_text`: what corpora and evaluation sets a config gives."""
 
 import json
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -334,5 +334,5 @@ def test_a_part_of_a_stream_without_held_out_text_is_named(tmp_path):
 def test_a_run_may_move_with_the_corpus_that_is_in_its_folder():
     """The corpus is compared by its content; `${output_dir}/corpus` is another path in the new place."""
     schema = make_dataclass("Config", [("data", TextData)])
-    saved, current = ({"data": {"corpus_dir": f"{place}/run/corpus"}} for place in ("old", "new"))
+    saved, current = ({"data": asdict(TextData(corpus_dir=f"{place}/run/corpus"))} for place in ("old", "new"))
     assert changed_keys(saved, current, schema) == {}
