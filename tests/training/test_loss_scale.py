@@ -106,7 +106,7 @@ def test_state_is_restored_and_a_rollback_takes_the_scale_of_then():
     feed(guard, [INF])
     guard.load_state_dict(state)
     assert feed(guard, [1.0]) == (2.0**16, 0.0) and guard.overflowed_steps == 2
-    guard.load_state_dict(Guard().state_dict())  # a run in fp32 goes on in fp16
+    guard.load_state_dict(Guard().state_dict())  # a run in fp32 that continues in fp16
     assert guard.loss_scale.item() == 2**16
     Guard().load_state_dict(state)
     assert "loss_scale" not in Guard().state_dict() and Guard().loss_scale == 1.0

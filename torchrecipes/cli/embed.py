@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torchrecipes.cli.openmp import wait_without_spinning
+from torchrecipes.cli.text_arguments import add_text_arguments, check_text_arguments
 from torchrecipes.cli.trained_model import add_model_arguments, load_text_encoder, print_counts
 from torchrecipes.errors import UserError
 
@@ -26,44 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '         tune-style embed runs/embeddings "A cat sat on a mat." "There was a mat under the cat."'
     )
     add_model_arguments(parser)
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts; their embeddings are printed as JSON lines")
-    parser.add_argument(
-        "-i",
-        "--input",
-        metavar="FILE",
-        help="lines of text, .jsonl, .csv, .tsv or .parquet; -: lines of standard input",
-    )
-    parser.add_argument("--text-column", default="text", metavar="KEY", help="the text's key or column (default text)")
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", help=".npy: [texts, dimensions] float32; .jsonl, .parquet: with the texts"
+    add_text_arguments(
+        parser,
+        texts="texts; their embeddings are printed as JSON lines",
+        output=".npy: [texts, dimensions] float32; .jsonl, .parquet: with the texts",
     )
     parser.add_argument("--prompt", metavar="NAME", help="query, passage, ... (default: the model's default, if any)")
     parser.add_argument("--dim", type=int, metavar="D", help="the first D dimensions, of length 1 again (Matryoshka)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: the model's)")
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        metavar="N",
-        help="tokens per forward pass (default 1,024 per thread, 32,768 on a GPU)",
-    )
 
 
 def main(args: argparse.Namespace) -> None:
     """Embed the texts of the arguments or of a file."""
-    if bool(args.texts) == (args.input is not None):
-        problem = "texts and --input are both given" if args.texts else "there are no texts"
-        raise UserError(problem, hint="Give texts, or --input FILE (- is standard input).", code="no_texts")
-    for option in ("--dim", "--max-length", "--batch-tokens"):
-        value = getattr(args, option[2:].replace("-", "_"))
-        if value is not None and value < 1:
-            raise UserError(f"{value} is out of range", key=option, hint="Give 1 or more.", code="out_of_range")
-    output = Path(args.output) if args.output else None
+    output = check_text_arguments(args, FORMATS, ["--dim", "--max-length"])
     if args.input is not None and output is None:
         hint = f"Give --output FILE, which ends in {', '.join(FORMATS)}."
         raise UserError("there is no file for the embeddings", key="--output", hint=hint, code="no_output")
-    if output is not None and output.suffix not in FORMATS:
-        hint = f"Give a name that ends in {', '.join(FORMATS)}."
-        raise UserError(f"{output.name} has no known format", key="--output", hint=hint, code="unknown_format")
     wait_without_spinning()
 
     from torchrecipes.atomic_write import check_writable

@@ -10,10 +10,10 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchrecipes.cli.openmp import wait_without_spinning
+from torchrecipes.cli.text_arguments import add_text_arguments, check_text_arguments
 from torchrecipes.cli.trained_model import add_model_arguments, load_mask_filler, print_counts
 from torchrecipes.errors import UserError
 
@@ -28,27 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "         cat sentences.txt | tune-style fill-mask runs/quickstart --input - --top-k 1 > filled.jsonl"
     )
     add_model_arguments(parser)
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a sentence with [MASK] in it")
-    parser.add_argument(
-        "-i",
-        "--input",
-        metavar="FILE",
-        help="lines of text, .jsonl, .csv, .tsv or .parquet; -: lines of standard input",
+    add_text_arguments(
+        parser, texts="a sentence with [MASK] in it", output=".jsonl or .csv (default: JSON lines on stdout)"
     )
-    parser.add_argument("--text-column", default="text", metavar="KEY", help="the text's key or column (default text)")
-    parser.add_argument("-o", "--output", metavar="FILE", help=".jsonl or .csv (default: JSON lines on stdout)")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="predictions per mask (default 5)")
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        metavar="N",
-        help="tokens per forward pass (default 1,024 per thread, 32,768 on a GPU)",
-    )
 
 
 def main(args: argparse.Namespace) -> None:
     """Print or write the predictions for every text."""
-    output = _check(args)
+    output = check_text_arguments(args, FORMATS, ["--top-k"])
     wait_without_spinning()
 
     from torchrecipes.atomic_write import check_writable, write_atomically
@@ -85,22 +73,6 @@ def main(args: argparse.Namespace) -> None:
     number = progress.documents
     print(f"{number:,} {'text' if number == 1 else 'texts'}{where}; {number / seconds:,.0f} texts/s", file=sys.stderr)
     _report(counts, texts, fill)
-
-
-def _check(args: argparse.Namespace) -> Path | None:
-    """Check the arguments by themselves; return the file to write, or None."""
-    if bool(args.texts) == (args.input is not None):
-        problem = "texts and --input are both given" if args.texts else "there are no texts"
-        raise UserError(problem, hint="Give texts, or --input FILE (- is standard input).", code="no_texts")
-    for option in ("--top-k", "--batch-tokens"):
-        value = getattr(args, option[2:].replace("-", "_"))
-        if value is not None and value < 1:
-            raise UserError(f"{value} is out of range", key=option, hint="Give 1 or more.", code="out_of_range")
-    output = Path(args.output) if args.output else None
-    if output is not None and output.suffix not in FORMATS:
-        hint = f"Give a name that ends in {' or '.join(FORMATS)}."
-        raise UserError(f"{output.name} has no known format", key="--output", hint=hint, code="unknown_format")
-    return output
 
 
 class Filled(NamedTuple):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchrecipes.cli.openmp import wait_without_spinning
+from torchrecipes.cli.text_arguments import add_text_arguments, check_text_arguments
 from torchrecipes.cli.trained_model import add_model_arguments, load_text_classifier, print_counts
 from torchrecipes.errors import UserError
 
@@ -30,25 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '         tune-style predict runs/reranker "how to sort a list" --pair "sorted() returns a new list."'
     )
     add_model_arguments(parser)
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to classify")
+    add_text_arguments(parser, texts="texts to classify", output=".jsonl or .csv (default: JSON lines on stdout)")
     parser.add_argument("--pair", metavar="TEXT", help="the second text of every TEXT, for a classifier of pairs")
-    parser.add_argument(
-        "-i",
-        "--input",
-        metavar="FILE",
-        help="lines of text, .jsonl, .csv, .tsv or .parquet; -: lines of standard input",
-    )
-    parser.add_argument("--text-column", default="text", metavar="KEY", help="the text's key or column (default text)")
     parser.add_argument("--text-pair-column", metavar="KEY", help="that of the second text, for a classifier of pairs")
-    parser.add_argument("-o", "--output", metavar="FILE", help=".jsonl or .csv (default: JSON lines on stdout)")
     parser.add_argument("--top-k", type=int, metavar="K", help="the K most probable labels only (default: all)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: as in training)")
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        metavar="N",
-        help="tokens per forward pass (default 1,024 per thread, 32,768 on a GPU)",
-    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -102,21 +89,11 @@ def main(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> Path | None:
     """Check the arguments by themselves; return the file to write, or None."""
-    if bool(args.texts) == (args.input is not None):
-        problem = "texts and --input are both given" if args.texts else "there are no texts"
-        raise UserError(problem, hint="Give texts, or --input FILE (- is standard input).", code="no_texts")
+    output = check_text_arguments(args, FORMATS, ["--top-k", "--max-length"])
     if args.pair is not None and args.input is not None:
         raise UserError("it belongs to texts on the command line", key="--pair", code="unused_option")
     if args.text_pair_column is not None and args.input is None:
         raise UserError("it belongs to --input", key="--text-pair-column", code="unused_option")
-    for option in ("--top-k", "--max-length", "--batch-tokens"):
-        value = getattr(args, option[2:].replace("-", "_"))
-        if value is not None and value < 1:
-            raise UserError(f"{value} is out of range", key=option, hint="Give 1 or more.", code="out_of_range")
-    output = Path(args.output) if args.output else None
-    if output is not None and output.suffix not in FORMATS:
-        hint = f"Give a name that ends in {' or '.join(FORMATS)}."
-        raise UserError(f"{output.name} has no known format", key="--output", hint=hint, code="unknown_format")
     return output
 
 

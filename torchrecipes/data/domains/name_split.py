@@ -35,7 +35,7 @@ class NameSplit:
         limit: names with a lower hash are held out.
         chosen: uint64 `[H]`, ascending: hashes of the other names that are.
         suffixes: S public suffixes, in alphabetical order.
-        counts: int64 `[S]`, names of each, in all that was added so far.
+        counts: int64 `[S]`, names of each that were added so far.
         is_held_out: bool `[S]`, whether a name of each is.
         few_hashes: uint64 `[F]`, ascending: the names of suffixes of which none is held out.
         few_suffixes: int64 `[F]`, the place of their suffixes in `suffixes`.

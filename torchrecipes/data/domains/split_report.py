@@ -137,7 +137,7 @@ def _compare(split: NameSplit, held_out: np.ndarray, members: "_Members", below:
 
 
 class _Members:
-    """A set of hashes, of which most others are told apart by their highest bits."""
+    """A set of hashes, from which most others differ in their highest bits."""
 
     def __init__(self, hashes: np.ndarray):
         self.hashes = hashes  # ascending
