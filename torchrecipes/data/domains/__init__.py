@@ -16,6 +16,7 @@ split_report        `report_split`: how the names of a corpus are divided
 lookalike_names     `lookalikes`: names that pass for another one
 lookalike_examples  `LookalikeCollator`, `domain_texts`, `lookalike_pairs`: look-alikes to train on and to search with
 collator            `DomainCollator`: masked characters and hidden suffixes
+names_in_rows       where the names of rows are, and their token types
 """
 
 from typing import TYPE_CHECKING, Any

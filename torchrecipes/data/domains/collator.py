@@ -31,14 +31,10 @@ from torchrecipes.data.domains.encoding import (
     CLS,
     DOT,
     MASK,
-    NUM_KINDS,
     SEP,
-    SEPARATOR,
-    SUBDOMAIN,
-    SUFFIX,
-    UNK,
     VOCABULARY,
 )
+from torchrecipes.data.domains.names_in_rows import NamesInRows, fill_token_types, ranges
 from torchrecipes.data.tokenizers.tokenizer import Tokenizer
 from torchrecipes.errors import UserError
 
@@ -182,7 +178,7 @@ class DomainCollator:
         rows_at_once = max(1, TOKENS_AT_ONCE // row_len)
         for first in range(0, num_rows, rows_at_once):
             rows = slice(first, first + rows_at_once)
-            names = _Names.of(block, rows)
+            names = NamesInRows.of(block, rows)
             self._hide(names, block.tokens[rows], row_keys[rows], step, Hidden(*(field[rows] for field in hidden)))
         if num_rows > rows_at_once:  # positions count in their part of the rows
             first = np.arange(num_rows)[:, None] // rows_at_once * (rows_at_once * row_len)
@@ -190,7 +186,7 @@ class DomainCollator:
             hidden.class_positions[:] += first
         return hidden
 
-    def _hide(self, names: "_Names", tokens: np.ndarray, row_keys: np.ndarray, step: int, hidden: "Hidden") -> None:
+    def _hide(self, names: NamesInRows, tokens: np.ndarray, row_keys: np.ndarray, step: int, hidden: "Hidden") -> None:
         """Hides the targets of some rows and fills in their part of `hidden`."""
         (num_rows, row_len), slots = tokens.shape, hidden.masked_positions.shape[1]
         # Tokens that are never drawn lend their random bits to what is drawn for their name.
@@ -208,14 +204,14 @@ class DomainCollator:
             left = slots - math.ceil(self.suffix_probability / 2 * row_len) - np.add.reduceat(count, names.first_of_row)
             label_starts, label_sizes = _labels(names, chosen, at, count, left)
             count[label_sizes > 0] = 0
-            of_labels = _ranges(label_starts, label_sizes)
+            of_labels = ranges(label_starts, label_sizes)
         # Of a name the first in order are targets, and of these the last stay as they are.
         limit = ordered[names.starts + np.maximum(count, 1) - 1] - (count == 0)
         is_target = order.reshape(-1) <= np.repeat(limit, names.lengths)
         if of_labels is not None:
             is_target[of_labels] = True
         kept = (self.kept * count + last * 2.0**-16).astype(np.int64)
-        stay = (ordered[_ranges(names.starts + count - kept, kept)] & place).astype(np.int64)
+        stay = (ordered[ranges(names.starts + count - kept, kept)] & place).astype(np.int64)
         stay += np.repeat(names.row_starts, kept)
 
         has_class = np.zeros(len(count), dtype=bool)
@@ -229,7 +225,7 @@ class DomainCollator:
             hidden.class_positions[:] = names.starts[which]
             hidden.class_labels[:] = np.where(is_hidden, names.suffix_ids[which], IGNORED)
             hidden.class_weights[:] = is_hidden * count[which] * (self.suffix_weight / self.suffix_probability)
-            is_target[_ranges(names.suffixes[has_class], names.suffix_sizes[has_class])] = True
+            is_target[ranges(names.suffixes[has_class], names.suffix_sizes[has_class])] = True
             is_target[names.unknown] = False
 
         _fill_slots(is_target.reshape(num_rows, row_len), names.ids, hidden.masked_positions, hidden.masked_labels)
@@ -237,7 +233,7 @@ class DomainCollator:
         ids = (names.ids & (is_target.view(np.uint8) - np.uint8(1))) | is_target * np.uint8(MASK)
         ids[stay] = names.ids[stay]
         tokens[:] = ids.reshape(tokens.shape)
-        _fill_types(names, ids, has_class, hidden.token_type_ids)
+        fill_token_types(names, ids, has_class, hidden.token_type_ids)
 
 
 class Hidden(NamedTuple):
@@ -266,75 +262,6 @@ class Hidden(NamedTuple):
         return fields
 
 
-class _Names(NamedTuple):
-    """The D names of B rows of S tokens; padding is one more at the end of its row, without characters.
-
-    Positions count over the flattened tokens.
-
-    Attributes:
-        ids: `[B * S]` uint8, the tokens.
-        starts, suffixes, ends: `[D]`: the first token, the first of the suffix, and the one after the last.
-        lengths: `[D]`: tokens.
-        parts: `[2 * D]`: tokens of every name before its suffix and from there on.
-        suffix_sizes, count: `[D]`: characters in the suffix and before it, the latter without `[UNK]`.
-        suffix_ids: `[D]`.
-        row, row_starts: `[D]`: the row and its first token.
-        in_row, number: `[D]`: the place of the first token in its row, and the number of the name in it.
-        first_of_row: `[B]`: the first name of each row.
-        unknown: `[U]`: the `[UNK]` among the tokens.
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    suffixes: np.ndarray
-    ends: np.ndarray
-    lengths: np.ndarray
-    parts: np.ndarray
-    suffix_sizes: np.ndarray
-    count: np.ndarray
-    suffix_ids: np.ndarray
-    row: np.ndarray
-    row_starts: np.ndarray
-    in_row: np.ndarray
-    number: np.ndarray
-    first_of_row: np.ndarray
-    unknown: np.ndarray
-
-    @staticmethod
-    def of(block: RowBlock, rows: slice) -> "_Names":
-        """The names of some rows of a block."""
-        row_len = block.tokens.shape[1]
-        ids = block.tokens[rows].astype(np.uint8).reshape(-1)
-        first = rows.start * row_len
-        bounds = block.boundaries.searchsorted(np.arange(first, first + len(ids) + 1, row_len))
-        first_of_row, per_row, entries = bounds[:-1] - bounds[0], np.diff(bounds), slice(bounds[0], bounds[-1])
-        starts = block.boundaries[entries] - first
-        row = np.repeat(np.arange(len(per_row)), per_row)
-        row_starts, number = row * row_len, np.arange(len(starts)) - first_of_row[row]
-        ends = np.append(starts[1:], len(ids))
-        lengths = ends - starts
-        before, suffix_ids = (block.columns[name][entries].astype(np.int64) for name in ("suffix_starts", "suffix_ids"))
-        # A name is `[CLS] characters [SEP]`. Of padding, 0 tokens are before the suffix.
-        count = np.maximum(before, 1) - 1
-        suffix_sizes = (lengths - before - 1) * (before > 0)
-        suffixes = starts + before
-        unknown = np.flatnonzero(ids == UNK)
-        if len(unknown):
-            name = starts.searchsorted(unknown, "right") - 1
-            count -= np.bincount(name[unknown < suffixes[name]], minlength=len(starts))
-        parts = np.empty((len(starts), 2), dtype=np.int64)
-        parts[:, 0], parts[:, 1] = before, lengths - before
-        sizes = (lengths, parts.reshape(-1), suffix_sizes, count)
-        places = (row, row_starts, starts - row_starts, number, first_of_row)
-        return _Names(ids, starts, suffixes, ends, *sizes, suffix_ids, *places, unknown)
-
-    def repeat(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """A value for every token of a name, `[B * S]`: one before the suffix and another from there on."""
-        values = np.empty((len(self.starts), 2), dtype=before.dtype)
-        values[:, 0], values[:, 1] = before, after
-        return np.repeat(values.reshape(-1), self.parts)
-
-
 def _random_bits(row_keys: np.ndarray, row_len: int) -> np.ndarray:
     """16 random bits for every token: uint16 `[B, S]`."""
     half = -(-row_len // 2)
@@ -345,7 +272,7 @@ def _random_bits(row_keys: np.ndarray, row_len: int) -> np.ndarray:
     return bits
 
 
-def _order(names: _Names, bits: np.ndarray) -> np.ndarray:
+def _order(names: NamesInRows, bits: np.ndarray) -> np.ndarray:
     """Different numbers for the tokens of a row, `[B, S]`: from the smallest on, they are name by name.
 
     The characters before the suffix of a name come first, in random order.
@@ -374,7 +301,7 @@ def _mask(row_len: int) -> int:
 
 
 def _labels(
-    names: _Names, chosen: np.ndarray, at: np.ndarray, count: np.ndarray, left: np.ndarray
+    names: NamesInRows, chosen: np.ndarray, at: np.ndarray, count: np.ndarray, left: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The labels that are hidden instead of characters.
 
@@ -404,7 +331,7 @@ def _labels(
 
 
 def _suffixes(
-    names: _Names, bits: np.ndarray, row_keys: np.ndarray, share: float, left: np.ndarray, slots: int
+    names: NamesInRows, bits: np.ndarray, row_keys: np.ndarray, share: float, left: np.ndarray, slots: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the names whose suffix is hidden.
 
@@ -457,39 +384,6 @@ def _fill_slots(is_target: np.ndarray, ids: np.ndarray, positions: np.ndarray, l
     positions += np.arange(num_rows)[:, None] * row_len
     labels[:] = ids.take(positions)
     np.copyto(labels, IGNORED, where=order >= kind(1) << shift)
-
-
-def _fill_types(names: _Names, ids: np.ndarray, has_class: np.ndarray, types: np.ndarray) -> None:
-    """Fills the token types of all tokens, `[B, S]`: see `DomainEncoding.token_type_ids`.
-
-    They are those of the names as the model sees them, `ids` `[B * S]`: the kind of a hidden dot would give it away.
-    """
-    first = np.where(has_class, 0, NUM_KINDS * names.suffix_ids).astype(np.int32)
-    is_name = names.suffixes > names.starts
-    flat = names.repeat(first, first + is_name * np.int32(SUFFIX))
-    flat[names.ends[is_name] - 1] -= SUFFIX  # `[SEP]`
-    # Nearly all dots are inside a suffix or stand before one. What is before another one is a subdomain.
-    is_dot = ids == DOT
-    last = (names.suffixes - 1)[is_name]
-    last = last[is_dot[last]]
-    is_dot[last] = False
-    flat[last] += SEPARATOR
-    dots = np.flatnonzero(is_dot)
-    name = names.starts.searchsorted(dots, "right") - 1
-    is_inner = dots < names.suffixes[name]
-    dots, name = dots[is_inner], name[is_inner]
-    begin = np.maximum(names.starts[name], np.append(-1, dots)[:-1]) + 1
-    flat[_ranges(begin, dots - begin)] += SUBDOMAIN
-    flat[dots] += SEPARATOR
-    types[:] = flat.reshape(types.shape)
-
-
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The numbers from each start on, as many as its size, one after the other: int64."""
-    ends = np.cumsum(sizes)
-    ranges = np.repeat(starts - ends + sizes, sizes)
-    ranges += np.arange(len(ranges))
-    return ranges
 
 
 @lru_cache
